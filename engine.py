@@ -1,0 +1,2148 @@
+"""The engine room: local MLX models, their prompts, their KV caches and their output.
+
+It knows models and tokens; it knows no HTTP and no vendor's JSON. A caller hands in a `Request` (the canonical
+conversation) and iterates the `Generation` it gets back: a stream of `Event`s.
+
+The threading rule. All MLX work (load, prefill, decode, cache copy and trim, unload) happens on ONE thread that the
+`Engine` owns. Callers' threads resolve names, render and tokenise prompts, which needs no MLX array. Both sides meet
+under ONE lock, `Engine._lock`, a Condition that guards the inbox, the outboxes and the model table. It is never held
+during MLX work, tokenisation or I/O.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import dataclasses
+import enum
+import fnmatch
+import functools
+import gc
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import string
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, Sequence, Union
+
+log = logging.getLogger("mlx_server")
+
+
+# ------------------------------------------------------------------ what goes in
+
+Message = dict[str, Any]
+"""One message of the canonical conversation: `{"role", "content": str, ...}`.
+
+`system` only first; `user` and `assistant` alternate apart from runs of `tool` after an assistant's calls. An assistant
+may carry `reasoning_content: str` and `tool_calls: [{"id", "type": "function", "function": {"name", "arguments": dict}}]`;
+a tool result carries `tool_call_id` and `name`.
+"""
+
+
+@dataclass
+class Sampling:
+    """How to pick tokens. None leaves the choice to the model's generation_config.json; temperature 0 is greedy."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    repetition_context: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+
+
+@dataclass
+class Request:
+    """One generation, in no vendor's words. With neither `messages` nor `prompt` it only loads the model.
+
+    `prompt` (raw text, no chat template) replaces `messages` when given. `tools` are in OpenAI form and are rendered;
+    `deferred_tools` are not rendered but may be called. `tool_choice` is "auto", "none", "any" or a tool's name.
+    `max_tokens` None means up to the context's end; 0 only fills the prompt cache. `keep_alive` is in seconds
+    (negative: for ever, 0: unload afterwards, None: the model's current setting).
+    """
+
+    model: str
+    messages: list[Message] = field(default_factory=list)
+    prompt: str | None = None
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    deferred_tools: list[dict[str, Any]] = field(default_factory=list)
+    tool_choice: str = "auto"
+    parallel_tool_calls: bool = True
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: list[str] = field(default_factory=list)
+    max_tokens: int | None = None
+    thinking: bool | None = None
+    effort: str | None = None
+    keep_alive: float | None = None
+
+
+# ------------------------------------------------------------------ what comes out
+
+
+@dataclass
+class Thinking:
+    """A piece of the model's reasoning."""
+
+    text: str
+
+
+@dataclass
+class Text:
+    """A piece of the visible answer. Never holds part of a stop string or half a character."""
+
+    text: str
+
+
+@dataclass
+class ToolStart:
+    """A tool call begins: its unique `id` ("toolu_" and 24 characters) and the declared tool's name."""
+
+    id: str
+    name: str
+
+
+@dataclass
+class ToolInput:
+    """A piece of the open call's arguments as JSON text; all pieces together are exactly one JSON object."""
+
+    json: str
+
+
+@dataclass
+class ToolEnd:
+    """The open call is complete; `arguments` is the object its pieces spell."""
+
+    arguments: dict[str, Any]
+
+
+@dataclass
+class Tick:
+    """Nothing new for `Generation.TICK` seconds: the time to look whether the caller's client still listens."""
+
+
+@dataclass
+class Usage:
+    """Token counts and seconds. `prompt_tokens` is the whole prompt, `cached_tokens` the part that was not prefilled
+    again, `completion_tokens` everything generated, thinking included."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    thinking_tokens: int = 0
+    load_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    total_seconds: float = 0.0
+
+
+@dataclass
+class Done:
+    """The last event. `reason` is "stop" (end of turn), "stop_sequence" (then `stop_sequence` names it), "length"
+    (`max_tokens` reached), "context" (context window full), "tool_calls" (the turn ended and holds a call) or "load" (the
+    request had nothing to generate from: the model was loaded, that is all)."""
+
+    reason: str
+    usage: Usage
+    stop_sequence: str | None = None
+
+
+Event = Union[Thinking, Text, ToolStart, ToolInput, ToolEnd, Tick, Done]
+
+
+# ------------------------------------------------------------------ what goes wrong
+
+
+class EngineError(Exception):
+    """Something failed in the engine; `str(error)` is one sentence a user can act on, free of internals."""
+
+
+class InvalidRequest(EngineError):
+    """The request can never succeed as it is."""
+
+
+class PromptTooLong(InvalidRequest):
+    """The prompt does not fit the context window. `tokens` and `maximum` are token counts."""
+
+    def __init__(self, tokens: int, maximum: int):
+        super().__init__(f"prompt is too long: {tokens} tokens > {maximum} maximum")
+        self.tokens, self.maximum = tokens, maximum
+
+
+class ModelNotFound(EngineError):
+    """No local model answers to `model`; the message names what is installed."""
+
+    def __init__(self, model: str, installed: list[str]):
+        super().__init__(f"model '{model}' not found; installed: {', '.join(installed) or 'none'}")
+        self.model, self.installed = model, installed
+
+
+class ModelLoadError(EngineError):
+    """The model's files cannot be loaded; trying again may help once they are repaired."""
+
+
+class EngineClosed(EngineError):
+    """The engine is shutting down."""
+
+
+# ------------------------------------------------------------------ the model library
+#
+# Which models are on this machine, and which of them a name means. No weights are read here.
+
+
+@dataclass
+class LocalModel:
+    """A model folder that MLX can load, described without loading it.
+
+    `name` is the repo id ("mlx-community/Qwen3-8B-4bit"), the folder's name or "demo". `size` is the weight files'
+    bytes, `modified` the newest one's unix time, `digest` 64 hex digits, `family` the config's model_type,
+    `quantization` "int4", "mxfp4", "BF16", ..., `context_length` is in tokens.
+    """
+
+    name: str
+    path: Path
+    size: int
+    modified: float
+    digest: str
+    config: dict[str, Any]
+    family: str
+    parameters: int
+    parameter_size: str
+    quantization: str
+    context_length: int
+    embedding_length: int
+    capabilities: list[str]
+
+
+_TOKENIZERS = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model", "spiece.model"}
+_THINKS = re.compile(r"enable_thinking|<think>|:think>|\[THINK\]|reasoning_|<\|channel")
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+def describe(name: str, path: Path) -> LocalModel:
+    """The model in the folder `path`. Raises ModelLoadError, with a sentence that says why, if MLX cannot load it."""
+    if path.suffix == ".gguf":
+        raise ModelLoadError(f"{path} is not an MLX model: {_shortcoming([path.name])}")
+    try:
+        # A snapshot's link to a blob that is still being downloaded leads nowhere and is no file.
+        files = {entry.name: entry.stat() for entry in os.scandir(path) if entry.is_file()}
+    except OSError as error:
+        raise ModelLoadError(f"{path} cannot be read as a model folder: {error.strerror}") from None
+    weights = sorted(fnmatch.filter(files, "model*.safetensors"))  # mlx-lm's own pattern
+    if "config.json" not in files or not weights:
+        raise ModelLoadError(f"{path} is not an MLX model: {_shortcoming(files)}")
+    try:
+        raw = (path / "config.json").read_bytes()
+        config = json.loads(raw)
+        family = config.get("model_type")
+        text = {**config, **(config.get("text_config") or {})}  # multimodal configs keep the language model's inside
+        index = _json(path / "model.safetensors.index.json") if "model.safetensors.index.json" in files else {}
+        missing = sorted(set(index.get("weight_map", {}).values()) - files.keys())
+        recipe = next((recipe for key in ("quantization", "quantization_config")
+                       if "bits" in (recipe := config.get(key) or {})), {})
+        parameters = int(index.get("metadata", {}).get("total_parameters") or 0)
+        parameters = parameters or sum(_count_parameters(path / file, recipe) for file in weights)
+        template = _chat_template(path, files)
+        context = _context_length(text)
+        width = int(text.get("hidden_size") or text.get("d_model") or text.get("n_embd") or 0)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ModelLoadError(f"{path} is broken: its JSON files cannot be understood") from error
+    if not isinstance(family, str) or not family:
+        raise ModelLoadError(f"{path} is not an MLX model: its config.json names no model_type")
+    if missing:
+        raise ModelLoadError(f"{path} is incomplete: {missing[0]} is missing")
+    if not _TOKENIZERS & files.keys():
+        raise ModelLoadError(f"{path} is not a text model: it has no tokenizer")
+    # Fine-tunes of one model have equal configs and sizes, and clients take equal digests for equal weights.
+    seal = hashlib.sha256(raw + repr([name.lower(), [(file, files[file].st_size) for file in weights]]).encode())
+    mode = recipe.get("mode", "affine")
+    plain = _DTYPES.get(str(text.get("torch_dtype") or text.get("dtype")), "unknown")
+    return LocalModel(
+        name=name, path=path, config=config, family=family, digest=seal.hexdigest(),
+        size=sum(files[file].st_size for file in weights), modified=max(files[file].st_mtime for file in weights),
+        parameters=parameters, parameter_size=_parameter_size(parameters),
+        quantization=plain if not recipe else f"int{recipe['bits']}" if mode == "affine" else mode,
+        context_length=context, embedding_length=width, capabilities=_capabilities(name, config, files, template))
+
+
+def _shortcoming(files: Iterable[str]) -> str:
+    gguf = sorted(fnmatch.filter(files, "*.gguf"))
+    if gguf:
+        return f"it holds GGUF weights ({gguf[0]}); get the model's MLX version"
+    if "adapter_config.json" in files:
+        return "it is an adapter, not a whole model"
+    return "it has no model*.safetensors" if "config.json" in files else "it has no config.json"
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_bytes())
+
+
+def _context_length(text: dict[str, Any]) -> int:
+    """Tokens; a yarn-like scaling counts where the config has not already counted it."""
+    stated = next((text[key] for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+                   if text.get(key)), 4096)
+    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    return max(int(stated), int((rope.get("factor") or 0) * (rope.get("original_max_position_embeddings") or 0)))
+
+
+def _count_parameters(file: Path, recipe: dict[str, Any]) -> int:
+    """Weights in a safetensors file, from its header alone: 8 bytes of length, then JSON."""
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")) or "{}")
+    total = 0
+    for key, tensor in header.items():
+        layer, _, kind = key.rpartition(".")
+        packed = header.get(f"{layer}.weight", {}).get("dtype") == "U32"
+        if key == "__metadata__" or packed and kind in ("scales", "biases"):
+            continue
+        count = math.prod(tensor["shape"])
+        if packed and kind == "weight":  # 32 bits hold 32 / bits weights; a layer may have bits of its own
+            own = recipe.get(layer)
+            count = count * 32 // (own if isinstance(own, dict) else recipe).get("bits", 32)
+        total += count
+    return total
+
+
+def _parameter_size(parameters: int) -> str:
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if parameters >= unit:
+            return f"{parameters / unit:.1f}{letter}"
+    return str(parameters)
+
+
+def _chat_template(path: Path, files: dict[str, os.stat_result]) -> str:
+    if "chat_template.jinja" in files:
+        return (path / "chat_template.jinja").read_text("utf-8")
+    for file in ("chat_template.json", "tokenizer_config.json"):
+        template = _json(path / file).get("chat_template") if file in files else None
+        if template:  # a string, or a list of named ones
+            return template if isinstance(template, str) else json.dumps(template)
+    return ""
+
+
+def _capabilities(name: str, config: dict[str, Any], files: dict[str, os.stat_result], template: str) -> list[str]:
+    # A bare "...Model" ends without the head that predicts words.
+    headless = any(str(architecture).endswith("Model") for architecture in config.get("architectures") or ())
+    if headless or "modules.json" in files or "embed" in name.lower():
+        return ["embedding"]
+    found = {"completion": True, "tools": "tools" in template, "thinking": _THINKS.search(template)}
+    return [capability for capability, present in found.items() if present]
+
+
+# ------------------------------------------------------------------ what a name says
+
+_QUANTISATION = re.compile(r"(?:(?:i?q|int|w)(\d)|(\d)bits?|b?f(?:p)?(16|32)|((?:mx|nv)fp\d))(?:a16)?")
+_SIZE = re.compile(r"(e|\d+x)?(\d+(?:\.\d+)?)([mbt])")
+_REVISION = re.compile(r"\d{4}|v\d+(?:\.\d+)*")
+# Words a repo may carry without changing what the model is: active parameters, experts, context, quantisation recipe.
+_OPTIONAL = re.compile(r"a\d+(?:\.\d+)?b|\d+e|\d+k|\d{5,}|qat|dwq|awq|gptq|gs\d+|hi")
+_CHAT = {"instruct", "it", "chat", "text"}
+_SILENT = {"mlx", "hf", "lm", "meta", "c4ai"}
+_BASES = {"llama", "qwen", "mistral", "gemma", "phi"}  # named after the start of a name: what was fine-tuned
+# Words Ollama leaves out of a family's name, where size or habit says them.
+_UNSAID = re.compile(r"(?:devstral|magistral)-(small)|phi-?3(?:\.5)?-(mini|small|medium)|deepseek-(?:coder-)?v2-(lite)")
+
+
+@dataclass(frozen=True)
+class NameParts:
+    """A model's name taken apart. `words` are its family, version and variants, in no order: what every name that means
+    this model must say. `extras` are those that it may say besides. Any other word makes it another model's name.
+
+    "Qwen3-Coder-30B-A3B-Instruct-4bit" -> words qwen 3 coder, extras a3b, size 30b, chat, bits {"4"}
+    "deepseek-r1:8b-q8_0"               -> words deepseek r 1, size 8b, bits {"8"}
+    """
+
+    words: frozenset[str]
+    extras: frozenset[str]
+    size: str | None
+    chat: bool
+    bits: frozenset[str]  # "4", "8", "16" (unquantised), "mxfp4", ...
+    revision: str  # "2507", "v0.3"; later ones sort higher
+
+
+@functools.lru_cache(4096)
+def parse_name(name: str) -> NameParts:
+    """Takes apart a repo id or an Ollama-style name with its tag."""
+    bare = name.lower().rpartition("/")[2]
+    bare = re.sub(r"(\d)[-_ ](bits?)\b", r"\1\2", bare)
+    bare = re.sub(r"(?<![a-z])(i?q\d)_[a-z0-9]+(?:_[a-z]+)?", r"\1", bare)  # q4_K_M, q8_0
+    words: list[str] = []
+    extras, bits, sizes = set[str](), set[str](), list[str]()
+    chat, revision = False, ""
+    if unsaid := _UNSAID.match(bare):
+        extras.add(unsaid[unsaid.lastindex or 0])
+    for token in re.split(r"[-_:\s]+", bare):
+        if match := _QUANTISATION.fullmatch(token):
+            bits.add(match[1] or match[2] or (match[3] and "16") or match[4])
+        elif _SIZE.fullmatch(token):
+            sizes.append(token)
+        elif token in _CHAT:
+            chat = True
+        elif _REVISION.fullmatch(token) and (token.isdigit() or sizes or chat):  # DeepSeek-V3 is a version, 7B-v0.3 not
+            extras.add(token)
+            revision = revision if bits else max(revision, token)  # later digits date the quantisation
+        elif _OPTIONAL.fullmatch(token):
+            extras.add(token)
+        elif token not in _SILENT and token not in extras:
+            # qwen2.5vl is qwen 2.5 vl, and 4.0 is 4
+            words += [token] if _REVISION.fullmatch(token) else [
+                {"pt": "base"}.get(word, re.sub(r"\.0$", "", word))
+                for word in re.findall(r"\d+(?:\.\d+)*|[^\W\d_]+|[^\w\s]", token)]
+    sizes.sort(key=_billions)
+    for start, word in enumerate(words):
+        if start and word in _BASES:
+            end = start + 1
+            while end < len(words) and words[end][0].isdigit():
+                end += 1
+            start -= words[start - 1] == "distill"
+            extras.update(words[start:end])
+            del words[start:end]
+            break
+    return NameParts(frozenset(words + sizes[:-1]), frozenset(extras), sizes[-1] if sizes else None, chat,
+                     frozenset(bits), revision)
+
+
+def _billions(size: str | None) -> float:
+    """"0.6b" -> 0.6, "135m" -> 0.135, "8x7b" -> 56, "e4b" -> 4."""
+    match = _SIZE.fullmatch(size or "")
+    if not match:
+        return 0.0
+    times = int(match[1][:-1]) if match[1] and match[1] != "e" else 1
+    return times * float(match[2]) * {"m": 1e-3, "b": 1, "t": 1e3}[match[3]]
+
+
+def _bits(model: LocalModel) -> str:
+    """"4", "8", ...; "16" for all that is not quantised."""
+    digits = re.sub(r"\D", "", model.quantization)
+    return digits if digits not in ("", "32") else "16"
+
+
+def _answers(model: LocalModel, asked: NameParts) -> bool:
+    """Whether `model` may be served under a name: the same family, version and variant, and all else that was said."""
+    parts = parse_name(model.name)
+    billions = model.parameters / 1e9
+    return (
+        bool(parts.words) and parts.words <= asked.words | asked.extras <= parts.words | parts.extras
+        and (asked.size in (None, parts.size)
+             # phi-4 has its size in no name, but phi4:14b means it
+             or parts.size is None and math.isclose(billions, _billions(asked.size), rel_tol=0.05))
+        and (parts.chat or not asked.chat)
+        and asked.bits <= {_bits(model), model.quantization})
+
+
+# ------------------------------------------------------------------ from names to models
+
+_VENDORS = re.compile(r"default|claude-.*|gpt-(?!oss).*|(?:opus|sonnet|haiku)(?:\[.*\])?")
+_REGISTRY = re.compile(r"(?:(?:registry\.ollama\.ai|hf\.co|huggingface\.co)/)?(?:library/)?")
+_HABIT = ["4", "5", "6", "8", "3", "16"]  # the bits to serve when a name does not say, best first
+
+
+class Library:
+    """The models on this machine and the one resolver of their names.
+
+    It looks into `models_dirs` (each a model, or a folder of NAME or ORG/NAME), the Hugging Face cache, LM Studio's
+    folders, and for the built-in `demo`; where two have one name, the first counts. `aliases` are pairs of (glob,
+    name).
+    """
+
+    def __init__(self, models_dirs: Sequence[str | Path] = (), aliases: Sequence[tuple[str, str]] = ()):
+        self._dirs = [Path(folder).expanduser() for folder in models_dirs]
+        self._aliases = [(pattern.lower(), target) for pattern, target in aliases]
+        self._explicit: list[Path] = []  # trusted paths outside those folders; they are listed from then on
+        self._described: dict[Path, tuple[tuple[int, int], LocalModel | None]] = {}
+
+    def models(self) -> list[LocalModel]:
+        """Every loadable model. Cheap enough for every request: folders that have not changed are not read again."""
+        found: dict[str, LocalModel] = {}
+        for name, path in self._folders():
+            if name.lower() not in found and (model := self._describe(name, path)):
+                found[name.lower()] = model
+        return list(found.values())
+
+    def resolve(self, name: str, *, default: LocalModel | None = None, last_used: LocalModel | None = None,
+                trusted: bool = False) -> LocalModel:
+        """The model that `name` means, by the first of these that fits:
+
+        1. a path: of any folder if `trusted` (the command line, scripts), else only of a model that is listed already;
+        2. an alias, whose target is then resolved as a trusted name;
+        3. a repo id or folder name, in any case, without its org if need be; `:latest` never counts;
+        4. family, size and variant, as in `qwen2.5-coder:32b-instruct-q8_0`. Family, version, variant (VL, Coder, Base,
+           Thinking, ...) and size have to agree. Of several that do, the best is: the last used if no size is asked
+           for; an instruct model; 4-bit, then 5, 6, 8, 3, unquantised; the smaller; the later revision; the plainer
+           name;
+        5. a vendor's name (`claude-*`, `gpt-*`, `opus`, ...) or "default": `default`, else `last_used`, else the only
+           one installed, else `demo`.
+
+        Raises ModelNotFound; ModelLoadError for a trusted path to something that is no MLX model.
+        """
+        meant = name
+        if not _is_path(name, trusted):
+            plain = _plain(name)
+            meant = next((target for pattern, target in self._aliases if fnmatch.fnmatchcase(plain, pattern)), name)
+            trusted = trusted or meant is not name
+        models = self.models()
+        if _is_path(meant, trusted):
+            model = self._by_path(meant, models, trusted)
+        else:
+            plain = _plain(meant)
+            model = _by_name(plain, models, last_used)
+            if model is None and _VENDORS.fullmatch(plain):
+                model = default or last_used or _stand_in(models)
+        if model is None:
+            raise ModelNotFound(name, [model.name for model in models])
+        return model
+
+    def _by_path(self, name: str, models: list[LocalModel], trusted: bool) -> LocalModel | None:
+        path = Path(name).expanduser()
+        if path.name.startswith("models--"):  # a repo's folder in a Hugging Face cache
+            path = next(_snapshots(path), path)
+        path = Path(os.path.realpath(path))
+        known = next((model for model in models if os.path.realpath(model.path) == str(path)), None)
+        if known is None and trusted:
+            known = describe(path.name, path)
+            self._explicit.append(path)
+        return known
+
+    def _describe(self, name: str, path: Path) -> LocalModel | None:
+        try:
+            seen = path.stat().st_mtime_ns, (path / "config.json").stat().st_mtime_ns
+        except OSError:
+            return None
+        if self._described.get(path, (None,))[0] != seen:
+            try:
+                model = describe(name, path)
+            except ModelLoadError as error:
+                # Folders of other kinds are nobody's mistake; files that cannot be read are.
+                log.log(logging.WARNING if error.__cause__ else logging.DEBUG, "model skipped: %s", error)
+                model = None
+            self._described[path] = seen, model
+        return self._described[path][1]
+
+    def _folders(self) -> Iterator[tuple[str, Path]]:
+        """Where models may be, with the names they would have."""
+        for path in self._explicit:
+            yield path.name, path
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or cache / "huggingface") / "hub"
+        studio = [Path.home() / ".lmstudio" / "models", Path.home() / ".cache" / "lm-studio" / "models"]
+        for root in [*self._dirs, Path(hub).expanduser(), *studio]:
+            if (root / "config.json").exists():
+                yield root.resolve().name, root
+                continue
+            for child in _subfolders(root):
+                if child.name.startswith("models--"):
+                    name = child.name.removeprefix("models--").replace("--", "/")
+                    yield from ((name, snapshot) for snapshot in _snapshots(child))
+                elif (child / "config.json").exists():
+                    yield child.name, child
+                else:
+                    yield from ((f"{child.name}/{path.name}", path) for path in _subfolders(child))
+        yield "demo", Path(__file__).parent / "tests" / "demo"  # in a checkout
+        yield "demo", Path(sys.prefix) / "share" / "mlx-server" / "demo"  # installed
+
+
+def _subfolders(path: Path) -> list[Path]:
+    try:
+        return sorted(Path(entry.path) for entry in os.scandir(path) if entry.is_dir() and entry.name[0] != ".")
+    except OSError:
+        return []
+
+
+def _snapshots(repo: Path) -> Iterator[Path]:
+    """A cached repo's revisions: the one `main` points to, then the others, newest first."""
+    try:
+        yield repo / "snapshots" / (repo / "refs" / "main").read_text("utf-8").strip()
+    except (OSError, ValueError):
+        pass
+    yield from sorted(_subfolders(repo / "snapshots"), key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _plain(name: str) -> str:
+    lowered = name.strip().lower()
+    return lowered[_REGISTRY.match(lowered).end():].removesuffix(":latest")
+
+
+def _is_path(name: str, trusted: bool) -> bool:
+    return name.startswith(("/", "~", "./", "../")) or trusted and (
+        name in (".", "..") or name.endswith(".gguf") or os.path.exists(os.path.join(name, "config.json")))
+
+
+def _by_name(plain: str, models: list[LocalModel], last_used: LocalModel | None) -> LocalModel | None:
+    """The best model of exactly this name, else the best that answers to it; an org has to be the model's."""
+    org, _, _ = plain.rpartition("/")
+    asked = parse_name(plain)
+    exact = [model for model in models if model.name.lower() == plain]
+    exact = exact or [model for model in models if model.name.lower().rpartition("/")[2] == plain]
+    found = exact or [model for model in models
+                      if org in ("", model.name.lower().rpartition("/")[0]) and _answers(model, asked)]
+
+    def rank(model: LocalModel) -> tuple:
+        parts, bits = parse_name(model.name), _bits(model)
+        return (asked.size is not None or last_used is None or model.name != last_used.name, not parts.chat,
+                _HABIT.index(bits) if bits in _HABIT else len(_HABIT), _billions(parts.size) or model.parameters / 1e9)
+
+    found.sort(key=lambda model: (len(parse_name(model.name).extras), model.name))
+    found.sort(key=lambda model: parse_name(model.name).revision, reverse=True)
+    return min(found, key=rank, default=None)
+
+
+def _stand_in(models: list[LocalModel]) -> LocalModel | None:
+    """The only model that can chat besides `demo`, else `demo`."""
+    others = [model for model in models if "completion" in model.capabilities and model.name != "demo"]
+    demo = next((model for model in models if model.name == "demo"), None)
+    return others[0] if len(others) == 1 else demo
+
+
+# ------------------------------------------------------------------ the prompt
+
+
+@dataclass
+class Prompt:
+    """A rendered request. `tokens` are what the model reads. `root` and `body` are token counts that later prompts are
+    likely to share: the end of system and tools, and the end before the generation prompt. `opening` is text that the
+    prompt already holds of the answer (a forced tool call's opener), `in_thinking` that it ends inside thinking."""
+
+    tokens: list[int]
+    root: int = 0
+    body: int = 0
+    opening: str = ""
+    in_thinking: bool = False
+
+
+class Template:
+    """A model's chat template, and what must be done to a canonical conversation before this template renders it well.
+
+    The traits are found by probing with small conversations, never by the model's name, since templates of one family
+    differ between conversions.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._source = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+        call = {"role": "assistant", "content": "", "tool_calls": [_probe_call("call00001")]}
+        result = {"role": "tool", "tool_call_id": "call00001", "name": "probe", "content": "4711"}
+        ask = {"role": "user", "content": "hello"}
+        tools = [{"type": "function", "function": {"name": "probe_tool", "description": "x", "parameters": _EMPTY_SCHEMA}}]
+
+        def renders(messages: list[Message], expect: str, tools: list[dict] | None = None) -> bool:
+            try:
+                text = self._apply(messages, tools, True, {})
+            except Exception:  # templates raise whatever their author liked
+                return False
+            return all(word in text for word in expect.split())
+
+        self.has_system = renders([{"role": "system", "content": "be brief 4711"}, ask], "4711")
+        self.has_tools = renders([ask], "probe_tool", tools) and renders([ask, call, result], "0815 4711", tools)
+        self.user_after_tool = renders([ask, call, result, ask], "4711", tools)
+        self.assistant_first = renders([{"role": "assistant", "content": "4711"}, ask], "4711")
+        pair = {**call, "tool_calls": [_probe_call("call00001"), _probe_call("call00002")]}
+        self.parallel_calls = renders([ask, pair, result, {**result, "tool_call_id": "call00002"}], "4711", tools)
+        long_id = "toolu_0123456789abcdefghijkl"
+        long_call = {**call, "tool_calls": [_probe_call(long_id)]}
+        self.short_ids = self.has_tools and not renders([ask, long_call, {**result, "tool_call_id": long_id}], "4711", tools)
+        self.reasoning_field = "thinking" if (
+            "reasoning_content" not in self._source and re.search(r"\.thinking\b|\[['\"]thinking['\"]\]", self._source)
+        ) else "reasoning_content"
+
+    def render(self, messages: list[Message], tools: list[dict], options: dict[str, Any], *, generation: bool) -> str:
+        """The prompt's text. `generation` opens the assistant's turn; a final assistant message is left open instead.
+        Raises InvalidRequest when the template refuses the conversation in every form."""
+        messages = self._adapt(messages, tools)
+        prefill = bool(generation and messages and messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls"))
+        if prefill:  # rendered with a mark behind it, since each template closes the turn in its own way
+            messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + _MARK}]
+        error: Exception | None = None
+        for kwargs in (options, {}):  # some templates raise on enable_thinking=False or an effort they do not know
+            try:
+                text = self._apply(messages, tools if self.has_tools else None, generation and not prefill, kwargs)
+                return text[: text.index(_MARK)] if prefill else text
+            except Exception as failure:
+                error = error or failure
+        log.warning("chat template failed: %s", error)
+        raise InvalidRequest(f"the model's chat template cannot render this conversation: {error}")
+
+    def mentions(self, option: str) -> bool:
+        """Whether the template looks at an option."""
+        return option in self._source
+
+    def _apply(self, messages: list[Message], tools: list[dict] | None, generation: bool, kwargs: dict) -> str:
+        return self._tokenizer.apply_chat_template(
+            messages, tools=tools or None, add_generation_prompt=generation, tokenize=False, **kwargs)
+
+    def _adapt(self, messages: list[Message], tools: list[dict]) -> list[Message]:
+        if not self.has_tools:
+            messages = _tools_as_text(messages, tools)
+        if not self.has_system and messages and messages[0]["role"] == "system":
+            first, rest = messages[0], list(messages[1:])
+            if rest and rest[0]["role"] == "user":
+                rest[0] = {**rest[0], "content": f"{first['content']}\n\n{rest[0]['content']}"}
+            else:
+                rest.insert(0, {"role": "user", "content": first["content"]})
+            messages = rest
+        out: list[Message] = []
+        for message in messages:
+            before = out[-1]["role"] if out else ""
+            if message["role"] == "assistant" and before in ("", "system") and not self.assistant_first:
+                out.append({"role": "user", "content": "(continued)"})
+            if message["role"] == "user" and before == "tool" and not self.user_after_tool:
+                out[-1] = {**out[-1], "content": f"{out[-1]['content']}\n\n{message['content']}"}
+                continue
+            if message.get("reasoning_content") and self.reasoning_field == "thinking":
+                message = {**message, "thinking": message["reasoning_content"]}
+            out.append(message)
+        if not self.parallel_calls:
+            out = _one_call_a_turn(out)
+        return [_with_short_ids(message) for message in out] if self.short_ids else out
+
+
+_MARK = "\u2063\u2063end\u2063\u2063"
+_EMPTY_SCHEMA = {"type": "object", "properties": {}}
+_TOOL_PROMPT = """You can call these tools:
+{tools}
+To call one, write only this, once per call:
+<tool_call>
+{{"name": "the tool's name", "arguments": {{...}}}}
+</tool_call>"""
+
+
+def _probe_call(call_id: str) -> dict:
+    return {"id": call_id, "type": "function", "function": {"name": "probe_tool", "arguments": {"number": "0815"}}}
+
+
+def _tools_as_text(messages: list[Message], tools: list[dict]) -> list[Message]:
+    """For a template that knows no tools: definitions in the system message, calls and results in the Hermes form."""
+    out: list[Message] = []
+    if tools:
+        text = _TOOL_PROMPT.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
+        system = messages[0]["content"] + "\n\n" if messages and messages[0]["role"] == "system" else ""
+        out.append({"role": "system", "content": system + text})
+        messages = messages[1:] if system else messages
+    for message in messages:
+        if message.get("tool_calls"):
+            calls = "\n".join("<tool_call>\n%s\n</tool_call>" % json.dumps(call["function"], ensure_ascii=False)
+                              for call in message["tool_calls"])
+            content = f"{message['content']}\n{calls}" if message["content"] else calls
+            message = {**{k: v for k, v in message.items() if k != "tool_calls"}, "content": content}
+        if message["role"] == "tool":
+            message = {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
+        if out and message["role"] == "user" == out[-1]["role"]:
+            out[-1] = {**out[-1], "content": f"{out[-1]['content']}\n{message['content']}"}
+        else:
+            out.append(message)
+    return out
+
+
+def _one_call_a_turn(messages: list[Message]) -> list[Message]:
+    """Splits an assistant's parallel calls into turns of one call, each followed by its result."""
+    out: list[Message] = []
+    placed: set[str] = set()
+    for at, message in enumerate(messages):
+        calls = message.get("tool_calls") or []
+        if len(calls) > 1:
+            results = {m["tool_call_id"]: m for m in itertools.takewhile(lambda m: m["role"] == "tool", messages[at + 1:])}
+            for number, call in enumerate(calls):
+                out.append({**(message if number == 0 else {"role": "assistant", "content": ""}), "tool_calls": [call]})
+                out += [results[call["id"]]] if call["id"] in results else []
+            placed |= results.keys()
+        elif not (message["role"] == "tool" and message["tool_call_id"] in placed):
+            out.append(message)
+    return out
+
+
+def _with_short_ids(message: Message) -> Message:
+    """Ids of nine characters, which some templates insist on; a hash, so that a call and its result still agree."""
+    def short(call_id: str) -> str:
+        return hashlib.sha256(call_id.encode()).hexdigest()[:9]
+
+    if message.get("tool_calls"):
+        return {**message, "tool_calls": [{**call, "id": short(call["id"])} for call in message["tool_calls"]]}
+    return {**message, "tool_call_id": short(message["tool_call_id"])} if message["role"] == "tool" else message
+
+
+@dataclass
+class Answer:
+    """What the model really wrote in one turn: all its tokens but the end token, and the text after its thinking."""
+
+    tokens: list[int]
+    visible: str
+    thought: bool
+
+
+class Tongue:
+    """What a model needs to talk apart from its weights: tokenizer, chat template, output format, sampling defaults.
+
+    Building one reads files but no weights and touches no MLX array, so it happens on the caller's thread, and whatever
+    is wrong with a request is known before any work is queued.
+
+    It also remembers the model's answers, by tool-call id or by text, and puts their very tokens into later prompts:
+    clients re-serialise tool inputs, templates re-format them, and text need not tokenise as it was generated, but the KV
+    cache is only good for what was generated.
+    """
+
+    REMEMBERED = 4096  # answers
+
+    def __init__(self, local: LocalModel):
+        from mlx_lm.utils import load_tokenizer
+
+        try:
+            self.tokenizer = load_tokenizer(local.path, eos_token_ids=local.config.get("eos_token_id"))
+        except Exception as error:
+            log.warning("cannot load the tokenizer of %s", local.name, exc_info=True)
+            raise ModelLoadError(f"the tokenizer of model '{local.name}' cannot be loaded: {_first_line(error)}") from error
+        self.template = Template(self.tokenizer) if self.tokenizer.has_chat_template else None
+        self.format = OutputFormat.of(self.tokenizer)
+        if self.template and not self.template.has_tools:
+            self.format = dataclasses.replace(self.format, call=("<tool_call>", "</tool_call>"), parse=parse_json_calls)
+        self.defaults = _generation_defaults(local.path)
+        self._ends = [text for text in map(self.tokenizer.decode, self.tokenizer.eos_token_ids) if text]
+        self._answers: dict[str, Answer] = {}
+        self._roots: dict[str, int] = {}
+        self._specials = self._splittable()
+        self._encode_piece = functools.lru_cache(2048)(self._encode_whole)
+
+    def encode(self, text: str) -> list[int]:
+        """A rendered template's text to token ids. What stands between two special tokens is tokenised once and remembered,
+        so that a prompt that has grown costs no more than its growth."""
+        if self._specials is None:
+            return self._encode_whole(text)
+        return [token for piece in self._specials.split(text) if piece for token in self._encode_piece(piece)]
+
+    def _encode_whole(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _splittable(self) -> re.Pattern | None:
+        """A pattern that cuts text at the special tokens, if this tokenizer treats the pieces independently."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        names = [t.content for t in added if not (t.lstrip or t.rstrip or t.single_word or t.normalized) and t.content.strip()]
+        if not names:
+            return None
+        pattern = re.compile("(" + "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) + ")")
+        probe = f" a{names[0]} b\n{names[-1]}\nc  d{names[0]}{names[-1]} é"
+        pieces = [token for piece in pattern.split(probe) if piece for token in self._encode_whole(piece)]
+        return pattern if pieces == self._encode_whole(probe) else None
+
+    def prompt(self, request: Request) -> Prompt:
+        """Renders and tokenises a request. Raises InvalidRequest when the template refuses it."""
+        if request.prompt is not None or self.template is None:
+            text = request.prompt if request.prompt is not None else _untemplated(request.messages)
+            return Prompt(self.tokenizer.encode(text))
+        tools = request.tools if request.tool_choice != "none" else []
+        options = self._options(request)
+        messages, answers = self._recall(request.messages)
+        text = self.template.render(messages, tools, options, generation=True)
+        if any(mark not in text for mark in answers):  # a template that drops text beside calls
+            messages, answers = request.messages, {}
+            text = self.template.render(messages, tools, options, generation=True)
+        body = self.template.render(messages, tools, options, generation=False)
+        opener = text[len(body):] if text.startswith(body) else ""
+        opening = self.format.opening(request.tool_choice) if tools else ""
+        start = (self.format.thinking or ("",))[0]
+        tokens = self._splice(text, answers, opener) + self._encode_whole(opening)
+        return Prompt(
+            tokens,
+            root=self._root(request.messages, tools, options, text, len(tokens)),
+            body=len(tokens) - len(self.encode(opener)) - len(self._encode_whole(opening)) if opener else 0,
+            opening=opening,
+            in_thinking=bool(start) and not opening and text.rstrip().endswith(start),
+        )
+
+    def remember(self, call_ids: list[str], tokens: list[int], text: str) -> None:
+        """Keeps an answer: its tokens without the end token, and their text."""
+        end = (self.format.thinking or ("", ""))[1]
+        thought, _, visible = text.rpartition(end) if end else ("", "", text)
+        while len(self._answers) >= self.REMEMBERED:
+            self._answers.pop(next(iter(self._answers)))
+        self._answers[_answer_key(call_ids, visible)] = Answer(tokens, visible.lstrip("\n"), bool(thought.strip()))
+
+    def _recall(self, messages: list[Message]) -> tuple[list[Message], dict[str, Answer]]:
+        """The conversation with a mark for the text of every remembered answer, and the answers by their marks."""
+        marked, answers = list(messages), {}
+        for at, message in enumerate(messages[:-1]):
+            if message["role"] == "assistant":
+                ids = [call["id"] for call in message.get("tool_calls") or []]
+                answer = self._answers.get(_answer_key(ids, message["content"]))
+                if answer is not None:
+                    mark = f"{_MARK}{at}{_MARK}"
+                    answers[mark] = answer
+                    marked[at] = {**message, "content": mark}
+        return marked, answers
+
+    def _splice(self, text: str, answers: dict[str, Answer], opener: str) -> list[int]:
+        """Tokenises a text in which marks stand for answers: from a mark to the end of its turn the model's own tokens
+        replace what the template made of them, and so does its thinking, unless the template has dropped that."""
+        header = opener.partition((self.format.thinking or ("\0",))[0])[0]
+        tokens: list[int] = []
+        for mark, answer in answers.items():
+            before, _, text = text.partition(mark)
+            ends = [at for at in map(text.find, self._ends) if at >= 0]
+            text = text[min(ends):] if ends else ""
+            turn = before.rfind(header) + len(header) if header else -1
+            if answer.thought and turn >= 0 and before[turn:].strip():
+                before = before[:turn] + (opener[len(header):] if opener.rstrip().endswith(self.format.thinking[0]) else "")
+                tokens += self.encode(before) + answer.tokens
+            elif answer.thought:
+                tokens += self.encode(before + answer.visible)
+            else:
+                tokens += self.encode(before) + answer.tokens
+        return tokens + self.encode(text)
+
+    def _options(self, request: Request) -> dict[str, Any]:
+        options: dict[str, Any] = {}
+        thinking = False if request.tool_choice not in ("auto", "none") else request.thinking
+        if thinking is not None:
+            options["enable_thinking"] = thinking
+        if request.effort and thinking is not False and self.template.mentions("reasoning_effort"):
+            options["reasoning_effort"] = request.effort
+        return options
+
+    def _root(self, messages: list[Message], tools: list[dict], options: dict, text: str, length: int) -> int:
+        """Token count of system and tools: what every conversation of this client begins with."""
+        head = [m for m in messages[:1] if m["role"] == "system"]
+        if not head and not tools:
+            return 0
+        key = json.dumps([head, tools, options], ensure_ascii=False)
+        if key not in self._roots:
+            try:
+                one, two = (self.template.render([*head, {"role": "user", "content": c}], tools, options, generation=False)
+                            for c in "xy")
+            except InvalidRequest:
+                return 0
+            if len(self._roots) >= 32:
+                self._roots.clear()
+            shared = os.path.commonprefix([one, two])
+            self._roots[key] = len(self.encode(shared)) if text.startswith(shared) else 0
+        return self._roots[key] if self._roots[key] < length else 0
+
+
+def _answer_key(call_ids: list[str], text: str) -> str:
+    return " ".join(call_ids) if call_ids else "text:" + hashlib.sha256(text.strip().encode()).hexdigest()
+
+
+def _untemplated(messages: list[Message]) -> str:
+    """The conversation for a model without a chat template: base models continue plain text."""
+    return "\n\n".join(message["content"] for message in messages)
+
+
+def _generation_defaults(path: Path) -> Sampling:
+    try:
+        config = json.loads((path / "generation_config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return Sampling(temperature=0.0)
+    if not config.get("do_sample", "temperature" in config):
+        return Sampling(temperature=0.0)
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    return Sampling(**{"temperature": 1.0, **{n: config[n] for n in names if isinstance(config.get(n), (int, float))}})
+
+
+def _first_line(error: Exception) -> str:
+    """An exception's first line without the machine's paths, fit for a client."""
+    return re.sub(r"(?:/[\w.+@-]+){2,}/?", "…", (str(error).splitlines() or [type(error).__name__])[0])[:200]
+
+
+# ------------------------------------------------------------------ output: decoded text -> events
+#
+#   feed(text) -> [state machine] -> thinking ------------------------------------> Thinking
+#                                 -> call: buffered, parsed, checked -------------> ToolStart, ToolInput, ToolEnd
+#                                 -> visible text -> blanks at edges -> stops ----> Text
+#
+# Every decision waits until no further text can change it, so events do not depend on how the text was cut into pieces.
+# A call that fails is only its opening tag turned into text: what follows the tag is read again.
+
+Calls = list[tuple[str, Any]]
+ParseCalls = Callable[[str, list[dict]], Calls]
+
+
+class CutShort(ValueError):
+    """A call as far as it goes, but it ends inside a value: an end tag found there belongs to the value."""
+
+
+# What may stand around the JSON objects of one block: list brackets, commas, doubled braces.
+_BEFORE_OBJECT = re.compile(r"[\s,{}\[\]]*(?=\{)")
+_STRING_OR_STRAY_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])', re.DOTALL)
+
+
+def read_json(text: str) -> tuple[Any, str]:
+    """The JSON value at the beginning of `text` and what follows it. Forgives raw newlines in strings and commas before
+    a closing bracket. Raises CutShort inside an unfinished string, else ValueError."""
+    decoder = json.JSONDecoder(strict=False)
+    try:
+        try:
+            value, end = decoder.raw_decode(text)
+        except json.JSONDecodeError as error:
+            if error.msg.startswith("Unterminated string"):
+                raise CutShort(error.msg) from None
+            text = _STRING_OR_STRAY_COMMA.sub(lambda match: match[1] or "", text)
+            value, end = decoder.raw_decode(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value, text[end:]
+
+
+def parse_json_calls(text: str, tools: list[dict]) -> Calls:
+    """`{"name": N, "arguments": {…}}` (Hermes, Qwen), once or several times; text after the objects is ignored."""
+    calls: Calls = []
+    while gap := _BEFORE_OBJECT.match(text):
+        try:
+            value, text = read_json(text[gap.end():])
+        except ValueError:
+            if calls:
+                break
+            raise
+        if "name" not in value:
+            break
+        calls.append((value["name"], value.get("arguments", value.get("parameters"))))
+    if not calls:
+        raise ValueError("no JSON object with a name")
+    return calls
+
+
+def _xml_parser(function: str, end: str, parameter: str, newlines: bool) -> ParseCalls:
+    """A parser for calls of named tags, given the patterns of the tags. Values are kept to the byte, but for the one
+    newline after and before their tags that the format adds when `newlines` is set."""
+    # A closing tag counts only where markup can follow it; elsewhere it is part of a value.
+    call = re.compile(rf"\s*{function}((?:\s*{parameter}.*?</parameter>)?\s*)(?:{end}|\Z|(?={function}))", re.DOTALL)
+    argument = re.compile(rf"{parameter}(.*?)</parameter>(?=\s*(?:{parameter}|\Z))", re.DOTALL)
+
+    def parse(text: str, tools: list[dict]) -> Calls:
+        calls: Calls = []
+        while found := call.match(text):
+            pairs = ((pair[1].strip(), pair[2]) for pair in argument.finditer(found[2]))
+            calls.append((found[1].strip(), {
+                key: value.removeprefix("\n").removesuffix("\n") if newlines else value for key, value in pairs}))
+            text = text[found.end():]
+        if not calls:
+            raise CutShort("unfinished call") if re.match(rf"\s*{function}", text) else ValueError("no call")
+        return calls
+
+    return parse
+
+
+parse_qwen3_coder_calls = _xml_parser(r"<function=([^>\n]+)>", "</function>", r"<parameter=([^>\n]+)>", True)
+parse_minimax_calls = _xml_parser(
+    r"""<invoke name=["']?([^"'>\n]+)["']?>""", "</invoke>", r"""<parameter name=["']?([^"'>\n]+)["']?>""", False)
+
+_GLM_ARGUMENT = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>\s*(?=<arg_key>|\Z)", re.DOTALL)
+
+
+def parse_glm_calls(text: str, tools: list[dict]) -> Calls:
+    """`N\\n<arg_key>K</arg_key>\\n<arg_value>V</arg_value>…`; values are kept to the byte."""
+    name, tag, rest = text.partition("<arg_key>")
+    rest, arguments = tag + rest, {}
+    while pair := _GLM_ARGUMENT.match(rest):
+        arguments[pair[1].strip()], rest = pair[2], rest[pair.end():]
+    if rest:
+        raise CutShort("unfinished argument")
+    return [(name.strip(), arguments)]
+
+
+def _wrap(parse: Callable[[str, list[dict]], Any]) -> ParseCalls:
+    """An mlx-lm parser in our form. The ids some of them return are not unique and are left behind."""
+
+    def parse_calls(text: str, tools: list[dict]) -> Calls:
+        calls = parse(text, tools)
+        return [(call["name"], call["arguments"]) for call in (calls if isinstance(calls, list) else [calls])]
+
+    return parse_calls
+
+
+@dataclass
+class OutputFormat:
+    """How one model writes its thinking and its tool calls; built once per model.
+
+    `parse` turns the text between the `call` tags into names and arguments and raises ValueError when it is no call.
+    `complete` is how a whole call text ends, which forgives a missing end tag ("": `parse` can tell by itself, None:
+    nobody can). `bare` are the tags of a call whose outer tags the model forgot.
+    """
+
+    thinking: tuple[str, str] | None = None
+    call: tuple[str, str] | None = None  # an empty end tag: the call lasts to the end of the turn
+    parse: ParseCalls | None = None
+    complete: str | None = ""
+    bare: tuple[str, str] | None = None
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> OutputFormat:
+        """The format of an mlx-lm TokenizerWrapper: our parser where we have one, otherwise mlx-lm's."""
+        format = cls((tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else None)
+        if tokenizer.has_tool_calling:
+            ours: dict[str, tuple] = {
+                "json_tools": (parse_json_calls, ""),
+                "qwen3_coder": (parse_qwen3_coder_calls, "</function>", ("<function=", "</function>")),
+                "glm47": (parse_glm_calls, None),
+                "minimax_m2": (parse_minimax_calls, "</invoke>"),
+            }
+            kind = tokenizer.tool_parser.__module__.rpartition(".")[2]
+            format = cls(format.thinking, (tokenizer.tool_call_start, tokenizer.tool_call_end),
+                         *ours.get(kind, (_wrap(tokenizer.tool_parser), None)))
+        return format
+
+    def opening(self, choice: str) -> str:
+        """What begins the answer when a call is demanded: `choice` is "any" or a tool's name; "" for "auto" and "none",
+        or when this format has no call tag."""
+        if choice in ("auto", "none") or self.call is None:
+            return ""
+        if choice != "any" and self.parse is parse_json_calls:
+            return f'{self.call[0]}\n{{"name": {json.dumps(choice)}, "arguments": '
+        if choice != "any" and self.parse is parse_qwen3_coder_calls:
+            return f"{self.call[0]}\n<function={choice}>\n"
+        return self.call[0]
+
+
+_KINDS = {bool: {"boolean"}, int: {"integer", "number"}, float: {"number"}, str: {"string"}, list: {"array"},
+          dict: {"object"}, type(None): {"null"}}
+_PYTHON_WORDS = {"True": True, "False": False, "None": None}
+
+
+def _types(schema: Any) -> set[str]:
+    """The JSON types that a property's schema allows; empty when it does not say."""
+    if not isinstance(schema, dict):
+        return set()
+
+    def listed(key: str) -> list:
+        return schema[key] if isinstance(schema.get(key), list) else []
+
+    types = {name for name in listed("type") + [schema.get("type")] if isinstance(name, str)}
+    for part in listed("allOf"):
+        types |= _types(part)
+    for part in listed("anyOf") + listed("oneOf"):
+        types |= _types(part) or {"string"}  # an untyped alternative may well be a string
+    if not types:
+        types = {kind for value in listed("enum") for kind in _KINDS[type(value)]}
+    return types
+
+
+def coerce(value: Any, schema: Any) -> Any:
+    """`value`, or what it spells when it is text and `schema` allows other types but no string."""
+    types = _types(schema)
+    if not isinstance(value, str) or not types or "string" in types:
+        return value
+    try:
+        spelled = _PYTHON_WORDS[value] if value in _PYTHON_WORDS else json.loads(value, strict=False)
+    except (ValueError, RecursionError):
+        return value
+    if isinstance(spelled, float):
+        if not math.isfinite(spelled):
+            return value
+        if "number" not in types and spelled.is_integer():
+            spelled = int(spelled)
+    return spelled if _KINDS[type(spelled)] & types else value
+
+
+def _declared(tools: Iterable[dict]) -> dict[str, dict[str, dict]]:
+    """Tool name -> property name -> schema. What is not shaped like a schema counts as not said."""
+    declared = {}
+    for tool in tools:
+        schema = tool["function"].get("parameters")
+        properties = schema.get("properties") if isinstance(schema, dict) else None
+        properties = properties if isinstance(properties, dict) else {}
+        declared[tool["function"]["name"]] = {
+            key: value for key, value in properties.items() if isinstance(value, dict)}
+    return declared
+
+
+def _tool_id() -> str:
+    return "toolu_" + "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(24))
+
+
+def _held(text: str, marks: Iterable[str]) -> int:
+    """How many characters at the end of `text` may be the beginning of one of `marks`."""
+    return max((n for mark in marks for n in range(1, min(len(mark) - 1, len(text)) + 1)
+                if text.endswith(mark[:n])), default=0)
+
+
+_FENCE = re.compile(r"```(?:json)?\s*")
+
+
+class OutputParser:
+    """Turns the decoded text of one answer, in pieces of any size, into events.
+
+    Feed it until `finished` or until the turn ends, then call `finish`. `state` says what the text last fed belongs to;
+    `called` whether a tool call came out, `call_ids` the ids of all; `stop_sequence` which stop string fired: the one
+    that completes first, and of several that complete together the longest. `finished` is set by a stop string and,
+    without `parallel`, by the first call; nothing comes out afterwards. `tools` are in OpenAI form; without any, call
+    markup is plain text.
+    """
+
+    def __init__(self, format: OutputFormat, tools: Sequence[dict] = (), stop: Sequence[str] = (), *,
+                 in_thinking: bool = False, parallel: bool = True):
+        self.state = "thinking" if in_thinking and format.thinking else "text"
+        self.called = self.finished = False
+        self.call_ids: list[str] = []
+        self.stop_sequence: str | None = None
+        self._format, self._parallel = format, parallel
+        self._stops = [text for text in stop if text]
+        self._declared = _declared(tools)
+        self._tools = [{"type": "function", "function": {"name": name, "parameters": {
+            "type": "object", "properties": properties}}} for name, properties in self._declared.items()]
+        self._names = {name.lower(): name for name in self._declared} | {name: name for name in self._declared}
+
+        # The tags to find in each state and what each begins. A "left over" end tag is markup only right after a call.
+        self._marks: dict[str, dict[str, str]] = {"text": {}, "thinking": {}}
+        if format.thinking:
+            self._marks["text"] |= {format.thinking[0]: "thinking", format.thinking[1]: "left over"}
+            self._marks["thinking"] |= {format.thinking[1]: "text", "\n" + format.thinking[1]: "text"}
+        if format.call and tools:
+            self._marks["text"] |= {format.call[0]: "call"} | ({format.call[1]: "left over"} if format.call[1] else {})
+            self._marks["thinking"] |= {format.call[0]: "call", "\n" + format.call[0]: "call"}
+            if format.bare:
+                self._marks["text"][format.bare[0]] = "bare call"
+        self._opening, self._ending, self._opened_in = "", "", "text"  # of the call being read
+        self._tried = 0  # so far into the buffer, end tags were found to be part of a value
+
+        # A bare call to a declared tool begins like this, blanks aside.
+        self._heads = [
+            f'{fence}{{"name":"{name.lower()}"' for name in self._declared for fence in ("", "```", "```json")]
+        self._may_be_bare = bool(tools)  # nothing was said yet that rules out a bare call
+
+        self._events: list[Event] = []
+        self._buffer = ""  # text that is not understood yet
+        self._pending = ""  # visible text that may be the beginning of a stop
+        self._line_start = True
+        # Blanks at the beginning of a stretch of text or thinking wait for something visible; None when it came.
+        self._blanks: str | None = "" if format.thinking or tools else None
+        self._drop_blanks = self.state == "thinking"
+
+    def feed(self, text: str) -> list[Event]:
+        """Take the next piece of decoded text; returns what has become certain."""
+        return self._read(text, last=False)
+
+    def finish(self) -> list[Event]:
+        """The turn has ended: returns what was held back."""
+        return self._read("", last=True)
+
+    def _read(self, text: str, last: bool) -> list[Event]:
+        self._events = []
+        self._buffer += text
+        step = {"text": self._read_text, "thinking": self._read_thinking, "call": self._read_call}
+        while not self.finished and step[self.state](last):
+            pass
+        if last and not self.finished:
+            if self._blanks and not self._drop_blanks:
+                self._match_stops(self._blanks)
+            self._say(Text, self._pending)
+            self._blanks, self._pending = None, ""
+        return self._events
+
+    # -- the states: each step takes what is certain from the buffer and tells whether another step may follow
+
+    def _read_text(self, last: bool) -> bool:
+        message = self._buffer.lstrip()
+        if self._may_be_bare and message and self._may_become_call(message):
+            if not last:
+                return False
+            if self._take_bare_call(message):
+                return False
+        mark = self._take_until_mark(self._show, last)
+        if mark is None or self.finished:
+            return False
+        following = self._marks["text"][mark]
+        if following == "thinking":
+            self._enter("thinking")
+        elif following == "call":
+            self._open(mark, self._format.call[1])
+        elif following == "bare call" and self._line_start:
+            self._open(mark, self._format.bare[1])
+        elif following == "bare call" or not (self.called and self._blanks is not None):
+            self._show(mark)
+        return True
+
+    def _read_thinking(self, last: bool) -> bool:
+        mark = self._take_until_mark(self._think, last)
+        if mark is None:
+            return False
+        if self._marks["thinking"][mark] == "call":
+            self._open(mark, self._format.call[1])
+        else:
+            self._enter("text")
+        return True
+
+    def _read_call(self, last: bool) -> bool:
+        end = self._buffer.find(self._ending, self._tried) if self._ending else -1
+        if end < 0 and not last:
+            return False
+        after = end + len(self._ending) if end >= 0 else len(self._buffer)
+        text = self._buffer[:end] if end >= 0 else self._buffer
+        bare = self._format.bare is not None and self._opening == self._format.bare[0]
+        if bare:
+            text = self._opening + self._buffer[:after]
+        try:
+            if end < 0 and self._ending and not self._is_complete(text):
+                raise ValueError("cut off")
+            if self._tried and re.search(re.escape(self._ending) + r"\s*" + re.escape(self._opening.lstrip()), text):
+                raise ValueError("the end tag that was skipped did end a call: the next one begins behind it")
+            self._call(self._format.parse, text)
+        except CutShort:
+            if end >= 0:
+                self._tried = after
+                return True
+            self._reopen()
+        except ValueError:
+            self._reopen()
+        else:
+            self._buffer = self._buffer[after:]
+        return True
+
+    # -- moving between states
+
+    def _take_until_mark(self, sink: Callable[[str], None], last: bool) -> str | None:
+        """Give the sink all text that is certainly not a tag; take and return the first tag, if there is one."""
+        marks = self._marks[self.state]
+        found = re.search("|".join(map(re.escape, marks)), self._buffer) if marks else None
+        if found:
+            text, self._buffer = self._buffer[:found.start()], self._buffer[found.end():]
+        else:
+            certain = len(self._buffer) - (0 if last else _held(self._buffer, marks))
+            text, self._buffer = self._buffer[:certain], self._buffer[certain:]
+        sink(text)
+        return found[0] if found else None
+
+    def _enter(self, state: str) -> None:
+        """Begin a stretch of thinking or, behind thinking or a call, of text."""
+        self._say(Text, self._pending)
+        self._pending, self.state = "", state
+        self._blanks, self._drop_blanks, self._line_start = "", True, True
+
+    def _open(self, opening: str, ending: str) -> None:
+        self._opening, self._ending, self._opened_in, self._tried = opening, ending, self.state, 0
+        self.state = "call"
+
+    def _reopen(self) -> None:
+        """It was no call: its opening tag is text, the rest is read again."""
+        self.state = self._opened_in
+        (self._show if self.state == "text" else self._think)(self._opening)
+
+    # -- calls
+
+    def _call(self, parse: ParseCalls, text: str) -> None:
+        """Emit the calls in `text`. Raises ValueError, having emitted nothing, unless all of them are right."""
+        events: list[Event] = []
+        try:
+            for name, arguments in parse(text, self._tools):
+                name = self._names[name if name in self._names else name.lower()]
+                if isinstance(arguments, str) and arguments.strip():
+                    arguments = read_json(arguments.strip())[0]
+                properties = self._declared[name]
+                arguments = {key: coerce(value, properties.get(key)) for key, value in (arguments or {}).items()}
+                written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+                written.encode()  # half a surrogate pair cannot be sent
+                events += [ToolStart(_tool_id(), name), ToolInput(written), ToolEnd(json.loads(written))]
+        except CutShort:
+            raise
+        except Exception as error:  # mlx-lm's parsers fail with almost any type of exception
+            raise ValueError("not a call") from error
+        if not events:
+            raise ValueError("no call")
+        self._enter("text")
+        events = events if self._parallel else events[:3]
+        self._events += events
+        self.call_ids += [event.id for event in events if isinstance(event, ToolStart)]
+        self.called, self.finished, self._may_be_bare = True, not self._parallel, False
+
+    def _is_complete(self, text: str) -> bool:
+        return self._format.complete is not None and text.rstrip().endswith(self._format.complete)
+
+    def _may_become_call(self, message: str) -> bool:
+        """Whether `message`, all the visible text there is, can be (the beginning of) one bare or fenced JSON call."""
+        head = "".join(message[:256].split()).lower()
+        if not any(head.startswith(known) or known.startswith(head) for known in self._heads):
+            return False
+        fence = _FENCE.match(message)
+        try:
+            _, rest = read_json(message[fence.end():] if fence else message)
+        except ValueError:
+            return True
+        return ("```" if fence else "").startswith(rest.strip())
+
+    def _take_bare_call(self, message: str) -> bool:
+        self._may_be_bare = False
+        text = _FENCE.sub("", message, 1)
+        try:
+            if not {"arguments", "parameters"} & read_json(text)[0].keys():
+                return False
+            self._call(parse_json_calls, text)
+        except ValueError:
+            return False
+        self._buffer = ""
+        return True
+
+    # -- thinking and visible text
+
+    def _begin(self, text: str) -> str:
+        """`text` without the blanks that open its stretch, as far as these are to be dropped or must wait."""
+        if self._blanks is None:
+            return text
+        self._blanks += text
+        if not self._blanks.strip():
+            return ""
+        text, self._blanks = self._blanks.lstrip() if self._drop_blanks else self._blanks, None
+        return text
+
+    def _think(self, text: str) -> None:
+        self._say(Thinking, self._begin(text))
+
+    def _show(self, text: str) -> None:
+        if text:
+            self._line_start = text.endswith("\n")
+        if text := self._begin(text):
+            self._may_be_bare = False
+            self._match_stops(text)
+
+    def _match_stops(self, text: str) -> None:
+        text = self._pending + text
+        hits = [(start + len(stop), start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if hits:
+            _, certain, self.stop_sequence = min(hits)
+            self.finished = True
+        else:
+            certain = len(text) - _held(text, self._stops)
+        self._say(Text, text[:certain])
+        self._pending = "" if hits else text[certain:]
+
+    def _say(self, kind: type[Text] | type[Thinking], text: str) -> None:
+        if text and self._events and isinstance(self._events[-1], kind):
+            self._events[-1].text += text
+        elif text:
+            self._events.append(kind(text))
+
+
+# ------------------------------------------------------------------ the prefix cache
+
+
+class Line:
+    """The KV state of one conversation: `tokens` are exactly what `cache` (one mlx-lm cache a layer) has read.
+
+    A layer with plain KV can be cut back to any length. Sliding-window and recurrent layers cannot, so `snapshots` keeps
+    their states at chosen lengths: {length: [state of a layer, or None for one that can be cut]}.
+    """
+
+    def __init__(self, tokens: list[int], cache: list[Any], snapshots: dict[int, list[Any]] | None = None, root: int = 0):
+        self.tokens, self.cache, self.root = tokens, cache, root
+        self.snapshots = snapshots if snapshots is not None else {}
+        self.hits = 0
+        self.used = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        states = (state for layers in self.snapshots.values() for state in layers if state is not None)
+        return sum(c.nbytes for c in self.cache) + sum(state.nbytes for state in states)
+
+    def restorable(self, length: int) -> int:
+        """The longest prefix of at most `length` tokens that this line can give."""
+        if length >= len(self.tokens) or all(_cuttable(c) for c in self.cache):
+            return min(length, len(self.tokens))
+        return max((at for at in tuple(self.snapshots) if at <= length), default=0)
+
+    def snapshot(self) -> None:
+        """Remembers the layers that cannot be cut back later, as they are now. On the MLX thread."""
+        if not all(_cuttable(c) for c in self.cache):
+            self.snapshots[len(self.tokens)] = [None if _cuttable(c) else _copy(c) for c in self.cache]
+
+    def branch(self, length: int) -> "Line":
+        """A copy of the first `length` tokens, which must be restorable. On the MLX thread."""
+        layers = self.snapshots.get(length) if length < len(self.tokens) else None
+        cache = [_copy(kept if kept is not None else layer, length)
+                 for layer, kept in zip(self.cache, layers or [None] * len(self.cache))]
+        return Line(self.tokens[:length], cache, {at: s for at, s in self.snapshots.items() if at <= length}, self.root)
+
+
+def _cuttable(layer: Any) -> bool:
+    return type(layer).__name__ in ("KVCache", "QuantizedKVCache", "ConcatenateKVCache")
+
+
+def _copy(layer: Any, length: int | None = None) -> Any:
+    """A copy that shares no buffer with `layer`; a cuttable one is copied only up to `length` tokens."""
+    import mlx.core as mx
+    from mlx.utils import tree_map
+
+    if _cuttable(layer) and length is not None and layer.keys is not None:
+        new = copy.copy(layer)
+        new.keys, new.values = tree_map(lambda a: mx.contiguous(a[..., :length, :]), (layer.keys, layer.values))
+        new.offset = length
+        return new
+    return copy.deepcopy(layer)
+
+
+class PrefixCache:
+    """KV states of earlier requests of one model, found by longest common token prefix.
+
+    Policy. A request takes the line that gives it the most tokens. When the conversation simply goes on, the line moves
+    into the request and comes back longer; when it branches, the shared part is copied and the line stays. Memory is
+    bounded in real bytes: the least recently used line goes first, where one that was never used again (a title, a
+    sub-agent's only turn) counts as `ONE_OFF` seconds older, and the last thing kept of a line is its root (system and
+    tools), which every new conversation of that client shares.
+    """
+
+    ONE_OFF = 600.0
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self._lines: list[Line] = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(line.nbytes for line in self._lines)
+
+    def find(self, tokens: list[int]) -> tuple[Line | None, int]:
+        """The line that restores the longest proper prefix of `tokens`, and that length. From any thread: it only reads."""
+        best, length = None, 0
+        for line in list(self._lines):
+            usable = line.restorable(min(common_prefix(line.tokens, tokens), len(tokens) - 1))
+            if usable > length:
+                best, length = line, usable
+        return best, length
+
+    def take(self, tokens: list[int]) -> Line | None:
+        """The state to start from: a line moved out of the cache or a copy of one's beginning. On the MLX thread."""
+        line, length = self.find(tokens)
+        if line is None:
+            return None
+        line.hits += 1
+        line.used = time.monotonic()
+        if length == len(line.tokens):
+            self._lines.remove(line)
+            return line
+        return line.branch(length)
+
+    def put(self, line: Line) -> None:
+        """Files a state and makes room for it. A line that the new one continues is dropped. On the MLX thread."""
+        if not line.tokens:
+            return
+        line.used = time.monotonic()
+        for old in list(self._lines):
+            shared = common_prefix(old.tokens, line.tokens)
+            if shared == len(old.tokens) and line.restorable(shared) == shared:
+                self._lines.remove(old)
+                line.hits = max(line.hits, old.hits)
+            elif shared == len(line.tokens) and old.restorable(shared) == shared:
+                return
+        self._lines.append(line)
+        self._evict()
+
+    def clear(self) -> None:
+        self._lines.clear()
+
+    def _evict(self) -> None:
+        while self.nbytes > self.limit and self._lines:
+            victim = min(self._lines, key=lambda line: line.used - (0 if line.hits else self.ONE_OFF))
+            self._lines.remove(victim)
+            if 0 < victim.root < len(victim.tokens) and victim.restorable(victim.root) == victim.root:
+                if not any(common_prefix(victim.tokens, line.tokens) >= victim.root for line in self._lines):
+                    kept = victim.branch(victim.root)
+                    kept.hits, kept.used = 1, victim.used
+                    self._lines.append(kept)
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many leading items two lists share; by halving, since comparing slices runs in C."""
+    low, high = 0, min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+# ------------------------------------------------------------------ sampling
+
+
+def make_sampler(sampling: Sampling, vocabulary: int) -> Callable[[Any], Any]:
+    """A sampler over log-probabilities with a random stream of its own, so that a seed gives the same text whatever else
+    runs in the batch. On the MLX thread."""
+    import mlx.core as mx
+    from mlx_lm import sample_utils as kit
+
+    temperature = 1.0 if sampling.temperature is None else sampling.temperature
+    if temperature <= 0:
+        return kit.greedy_sampler
+    top_k, top_p, min_p = sampling.top_k or 0, sampling.top_p or 1.0, sampling.min_p or 0.0
+    key = mx.random.key(secrets.randbits(32) if sampling.seed is None else sampling.seed & 0xFFFFFFFF)
+
+    def sample(logprobs: Any) -> Any:
+        nonlocal key
+        if 0 < top_p < 1:
+            logprobs = kit.apply_top_p(logprobs, top_p)
+        if 0 < min_p <= 1:
+            logprobs = kit.apply_min_p(logprobs, min_p)
+        if 0 < top_k < vocabulary:
+            logprobs = kit.apply_top_k(logprobs, top_k)
+        key, step = mx.random.split(key)
+        return mx.random.categorical(logprobs * (1 / temperature), key=step)
+
+    return sample
+
+
+def make_penalties(sampling: Sampling) -> list[Callable[[Any, Any], Any]]:
+    """mlx-lm's logits processors for the penalties that are set. On the MLX thread."""
+    from mlx_lm.sample_utils import make_logits_processors
+
+    window = sampling.repetition_context or 64
+    repetition = sampling.repetition_penalty
+    return make_logits_processors(
+        None, repetition if repetition not in (None, 1.0) and repetition > 0 else None, window,
+        sampling.presence_penalty, window, sampling.frequency_penalty, window)
+# ------------------------------------------------------------------ one running request
+
+
+class Phase(enum.Enum):
+    WAITING = enum.auto()  # for its turn, or for the weights
+    PREFILL = enum.auto()
+    DECODE = enum.auto()
+    ENDED = enum.auto()
+
+
+class Generation:
+    """One answer in the making: iterate it for `Event`s, the last of which is `Done`; it raises EngineError on failure.
+
+    `prompt_tokens` and `cached_tokens` are known at once (the latter as the cache stood at submission; `usage` is exact
+    after the end). `cancel` may be called from any thread, at any time, any number of times.
+    """
+
+    TICK = 0.1  # seconds of silence after which the iterator yields a Tick
+
+    def __init__(self, request: Request, local: LocalModel, tongue: Tongue, prompt: Prompt, limit: int, by_context: bool,
+                 mutex: threading.RLock):
+        self.id = secrets.token_hex(12)
+        self.request, self.model = request, local
+        self.prompt_tokens, self.cached_tokens = len(prompt.tokens), 0
+        self.usage = Usage(prompt_tokens=len(prompt.tokens))
+        self._tongue, self._prompt = tongue, prompt
+        self._limit, self._by_context = limit, by_context
+        self._news = threading.Condition(mutex)  # the engine's one lock, with a waiting room of its own
+        self._outbox: collections.deque[Event | EngineError] = collections.deque()
+        self._over = False
+        self._cancelled = False
+        # From here on the MLX thread's own notes.
+        self._phase = Phase.WAITING
+        self._line: Line | None = None
+        self._uid: int | None = None
+        self._detokenizer: Any = None
+        self._text = ""
+        callable_tools = [*request.tools, *request.deferred_tools] if request.tool_choice != "none" else []
+        self._parser = OutputParser(tongue.format, callable_tools, request.stop, in_thinking=prompt.in_thinking,
+                                    parallel=request.parallel_tool_calls)
+        self._born = self._mark = time.perf_counter()
+
+    def __iter__(self) -> Iterator[Event]:
+        return self
+
+    def __next__(self) -> Event:
+        if self._over:
+            raise StopIteration
+        with self._news:
+            if not self._outbox:
+                self._news.wait(self.TICK)
+            event = self._outbox.popleft() if self._outbox else Tick()
+        self._over = self._over or isinstance(event, (Done, EngineError))
+        if isinstance(event, EngineError):
+            raise event
+        return event
+
+    def text(self) -> Iterator[str]:
+        """The visible answer, piece by piece."""
+        return (event.text for event in self if isinstance(event, Text))
+
+    def cancel(self) -> None:
+        """Ends the generation soon; what it has prefilled stays in the prefix cache."""
+        with self._news:
+            self._cancelled = self._over = True
+            self._outbox.clear()
+
+    def _emit(self, *events: Event | EngineError) -> None:
+        if events:
+            with self._news:
+                self._outbox += events
+                self._news.notify()
+
+    def _lap(self) -> float:
+        """Seconds since the last lap."""
+        before, self._mark = self._mark, time.perf_counter()
+        return self._mark - before
+
+    def _fail(self, error: EngineError) -> None:
+        self._phase = Phase.ENDED
+        self._emit(error)
+
+    def _finish(self, reason: str) -> None:
+        self._phase = Phase.ENDED
+        self.usage.total_seconds = time.perf_counter() - self._born
+        if reason == "stop" and self._parser.stop_sequence is not None:
+            reason = "stop_sequence"
+        elif reason == "stop" and self._parser.called:
+            reason = "tool_calls"
+        elif reason == "length" and self._by_context:
+            reason = "context"
+        self._emit(Done(reason, self.usage, self._parser.stop_sequence))
+
+
+# ------------------------------------------------------------------ one loaded model
+
+
+class Runtime:
+    """A model's weights with all that lives and dies with them. Every method runs on the MLX thread.
+
+    Prefill is done here, a chunk at a time, since snapshots have to be taken inside it and decoding must go on between
+    two chunks; mlx-lm's BatchGenerator then decodes everything that is ready as one batch.
+    """
+
+    CHUNK = 512  # tokens; larger ones gain no speed but memory peaks and waiting time
+    SPARSE = 4096  # tokens between two restore points inside a long prompt
+
+    def __init__(self, local: LocalModel, tongue: Tongue, cache_limit: int):
+        from mlx_lm.utils import load_model
+
+        started = time.perf_counter()
+        try:
+            self.model, _ = load_model(local.path)
+        except Exception as error:
+            log.warning("cannot load %s", local.name, exc_info=True)
+            raise ModelLoadError(f"model '{local.name}' cannot be loaded: {_first_line(error)}") from error
+        self.local, self.tongue = local, tongue
+        self.load_seconds = time.perf_counter() - started
+        self.prefixes = PrefixCache(cache_limit)
+        self.jobs: list[Generation] = []
+        self.keep_alive: float | None = None
+        self.idle_since = time.time()
+        self._batch = self._new_batch()
+        log.info("loaded %s in %.1f s", local.name, self.load_seconds)
+
+    def _new_batch(self) -> Any:
+        from mlx_lm.generate import BatchGenerator
+
+        return BatchGenerator(self.model, stop_tokens=[[t] for t in self.tongue.tokenizer.eos_token_ids])
+
+    @property
+    def expires(self) -> float | None:
+        """When an idle model is unloaded, in unix seconds; None for never."""
+        if self.keep_alive is None or self.keep_alive < 0:
+            return None
+        return (time.time() if self.jobs else self.idle_since) + self.keep_alive
+
+    def admit(self, job: Generation) -> None:
+        """Takes a request in and restores what the prefix cache has for it."""
+        if job.request.keep_alive is not None:
+            self.keep_alive = job.request.keep_alive
+        tokens = job._prompt.tokens
+        job.usage.load_seconds = job._lap()
+        self.jobs.append(job)
+        if not tokens:
+            return self._end(job, "load")
+        from mlx_lm.models.cache import make_prompt_cache
+
+        line = self.prefixes.take(tokens) or Line([], make_prompt_cache(self.model))
+        line.root = job._prompt.root or line.root
+        job._line, job._phase = line, Phase.PREFILL
+        job.usage.cached_tokens = len(line.tokens)
+        job._detokenizer = self.tongue.tokenizer.detokenizer
+        if job._prompt.opening:
+            job._parser.feed(job._prompt.opening)
+
+    def step(self) -> None:
+        """One chunk of prefill for the first request that needs it, one token for each that decodes."""
+        waiting = next((job for job in self.jobs if job._phase is Phase.PREFILL), None)
+        if waiting is not None:
+            try:
+                self._prefill(waiting)
+            except Exception as error:
+                self._fail([waiting], error)
+        if any(job._phase is Phase.DECODE for job in self.jobs):
+            try:
+                self._decode()
+            except Exception as error:
+                self._fail([job for job in self.jobs if job._phase is Phase.DECODE], error)
+                self._batch = self._new_batch()
+
+    def _prefill(self, job: Generation) -> None:
+        import mlx.core as mx
+
+        tokens, line = job._prompt.tokens, job._line
+        start, end = len(line.tokens), len(tokens) - 1  # the last token is the decoder's
+        if start < end:
+            marks = sorted({job._prompt.root, job._prompt.body, (start // self.SPARSE + 1) * self.SPARSE, end})
+            stop = min(next(at for at in marks if at > start), start + self.CHUNK)
+            self.model(mx.array(tokens[start:stop])[None], cache=line.cache)
+            mx.eval([c.state for c in line.cache])
+            mx.clear_cache()
+            line.tokens = tokens[:stop]
+            if stop in marks:
+                line.snapshot()
+        if len(line.tokens) < end:
+            return
+        job.usage.prefill_seconds = job._lap()
+        if job._limit <= 0:
+            return self._end(job, "length")
+        job._uid, = self._batch.insert(
+            [tokens[end:]], [job._limit], caches=[line.cache], all_tokens=[list(line.tokens)],
+            samplers=[make_sampler(job.request.sampling, len(self.tongue.tokenizer))],
+            logits_processors=[make_penalties(job.request.sampling)])
+        line.cache = []  # the batch owns the state now and gives it back at the end
+        job._phase = Phase.DECODE
+
+    def _decode(self) -> None:
+        by_uid = {job._uid: job for job in self.jobs if job._phase is Phase.DECODE}
+        for response in self._batch.next()[1]:
+            job = by_uid[response.uid]
+            usage, parser, detokenizer = job.usage, job._parser, job._detokenizer
+            usage.completion_tokens += 1
+            usage.thinking_tokens += parser.state == "thinking"
+            if response.finish_reason != "stop":
+                detokenizer.add_token(response.token)
+            if response.finish_reason:
+                detokenizer.finalize()
+            piece = detokenizer.last_segment
+            job._text += piece
+            job._emit(*parser.feed(piece))
+            if response.finish_reason:
+                job._line = Line(response.all_tokens, response.prompt_cache, job._line.snapshots, job._line.root)
+                self._end(job, response.finish_reason)
+            elif parser.stop_sequence is not None or parser.finished:
+                self._reclaim(job)
+                self._end(job, "stop")
+
+    def _reclaim(self, job: Generation) -> None:
+        """Takes a request's state back out of the batch."""
+        caches = self._batch.remove([job._uid], return_prompt_caches=True)
+        cache, tokens = caches[job._uid]
+        job._line = Line(list(tokens), list(cache), job._line.snapshots, job._line.root)
+
+    def drop_cancelled(self) -> None:
+        """Ends cancelled requests; what they have computed goes to the prefix cache."""
+        for job in [job for job in self.jobs if job._cancelled]:
+            if job._phase is Phase.DECODE:
+                self._reclaim(job)
+            self._end(job, "stop")
+
+    def _end(self, job: Generation, reason: str) -> None:
+        job.usage.decode_seconds = job._lap() if job._phase is Phase.DECODE else 0.0
+        self._release(job)
+        closing = job._parser.finish()
+        if job._phase is Phase.DECODE:
+            written = job._line.tokens[job.usage.prompt_tokens:]
+            if written and written[-1] in self.tongue.tokenizer.eos_token_ids:
+                written = written[:-1]
+            self.tongue.remember(job._parser.call_ids, written, job._text)
+        if job._line is not None:
+            self.prefixes.put(job._line)
+            job._line = None
+        job._emit(*closing)
+        job._finish(reason)
+
+    def _fail(self, jobs: list[Generation], error: Exception) -> None:
+        log.error("generation failed", exc_info=error)
+        for job in jobs:
+            self._release(job)
+            job._line = None
+            job._fail(EngineError("the model failed while generating; the server goes on, please try again"))
+
+    def _release(self, job: Generation) -> None:
+        self.jobs.remove(job)
+        self.idle_since = time.time()
+        if job.request.keep_alive is not None:
+            self.keep_alive = job.request.keep_alive
+
+
+# ------------------------------------------------------------------ the engine
+
+
+@dataclass
+class Loaded:
+    """A model in memory: bytes of its weights, unix time when it goes if idle (None: never), context window in tokens."""
+
+    model: LocalModel
+    size: int
+    expires: float | None
+    context_length: int
+
+
+class Engine:
+    """Local MLX models behind one thread.
+
+        with Engine("demo") as engine:
+            answer = engine.chat("say hello world")
+            for piece in answer.text():
+                print(piece, end="", flush=True)
+            print(answer.usage)
+
+    `model` is the default model (a name or a path) and begins to load at once; `models_dirs` are folders of models,
+    `aliases` pairs of (glob, name), `context` and `max_tokens` upper bounds in tokens, `cache_limit` the prefix cache's
+    bytes (by default a quarter of what the machine can use). Raises ModelNotFound or ModelLoadError for a bad `model`.
+    """
+
+    def __init__(self, model: str | None = None, *, models_dirs: Sequence[str | Path] = (),
+                 aliases: Sequence[tuple[str, str]] = (), context: int | None = None, max_tokens: int | None = None,
+                 cache_limit: int | None = None):
+        self._library = Library([Path(d) for d in models_dirs], aliases)
+        self._default = self._library.resolve(model, trusted=True) if model else None
+        self._context, self._max_tokens, self._cache_limit = context, max_tokens, cache_limit
+        self._mutex = threading.RLock()
+        self._lock = threading.Condition(self._mutex)
+        self._queue: list[Generation] = []
+        self._tongues: dict[str, Tongue | None] = {}  # None while a thread builds it
+        self._unloads: list[tuple[str, threading.Event]] = []
+        self._last_used: LocalModel | None = None
+        self._runtime: Runtime | None = None
+        self._ready = self._closing = False
+        self._broken: str | None = None
+        self._thread = threading.Thread(target=self._main, name="mlx", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- callers' side
+
+    def models(self) -> list[LocalModel]:
+        """Every model that can be served."""
+        return self._library.models()
+
+    def resolve(self, name: str) -> LocalModel:
+        """The local model that answers to `name`. Raises ModelNotFound."""
+        if self._default is not None and name in (str(self._default.path), self._default.name):
+            return self._default
+        return self._library.resolve(name, default=self._default, last_used=self._last_used)
+
+    def context_length(self, local: LocalModel) -> int:
+        """Tokens of prompt and answer together that a request may have."""
+        return min(local.context_length, self._context or local.context_length)
+
+    def chat(self, messages: str | list[Message], **fields: Any) -> Generation:
+        """Starts an answer to a text or a conversation; `fields` are those of `Request`."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        name = fields.pop("model", None) or (self._default.name if self._default else "default")
+        return self.submit(Request(name, messages, **fields))
+
+    def submit(self, request: Request) -> Generation:
+        """Queues a request. What can be wrong with it is raised here: ModelNotFound, ModelLoadError (no tokenizer),
+        InvalidRequest (the template refuses it), PromptTooLong, EngineClosed."""
+        local = self.resolve(request.model)
+        tongue = self._tongue(local)
+        request.sampling = _filled(request.sampling, tongue.defaults)
+        prompt = tongue.prompt(request) if request.messages or request.prompt else Prompt([])
+        limit, by_context = self._room(local, request, len(prompt.tokens))
+        job = Generation(request, local, tongue, prompt, limit, by_context, self._mutex)
+        with self._lock:
+            if self._closing or self._broken:
+                raise EngineClosed(self._broken or "the server is shutting down")
+            runtime = self._runtime
+            self._last_used = local
+            self._queue.append(job)
+            self._lock.notify_all()
+        if runtime is not None and runtime.local.name == local.name:
+            job.cached_tokens = runtime.prefixes.find(prompt.tokens)[1]
+        return job
+
+    def count_tokens(self, request: Request) -> int:
+        """Prompt tokens of a request, rendered just as `submit` does. Raises as `submit`, but never for length."""
+        return len(self._tongue(self.resolve(request.model)).prompt(request).tokens)
+
+    def loaded(self) -> list[Loaded]:
+        """The models in memory."""
+        runtime = self._runtime
+        if runtime is None:
+            return []
+        local = runtime.local
+        return [Loaded(local, local.size, runtime.expires, self.context_length(local))]
+
+    def unload(self, name: str) -> None:
+        """Frees a model once its running requests are through, and returns then. Raises ModelNotFound."""
+        done = threading.Event()
+        with self._lock:
+            self._unloads.append((self.resolve(name).name, done))
+            self._lock.notify_all()
+        while not done.wait(0.2) and self._thread.is_alive():
+            pass
+
+    def health(self) -> str | None:
+        """What is wrong with the engine, or None."""
+        return self._broken or (None if self._thread.is_alive() else "the engine has stopped")
+
+    def close(self, grace: float = 4.0) -> None:
+        """Ends running work with EngineClosed, frees the model and joins the thread, waiting at most `grace` seconds."""
+        with self._lock:
+            self._closing = True
+            self._lock.notify_all()
+        self._thread.join(grace)
+
+    def _tongue(self, local: LocalModel) -> Tongue:
+        with self._lock:
+            while not self._ready or self._tongues.get(local.name, ...) is None:
+                if self._closing or self._broken:
+                    raise EngineClosed(self._broken or "the server is shutting down")
+                self._lock.wait()
+            if local.name in self._tongues:
+                return self._tongues[local.name]
+            self._tongues[local.name] = None
+        try:
+            tongue = Tongue(local)
+        except BaseException:
+            with self._lock:
+                del self._tongues[local.name]
+                self._lock.notify_all()
+            raise
+        with self._lock:
+            self._tongues[local.name] = tongue
+            self._lock.notify_all()
+        return tongue
+
+    def _room(self, local: LocalModel, request: Request, prompt: int) -> tuple[int, bool]:
+        """How many tokens may be generated, and whether the context window is what bounds them."""
+        context = self.context_length(local)
+        if prompt and prompt >= context:
+            raise PromptTooLong(prompt, context)
+        asked = [n for n in (request.max_tokens, self._max_tokens) if n is not None]
+        room = context - prompt
+        return min([room, *asked]), not asked or min(asked) > room
+
+    # -- the MLX thread
+
+    def _main(self) -> None:
+        try:
+            import mlx.core as mx
+            import mlx_lm.generate  # noqa: F401  the slow import, done here so that callers need not wait for it
+
+            self._configure(mx)
+            with self._lock:
+                self._ready = True
+                self._lock.notify_all()
+            if self._default is not None:
+                self._preload(self._default)
+            while self._wait():
+                self._guarded_step()
+        except Exception:
+            log.critical("the engine has stopped", exc_info=True)
+            self._broken = "the engine has stopped after an internal error"
+        finally:
+            self._shutdown()
+
+    def _configure(self, mx: Any) -> None:
+        device = mx.device_info() if mx.metal.is_available() else {}
+        usable = device.get("max_recommended_working_set_size") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        self._cache_limit = self._cache_limit or usable // 4
+
+    def _preload(self, local: LocalModel) -> None:
+        """Loads the default model before anyone asks for it; a failure is reported again to whoever does."""
+        try:
+            self._runtime = Runtime(local, self._tongue(local), self._cache_limit)
+        except EngineError as error:
+            log.error("%s", error)
+
+    def _wait(self) -> bool:
+        """Sleeps until there is work; False when the engine is to end."""
+        with self._lock:
+            while not self._closing:
+                runtime = self._runtime
+                if self._queue or self._unloads or (runtime and runtime.jobs):
+                    return True
+                expires = runtime.expires if runtime else None
+                if expires is not None and expires <= time.time():
+                    return True
+                self._lock.wait(None if expires is None else max(0.01, expires - time.time()))
+            return False
+
+    def _guarded_step(self) -> None:
+        """A step that cannot end the thread: what nobody below caught costs the running requests and the loaded model,
+        whose state is unknown then, and nothing else."""
+        try:
+            self._step()
+        except Exception:
+            log.critical("unexpected failure in the engine", exc_info=True)
+            for job in self._runtime.jobs if self._runtime else []:
+                job._fail(EngineError("the engine failed; it starts afresh, please try again"))
+            self._free()
+
+    def _step(self) -> None:
+        if self._runtime is not None:
+            self._runtime.drop_cancelled()  # first, so that the same request sent again finds what was computed
+        self._admit()
+        runtime = self._runtime
+        if runtime is not None:
+            runtime.step()
+        idle = runtime is None or not runtime.jobs
+        expired = runtime is not None and runtime.expires is not None and runtime.expires <= time.time()
+        with self._lock:
+            asked = {name for name, _ in self._unloads}
+        if idle and (expired or (runtime and runtime.local.name in asked)):
+            self._free()
+        with self._lock:
+            current = self._runtime.local.name if self._runtime else ""
+            for name, done in self._unloads:
+                if name != current:
+                    done.set()
+            self._unloads = [(name, done) for name, done in self._unloads if name == current]
+
+    def _admit(self) -> None:
+        """Moves requests from the queue to the loaded model, first come first served; the first one that needs another
+        model waits until the running ones are through, and everyone behind it waits too."""
+        with self._lock:
+            for job in [job for job in self._queue if job._cancelled]:
+                self._queue.remove(job)
+            head = self._queue[0] if self._queue else None
+        runtime = self._runtime
+        if head is not None and (runtime is None or runtime.local.name != head.model.name):
+            if runtime is not None and runtime.jobs:
+                return
+            self._free()
+            try:
+                self._runtime = Runtime(head.model, head._tongue, self._cache_limit)
+            except EngineError as error:
+                with self._lock:
+                    failed = [job for job in self._queue if job.model.name == head.model.name]
+                    self._queue = [job for job in self._queue if job.model.name != head.model.name]
+                for job in failed:
+                    job._fail(error)
+                return
+        with self._lock:
+            admitted = list(itertools.takewhile(lambda job: job.model.name == self._runtime.local.name, self._queue))
+            del self._queue[: len(admitted)]
+        for job in admitted:
+            self._runtime.admit(job)
+
+    def _free(self) -> None:
+        """Gives the weights and caches back to the system."""
+        import mlx.core as mx
+
+        if self._runtime is not None:
+            log.info("unloaded %s", self._runtime.local.name)
+        self._runtime = None
+        gc.collect()
+        mx.clear_cache()
+
+    def _shutdown(self) -> None:
+        with self._lock:
+            self._closing = True
+            jobs, self._queue = [*self._queue, *(self._runtime.jobs if self._runtime else [])], []
+            self._lock.notify_all()
+        for job in jobs:
+            job._fail(EngineClosed(self._broken or "the server is shutting down"))
+        self._runtime = None
+        for _, done in self._unloads:
+            done.set()
+        if self._ready:
+            import mlx.core as mx
+
+            mx.clear_streams()  # their threads must not outlive this one
+
+
+def _filled(sampling: Sampling, defaults: Sampling) -> Sampling:
+    """What the client left open is taken from the model's defaults."""
+    return Sampling(**{f.name: getattr(defaults, f.name) if getattr(sampling, f.name) is None else getattr(sampling, f.name)
+                       for f in dataclasses.fields(Sampling)})

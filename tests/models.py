@@ -1,0 +1,93 @@
+"""Random-weight models of each cache class, built in a second: they have no skill, but real tokenizers, templates,
+forward passes and caches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+CHATML = """{%- if tools %}<|im_start|>system
+{% if messages[0].role == 'system' %}{{ messages[0].content }}
+
+{% endif %}<tools>
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}</tools>
+Call one with <tool_call>{"name": ..., "arguments": ...}</tool_call><|im_end|>
+{% elif messages[0].role == 'system' %}<|im_start|>system
+{{ messages[0].content }}<|im_end|>
+{% endif %}
+{%- for message in messages %}
+{%- if message.role == 'tool' %}<|im_start|>user
+<tool_response>
+{{ message.content }}
+</tool_response><|im_end|>
+{% elif message.role != 'system' or not loop.first %}<|im_start|>{{ message.role }}
+{{ message.content }}
+{%- for tool_call in message.tool_calls or [] %}
+<tool_call>
+{"name": "{{ tool_call.function.name }}", "arguments": {{ tool_call.function.arguments | tojson }}}
+</tool_call>
+{%- endfor %}<|im_end|>
+{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+_SMALL = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "vocab_size": 512,
+    "tie_word_embeddings": True, "max_position_embeddings": 32768,
+}
+CONFIGS = {
+    "qwen2": {"model_type": "qwen2", **_SMALL},
+    "qwen3": {"model_type": "qwen3", **_SMALL},
+    "llama_sliding": {
+        "model_type": "llama", **_SMALL, "sliding_window": 64,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "hybrid": {
+        "model_type": "qwen3_next", **_SMALL, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_conv_kernel_dim": 4, "num_experts": 0,
+        "num_experts_per_tok": 1, "decoder_sparse_step": 1, "shared_expert_intermediate_size": 64,
+        "mlp_only_layers": [0, 1, 2, 3], "moe_intermediate_size": 64, "partial_rotary_factor": 0.5,
+        "full_attention_interval": 2, "norm_topk_prob": True,
+    },
+}
+
+
+def build_model(kind: str, path: Path, *, template: str = CHATML, seed: int = 7) -> Path:
+    """Writes a loadable model of one of `CONFIGS` to `path` and returns it. Weights depend on `seed` only."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm.utils import _get_classes
+
+    build_tokenizer(path, template)
+    config = {**CONFIGS[kind], "eos_token_id": 2, "torch_dtype": "float32"}
+    (path / "config.json").write_text(json.dumps(config))
+    model_class, args_class = _get_classes(config)
+    mx.random.seed(seed)
+    model = model_class(args_class.from_dict(config))
+    weights = {name: mx.random.normal(value.shape) * 0.2 if value.ndim > 1 else value
+               for name, value in tree_flatten(model.parameters())}
+    mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "mlx"})
+    return path
+
+
+def build_tokenizer(path: Path, template: str = CHATML) -> None:
+    """Writes a byte-level BPE tokenizer of 512 entries with ChatML's special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(vocab_size=508, special_tokens=special,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator([__doc__, CHATML, Path(__file__).read_text("utf-8")], trainer)
+    tokenizer.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+        "chat_template": template, "model_max_length": 32768,
+    }))

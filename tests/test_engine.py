@@ -1,0 +1,217 @@
+"""The engine on real random-weight models of each cache class: caching, sampling, limits, cancelling, failing, closing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from models import CONFIGS, build_model
+
+from engine import (
+    Done, Engine, EngineClosed, EngineError, Generation, InvalidRequest, ModelLoadError, ModelNotFound, PromptTooLong, Request, Runtime,
+    Sampling, Text, Tick,
+)
+
+ROOT = Path(__file__).parent.parent
+SYSTEM = {"role": "system", "content": "You are a careful tester. " * 40}
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models")
+    for kind in CONFIGS:
+        build_model(kind, path / kind)
+    return path
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def engine(request: pytest.FixtureRequest, folder: Path):
+    with Engine(str(folder / request.param)) as engine:
+        yield engine
+
+
+def answer(engine: Engine, messages: str | list[dict], **fields) -> tuple[str, Generation]:
+    fields.setdefault("max_tokens", 16)
+    generation = engine.chat(messages, **fields)
+    return "".join(generation.text()), generation
+
+
+def cold(engine: Engine, *args, **fields) -> str:
+    engine.unload(engine._default.name)
+    return answer(engine, *args, **fields)[0]
+
+
+def test_a_resent_prompt_is_not_prefilled_again(engine: Engine):
+    messages = [SYSTEM, user("resend")]
+    first, _ = answer(engine, messages)
+    again, generation = answer(engine, messages)
+    assert again == first
+    assert generation.usage.cached_tokens == generation.usage.prompt_tokens - 1 == generation.cached_tokens
+
+
+def test_a_continued_conversation_prefills_only_what_is_new_and_answers_as_if_cold(engine: Engine):
+    messages = [SYSTEM, user("one")]
+    text, generation = answer(engine, messages)
+    messages += [{"role": "assistant", "content": text}, user("two")]
+    warm, follow_up = answer(engine, messages)
+    # The answer may not re-tokenise as it was generated, so what is certain is the prompt up to it.
+    assert follow_up.usage.cached_tokens >= generation.usage.prompt_tokens - 1
+    assert warm == cold(engine, messages)
+
+
+def test_conversations_share_the_system_prompt_and_answers_stay_those_of_a_cold_run(engine: Engine):
+    answer(engine, [SYSTEM, user("first conversation")])
+    warm, other = answer(engine, [SYSTEM, user("quite another one")])
+    assert other.usage.cached_tokens > 0.9 * len(engine._tongue(engine._default).encode(SYSTEM["content"]))
+    assert warm == cold(engine, [SYSTEM, user("quite another one")])
+
+
+def test_a_cancelled_prefill_keeps_what_it_has_and_resuming_changes_nothing(engine: Engine):
+    messages = [user("word " * 1500)]
+    expected = cold(engine, messages)
+    engine.unload(engine._default.name)
+    generation = engine.chat(messages, max_tokens=4)
+    while generation._line is None or not generation._line.tokens:  # until the first chunk is done
+        next(generation)
+    generation.cancel()
+    text, resumed = answer(engine, messages)
+    assert text == expected
+    assert resumed.usage.cached_tokens >= Runtime.CHUNK
+
+
+def test_a_seed_gives_the_same_text_alone_and_in_company(engine: Engine):
+    sampling = Sampling(temperature=1.0, top_p=0.95, top_k=40, min_p=0.01, repetition_penalty=1.1, presence_penalty=0.2,
+                        frequency_penalty=0.2, seed=5)
+    alone, _ = answer(engine, "dice", sampling=sampling)
+    company = [engine.chat(f"guest {n}", max_tokens=24, sampling=Sampling(temperature=1.0, seed=n)) for n in range(3)]
+    seeded = engine.chat("dice", max_tokens=16, sampling=sampling)
+    assert "".join(seeded.text()) == alone
+    assert answer(engine, "dice", sampling=Sampling(temperature=1.0, seed=6))[0] != alone
+    for guest in company:
+        guest.cancel()
+
+
+def test_usage_adds_up_and_the_limit_is_reported(engine: Engine):
+    events = list(engine.chat("count", max_tokens=7))
+    done = events[-1]
+    assert isinstance(done, Done) and done.reason == "length"
+    assert done.usage.completion_tokens == 7
+    assert done.usage.prompt_tokens == engine.count_tokens(Request(engine._default.name, [user("count")]))
+    assert done.usage.total_seconds >= done.usage.prefill_seconds + done.usage.decode_seconds
+
+
+def test_max_tokens_zero_only_fills_the_cache(engine: Engine):
+    text, generation = answer(engine, "prewarm me", max_tokens=0)
+    assert text == "" and generation.usage.completion_tokens == 0
+    assert answer(engine, "prewarm me")[1].usage.cached_tokens == generation.usage.prompt_tokens - 1
+
+
+def test_an_empty_request_loads_the_model_and_unload_frees_it(engine: Engine):
+    name = engine._default.name
+    engine.unload(name)
+    assert engine.loaded() == []
+    assert list(engine.submit(Request(name)))[-1].reason == "load"
+    assert [loaded.model.name for loaded in engine.loaded()] == [name]
+
+
+def test_a_prompt_longer_than_the_context_is_refused_before_any_work(folder: Path):
+    with Engine(str(folder / "qwen2"), context=64) as engine:
+        with pytest.raises(PromptTooLong, match=r"prompt is too long: \d+ tokens > 64 maximum"):
+            engine.chat("word " * 100)
+        events = list(engine.chat("hi", sampling=Sampling(temperature=1.0, seed=1)))
+        assert events[-1].reason in ("context", "stop")
+        assert events[-1].usage.prompt_tokens + events[-1].usage.completion_tokens <= 64
+
+
+def test_models_are_swapped_on_demand_in_the_order_of_requests(folder: Path):
+    with Engine(models_dirs=[folder]) as engine:
+        names = ["qwen2", "hybrid", "qwen2", "llama_sliding"]
+        generations = [engine.submit(Request(name, [user("hi")], max_tokens=3)) for name in names]
+        assert [list(g)[-1].reason for g in generations] == ["length"] * 4
+        assert [loaded.model.name for loaded in engine.loaded()] == ["llama_sliding"]
+
+
+def test_keep_alive_zero_unloads_after_the_answer(folder: Path):
+    with Engine(models_dirs=[folder]) as engine:
+        list(engine.submit(Request("qwen2", [user("hi")], max_tokens=2, keep_alive=0)))
+        engine.unload("hybrid")  # returns after a step of the engine, which has unloaded by then
+        assert engine.loaded() == []
+
+
+def test_a_broken_model_fails_its_own_requests_and_can_be_tried_again(folder: Path, tmp_path: Path):
+    broken = build_model("qwen2", tmp_path / "broken")
+    weights = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with Engine(models_dirs=[folder, tmp_path]) as engine:
+        healthy = engine.submit(Request("qwen2", [user("hi")], max_tokens=200))
+        with pytest.raises(ModelLoadError, match="broken") as failure:
+            list(engine.submit(Request("broken", [user("hi")])))
+        assert str(tmp_path) not in str(failure.value)
+        assert list(healthy)[-1].usage.completion_tokens > 0
+        (broken / "model.safetensors").write_bytes(weights)
+        assert list(engine.submit(Request("broken", [user("hi")], max_tokens=2)))[-1].reason == "length"
+
+
+def test_a_failing_step_fails_its_request_and_nothing_else(engine: Engine):
+    bad = Request(engine._default.name, [user("bad")], max_tokens=4, sampling=Sampling(temperature="hot"))
+    with pytest.raises(EngineError, match="try again"):
+        list(engine.submit(bad))
+    assert answer(engine, "good")[1].usage.completion_tokens == 16
+
+
+def test_an_unknown_model_names_what_is_installed(folder: Path):
+    with Engine(models_dirs=[folder]) as engine:
+        with pytest.raises(ModelNotFound, match="llama_sliding"):
+            engine.submit(Request("no-such-model:7b", [user("hi")]))
+
+
+def test_cancelling_ends_the_iteration_at_once(engine: Engine):
+    generation = engine.chat("endless", max_tokens=4000)
+    for event in generation:
+        if isinstance(event, Text):
+            generation.cancel()
+    assert not engine.submit(Request(engine._default.name)).prompt_tokens  # the engine goes on
+
+
+def test_ticks_come_while_nothing_else_does(folder: Path):
+    with Engine(str(folder / "qwen2")) as engine:
+        generation = engine.chat("word " * 4000, max_tokens=1)
+        assert any(isinstance(event, Tick) for event in generation)
+
+
+def test_closing_ends_running_work_with_an_error(folder: Path):
+    engine = Engine(str(folder / "qwen2"))
+    generation = engine.chat("endless", max_tokens=30000)
+    closer = threading.Thread(target=engine.close)
+    with pytest.raises(EngineClosed):
+        for event in generation:
+            if isinstance(event, Text) and closer.ident is None:
+                closer.start()
+    closer.join()
+    with pytest.raises(EngineClosed):
+        engine.chat("too late")
+
+
+def test_importing_the_engine_is_cheap():
+    script = "import sys, engine; print(sorted({'mlx', 'mlx_lm', 'transformers', 'numpy'} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(out.stdout.replace("'", '"')) == []
+
+
+def test_a_process_that_used_the_engine_exits_cleanly(folder: Path):
+    script = f"""
+from engine import Engine, Sampling
+engine = Engine({str(folder / "llama_sliding")!r})
+print(len("".join(engine.chat("hi", max_tokens=3, sampling=Sampling(temperature=1.0, seed=1)).text())) > 0)
+engine.close()
+"""
+    out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (out.returncode, out.stdout.strip()) == (0, "True"), out.stderr

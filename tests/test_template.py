@@ -1,0 +1,119 @@
+"""Chat templates: one canonical conversation renders on templates of every temperament that real model families have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from models import CHATML, build_model
+
+from engine import InvalidRequest, Request, Template, Tongue, describe
+
+TOOLS = [{"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {
+    "type": "object", "properties": {"at": {"type": "string"}}}}}]
+
+
+def call(*ids: str) -> dict:
+    return {"role": "assistant", "content": "", "tool_calls": [
+        {"id": i, "type": "function", "function": {"name": "look", "arguments": {"at": f"<{i}>"}}} for i in ids]}
+
+
+def result(call_id: str) -> dict:
+    return {"role": "tool", "tool_call_id": call_id, "name": "look", "content": f"saw {call_id}"}
+
+
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Look twice."},
+    call("toolu_aaaaaaaaaaaa", "toolu_bbbbbbbbbbbb"),
+    result("toolu_aaaaaaaaaaaa"),
+    result("toolu_bbbbbbbbbbbb"),
+    {"role": "user", "content": "And now?"},
+]
+
+TOP = "{% if tools %}{{ tools }}\n{% endif %}"
+TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}(call {{ c.function.arguments }}){% endfor %}<|im_end|>\n"
+OPEN = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def template(check: str = "", turn: str = TURN, opening: str = OPEN) -> str:
+    return f"{TOP}{{% for m in messages %}}{check}{turn}{{% endfor %}}{opening}"
+
+
+def refuse(condition: str) -> str:
+    return f"{{% if {condition} %}}{{{{ raise_exception('no') }}}}{{% endif %}}"
+
+
+NINE = refuse("m.role == 'tool' and m.tool_call_id | length != 9") + (
+    "{% for c in m.tool_calls or [] %}" + refuse("c.id | length != 9") + "{% endfor %}")
+TEMPLATES = {
+    "chatml": CHATML,
+    "plain": template(),
+    "strict": template(NINE + refuse("m.role == 'system' and not loop.first")
+                       + refuse("m.role == 'user' and loop.previtem and loop.previtem.role not in ('assistant', 'system')")),
+    "one call a turn": template(refuse("(m.tool_calls or []) | length > 1")),
+    "no system": template(refuse("m.role == 'system'")),
+    "no tools": template(refuse("m.role == 'tool'"))[len(TOP):],
+    "calls forgotten": template(turn="<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"),
+    "always thinks": template(refuse("enable_thinking is defined and not enable_thinking")),
+    "user first": template(refuse("m.role == 'assistant' and (loop.first or loop.previtem.role == 'system')")),
+}
+
+
+def tongue(path: Path, template: str) -> Tongue:
+    return Tongue(describe("m", build_model("qwen2", path, template=template)))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_part_of_the_conversation_reaches_the_prompt(tmp_path: Path, name: str):
+    voice = tongue(tmp_path, TEMPLATES[name])
+    request = Request("m", CONVERSATION, tools=TOOLS, thinking=False)
+    text = voice.tokenizer.decode(voice.prompt(request).tokens)
+    for part in ("Be brief.", "Look twice.", "<toolu_aaaaaaaaaaaa>", "<toolu_bbbbbbbbbbbb>", "saw toolu_aaaaaaaaaaaa",
+                 "saw toolu_bbbbbbbbbbbb", "And now?", "Looks."):
+        assert text.count(part) == 1, (part, text)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_appended_turn_leaves_the_tokens_before_it_alone(tmp_path: Path, name: str):
+    voice = tongue(tmp_path, TEMPLATES[name])
+    before = voice.prompt(Request("m", CONVERSATION[:2], tools=TOOLS))
+    after = voice.prompt(Request("m", CONVERSATION[:5], tools=TOOLS))
+    assert after.tokens[: before.body] == before.tokens[: before.body]
+    assert 0 < before.root <= before.body <= len(before.tokens)
+
+
+def test_the_final_assistant_message_is_left_open(tmp_path: Path):
+    voice = tongue(tmp_path, CHATML)
+    messages = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "It is"}]
+    assert voice.tokenizer.decode(voice.prompt(Request("m", messages)).tokens).endswith("<|im_start|>assistant\nIt is")
+
+
+def test_tools_are_not_shown_when_none_may_be_called(tmp_path: Path):
+    voice = tongue(tmp_path, CHATML)
+    with_none = Request("m", CONVERSATION, tools=TOOLS, tool_choice="none")
+    assert "Looks." not in voice.tokenizer.decode(voice.prompt(with_none).tokens)
+
+
+def test_a_prompt_that_ends_inside_thinking_is_noticed(tmp_path: Path):
+    voice = tongue(tmp_path, template(opening=OPEN.replace("{% endif", "<think>\n{% endif")))
+    assert voice.prompt(Request("m", CONVERSATION[:2])).in_thinking
+
+
+def test_raw_text_goes_around_the_template(tmp_path: Path):
+    voice = tongue(tmp_path, CHATML)
+    assert voice.tokenizer.decode(voice.prompt(Request("m", prompt="as it is")).tokens) == "as it is"
+
+
+def test_a_template_that_refuses_everything_is_the_requests_error(tmp_path: Path):
+    voice = tongue(tmp_path, "{{ raise_exception('never') }}")
+    with pytest.raises(InvalidRequest, match="never"):
+        voice.prompt(Request("m", CONVERSATION))
+
+
+def test_traits_are_found_by_probing(tmp_path: Path):
+    strict, one, plain = (tongue(tmp_path / name, TEMPLATES[name]).template for name in ("strict", "one call a turn", "plain"))
+    assert isinstance(strict, Template)
+    assert strict.short_ids and not plain.short_ids
+    assert not strict.user_after_tool and plain.user_after_tool
+    assert not one.parallel_calls and plain.parallel_calls
