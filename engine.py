@@ -1630,7 +1630,7 @@ class Generation:
         # From here on the MLX thread's own notes.
         self._phase = Phase.WAITING
         self._line: Line | None = None
-        self._uid: int | None = None
+        self._number = 0
         self._detokenizer: Any = None
         self._text = ""
         callable_tools = [*request.tools, *request.deferred_tools] if request.tool_choice != "none" else []
@@ -1693,15 +1693,69 @@ class Generation:
 # ------------------------------------------------------------------ one loaded model
 
 
+class Decoder:
+    """All requests that decode now, as one batch of mlx-lm's (`GenerationBatch`, the decoding half of BatchGenerator).
+
+    A request alone decodes on its own caches in place, so that its state is moved in and out and never copied, and every
+    cache class works. When another one joins, both are merged into batch caches. On the MLX thread.
+    """
+
+    def __init__(self, model: Any, end_tokens: Iterable[int]):
+        from mlx_lm.generate import StopSequences
+
+        self._model, self._ends = model, StopSequences([[token] for token in end_tokens])
+        self._batch: Any = None
+        self._count = 0
+
+    def __len__(self) -> int:
+        return len(self._batch.uids) if self._batch is not None else 0
+
+    def accepts(self, cache: list[Any]) -> bool:
+        """Whether a request with this cache can decode beside those that already do."""
+        return not len(self) or all(hasattr(layer, "merge") for layer in cache)
+
+    def insert(self, line: Line, token: int, limit: int, sampler: Any, penalties: list[Any]) -> int:
+        """Starts a request that has read `line` and reads `token` next; returns its number. The line's caches are the
+        decoder's from here on."""
+        import mlx.core as mx
+        from mlx_lm.generate import GenerationBatch
+
+        self._count += 1
+        batch = GenerationBatch(self._model, [self._count], mx.array([token]), line.cache, [list(line.tokens)], [sampler],
+                                sampler, [tuple(penalties)], [self._ends], [limit])
+        if not len(self):
+            self._batch = batch
+            batch.extract_cache = lambda _: list(batch.prompt_cache)  # nobody else's rows are in there
+        else:
+            for lone in (self._batch, batch):
+                if "extract_cache" in vars(lone) or lone is batch:
+                    vars(lone).pop("extract_cache", None)
+                    lone.prompt_cache = [layer.merge([layer]) for layer in lone.prompt_cache]
+            self._batch.extend(batch)
+        return self._count
+
+    def step(self) -> list[Any]:
+        """One token for everyone: mlx-lm's responses, the last one of a request with its caches and all its tokens."""
+        return self._batch.next() if len(self) else []
+
+    def remove(self, number: int) -> tuple[list[Any], list[int]]:
+        """Takes a request out before its end: its caches and the tokens they have read."""
+        at = self._batch.uids.index(number)
+        state = self._batch.extract_cache(at), list(self._batch.tokens[at])
+        self._batch.filter([i for i in range(len(self)) if i != at])
+        return state
+
+
 class Runtime:
     """A model's weights with all that lives and dies with them. Every method runs on the MLX thread.
 
     Prefill is done here, a chunk at a time, since snapshots have to be taken inside it and decoding must go on between
-    two chunks; mlx-lm's BatchGenerator then decodes everything that is ready as one batch.
+    two chunks; the decoder then takes over.
     """
 
     CHUNK = 512  # tokens; larger ones gain no speed but memory peaks and waiting time
     SPARSE = 4096  # tokens between two restore points inside a long prompt
+    BATCH = 32  # requests that decode side by side
 
     def __init__(self, local: LocalModel, tongue: Tongue, cache_limit: int):
         from mlx_lm.utils import load_model
@@ -1718,13 +1772,11 @@ class Runtime:
         self.jobs: list[Generation] = []
         self.keep_alive: float | None = None
         self.idle_since = time.time()
-        self._batch = self._new_batch()
+        self._decoder = self._new_decoder()
         log.info("loaded %s in %.1f s", local.name, self.load_seconds)
 
-    def _new_batch(self) -> Any:
-        from mlx_lm.generate import BatchGenerator
-
-        return BatchGenerator(self.model, stop_tokens=[[t] for t in self.tongue.tokenizer.eos_token_ids])
+    def _new_decoder(self) -> Decoder:
+        return Decoder(self.model, self.tongue.tokenizer.eos_token_ids)
 
     @property
     def expires(self) -> float | None:
@@ -1755,7 +1807,7 @@ class Runtime:
     def step(self) -> None:
         """One chunk of prefill for the first request that needs it, one token for each that decodes."""
         waiting = next((job for job in self.jobs if job._phase is Phase.PREFILL), None)
-        if waiting is not None:
+        if waiting is not None and len(self._decoder) < self.BATCH:
             try:
                 self._prefill(waiting)
             except Exception as error:
@@ -1765,7 +1817,7 @@ class Runtime:
                 self._decode()
             except Exception as error:
                 self._fail([job for job in self.jobs if job._phase is Phase.DECODE], error)
-                self._batch = self._new_batch()
+                self._decoder = self._new_decoder()
 
     def _prefill(self, job: Generation) -> None:
         import mlx.core as mx
@@ -1781,22 +1833,21 @@ class Runtime:
             line.tokens = tokens[:stop]
             if stop in marks:
                 line.snapshot()
-        if len(line.tokens) < end:
+        if len(line.tokens) < end or not self._decoder.accepts(line.cache):
             return
         job.usage.prefill_seconds = job._lap()
         if job._limit <= 0:
             return self._end(job, "length")
-        job._uid, = self._batch.insert(
-            [tokens[end:]], [job._limit], caches=[line.cache], all_tokens=[list(line.tokens)],
-            samplers=[make_sampler(job.request.sampling, len(self.tongue.tokenizer))],
-            logits_processors=[make_penalties(job.request.sampling)])
-        line.cache = []  # the batch owns the state now and gives it back at the end
+        sampling = job.request.sampling
+        job._number = self._decoder.insert(line, tokens[end], job._limit, make_sampler(sampling, len(self.tongue.tokenizer)),
+                                           make_penalties(sampling))
+        line.cache = []  # the decoder gives it back at the end
         job._phase = Phase.DECODE
 
     def _decode(self) -> None:
-        by_uid = {job._uid: job for job in self.jobs if job._phase is Phase.DECODE}
-        for response in self._batch.next()[1]:
-            job = by_uid[response.uid]
+        by_number = {job._number: job for job in self.jobs if job._phase is Phase.DECODE}
+        for response in self._decoder.step():
+            job = by_number[response.uid]
             usage, parser, detokenizer = job.usage, job._parser, job._detokenizer
             usage.completion_tokens += 1
             usage.thinking_tokens += parser.state == "thinking"
@@ -1815,10 +1866,9 @@ class Runtime:
                 self._end(job, "stop")
 
     def _reclaim(self, job: Generation) -> None:
-        """Takes a request's state back out of the batch."""
-        caches = self._batch.remove([job._uid], return_prompt_caches=True)
-        cache, tokens = caches[job._uid]
-        job._line = Line(list(tokens), list(cache), job._line.snapshots, job._line.root)
+        """Takes a request's state back from the decoder."""
+        cache, tokens = self._decoder.remove(job._number)
+        job._line = Line(tokens, cache, job._line.snapshots, job._line.root)
 
     def drop_cancelled(self) -> None:
         """Ends cancelled requests; what they have computed goes to the prefix cache."""
@@ -2037,6 +2087,8 @@ class Engine:
         device = mx.device_info() if mx.metal.is_available() else {}
         usable = device.get("max_recommended_working_set_size") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         self._cache_limit = self._cache_limit or usable // 4
+        if device:
+            mx.set_wired_limit(usable)  # weights and caches stay resident; the system's own limit is far lower
 
     def _preload(self, local: LocalModel) -> None:
         """Loads the default model before anyone asks for it; a failure is reported again to whoever does."""
