@@ -858,13 +858,17 @@ class Tongue:
             in_thinking=bool(start) and not opening and text.rstrip().endswith(start),
         )
 
-    def remember(self, call_ids: list[str], tokens: list[int], text: str) -> None:
-        """Keeps an answer: its tokens without the end token, and their text."""
-        end = (self.format.thinking or ("", ""))[1]
-        thought, _, visible = text.rpartition(end) if end else ("", "", text)
+    def remember(self, job: Generation) -> None:
+        """Keeps the answer of a request that has decoded, under the ids of its calls or else the text the client saw."""
+        opening = job._prompt.opening
+        tokens = job._line.tokens[job.prompt_tokens - len(self._encode_whole(opening)):]
+        if tokens and tokens[-1] in self.tokenizer.eos_token_ids:
+            tokens = tokens[:-1]
+        visible = job._raw.rpartition(self.format.thinking[1])[2] if job._thought else opening + job._raw
         while len(self._answers) >= self.REMEMBERED:
             self._answers.pop(next(iter(self._answers)))
-        self._answers[_answer_key(call_ids, visible)] = Answer(tokens, visible.lstrip("\n"), bool(thought.strip()))
+        key = _answer_key(job._parser.call_ids, job._visible)
+        self._answers[key] = Answer(tokens, visible.lstrip("\n"), job._thought)
 
     def _recall(self, messages: list[Message]) -> tuple[list[Message], dict[str, Answer]]:
         """The conversation with a mark for the text of every remembered answer, and the answers by their marks."""
@@ -1632,7 +1636,8 @@ class Generation:
         self._line: Line | None = None
         self._number = 0
         self._detokenizer: Any = None
-        self._text = ""
+        self._raw, self._visible = "", ""  # what the model wrote, and what of it the client saw as text
+        self._thought = False
         callable_tools = [*request.tools, *request.deferred_tools] if request.tool_choice != "none" else []
         self._parser = OutputParser(tongue.format, callable_tools, request.stop, in_thinking=prompt.in_thinking,
                                     parallel=request.parallel_tool_calls)
@@ -1664,6 +1669,8 @@ class Generation:
             self._outbox.clear()
 
     def _emit(self, *events: Event | EngineError) -> None:
+        self._visible += "".join(event.text for event in events if isinstance(event, Text))
+        self._thought |= any(isinstance(event, Thinking) for event in events)
         if events:
             with self._news:
                 self._outbox += events
@@ -1856,7 +1863,7 @@ class Runtime:
             if response.finish_reason:
                 detokenizer.finalize()
             piece = detokenizer.last_segment
-            job._text += piece
+            job._raw += piece
             job._emit(*parser.feed(piece))
             if response.finish_reason:
                 job._line = Line(response.all_tokens, response.prompt_cache, job._line.snapshots, job._line.root)
@@ -1880,16 +1887,12 @@ class Runtime:
     def _end(self, job: Generation, reason: str) -> None:
         job.usage.decode_seconds = job._lap() if job._phase is Phase.DECODE else 0.0
         self._release(job)
-        closing = job._parser.finish()
+        job._emit(*job._parser.finish())
         if job._phase is Phase.DECODE:
-            written = job._line.tokens[job.usage.prompt_tokens:]
-            if written and written[-1] in self.tongue.tokenizer.eos_token_ids:
-                written = written[:-1]
-            self.tongue.remember(job._parser.call_ids, written, job._text)
+            self.tongue.remember(job)
         if job._line is not None:
             self.prefixes.put(job._line)
             job._line = None
-        job._emit(*closing)
         job._finish(reason)
 
     def _fail(self, jobs: list[Generation], error: Exception) -> None:

@@ -1,0 +1,1061 @@
+"""The interpreters: vendors' JSON on one side, the engine's `Request` and `Event`s on the other.
+
+Plain functions and small classes from dict to dict. They know no socket and no MLX array, so every rule of a wire is
+testable without a server. Three districts: what all dialects share, above all the one way into the canonical
+conversation; then Anthropic; then Ollama.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import math
+import re
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any, Iterable
+
+from engine import (
+    Done, EngineClosed, EngineError, Event, InvalidRequest, Loaded, LocalModel, Message, ModelLoadError, ModelNotFound,
+    PromptTooLong, Request, Sampling, Text, Thinking, ToolEnd, ToolInput, ToolStart, Usage,
+)
+
+log = logging.getLogger("mlx_server")
+
+Object = dict[str, Any]
+"""A JSON object of some wire."""
+
+IMAGE_NOTE = "[image omitted: this model cannot see images]"
+NO_RESULT = "[no result: interrupted]"
+
+
+# ================================================================== shared
+
+
+class WireError(Exception):
+    """A request that its wire does not allow: HTTP status, a sentence for the client and headers to send with it."""
+
+    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None):
+        super().__init__(message)
+        self.status, self.message, self.headers = status, message, headers or {}
+
+
+class Reply:
+    """One request's answer in one dialect. One instance per HTTP request, made from the request's body.
+
+    `stream` says what the client asked for, `framing` how objects are framed then: "events" (server-sent events, named
+    by the object's "type") or "lines" (NDJSON). With `unload` set the model is to be unloaded, not asked, and `whole`
+    is the answer. Streaming or not, every event of the generation goes through `event`.
+    """
+
+    request: Request
+    stream: bool
+    framing: str
+    unload = False
+
+    def check(self, model: LocalModel) -> None:
+        """Called with the resolved model before anything is queued. Raises WireError if the model cannot do this."""
+
+    def open(self, generation: Any) -> list[Object]:
+        """Objects to send at once when the engine has accepted the request."""
+        return []
+
+    def event(self, event: Event) -> list[Object]:
+        """Objects for one event; for `Done` the closing ones."""
+        raise NotImplementedError
+
+    def ping(self) -> list[Object]:
+        """Objects that mean nothing but that the server is alive."""
+        return []
+
+    def failure(self, error: Exception) -> list[Object]:
+        """Objects that end a stream whose generation failed."""
+        raise NotImplementedError
+
+    def whole(self) -> Object:
+        """The body of an answer that is not streamed."""
+        raise NotImplementedError
+
+
+# ------------------------------------------------------------------ checking
+
+_KINDS = {str: "a valid string", bool: "a valid boolean", int: "a valid integer", float: "a valid number",
+          list: "a valid list", dict: "an object"}
+
+
+def is_a(value: Any, kind: type) -> bool:
+    """Whether a JSON value is of a kind: a boolean is no number, an integer is a `float` too, NaN and 1e999 are nothing."""
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    if kind is float:
+        return is_a(value, int) or isinstance(value, float) and math.isfinite(value)
+    return isinstance(value, kind)
+
+
+def take(body: Object, key: str, kind: type, path: str = "", *, required: bool = False, default: Any = None,
+         low: float | None = None, high: float | None = None) -> Any:
+    """`body[key]`, checked. Null is absent. `path` ("messages.0.") precedes the key in the sentence of a WireError."""
+    value = body.get(key)
+    if value is None:
+        if required:
+            raise WireError(400, f"{path}{key}: Field required")
+        return default
+    if not is_a(value, kind):
+        raise WireError(400, f"{path}{key}: Input should be {_KINDS[kind]}")
+    if low is not None and value < low:
+        raise WireError(400, f"{path}{key}: Input should be greater than or equal to {low}")
+    if high is not None and value > high:
+        raise WireError(400, f"{path}{key}: Input should be less than or equal to {high}")
+    return value
+
+
+def items(body: Object, key: str, kind: type, path: str = "", *, required: bool = False) -> list:
+    """The list `body[key]` with all its items checked to be of `kind`."""
+    values = take(body, key, list, path, required=required, default=[])
+    for number, value in enumerate(values):
+        if not is_a(value, kind):
+            raise WireError(400, f"{path}{key}.{number}: Input should be {_KINDS[kind]}")
+    return values
+
+
+def tool_form(name: str, description: str, schema: Object) -> Object:
+    """A tool in the form chat templates know. The schema always says `object` and has properties."""
+    schema = {**schema, "type": "object"} if "type" in schema else {"type": "object", **schema}
+    if not isinstance(schema.get("properties"), dict):
+        schema["properties"] = {}
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": schema}}
+
+
+def call_arguments(value: Any) -> Object:
+    """A past call's arguments as the object they should have been."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value or "{}")
+        except ValueError:
+            pass
+    return value if isinstance(value, dict) else {} if value is None else {"input": value}
+
+
+def timestamp(seconds: float) -> str:
+    """Unix seconds as RFC 3339 with microseconds, in UTC."""
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def now() -> str:
+    return timestamp(datetime.now(timezone.utc).timestamp())
+
+
+# ------------------------------------------------------------------ the canonical conversation
+
+
+@dataclass
+class Turn:
+    """One thing somebody said, as a dialect found it. `role` is "system", "user", "assistant" or "tool".
+
+    `calls` are an assistant's (id, name, arguments); `call_id` says which of them a tool's text answers.
+    """
+
+    role: str
+    text: str = ""
+    reasoning: str = ""
+    calls: list[tuple[str, str, Object]] = field(default_factory=list)
+    call_id: str = ""
+
+    @property
+    def says_something(self) -> bool:
+        if self.role == "assistant":
+            return bool(self.text.strip() or self.reasoning.strip() or self.calls)
+        return bool(self.text) or self.role == "tool"
+
+
+def canonical(turns: Iterable[Turn]) -> list[Message]:
+    """Turns in any order and number as the canonical conversation that the engine renders.
+
+    It is append-only: when turns are added at the end, nothing changes but the last run of turns between two of the
+    assistant's, and that only by what a system message after it brings along.
+    """
+    turns = [turn for turn in turns if turn.says_something]
+    if turns and turns[-1].role == "assistant" and not (turns[-1].text.strip() or turns[-1].calls):
+        turns.pop()  # nothing there to continue
+    head = list(itertools.takewhile(lambda turn: turn.role == "system", turns))
+    messages: list[Message] = []
+    if head:
+        messages.append({"role": "system", "content": "\n\n".join(turn.text for turn in head)})
+    calls: list[Object] = []
+    for spoken, group in itertools.groupby(turns[len(head):], lambda turn: turn.role == "assistant"):
+        if spoken:
+            messages.append(_answer(list(group)))
+            calls = messages[-1].get("tool_calls", [])
+        else:
+            messages += _between(calls, group)
+            calls = []
+    if calls:
+        messages += _between(calls, [])
+    elif messages and messages[-1]["role"] == "assistant":
+        messages[-1]["content"] = messages[-1]["content"].rstrip()  # templates cannot continue after a blank
+    return messages
+
+
+def _answer(turns: list[Turn]) -> Message:
+    """Successive assistant turns as one message; what was said after a call comes before it."""
+    message: Message = {"role": "assistant", "content": "\n".join(turn.text for turn in turns if turn.text.strip())}
+    if reasoning := "\n".join(turn.reasoning for turn in turns if turn.reasoning.strip()):
+        message["reasoning_content"] = reasoning
+    if calls := [call for turn in turns for call in turn.calls]:
+        message["tool_calls"] = [{"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+                                 for id, name, arguments in calls]
+    return message
+
+
+def _between(calls: list[Object], turns: Iterable[Turn]) -> list[Message]:
+    """What stands between two assistant messages: the results of `calls` in their order, then the user's words.
+
+    A system message becomes a reminder right before the words of the one user message it follows, not at the head of
+    several: an earlier request may have ended in those and has been prefilled like that. Without words before it, it
+    ends the last result, or, after a plain answer, opens the next user message.
+    """
+    results: dict[str, str] = {}
+    reminders: list[str] = []
+    words: list[str] = []
+    last_words: int | None = None
+    open_ids = {call["id"] for call in calls}
+    for turn in turns:
+        if turn.role == "tool" and turn.call_id in open_ids:
+            results[turn.call_id] = turn.text
+        elif turn.role != "system":
+            last_words = len(words)
+            words.append(turn.text if turn.role == "user" else f"Tool result ({turn.call_id}): {turn.text}")
+        else:
+            reminder = f"<system-reminder>\n{turn.text}\n</system-reminder>"
+            if last_words is not None:
+                words.insert(last_words, reminder)
+                last_words += 1
+            else:
+                (reminders if calls else words).append(reminder)
+    messages: list[Message] = [
+        {"role": "tool", "tool_call_id": call["id"], "name": call["function"]["name"],
+         "content": results.get(call["id"], NO_RESULT)} for call in calls]
+    if reminders:
+        messages[-1]["content"] = "\n".join([*filter(None, [messages[-1]["content"]]), *reminders])
+    if words:
+        messages.append({"role": "user", "content": "\n".join(words)})
+    return messages
+
+
+def ask_for_json(messages: list[Message], schema: Object | None) -> None:
+    """Asks for a JSON answer in words, at the end of the last user message: a request's output format is honoured by
+    the prompt, which a model follows as well as it can."""
+    demand = "Answer with JSON only" + (f", matching this schema: {json.dumps(schema, ensure_ascii=False)}" if schema else ".")
+    for message in reversed(messages):
+        if message["role"] == "user":
+            message["content"] += f"\n\n{demand}"
+            return
+    messages.append({"role": "user", "content": demand})
+
+
+# ================================================================== Anthropic
+#
+# The Messages API, of 2023-06-01 and 2026-10-21 alike: https://platform.claude.com/docs/en/api/messages
+
+_BILLING = re.compile(r"\A(?:\s*x-anthropic-billing-header:[^\n]*(?:\n|\Z))+")  # differs from request to request
+_ROLES = {"user": "user", "assistant": "assistant", "system": "system", "ctx": "user", "msg": "user"}
+_THINKING = {"enabled": True, "adaptive": True, "disabled": False, "between_tools": False}
+_SERVER_TOOLS = ("web_search_", "web_fetch_", "code_execution_", "tool_search_tool_", "advisor_", "mcp_toolset")
+_SIGNATURE = "bWx4LXNlcnZlcg=="  # clients do not send thinking back whose signature is empty
+_STOP_REASONS = {"stop": "end_turn", "stop_sequence": "stop_sequence", "length": "max_tokens", "tool_calls": "tool_use",
+                 "context": "model_context_window_exceeded", "load": "end_turn"}
+_ERROR_TYPES = {401: "authentication_error", 402: "billing_error", 403: "permission_error", 404: "not_found_error",
+                408: "timeout_error", 409: "conflict_error", 413: "request_too_large", 429: "rate_limit_error",
+                504: "timeout_error", 529: "overloaded_error"}
+
+
+def _properties(required: list[str], **kinds: str | list[str]) -> Object:
+    def schema(kind: str | list[str]) -> Object:
+        if isinstance(kind, list):
+            return {"type": "string", "enum": kind}
+        return {"type": "array", "items": {"type": "integer"}} if kind == "array" else {"type": kind}
+
+    return {"type": "object", "properties": {name: schema(kind) for name, kind in kinds.items()}, "required": required}
+
+
+_EDITING = {"path": "string", "file_text": "string", "old_str": "string", "new_str": "string", "insert_line": "integer",
+            "insert_text": "string", "view_range": "array"}
+_CLIENT_TOOLS = {  # by the start of their type: name, description and schema of tools that clients run and never describe
+    "bash_": ("bash", "Run a command in a persistent bash session, or restart it.",
+              _properties([], command="string", restart="boolean")),
+    "text_editor_": ("str_replace_based_edit_tool", "View, create and edit text files.",
+                     _properties(["command", "path"], command=["view", "create", "str_replace", "insert"], **_EDITING)),
+    "memory_": ("memory", "Keep notes in files under /memories.", _properties(
+        ["command"], command=["view", "create", "str_replace", "insert", "delete", "rename"], **_EDITING,
+        old_path="string", new_path="string")),
+}
+
+
+# ------------------------------------------------------------------ Anthropic: the request
+
+
+def anthropic_count(body: Object) -> Request:
+    """The `Request` of a count_tokens body: a messages body without the need for max_tokens. Raises WireError."""
+    return _anthropic_request(body, counting=True)
+
+
+def _anthropic_request(body: Object, counting: bool = False) -> Request:
+    """A messages body as a `Request`. An output format becomes a sentence at the end of the last user message.
+
+    Raises WireError 400 with the path of what is wrong. Unknown keys and betas are ignored, and so is all that only
+    steers Anthropic's own caches and billing.
+    """
+    if not isinstance(body, dict):
+        raise WireError(400, "Input should be an object")
+    model = take(body, "model", str, required=True)
+    if not model:
+        raise WireError(400, "model: String should have at least 1 character")
+    max_tokens = take(body, "max_tokens", int, required=not counting, low=0)
+    _refuse_what_cannot_be_honoured(body)
+    tools, deferred = _anthropic_tools(items(body, "tools", dict))
+    choice, parallel = _anthropic_tool_choice(take(body, "tool_choice", dict, default={}), tools + deferred)
+    thinking = take(body, "thinking", dict, default={})
+    if thinking and thinking.get("type") not in _THINKING:
+        raise WireError(400, "thinking.type: Input should be 'enabled', 'adaptive', 'disabled' or 'between_tools'")
+    output = take(body, "output_config", dict, default={})
+    schema = _anthropic_schema(output, "output_config.format") or _anthropic_schema(body, "output_format")
+    messages = canonical([
+        Turn("system", _system_text(body.get("system"), "system")),
+        *_anthropic_turns(items(body, "messages", dict, required=True), deferred)])
+    if all(message["role"] == "system" for message in messages) and not any(
+            message.get("role") == "system" for message in body["messages"]):
+        raise WireError(400, "messages: at least one message is required")
+    if schema:
+        ask_for_json(messages, schema)
+    return Request(
+        model, messages, tools=tools, deferred_tools=deferred, tool_choice=choice, parallel_tool_calls=parallel,
+        sampling=Sampling(
+            temperature=take(body, "temperature", float, low=0, high=2),
+            top_p=take(body, "top_p", float, low=0, high=1), top_k=take(body, "top_k", int, low=0)),
+        stop=[text for text in items(body, "stop_sequences", str) if text], max_tokens=max_tokens,
+        thinking=_THINKING.get(thinking.get("type")), effort=take(output, "effort", str, "output_config."))
+
+
+def _refuse_what_cannot_be_honoured(body: Object) -> None:
+    if body.get("mcp_servers"):
+        raise WireError(400, "mcp_servers is not supported by this server")
+    if isinstance(body.get("container"), dict) and body["container"].get("skills"):
+        raise WireError(400, "container.skills is not supported by this server")
+    for key in ("compaction", "thread"):
+        if body.get(key) is not None:
+            raise WireError(400, f"{key} is not supported by this server")
+
+
+def _anthropic_schema(owner: Object, path: str) -> Object | None:
+    """The JSON schema an answer has to match, if there is one."""
+    form = take(owner, path.rpartition(".")[2], dict, path.rpartition("format")[0] if "." in path else "")
+    if form is None:
+        return None
+    if form.get("type") != "json_schema":
+        raise WireError(400, f"{path}.type: Input should be 'json_schema'")
+    return take(form, "schema", dict, f"{path}.", required=True)
+
+
+def _anthropic_tools(tools: list[Object]) -> tuple[list[Object], list[Object]]:
+    """The tools to declare in the prompt, and the deferred ones: definitions that a tool_reference brings up."""
+    declared, deferred, dropped = [], [], []
+    for number, tool in enumerate(tools):
+        path, kind = f"tools.{number}", str(tool.get("type") or "custom")
+        if kind.startswith(_SERVER_TOOLS):
+            dropped.append(kind)
+            continue
+        later = tool.get("defer_loading") is True
+        if later and tool.get("input_schema") is None:
+            continue  # a placeholder
+        known = next((made for start, made in _CLIENT_TOOLS.items() if kind.startswith(start)), None)
+        if tool.get("input_schema") is None and known:
+            name, description, schema = known
+            name = take(tool, "name", str, f"{path}.", default=name)
+        elif tool.get("input_schema") is None and kind != "custom":
+            raise WireError(400, f"{path}: tools of type '{kind}' are not supported by this server")
+        else:
+            name = take(tool, "name", str, f"{path}.", required=True)
+            description = take(tool, "description", str, f"{path}.", default="")
+            schema = take(tool, "input_schema", dict, f"{path}.", required=True)
+        if not name:
+            raise WireError(400, f"{path}.name: String should have at least 1 character")
+        (deferred if later else declared).append(tool_form(name, description, schema))
+    names = [tool["function"]["name"] for tool in declared + deferred]
+    if len(set(names)) < len(names):
+        raise WireError(400, "tools: Tool names must be unique.")
+    if dropped and not names:
+        raise WireError(400, f"tools: '{dropped[0]}' runs on Anthropic's servers and is not supported by this server")
+    if dropped:
+        log.warning("tools that only Anthropic's servers run were left out: %s", ", ".join(dropped))
+    if any(kind.startswith("tool_search_tool_") for kind in dropped):  # nothing would ever bring them up
+        return declared + deferred, []
+    return declared, deferred
+
+
+def _anthropic_tool_choice(choice: Object, tools: list[Object]) -> tuple[str, bool]:
+    """`Request.tool_choice` and whether several calls in one turn are welcome."""
+    kind = choice.get("type", "auto")
+    if kind not in ("auto", "any", "tool", "none"):
+        raise WireError(400, "tool_choice.type: Input should be 'auto', 'any', 'tool' or 'none'")
+    if kind in ("any", "tool") and not tools:
+        raise WireError(400, f"tool_choice: '{kind}' needs tools to choose from")
+    if kind == "tool":
+        kind = take(choice, "name", str, "tool_choice.", required=True)
+        if kind not in [tool["function"]["name"] for tool in tools]:
+            raise WireError(400, f"tool_choice.name: Tool '{kind}' not found in provided tools")
+    return kind, not take(choice, "disable_parallel_tool_use", bool, "tool_choice.", default=False)
+
+
+def _blocks(content: Any, path: str) -> list[Object]:
+    """Content as blocks; a string is one text block."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return items({"content": content}, "content", dict, path.removesuffix("content"), required=True)
+
+
+def _system_text(content: Any, path: str) -> str:
+    """A system prompt or message without the client's billing line."""
+    if content is None:
+        return ""
+    if not isinstance(content, (str, list)):
+        raise WireError(400, f"{path}: Input should be a valid string or list")
+    texts = (_block_text(block, f"{path}.{number}") for number, block in enumerate(_blocks(content, path)))
+    texts = [_BILLING.sub("", text) for text in texts if text]
+    return "\n\n".join(text.rstrip("\n") for text in texts if text.strip())
+
+
+def _anthropic_turns(messages: list[Object], deferred: list[Object]) -> list[Turn]:
+    """The turns of a messages array. Raises WireError if the assistant has the last word with a call in it."""
+    definitions = {tool["function"]["name"]: json.dumps(tool, ensure_ascii=False) for tool in deferred}
+    turns: list[Turn] = []
+    for number, message in enumerate(messages):
+        path = f"messages.{number}"
+        role = _ROLES.get(take(message, "role", str, f"{path}.", required=True))
+        if role is None:
+            raise WireError(400, f"{path}.role: Input should be 'user', 'assistant' or 'system'")
+        if message.get("content") is None:
+            raise WireError(400, f"{path}.content: Field required")
+        if role == "system":
+            turns.append(Turn("system", _system_text(message["content"], f"{path}.content")))
+        else:
+            turns += _message_turns(role, _blocks(message["content"], f"{path}.content"), f"{path}.content", definitions)
+    last = next((turn for turn in reversed(turns) if turn.role != "system"), Turn("user"))
+    if last.calls:
+        raise WireError(400, (
+            f"messages.{len(messages) - 1}: `tool_use` ids were found without `tool_result` blocks immediately after: "
+            f"{', '.join(id for id, _, _ in last.calls)}. Each `tool_use` block must have a corresponding `tool_result` "
+            "block in the next message."))
+    return turns
+
+
+def _message_turns(role: str, blocks: list[Object], path: str, definitions: dict[str, str]) -> list[Turn]:
+    """One message as turns: tool results first, then everything that was said around them."""
+    results: list[Turn] = []
+    said = Turn(role)
+    texts, thoughts = [], []
+    for number, block in enumerate(blocks):
+        at = f"{path}.{number}"
+        kind = block.get("type")
+        if kind == "tool_use" and role == "assistant":
+            id, name = (take(block, key, str, f"{at}.", required=True) for key in ("id", "name"))
+            said.calls.append((id, name, call_arguments(block.get("input"))))
+        elif kind == "tool_result" and role == "user":
+            id = take(block, "tool_use_id", str, f"{at}.", required=True)
+            results.append(Turn("tool", _result_text(block, at, definitions), call_id=id))
+        elif kind == "thinking":
+            thoughts.append(take(block, "thinking", str, f"{at}.", default=""))
+        else:
+            texts.append(_block_text(block, at, definitions))
+    said.text = "\n".join(text for text in texts if text and (text.strip() or role == "user"))
+    said.reasoning = "\n".join(filter(None, thoughts))
+    return [*results, said]
+
+
+def _result_text(block: Object, path: str, definitions: dict[str, str]) -> str:
+    content = block.get("content")
+    parts = [] if content is None else _blocks(content, f"{path}.content")
+    texts = (_block_text(part, f"{path}.content.{number}", definitions) for number, part in enumerate(parts))
+    text = "\n".join(filter(None, texts))
+    return f"Error: {text}" if block.get("is_error") is True and not text.startswith("Error") else text
+
+
+def _block_text(block: Object, path: str, definitions: dict[str, str] | None = None) -> str:
+    """A block as text for the model, "" for what has no meaning here. `definitions` are the deferred tools' by name."""
+    kind = take(block, "type", str, f"{path}.", required=True)
+    if kind == "text":
+        return take(block, "text", str, f"{path}.", required=True)
+    if kind == "image":
+        if take(block, "source", dict, f"{path}.", required=True).get("type") == "file":
+            raise WireError(400, f"{path}.source: files are not supported by this server")
+        return IMAGE_NOTE
+    if kind == "document":
+        return "\n".join(filter(None, [block.get("title"), block.get("context"), _document_text(block, path)]))
+    if kind == "search_result":
+        parts = _blocks(block.get("content"), f"{path}.content")
+        texts = (_block_text(part, f"{path}.content.{number}") for number, part in enumerate(parts))
+        return "\n".join(filter(None, [block.get("title"), block.get("source"), *texts]))
+    if kind == "tool_reference":
+        name = take(block, "tool_name", str, f"{path}.", required=True)
+        return (definitions or {}).get(name, name)
+    if kind == "compaction":
+        return take(block, "content", str, f"{path}.", default="")
+    if kind == "container_upload":
+        raise WireError(400, f"{path}: files are not supported by this server")
+    if kind != "redacted_thinking":
+        log.info("%s: left out a block of type %s", path, kind)
+    return ""
+
+
+def _document_text(block: Object, path: str) -> str:
+    source = take(block, "source", dict, f"{path}.", required=True)
+    if source.get("type") == "text":
+        return take(source, "data", str, f"{path}.source.", required=True)
+    if source.get("type") == "content":
+        parts = _blocks(source.get("content"), f"{path}.source.content")
+        texts = (_block_text(part, f"{path}.source.content.{number}") for number, part in enumerate(parts))
+        return "\n".join(filter(None, texts))
+    raise WireError(400, f"{path}.source: only documents of text are supported by this server; send the document's text")
+
+
+# ------------------------------------------------------------------ Anthropic: the answer
+
+
+class AnthropicMessages(Reply):
+    """POST /v1/messages. Blocks come strictly one after the other, so `_content` is what was streamed and what `whole`
+    returns. `request_id` goes into an error event."""
+
+    framing = "events"
+
+    def __init__(self, body: Object, request_id: str = ""):
+        self.request = _anthropic_request(body)
+        self.stream = take(body, "stream", bool, default=False)
+        self.request_id = request_id
+        self._hides_thinking = (body.get("thinking") or {}).get("display") == "omitted"
+        self._content: list[Object] = []
+        self._open = ""  # the type of the block being written
+        self._blank = ""  # leading blanks of a text that may turn out to be nothing else
+        self._message: Object = {}
+
+    def open(self, generation: Any) -> list[Object]:
+        self._message = {
+            "id": f"msg_{generation.id}", "type": "message", "role": "assistant", "model": self.request.model,
+            "content": [], "stop_reason": None, "stop_sequence": None, "stop_details": None, "container": None,
+            "usage": _anthropic_usage(Usage(generation.prompt_tokens, generation.cached_tokens, 1))}
+        return [{"type": "message_start", "message": self._message}]
+
+    def event(self, event: Event) -> list[Object]:
+        match event:
+            case Thinking(text):
+                return self._thinking(text)
+            case Text(text):
+                return self._text(text)
+            case ToolStart(id, name):
+                return [*self._start({"type": "tool_use", "id": id, "name": name, "input": {}}),
+                        self._delta("input_json_delta", partial_json="")]
+            case ToolInput(piece):
+                return [self._delta("input_json_delta", partial_json=piece)]
+            case ToolEnd(arguments):
+                self._content[-1]["input"] = arguments
+                return self._stop()
+            case Done():
+                return self._done(event)
+        return []
+
+    def ping(self) -> list[Object]:
+        return [{"type": "ping"}]
+
+    def failure(self, error: Exception) -> list[Object]:
+        return [anthropic_error(error, self.request_id)[2]]
+
+    def whole(self) -> Object:
+        return {**self._message, "content": self._content}
+
+    def _thinking(self, text: str) -> list[Object]:
+        out = [] if self._open == "thinking" else self._start({"type": "thinking", "thinking": "", "signature": ""})
+        if text and not self._hides_thinking:
+            self._content[-1]["thinking"] += text
+            out.append(self._delta("thinking_delta", thinking=text))
+        return out
+
+    def _text(self, text: str) -> list[Object]:
+        out = []
+        if self._open != "text":
+            text = self._blank + text
+            if not text.strip():
+                self._blank = text
+                return []
+            out = self._start({"type": "text", "text": ""})
+        self._content[-1]["text"] += text
+        return [*out, self._delta("text_delta", text=text)]
+
+    def _done(self, done: Done) -> list[Object]:
+        out = self._stop() if self._content else [*self._start({"type": "text", "text": ""}), *self._stop()]
+        ending = {"stop_reason": _STOP_REASONS[done.reason], "stop_sequence": done.stop_sequence, "stop_details": None}
+        usage = _anthropic_usage(done.usage)
+        self._message |= {**ending, "usage": usage | {
+            "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0}, "service_tier": "standard"}}
+        return [*out, {"type": "message_delta", "delta": ending, "usage": usage}, {"type": "message_stop"}]
+
+    def _start(self, block: Object) -> list[Object]:
+        out = self._stop()
+        self._blank, self._open = "", block["type"]
+        self._content.append(dict(block))
+        out.append({"type": "content_block_start", "index": len(self._content) - 1, "content_block": block})
+        return out + (self.ping() if len(self._content) == 1 else [])
+
+    def _delta(self, kind: str, **piece: str) -> Object:
+        return {"type": "content_block_delta", "index": len(self._content) - 1, "delta": {"type": kind, **piece}}
+
+    def _stop(self) -> list[Object]:
+        if not self._open:
+            return []
+        out = [{"type": "content_block_stop", "index": len(self._content) - 1}]
+        if self._open == "thinking":
+            self._content[-1]["signature"] = _SIGNATURE
+            out.insert(0, self._delta("signature_delta", signature=_SIGNATURE))
+        self._open = ""
+        return out
+
+
+def _anthropic_usage(usage: Usage) -> Object:
+    """Token counts such that input, cache reads and cache creation add up to the whole prompt."""
+    return {"input_tokens": usage.prompt_tokens - usage.cached_tokens, "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": usage.cached_tokens, "output_tokens": usage.completion_tokens,
+            "output_tokens_details": {"thinking_tokens": usage.thinking_tokens}}
+
+
+def anthropic_error(error: Exception, request_id: str) -> tuple[int, dict[str, str], Object]:
+    """Status, extra headers and body for any exception. What will fail again is 4xx or tells clients not to retry."""
+    headers: dict[str, str] = {}
+    match error:
+        case WireError():
+            status, message, headers = error.status, error.message, error.headers
+        case ModelNotFound():
+            status, message = 404, f"model: {error.model} (installed: {', '.join(error.installed) or 'none'})"
+        case InvalidRequest():
+            status, message = 400, str(error)
+        case ModelLoadError():
+            status, message, headers = 400, str(error), {"x-should-retry": "false"}
+        case EngineClosed():
+            status, message, headers = 529, f"Overloaded: {error}", {"retry-after": "1"}
+        case EngineError():
+            status, message = 500, str(error)
+        case _:
+            status, message = 500, "internal error"
+    kind = _ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return status, headers, {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
+
+
+# ------------------------------------------------------------------ Anthropic: models
+
+
+def anthropic_model(model: LocalModel) -> Object:
+    """GET /v1/models/{id}: one object that validates in Anthropic's and in OpenAI's clients."""
+    return {"type": "model", "id": model.name, "display_name": model.name, "created_at": timestamp(model.modified),
+            "lifecycle": "active", "max_input_tokens": model.context_length, "max_tokens": model.context_length,
+            "object": "model", "created": int(model.modified), "owned_by": "mlx"}
+
+
+def anthropic_models(models: list[LocalModel], query: dict[str, str]) -> Object:
+    """GET /v1/models?limit&after_id&before_id. Raises WireError for a bad limit or an id that is not there.
+
+    The page is 1000 by default, not Anthropic's 20: OpenAI's clients read the same answer and do not turn pages.
+    """
+    limit = query.get("limit") or "1000"
+    if not re.fullmatch(r"\d{1,4}", limit, re.ASCII) or not 1 <= int(limit) <= 1000:
+        raise WireError(400, "limit: Input should be an integer between 1 and 1000")
+    names, start, end = [model.name for model in models], 0, len(models)
+    for key in ("after_id", "before_id"):
+        if query.get(key) and query[key] not in names:
+            raise WireError(400, f"{key}: no model '{query[key]}'")
+    if query.get("after_id"):
+        start = names.index(query["after_id"]) + 1
+    if query.get("before_id"):
+        end = names.index(query["before_id"])
+        page = models[max(start, end - int(limit)):end]
+    else:
+        page = models[start:start + int(limit)]
+    data = [anthropic_model(model) for model in page]
+    return {"object": "list", "data": data, "has_more": len(page) < end - start,
+            "first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
+
+
+# ================================================================== Ollama
+#
+# The native API: https://github.com/ollama/ollama/blob/main/docs/api.md and api/types.go
+
+_OPTIONS = {  # type by name; others are ignored, as Ollama does
+    **dict.fromkeys(("temperature", "top_p", "min_p", "typical_p", "repeat_penalty", "presence_penalty",
+                     "frequency_penalty"), (float, "float32")),
+    **dict.fromkeys(("num_predict", "num_ctx", "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread", "top_k", "seed",
+                     "repeat_last_n", "draft_num_predict"), (float, "integer")),
+    "use_mmap": (bool, "boolean"),
+}
+_DURATION = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h)", re.ASCII)
+_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
+_PIECE = 8_000  # characters of text in a line: escaped, it stays below the 128 KiB some clients can read
+_NEVER = "2318-01-01T00:00:00.000000Z"  # the last moment Go can count nanoseconds to
+
+
+# ------------------------------------------------------------------ Ollama: the request
+
+
+def parse_keep_alive(value: Any) -> float | None:
+    """`keep_alive` in seconds, -1 for ever, None if absent. Takes numbers and Go durations ("1h30m"), and, more kindly
+    than Ollama, numbers as strings. Raises WireError."""
+    if value is None:
+        return None
+    seconds = value if is_a(value, float) else None
+    if isinstance(value, str):
+        sign, digits = (-1 if value.startswith("-") else 1), value.strip().lstrip("+-")
+        if re.fullmatch(r"\d+\.?\d*|\.\d+", digits, re.ASCII):
+            seconds = sign * float(digits)
+        elif digits and not _DURATION.sub("", digits):
+            seconds = sign * sum(float(number) * _UNITS[unit] for number, unit in _DURATION.findall(digits))
+    if seconds is None or not math.isfinite(seconds):
+        raise WireError(400, f"time: invalid duration {json.dumps(value, ensure_ascii=False)}")
+    return -1.0 if seconds < 0 else float(seconds)
+
+
+def _ollama_options(body: Object) -> Object:
+    """The options given, checked. Integers may be written as floats."""
+    options = {key: value for key, value in take(body, "options", dict, default={}).items() if value is not None}
+    for key, (kind, said) in _OPTIONS.items():
+        if key in options and not is_a(options[key], kind):
+            raise WireError(400, f'option "{key}" must be of type {said}')
+        if key in options and said == "integer":
+            options[key] = int(options[key])
+    stop = options.get("stop", [])
+    options["stop"] = [stop] if isinstance(stop, str) else stop
+    if not isinstance(options["stop"], list):
+        raise WireError(400, 'option "stop" must be of type array')
+    if not all(isinstance(text, str) for text in options["stop"]):
+        raise WireError(400, 'option "stop" must be of an array of strings')
+    return options
+
+
+def _ollama_sampling(options: Object) -> Sampling:
+    penalty, window = options.get("repeat_penalty"), options.get("repeat_last_n", 64)
+    seed, temperature, top_k = options.get("seed", -1), options.get("temperature"), options.get("top_k")
+    return Sampling(
+        temperature=None if temperature is None else max(0.0, temperature), top_p=options.get("top_p"),
+        top_k=None if top_k is None else max(0, top_k), min_p=options.get("min_p"),
+        repetition_penalty=penalty if penalty and penalty > 0 and window else None,
+        repetition_context=None if penalty is None else window if window > 0 else 1 << 20,
+        presence_penalty=options.get("presence_penalty"), frequency_penalty=options.get("frequency_penalty"),
+        seed=seed if seed >= 0 else None)
+
+
+def _ollama_think(body: Object) -> tuple[bool | None, str | None]:
+    think = body.get("think")
+    if think is None or isinstance(think, bool):
+        return think, None
+    if think not in ("high", "medium", "low", "max"):
+        raise WireError(400, f"invalid think value: {json.dumps(think, ensure_ascii=False)} "
+                             '(must be "high", "medium", "low", "max", true, or false)')
+    return True, think
+
+
+def _ollama_images(body: Object, path: str = "") -> list[str]:
+    """A note for each image."""
+    for image in items(body, "images", str, path):
+        data = re.sub(r"[\r\n]", "", image.partition(",")[2] if image.startswith("data:") else image)
+        wrong = re.search(r"[^A-Za-z0-9+/=]|=(?!=?\Z)", data)
+        if wrong or len(data) % 4:
+            raise WireError(400, f"illegal base64 data at input byte {wrong.start() if wrong else len(data)}")
+    return [IMAGE_NOTE] * len(body.get("images") or [])
+
+
+def _ollama_turns(messages: list[Object]) -> list[Turn]:
+    """The turns of a chat. A result without an id belongs to the first open call of its name, or else to the first."""
+    turns: list[Turn] = []
+    waiting: list[tuple[str, str]] = []  # (id, name) of the last calls, while they have no result
+    for number, message in enumerate(messages):
+        path = f"messages.{number}."
+        role = take(message, "role", str, path, required=True).lower()
+        text = "\n".join(filter(None, [take(message, "content", str, path, default=""), *_ollama_images(message, path)]))
+        if role == "assistant":
+            calls = []
+            for place, call in enumerate(items(message, "tool_calls", dict, path)):
+                at = f"{path}tool_calls.{place}."
+                function = take(call, "function", dict, at, required=True)
+                name = take(function, "name", str, f"{at}function.", required=True)
+                id = take(call, "id", str, at) or f"call_{number}_{place}"
+                calls.append((id, name, call_arguments(function.get("arguments"))))
+            follows = turns and turns[-1].role == "assistant"
+            waiting = [*(waiting if follows else []), *((id, name) for id, name, _ in calls)]
+            turns.append(Turn("assistant", text, take(message, "thinking", str, path, default=""), calls))
+        elif role == "tool":
+            id, name = (take(message, key, str, path) for key in ("tool_call_id", "tool_name"))
+            by_id = [call for call in waiting if call[0] == id]
+            by_name = [call for call in waiting if call[1] == name]
+            found = next(iter([*by_id, *by_name, *waiting]), None)
+            if found:
+                waiting.remove(found)
+            turns.append(Turn("tool", text, call_id=found[0] if found else id or name or "unknown"))
+        else:
+            turns.append(Turn("system" if role == "system" else "user", text))
+    return turns
+
+
+def _ollama_tools(body: Object) -> list[Object]:
+    tools = []
+    for number, tool in enumerate(items(body, "tools", dict)):
+        path = f"tools.{number}.function"
+        function = take(tool, "function", dict, f"tools.{number}.", required=True)
+        tools.append(tool_form(take(function, "name", str, f"{path}.", required=True),
+                               take(function, "description", str, f"{path}.", default=""),
+                               take(function, "parameters", dict, f"{path}.", default={})))
+    return tools
+
+
+# ------------------------------------------------------------------ Ollama: the answer
+
+
+class _OllamaReply(Reply):
+    """What chat and generate have in common: everything but the name of the place where the text stands.
+
+    Tool calls go out whole. Counts and durations stand in the last object only, since some clients add them up.
+    """
+
+    framing = "lines"
+    purpose = ""  # what a model must be able to do, in the words of the error
+
+    def __init__(self, body: Object):
+        if not isinstance(body, dict):
+            raise WireError(400, "Input should be an object")
+        count = take(body, "top_logprobs", int, default=0)
+        if not 0 <= count <= 20:
+            raise WireError(400, "top_logprobs must be between 0 and 20")
+        name = take(body, "model", str, default="")
+        if not name:
+            raise self._nameless()
+        if re.search(r"[\s\x00-\x1f]", name):
+            raise WireError(400, "invalid model name")
+        self.stream = take(body, "stream", bool, default=True)
+        options = _ollama_options(body)
+        limit = options.get("num_predict", -1)
+        thinking, effort = _ollama_think(body)
+        self.request = Request(
+            name, sampling=_ollama_sampling(options), stop=[text for text in options["stop"] if text],
+            max_tokens=limit if limit >= 0 else None, thinking=thinking, effort=effort,
+            keep_alive=parse_keep_alive(body.get("keep_alive")))
+        self._format = body.get("format") or None
+        if self._format not in (None, "json") and not isinstance(self._format, dict):
+            raise WireError(400, f"invalid format: {json.dumps(self._format, ensure_ascii=False)}; "
+                                 'expected "json" or a valid JSON Schema object')
+        self._text = self._thoughts = self._calling = ""
+        self._calls: list[Object] = []
+        self._ending: Object = {"done_reason": "unload"}
+
+    def check(self, model: LocalModel) -> None:
+        if "completion" not in model.capabilities:
+            raise WireError(400, f'"{self.request.model}" does not support {self.purpose}')
+        if self.request.thinking and "thinking" not in model.capabilities:
+            raise WireError(400, f'"{self.request.model}" does not support thinking')
+
+    def event(self, event: Event) -> list[Object]:
+        match event:
+            case Thinking(text):
+                self._thoughts += text
+                return [self._object("", thinking=piece) for piece in _pieces(text)]
+            case Text(text):
+                self._text += text
+                return [self._object(piece) for piece in _pieces(text)]
+            case ToolStart(id, name):
+                self._calling = name
+                # Made from the engine's id, so that both always name the same call.
+                self._calls.append({"id": f"call_{hashlib.sha256(id.encode()).hexdigest()[:8]}"})
+            case ToolEnd(arguments):
+                self._calls[-1]["function"] = {"index": len(self._calls) - 1, "name": self._calling, "arguments": arguments}
+                return [self._object("", tool_calls=[self._calls[-1]])]
+            case Done():
+                self._ending = _ollama_ending(event)
+                return [self._object("", done=True) | self._ending]
+        return []
+
+    def ping(self) -> list[Object]:
+        return [self._object("")]
+
+    def failure(self, error: Exception) -> list[Object]:
+        return [ollama_error(error)[2]]
+
+    def whole(self) -> Object:
+        return self._object(self._text, self._thoughts, self._calls, done=True) | self._ending
+
+    def _object(self, text: str, thinking: str = "", tool_calls: list[Object] | None = None, done: bool = False) -> Object:
+        said = self._said(text) | ({"thinking": thinking} if thinking else {}) | (
+            {"tool_calls": tool_calls} if tool_calls else {})
+        return {"model": self.request.model, "created_at": now(), **self._placed(said), "done": done}
+
+    def _only_load(self) -> None:
+        """There is nothing to answer: the model is loaded or unloaded, and one object says so."""
+        self.stream = False
+        self.unload = self.request.keep_alive == 0
+
+    def _nameless(self) -> WireError:
+        raise NotImplementedError
+
+    def _said(self, text: str) -> Object:
+        raise NotImplementedError
+
+    def _placed(self, said: Object) -> Object:
+        raise NotImplementedError
+
+
+class OllamaChat(_OllamaReply):
+    """POST /api/chat."""
+
+    purpose = "chat"
+
+    def __init__(self, body: Object):
+        super().__init__(body)
+        messages = items(body, "messages", dict)
+        self.request.tools = _ollama_tools(body)
+        if not messages:
+            return self._only_load()
+        self.request.messages = canonical(_ollama_turns(messages)) or [{"role": "user", "content": ""}]
+        if self._format:
+            ask_for_json(self.request.messages, None if self._format == "json" else self._format)
+
+    def _nameless(self) -> WireError:
+        return WireError(400, "model is required")
+
+    def _said(self, text: str) -> Object:
+        return {"role": "assistant", "content": text}
+
+    def _placed(self, said: Object) -> Object:
+        return {"message": said}
+
+
+class OllamaGenerate(_OllamaReply):
+    """POST /api/generate. `context` is ignored: the prefix cache does what it was for."""
+
+    purpose = "generate"
+
+    def __init__(self, body: Object):
+        super().__init__(body)
+        prompt, system, template, suffix = (
+            take(body, key, str, default="") for key in ("prompt", "system", "template", "suffix"))
+        raw = take(body, "raw", bool, default=False)
+        images = _ollama_images(body)
+        if not prompt and self.request.keep_alive == 0:
+            return self._only_load()
+        if raw and (template or system or body.get("context")):
+            raise WireError(400, "raw mode does not support template, system, or context")
+        if suffix:
+            raise WireError(400, f"{self.request.model} does not support insert")
+        if template:
+            raise WireError(400, "template is not supported by this server: models use their own")
+        if raw and self._format:
+            raise WireError(400, "raw mode does not support format")
+        if not prompt:
+            return self._only_load()
+        if raw:
+            self.request.prompt = prompt
+            return
+        self.request.messages = canonical([Turn("system", system), Turn("user", "\n".join([*images, prompt]))])
+        if self._format:
+            ask_for_json(self.request.messages, None if self._format == "json" else self._format)
+
+    def _nameless(self) -> WireError:
+        return WireError(404, "model '' not found")
+
+    def _said(self, text: str) -> Object:
+        return {"response": text}
+
+    def _placed(self, said: Object) -> Object:
+        return said
+
+
+def _pieces(text: str) -> list[str]:
+    return [text[at:at + _PIECE] for at in range(0, len(text), _PIECE)]
+
+
+def _ollama_ending(done: Done) -> Object:
+    """The fields that close an answer. Durations are nanoseconds."""
+    if done.reason == "load":
+        return {"done_reason": "load"}
+    usage = done.usage
+    seconds = {"total": usage.total_seconds, "load": usage.load_seconds, "prompt_eval": usage.prefill_seconds,
+               "eval": usage.decode_seconds}
+    return {"done_reason": "length" if done.reason in ("length", "context") else "stop",
+            **{f"{name}_duration": int(value * 1e9) for name, value in seconds.items()},
+            "prompt_eval_count": usage.prompt_tokens, "eval_count": usage.completion_tokens}
+
+
+def ollama_error(error: Exception) -> tuple[int, dict[str, str], Object]:
+    """Status, extra headers and body for any exception."""
+    headers: dict[str, str] = {}
+    match error:
+        case WireError():
+            status, message, headers = error.status, error.message, error.headers
+        case ModelNotFound():
+            status, message = 404, f"model '{error.model}' not found"
+        case PromptTooLong():
+            status, message = 400, (f"input length ({error.tokens} tokens) exceeds the model's maximum context length "
+                                    f"({error.maximum} tokens)")
+        case InvalidRequest() | ModelLoadError():
+            status, message = 400, str(error)
+        case EngineClosed():
+            status, message = 503, f"server busy, please try again.  {error}"
+        case EngineError():
+            status, message = 500, str(error)
+        case _:
+            status, message = 500, "internal error"
+    return status, headers, {"error": message}
+
+
+# ------------------------------------------------------------------ Ollama: models
+
+
+def _tagged(name: str) -> str:
+    """A name with an explicit tag, without which clients do not find it again."""
+    return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
+
+
+def _details(model: LocalModel) -> Object:
+    return {"parent_model": "", "format": "safetensors", "family": model.family, "families": [model.family],
+            "parameter_size": model.parameter_size, "quantization_level": model.quantization,
+            "context_length": model.context_length, "embedding_length": model.embedding_length}
+
+
+def _listed(model: LocalModel, size: int) -> Object:
+    return {"name": _tagged(model.name), "model": _tagged(model.name), "size": size, "digest": model.digest,
+            "details": _details(model)}
+
+
+def ollama_tags(models: list[LocalModel]) -> Object:
+    """GET /api/tags: the installed models, newest first."""
+    newest = sorted(models, key=lambda model: model.modified, reverse=True)
+    return {"models": [{**_listed(model, model.size), "modified_at": timestamp(model.modified),
+                        "capabilities": list(model.capabilities)} for model in newest]}
+
+
+def ollama_show(model: LocalModel, context_length: int, template: str, generation: Object, name: str) -> Object:
+    """POST /api/show: `context_length` in tokens, the chat template's text, the model's generation_config.json and the
+    name the client asked for."""
+    config = {**model.config, **(model.config.get("text_config") or {})}
+    numbers = {
+        "context_length": context_length, "embedding_length": model.embedding_length,
+        "block_count": config.get("num_hidden_layers"), "attention.head_count": config.get("num_attention_heads"),
+        "attention.head_count_kv": config.get("num_key_value_heads"), "feed_forward_length": config.get("intermediate_size"),
+        "vocab_size": config.get("vocab_size")}
+    defaults = {"repeat_penalty" if key == "repetition_penalty" else key: value for key, value in generation.items()
+                if key in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty") and is_a(value, float)}
+    return {
+        "license": "", "modelfile": f"FROM {model.name}\n", "template": template, "system": "",
+        "parameters": "\n".join(f"{key:<30} {value}" for key, value in defaults.items()),
+        "details": _details(model), "capabilities": list(model.capabilities), "modified_at": timestamp(model.modified),
+        "model_info": {
+            "general.architecture": model.family, "general.basename": name, "general.parameter_count": model.parameters,
+            **{f"{model.family}.{key}": value for key, value in numbers.items() if is_a(value, int)}}}
+
+
+def ollama_ps(loaded: list[Loaded]) -> Object:
+    """GET /api/ps: the models in memory, longest-lived first."""
+    lasting = sorted(loaded, key=lambda one: math.inf if one.expires is None else one.expires, reverse=True)
+    return {"models": [{**_listed(one.model, one.size), "size_vram": one.size, "context_length": one.context_length,
+                        "expires_at": _NEVER if one.expires is None else timestamp(one.expires)} for one in lasting]}
