@@ -1745,11 +1745,15 @@ class Decoder:
         """One token for everyone: mlx-lm's responses, the last one of a request with its caches and all its tokens."""
         return self._batch.next() if len(self) else []
 
-    def remove(self, number: int) -> tuple[list[Any], list[int]]:
-        """Takes a request out before its end: its caches and the tokens they have read."""
+    def peek(self, number: int) -> tuple[list[int], list[Any]]:
+        """The tokens a request has read and its caches, which are still in use if it decodes alone."""
         at = self._batch.uids.index(number)
-        state = self._batch.extract_cache(at), list(self._batch.tokens[at])
-        self._batch.filter([i for i in range(len(self)) if i != at])
+        return list(self._batch.tokens[at]), self._batch.extract_cache(at)
+
+    def remove(self, number: int) -> tuple[list[int], list[Any]]:
+        """Takes a request out before its end: the tokens it has read and its caches."""
+        state = self.peek(number)
+        self._batch.filter([at for at, uid in enumerate(self._batch.uids) if uid != number])
         return state
 
 
@@ -1796,20 +1800,33 @@ class Runtime:
         """Takes a request in and restores what the prefix cache has for it."""
         if job.request.keep_alive is not None:
             self.keep_alive = job.request.keep_alive
-        tokens = job._prompt.tokens
         job.usage.load_seconds = job._lap()
         self.jobs.append(job)
-        if not tokens:
+        if not job._prompt.tokens:
             return self._end(job, "load")
-        from mlx_lm.models.cache import make_prompt_cache
-
-        line = self.prefixes.take(tokens) or Line([], make_prompt_cache(self.model))
-        line.root = job._prompt.root or line.root
-        job._line, job._phase = line, Phase.PREFILL
-        job.usage.cached_tokens = len(line.tokens)
+        job._phase = Phase.PREFILL
         job._detokenizer = self.tongue.tokenizer.detokenizer
         if job._prompt.opening:
             job._parser.feed(job._prompt.opening)
+
+    def _restore(self, job: Generation) -> None:
+        """Gives a request the longest beginning of its prompt that anyone has read: a line of the prefix cache, or a copy
+        from a request that is decoding, so that a twin or a sub-agent of a running request does not prefill twice."""
+        from mlx_lm.models.cache import make_prompt_cache
+
+        tokens = job._prompt.tokens
+        _, length = self.prefixes.find(tokens)
+        shared, donor = max(((common_prefix(other._prompt.tokens, tokens), other) for other in self.jobs
+                             if other._phase is Phase.DECODE), key=lambda pair: pair[0], default=(0, None))
+        line = None
+        if shared > length:
+            running = Line(*self._decoder.peek(donor._number), donor._line.snapshots)
+            usable = running.restorable(min(shared, len(tokens) - 1))
+            line = running.branch(usable) if usable > length else None
+        line = line or self.prefixes.take(tokens) or Line([], make_prompt_cache(self.model))
+        line.root = job._prompt.root
+        job._line = line
+        job.usage.cached_tokens = len(line.tokens)
 
     def step(self) -> None:
         """One chunk of prefill for the first request that needs it, one token for each that decodes."""
@@ -1829,6 +1846,8 @@ class Runtime:
     def _prefill(self, job: Generation) -> None:
         import mlx.core as mx
 
+        if job._line is None:
+            self._restore(job)
         tokens, line = job._prompt.tokens, job._line
         start, end = len(line.tokens), len(tokens) - 1  # the last token is the decoder's
         if start < end:
@@ -1874,8 +1893,7 @@ class Runtime:
 
     def _reclaim(self, job: Generation) -> None:
         """Takes a request's state back from the decoder."""
-        cache, tokens = self._decoder.remove(job._number)
-        job._line = Line(tokens, cache, job._line.snapshots, job._line.root)
+        job._line = Line(*self._decoder.remove(job._number), job._line.snapshots, job._line.root)
 
     def drop_cancelled(self) -> None:
         """Ends cancelled requests; what they have computed goes to the prefix cache."""

@@ -87,6 +87,19 @@ def test_a_cancelled_prefill_keeps_what_it_has_and_resuming_changes_nothing(engi
     assert resumed.usage.cached_tokens >= Runtime.CHUNK
 
 
+def test_a_twin_of_a_running_request_is_not_prefilled_again(engine: Engine):
+    messages = [user("twins " * 300)]
+    expected = cold(engine, messages)
+    engine.unload(engine._default.name)
+    first = engine.chat(messages, max_tokens=3000)
+    while not isinstance(next(first), Text):
+        pass
+    text, second = answer(engine, messages)
+    first.cancel()
+    assert second.usage.cached_tokens == second.usage.prompt_tokens - 1
+    assert text == expected
+
+
 def test_a_seed_gives_the_same_text_alone_and_in_company(engine: Engine):
     sampling = Sampling(temperature=1.0, top_p=0.95, top_k=40, min_p=0.01, repetition_penalty=1.1, presence_penalty=0.2,
                         frequency_penalty=0.2, seed=5)
