@@ -86,7 +86,7 @@ _KINDS = {str: "a valid string", bool: "a valid boolean", int: "a valid integer"
 
 
 def is_a(value: Any, kind: type) -> bool:
-    """Whether a JSON value is of a kind: a boolean is no number, an integer is a `float` too, NaN and 1e999 are nothing."""
+    """Whether a JSON value is of a kind: a boolean is no number, an integer is a `float` too, NaN is nothing."""
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
     if kind is float:
@@ -247,7 +247,8 @@ def _between(calls: list[Object], turns: Iterable[Turn]) -> list[Message]:
 def ask_for_json(messages: list[Message], schema: Object | None) -> None:
     """Asks for a JSON answer in words, at the end of the last user message: a request's output format is honoured by
     the prompt, which a model follows as well as it can."""
-    demand = "Answer with JSON only" + (f", matching this schema: {json.dumps(schema, ensure_ascii=False)}" if schema else ".")
+    demand = f", matching this schema: {json.dumps(schema, ensure_ascii=False)}" if schema else "."
+    demand = f"Answer with JSON only{demand}"
     for message in reversed(messages):
         if message["role"] == "user":
             message["content"] += f"\n\n{demand}"
@@ -282,7 +283,8 @@ def _properties(required: list[str], **kinds: str | list[str]) -> Object:
 
 _EDITING = {"path": "string", "file_text": "string", "old_str": "string", "new_str": "string", "insert_line": "integer",
             "insert_text": "string", "view_range": "array"}
-_CLIENT_TOOLS = {  # by the start of their type: name, description and schema of tools that clients run and never describe
+# What clients run themselves and never describe: name, description and schema by the start of the tool's type.
+_CLIENT_TOOLS = {
     "bash_": ("bash", "Run a command in a persistent bash session, or restart it.",
               _properties([], command="string", restart="boolean")),
     "text_editor_": ("str_replace_based_edit_tool", "View, create and edit text files.",
@@ -317,17 +319,15 @@ def _anthropic_request(body: Object, counting: bool = False) -> Request:
     tools, deferred = _anthropic_tools(items(body, "tools", dict))
     choice, parallel = _anthropic_tool_choice(take(body, "tool_choice", dict, default={}), tools + deferred)
     thinking = take(body, "thinking", dict, default={})
-    if thinking and thinking.get("type") not in _THINKING:
+    if thinking and take(thinking, "type", str, "thinking.", required=True) not in _THINKING:
         raise WireError(400, "thinking.type: Input should be 'enabled', 'adaptive', 'disabled' or 'between_tools'")
     output = take(body, "output_config", dict, default={})
-    schema = _anthropic_schema(output, "output_config.format") or _anthropic_schema(body, "output_format")
-    messages = canonical([
-        Turn("system", _system_text(body.get("system"), "system")),
-        *_anthropic_turns(items(body, "messages", dict, required=True), deferred)])
-    if all(message["role"] == "system" for message in messages) and not any(
-            message.get("role") == "system" for message in body["messages"]):
+    schema = _anthropic_schema(body, output)
+    turns = _anthropic_turns(items(body, "messages", dict, required=True), deferred)
+    if not any(turn.says_something for turn in turns):
         raise WireError(400, "messages: at least one message is required")
-    if schema:
+    messages = canonical([Turn("system", _system_text(body.get("system") or "", "system")), *turns])
+    if schema is not None:
         ask_for_json(messages, schema)
     return Request(
         model, messages, tools=tools, deferred_tools=deferred, tool_choice=choice, parallel_tool_calls=parallel,
@@ -348,14 +348,14 @@ def _refuse_what_cannot_be_honoured(body: Object) -> None:
             raise WireError(400, f"{key} is not supported by this server")
 
 
-def _anthropic_schema(owner: Object, path: str) -> Object | None:
-    """The JSON schema an answer has to match, if there is one."""
-    form = take(owner, path.rpartition(".")[2], dict, path.rpartition("format")[0] if "." in path else "")
+def _anthropic_schema(body: Object, output: Object) -> Object | None:
+    """The JSON schema an answer has to match, if there is one. An old beta had it at the top level."""
+    form = take(output, "format", dict, "output_config.") or take(body, "output_format", dict)
     if form is None:
         return None
     if form.get("type") != "json_schema":
-        raise WireError(400, f"{path}.type: Input should be 'json_schema'")
-    return take(form, "schema", dict, f"{path}.", required=True)
+        raise WireError(400, "output_config.format.type: Input should be 'json_schema'")
+    return take(form, "schema", dict, "output_config.format.", required=True)
 
 
 def _anthropic_tools(tools: list[Object]) -> tuple[list[Object], list[Object]]:
@@ -367,9 +367,9 @@ def _anthropic_tools(tools: list[Object]) -> tuple[list[Object], list[Object]]:
             dropped.append(kind)
             continue
         later = tool.get("defer_loading") is True
-        if later and tool.get("input_schema") is None:
-            continue  # a placeholder
         known = next((made for start, made in _CLIENT_TOOLS.items() if kind.startswith(start)), None)
+        if later and tool.get("input_schema") is None and not known:
+            continue  # a placeholder
         if tool.get("input_schema") is None and known:
             name, description, schema = known
             name = take(tool, "name", str, f"{path}.", default=name)
@@ -412,15 +412,16 @@ def _blocks(content: Any, path: str) -> list[Object]:
     """Content as blocks; a string is one text block."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
-    return items({"content": content}, "content", dict, path.removesuffix("content"), required=True)
+    if not isinstance(content, list):
+        raise WireError(400, f"{path}: Input should be a valid string or list")
+    for number, block in enumerate(content):
+        if not isinstance(block, dict):
+            raise WireError(400, f"{path}.{number}: Input should be an object")
+    return content
 
 
 def _system_text(content: Any, path: str) -> str:
     """A system prompt or message without the client's billing line."""
-    if content is None:
-        return ""
-    if not isinstance(content, (str, list)):
-        raise WireError(400, f"{path}: Input should be a valid string or list")
     texts = (_block_text(block, f"{path}.{number}") for number, block in enumerate(_blocks(content, path)))
     texts = [_BILLING.sub("", text) for text in texts if text]
     return "\n\n".join(text.rstrip("\n") for text in texts if text.strip())
@@ -440,13 +441,14 @@ def _anthropic_turns(messages: list[Object], deferred: list[Object]) -> list[Tur
         if role == "system":
             turns.append(Turn("system", _system_text(message["content"], f"{path}.content")))
         else:
-            turns += _message_turns(role, _blocks(message["content"], f"{path}.content"), f"{path}.content", definitions)
+            path = f"{path}.content"
+            turns += _message_turns(role, _blocks(message["content"], path), path, definitions)
     last = next((turn for turn in reversed(turns) if turn.role != "system"), Turn("user"))
     if last.calls:
         raise WireError(400, (
             f"messages.{len(messages) - 1}: `tool_use` ids were found without `tool_result` blocks immediately after: "
-            f"{', '.join(id for id, _, _ in last.calls)}. Each `tool_use` block must have a corresponding `tool_result` "
-            "block in the next message."))
+            f"{', '.join(id for id, _, _ in last.calls)}. Each `tool_use` block must have a corresponding "
+            "`tool_result` block in the next message."))
     return turns
 
 
@@ -473,11 +475,15 @@ def _message_turns(role: str, blocks: list[Object], path: str, definitions: dict
     return [*results, said]
 
 
+def _joined(content: Any, path: str, definitions: dict[str, str] | None = None) -> str:
+    """The text of content inside a block."""
+    blocks = [] if content is None else _blocks(content, path)
+    texts = (_block_text(block, f"{path}.{number}", definitions) for number, block in enumerate(blocks))
+    return "\n".join(filter(None, texts))
+
+
 def _result_text(block: Object, path: str, definitions: dict[str, str]) -> str:
-    content = block.get("content")
-    parts = [] if content is None else _blocks(content, f"{path}.content")
-    texts = (_block_text(part, f"{path}.content.{number}", definitions) for number, part in enumerate(parts))
-    text = "\n".join(filter(None, texts))
+    text = _joined(block.get("content"), f"{path}.content", definitions)
     return f"Error: {text}" if block.get("is_error") is True and not text.startswith("Error") else text
 
 
@@ -490,12 +496,12 @@ def _block_text(block: Object, path: str, definitions: dict[str, str] | None = N
         if take(block, "source", dict, f"{path}.", required=True).get("type") == "file":
             raise WireError(400, f"{path}.source: files are not supported by this server")
         return IMAGE_NOTE
-    if kind == "document":
-        return "\n".join(filter(None, [block.get("title"), block.get("context"), _document_text(block, path)]))
-    if kind == "search_result":
-        parts = _blocks(block.get("content"), f"{path}.content")
-        texts = (_block_text(part, f"{path}.content.{number}") for number, part in enumerate(parts))
-        return "\n".join(filter(None, [block.get("title"), block.get("source"), *texts]))
+    if kind in ("document", "search_result"):
+        about = [take(block, key, str, f"{path}.") for key in ("title", "context")]
+        if kind == "document":
+            return "\n".join(filter(None, [*about, _document_text(block, path)]))
+        origin = take(block, "source", str, f"{path}.")
+        return "\n".join(filter(None, [*about, origin, _joined(block.get("content"), f"{path}.content")]))
     if kind == "tool_reference":
         name = take(block, "tool_name", str, f"{path}.", required=True)
         return (definitions or {}).get(name, name)
@@ -513,10 +519,8 @@ def _document_text(block: Object, path: str) -> str:
     if source.get("type") == "text":
         return take(source, "data", str, f"{path}.source.", required=True)
     if source.get("type") == "content":
-        parts = _blocks(source.get("content"), f"{path}.source.content")
-        texts = (_block_text(part, f"{path}.source.content.{number}") for number, part in enumerate(parts))
-        return "\n".join(filter(None, texts))
-    raise WireError(400, f"{path}.source: only documents of text are supported by this server; send the document's text")
+        return _joined(source.get("content"), f"{path}.source.content")
+    raise WireError(400, f"{path}.source: only documents of text are supported by this server; send its text")
 
 
 # ------------------------------------------------------------------ Anthropic: the answer
@@ -570,7 +574,7 @@ class AnthropicMessages(Reply):
         return [anthropic_error(error, self.request_id)[2]]
 
     def whole(self) -> Object:
-        return {**self._message, "content": self._content}
+        return self._message
 
     def _thinking(self, text: str) -> list[Object]:
         out = [] if self._open == "thinking" else self._start({"type": "thinking", "thinking": "", "signature": ""})
@@ -594,8 +598,9 @@ class AnthropicMessages(Reply):
         out = self._stop() if self._content else [*self._start({"type": "text", "text": ""}), *self._stop()]
         ending = {"stop_reason": _STOP_REASONS[done.reason], "stop_sequence": done.stop_sequence, "stop_details": None}
         usage = _anthropic_usage(done.usage)
-        self._message |= {**ending, "usage": usage | {
-            "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0}, "service_tier": "standard"}}
+        created = {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0}
+        self._message = {**self._message, **ending, "content": self._content,
+                         "usage": {**usage, "cache_creation": created, "service_tier": "standard"}}
         return [*out, {"type": "message_delta", "delta": ending, "usage": usage}, {"type": "message_stop"}]
 
     def _start(self, block: Object) -> list[Object]:
@@ -689,8 +694,8 @@ def anthropic_models(models: list[LocalModel], query: dict[str, str]) -> Object:
 _OPTIONS = {  # type by name; others are ignored, as Ollama does
     **dict.fromkeys(("temperature", "top_p", "min_p", "typical_p", "repeat_penalty", "presence_penalty",
                      "frequency_penalty"), (float, "float32")),
-    **dict.fromkeys(("num_predict", "num_ctx", "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread", "top_k", "seed",
-                     "repeat_last_n", "draft_num_predict"), (float, "integer")),
+    **dict.fromkeys(("num_predict", "num_ctx", "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread", "top_k",
+                     "seed", "repeat_last_n", "draft_num_predict"), (float, "integer")),
     "use_mmap": (bool, "boolean"),
 }
 _DURATION = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h)", re.ASCII)
@@ -709,14 +714,14 @@ def parse_keep_alive(value: Any) -> float | None:
         return None
     seconds = value if is_a(value, float) else None
     if isinstance(value, str):
-        sign, digits = (-1 if value.startswith("-") else 1), value.strip().lstrip("+-")
+        sign, digits = (-1 if "-" in value[:1] else 1), value.removeprefix("-").removeprefix("+")
         if re.fullmatch(r"\d+\.?\d*|\.\d+", digits, re.ASCII):
             seconds = sign * float(digits)
         elif digits and not _DURATION.sub("", digits):
             seconds = sign * sum(float(number) * _UNITS[unit] for number, unit in _DURATION.findall(digits))
     if seconds is None or not math.isfinite(seconds):
         raise WireError(400, f"time: invalid duration {json.dumps(value, ensure_ascii=False)}")
-    return -1.0 if seconds < 0 else float(seconds)
+    return -1.0 if seconds < 0 or seconds > 9e9 else float(seconds)  # Go counts nanoseconds in 63 bits
 
 
 def _ollama_options(body: Object) -> Object:
@@ -726,7 +731,7 @@ def _ollama_options(body: Object) -> Object:
         if key in options and not is_a(options[key], kind):
             raise WireError(400, f'option "{key}" must be of type {said}')
         if key in options and said == "integer":
-            options[key] = int(options[key])
+            options[key] = max(-2**62, min(int(options[key]), 2**62))
     stop = options.get("stop", [])
     options["stop"] = [stop] if isinstance(stop, str) else stop
     if not isinstance(options["stop"], list):
@@ -737,13 +742,13 @@ def _ollama_options(body: Object) -> Object:
 
 
 def _ollama_sampling(options: Object) -> Sampling:
-    penalty, window = options.get("repeat_penalty"), options.get("repeat_last_n", 64)
     seed, temperature, top_k = options.get("seed", -1), options.get("temperature"), options.get("top_k")
+    window = options.get("repeat_last_n")  # 0: no penalty, negative: everything
     return Sampling(
         temperature=None if temperature is None else max(0.0, temperature), top_p=options.get("top_p"),
         top_k=None if top_k is None else max(0, top_k), min_p=options.get("min_p"),
-        repetition_penalty=penalty if penalty and penalty > 0 and window else None,
-        repetition_context=None if penalty is None else window if window > 0 else 1 << 20,
+        repetition_penalty=1.0 if window == 0 else options.get("repeat_penalty"),
+        repetition_context=1 << 20 if window is not None and window < 0 else window or None,
         presence_penalty=options.get("presence_penalty"), frequency_penalty=options.get("frequency_penalty"),
         seed=seed if seed >= 0 else None)
 
@@ -775,7 +780,8 @@ def _ollama_turns(messages: list[Object]) -> list[Turn]:
     for number, message in enumerate(messages):
         path = f"messages.{number}."
         role = take(message, "role", str, path, required=True).lower()
-        text = "\n".join(filter(None, [take(message, "content", str, path, default=""), *_ollama_images(message, path)]))
+        said = take(message, "content", str, path, default="")
+        text = "\n".join(filter(None, [*_ollama_images(message, path), said]))
         if role == "assistant":
             calls = []
             for place, call in enumerate(items(message, "tool_calls", dict, path)):
@@ -821,7 +827,8 @@ class _OllamaReply(Reply):
     """
 
     framing = "lines"
-    purpose = ""  # what a model must be able to do, in the words of the error
+    purpose: str  # what a model must be able to do, in the words of the error
+    nameless: tuple[int, str]  # status and text of the error when no model is named
 
     def __init__(self, body: Object):
         if not isinstance(body, dict):
@@ -831,7 +838,7 @@ class _OllamaReply(Reply):
             raise WireError(400, "top_logprobs must be between 0 and 20")
         name = take(body, "model", str, default="")
         if not name:
-            raise self._nameless()
+            raise WireError(*self.nameless)
         if re.search(r"[\s\x00-\x1f]", name):
             raise WireError(400, "invalid model name")
         self.stream = take(body, "stream", bool, default=True)
@@ -846,7 +853,8 @@ class _OllamaReply(Reply):
         if self._format not in (None, "json") and not isinstance(self._format, dict):
             raise WireError(400, f"invalid format: {json.dumps(self._format, ensure_ascii=False)}; "
                                  'expected "json" or a valid JSON Schema object')
-        self._text = self._thoughts = self._calling = ""
+        self._text = self._thoughts = ""
+        self._calling: ToolStart | None = None
         self._calls: list[Object] = []
         self._ending: Object = {"done_reason": "unload"}
 
@@ -864,13 +872,14 @@ class _OllamaReply(Reply):
             case Text(text):
                 self._text += text
                 return [self._object(piece) for piece in _pieces(text)]
-            case ToolStart(id, name):
-                self._calling = name
-                # Made from the engine's id, so that both always name the same call.
-                self._calls.append({"id": f"call_{hashlib.sha256(id.encode()).hexdigest()[:8]}"})
+            case ToolStart():
+                self._calling = event
             case ToolEnd(arguments):
-                self._calls[-1]["function"] = {"index": len(self._calls) - 1, "name": self._calling, "arguments": arguments}
-                return [self._object("", tool_calls=[self._calls[-1]])]
+                # The id is made from the engine's, so that both always name the same call.
+                id = f"call_{hashlib.sha256(self._calling.id.encode()).hexdigest()[:8]}"
+                function = {"index": len(self._calls), "name": self._calling.name, "arguments": arguments}
+                self._calls.append({"id": id, "function": function})
+                return [self._object("", tool_calls=self._calls[-1:])]
             case Done():
                 self._ending = _ollama_ending(event)
                 return [self._object("", done=True) | self._ending]
@@ -883,25 +892,18 @@ class _OllamaReply(Reply):
         return [ollama_error(error)[2]]
 
     def whole(self) -> Object:
-        return self._object(self._text, self._thoughts, self._calls, done=True) | self._ending
+        return self._object(self._text, done=True, thinking=self._thoughts, tool_calls=self._calls) | self._ending
 
-    def _object(self, text: str, thinking: str = "", tool_calls: list[Object] | None = None, done: bool = False) -> Object:
-        said = self._said(text) | ({"thinking": thinking} if thinking else {}) | (
-            {"tool_calls": tool_calls} if tool_calls else {})
-        return {"model": self.request.model, "created_at": now(), **self._placed(said), "done": done}
+    def _object(self, text: str, done: bool = False, **more: str | list[Object]) -> Object:
+        said = self._said(text, {key: value for key, value in more.items() if value})
+        return {"model": self.request.model, "created_at": now(), **said, "done": done}
 
     def _only_load(self) -> None:
         """There is nothing to answer: the model is loaded or unloaded, and one object says so."""
         self.stream = False
         self.unload = self.request.keep_alive == 0
 
-    def _nameless(self) -> WireError:
-        raise NotImplementedError
-
-    def _said(self, text: str) -> Object:
-        raise NotImplementedError
-
-    def _placed(self, said: Object) -> Object:
+    def _said(self, text: str, more: Object) -> Object:
         raise NotImplementedError
 
 
@@ -909,6 +911,7 @@ class OllamaChat(_OllamaReply):
     """POST /api/chat."""
 
     purpose = "chat"
+    nameless = 400, "model is required"
 
     def __init__(self, body: Object):
         super().__init__(body)
@@ -920,20 +923,15 @@ class OllamaChat(_OllamaReply):
         if self._format:
             ask_for_json(self.request.messages, None if self._format == "json" else self._format)
 
-    def _nameless(self) -> WireError:
-        return WireError(400, "model is required")
-
-    def _said(self, text: str) -> Object:
-        return {"role": "assistant", "content": text}
-
-    def _placed(self, said: Object) -> Object:
-        return {"message": said}
+    def _said(self, text: str, more: Object) -> Object:
+        return {"message": {"role": "assistant", "content": text, **more}}
 
 
 class OllamaGenerate(_OllamaReply):
     """POST /api/generate. `context` is ignored: the prefix cache does what it was for."""
 
     purpose = "generate"
+    nameless = 404, "model '' not found"
 
     def __init__(self, body: Object):
         super().__init__(body)
@@ -960,14 +958,8 @@ class OllamaGenerate(_OllamaReply):
         if self._format:
             ask_for_json(self.request.messages, None if self._format == "json" else self._format)
 
-    def _nameless(self) -> WireError:
-        return WireError(404, "model '' not found")
-
-    def _said(self, text: str) -> Object:
-        return {"response": text}
-
-    def _placed(self, said: Object) -> Object:
-        return said
+    def _said(self, text: str, more: Object) -> Object:
+        return {"response": text, **more}
 
 
 def _pieces(text: str) -> list[str]:
@@ -1041,8 +1033,8 @@ def ollama_show(model: LocalModel, context_length: int, template: str, generatio
     numbers = {
         "context_length": context_length, "embedding_length": model.embedding_length,
         "block_count": config.get("num_hidden_layers"), "attention.head_count": config.get("num_attention_heads"),
-        "attention.head_count_kv": config.get("num_key_value_heads"), "feed_forward_length": config.get("intermediate_size"),
-        "vocab_size": config.get("vocab_size")}
+        "attention.head_count_kv": config.get("num_key_value_heads"),
+        "feed_forward_length": config.get("intermediate_size"), "vocab_size": config.get("vocab_size")}
     defaults = {"repeat_penalty" if key == "repetition_penalty" else key: value for key, value in generation.items()
                 if key in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty") and is_a(value, float)}
     return {
