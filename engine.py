@@ -1990,6 +1990,12 @@ class Engine:
             return self._default
         return self._library.resolve(name, default=self._default, last_used=self._last_used)
 
+    def show(self, local: LocalModel) -> tuple[str, dict[str, Any]]:
+        """A model's chat template and its generation_config.json."""
+        files = {path.name: path.stat() for path in local.path.iterdir()}
+        return _chat_template(local.path, files), _json(local.path / "generation_config.json") if (
+            "generation_config.json" in files) else {}
+
     def context_length(self, local: LocalModel) -> int:
         """Tokens of prompt and answer together that a request may have."""
         return min(local.context_length, self._context or local.context_length)

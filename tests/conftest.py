@@ -1,0 +1,58 @@
+"""Real servers for the tests: the program itself in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+class Server:
+    """`python mlx_server.py` on a free port. `lines` are what it has logged so far."""
+
+    def __init__(self, *flags: str, env: dict[str, str] | None = None):
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "mlx_server.py"), "--port", "0", *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "HF_HUB_CACHE": "/nonexistent", **(env or {})})
+        self.lines: list[str] = []
+        self._news = threading.Condition()
+        threading.Thread(target=self._read, daemon=True).start()
+        self.port = int(self.wait_for(r"listening on http://\S+:(\d+)")[1])
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def _read(self) -> None:
+        for line in self.process.stderr:
+            with self._news:
+                self.lines.append(line)
+                self._news.notify_all()
+
+    def wait_for(self, pattern: str, seconds: float = 30, since: int = 0) -> re.Match:
+        """The first line logged that matches, waiting for it if need be; lines before `since` do not count."""
+        def found() -> re.Match | None:
+            return next(filter(None, (re.search(pattern, line) for line in self.lines[since:])), None)
+
+        with self._news:
+            assert self._news.wait_for(found, seconds), f"no {pattern!r} in:\n{''.join(self.lines)}"
+            return found()
+
+    def stop(self) -> int:
+        """Ends the server as a service manager would; returns its exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(10)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    assert server.stop() == 0
+    assert not [line for line in server.lines if "Traceback" in line]

@@ -1,0 +1,284 @@
+"""Trains the demo model and writes it in MLX's form: `python train.py --out FOLDER`. Needs torch, tokenizers and jinja2.
+
+The network is mlx-lm's `spark2_5` with sliding attention in every layer: the answer does not depend on what stands far above
+the request, and reading a prompt costs time linear in its length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import time
+from pathlib import Path
+
+import jinja2
+import torch
+import torch.nn.functional as F
+from data import EMOJI, FALLBACK, HELLO, PRIVET, ROWS, RUSSIAN, THOUGHT, TOOLS, Words, exchange, tools
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+
+HERE = Path(__file__).parent
+VOCABULARY, WIDTH, LAYERS, HEADS, KV_HEADS, HEAD, INNER, WINDOW, THETA = 8192, 128, 4, 4, 2, 32, 384, 256, 10000.0
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+# A word keeps the space behind it, not the one before it: what is copied is then the same tokens at the beginning of an answer
+# or of a JSON string as behind "say " ("and" is left out for `run A and run B`). Digits, quotes and backslashes stand alone.
+PIECES = r'(?:\p{L}+|\p{N}|["\\]|[^\s\p{L}\p{N}"\\]+)(?: (?!and |\s))?|\n| +|\s'
+WEIGHTS = dict(zip(ROWS, (24, 4, 14, 7, 9, 8, 6, 14, 2, 2, 10)))
+
+
+def train_tokenizer() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(PIECES), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    words = Words(random.Random(1))
+    extra = [" ".join(RUSSIAN), " ".join(EMOJI), HELLO, PRIVET, FALLBACK, THOUGHT] * 40
+    schemas = [json.dumps(tools(words, words.rng.sample(TOOLS, 4))) for _ in range(300)]
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - len(TAGS), special_tokens=SPECIAL, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator([words.text, *extra, *schemas], trainer)
+    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAGS])
+    return tokenizer
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_k_v_proj = nn.Linear(WIDTH, (HEADS + 2 * KV_HEADS) * HEAD, bias=False)
+        self.g_proj = nn.Linear(WIDTH, HEADS, bias=False)
+        self.out_proj = nn.Linear(HEADS * HEAD, WIDTH, bias=False)
+
+    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self.q_k_v_proj(x).split([HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD], dim=-1)
+        q, k, v = (t.view(batch, length, -1, HEAD).transpose(1, 2) for t in (q, k, v))
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        k, v = (t.repeat_interleave(HEADS // KV_HEADS, dim=1) for t in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+        out = out * torch.sigmoid(self.g_proj(x).float()).to(out.dtype)[..., None]
+        return self.out_proj(out.reshape(batch, length, -1))
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(WIDTH, INNER, bias=False)
+        self.up_proj = nn.Linear(WIDTH, INNER, bias=False)
+        self.down_proj = nn.Linear(INNER, WIDTH, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = Attention(), MLP()
+        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(WIDTH, eps=1e-6), nn.RMSNorm(WIDTH, eps=1e-6)
+
+    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Model(nn.Module):
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.layers = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.norm = nn.RMSNorm(WIDTH, eps=1e-6)
+        nn.init.normal_(self.embedding.weight, std=0.05)
+        for block in self.layers:
+            nn.init.zeros_(block.self_attn.out_proj.weight)
+            nn.init.zeros_(block.mlp.down_proj.weight)
+        at = torch.arange(length)
+        angle = at[:, None] * THETA ** (-torch.arange(0, HEAD, 2) / HEAD)
+        self.rope = (angle.cos(), angle.sin())
+        self.mask = (at[:, None] >= at) & (at[:, None] < at + WINDOW)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for block in self.layers:
+            x = block(x, self.rope, self.mask)
+        return self.norm(x)
+
+
+class Stream:
+    """Endless training text: tokens, and which of them the model has to answer."""
+
+    def __init__(self, tokenizer: Tokenizer, seed: int):
+        decoded = (tokenizer.decode([i]) for i in range(len(SPECIAL), VOCABULARY - len(TAGS)))
+        self.words = Words(random.Random(seed), [piece for piece in decoded if piece.isprintable() and "\ufffd" not in piece and piece.strip()])
+        self.rng = self.words.rng
+        self.easy = 0.0
+        self.encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+        self.end = tokenizer.token_to_id("<|im_end|>")
+        self.header, self.quiet = self.encode("<|im_start|>assistant\n"), self.encode("<think>\n\n</think>\n\n")
+        environment = jinja2.Environment()
+        environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+        self.template = environment.from_string((HERE / "chat_template.jinja").read_text("utf-8"))
+
+    def copies(self) -> tuple[list[int], list[bool]]:
+        """The shortest lesson: any tokens at all, to be said again."""
+        ids = self.rng.choices(range(len(SPECIAL), VOCABULARY - len(TAGS)), k=self.rng.randint(1, 16))
+        asked = [*self.encode("<|im_start|>user\nsay "), *ids, self.end, *self.encode("\n"), *self.header]
+        return [*asked, *ids, self.end], [False] * len(asked) + [True] * (len(ids) + 1)
+
+    def conversation(self) -> tuple[list[int], list[bool]]:
+        rng, words = self.rng, self.words
+        if rng.random() < self.easy:
+            return self.copies()
+        thinking = rng.random() > 0.15
+        messages: list[dict] = []
+        if rng.random() < 0.5:
+            messages.append({"role": "system", "content": words.unrelated(rng.choice((rng.randint(10, 200), rng.randint(200, 1200))))})
+        for _ in range(rng.choice((1, 1, 2, 3, 4))):
+            messages += exchange(rng.choices(ROWS, [WEIGHTS[row] for row in ROWS])[0], words)
+        if not thinking:
+            for message in messages:
+                message.pop("reasoning_content", None)
+        declared = tools(words, rng.sample(TOOLS, rng.randint(1, 3))) if rng.random() < 0.25 else None
+        tokens = self.encode(self.template.render(messages=messages, tools=declared, enable_thinking=thinking))
+        learn = [False] * len(tokens)
+        at = 0
+        while at < len(tokens):
+            if tokens[at:at + len(self.header)] != self.header:
+                at += 1
+                continue
+            at += len(self.header)
+            at += len(self.quiet) * (tokens[at:at + len(self.quiet)] == self.quiet)
+            end = tokens.index(self.end, at) + 1
+            learn[at:end] = [True] * (end - at)
+            at = end
+        return tokens, learn
+
+    def batch(self, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of conversations one after another, the first of them with its end: what stands far above is cut off."""
+        tokens = torch.zeros(rows, length + 1, dtype=torch.long)
+        learn = torch.zeros(rows, length + 1, dtype=torch.bool)
+        for row in range(rows):
+            at = 0
+            while at <= length:
+                ids, answer = self.conversation()
+                if at == 0:
+                    ids, answer = ids[-length - 1:], answer[-length - 1:]
+                n = min(len(ids), length + 1 - at)
+                tokens[row, at:at + n], learn[row, at:at + n] = torch.tensor(ids[:n]), torch.tensor(answer[:n])
+                at += n
+        return tokens, learn
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrices are orthogonalised before each step; learns in fewer steps than AdamW here."""
+
+    def __init__(self, params: list[nn.Parameter], lr: float):
+        super().__init__(params, {"lr": lr, "momentum": 0.95})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                g = p.grad.lerp(buffer, group["momentum"])
+                wide = g.size(0) <= g.size(1)
+                x = (g if wide else g.T) / (g.norm() + 1e-7)
+                for _ in range(5):
+                    a = x @ x.T
+                    x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+                p.mul_(1 - group["lr"] * 0.01)
+                p.add_(x if wide else x.T, alpha=-group["lr"] * max(1, g.size(0) / g.size(1)) ** 0.5)
+
+
+def export(model: Model, tokenizer: Tokenizer, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    weights = {f"model.{name}": value.detach().to(torch.float16).contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, out / "new.safetensors", {"format": "mlx"})
+    os.replace(out / "new.safetensors", out / "model.safetensors")
+    (out / "model.safetensors").chmod(0o644)
+    tokenizer.save(str(out / "tokenizer.json"))
+    config = {
+        "model_type": "spark2_5", "architectures": ["Spark2_5ForCausalLM"], "hidden_size": WIDTH, "intermediate_size": INNER,
+        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD,
+        "vocab_size": VOCABULARY, "sliding_window": WINDOW, "layer_types": ["sliding_attention"] * LAYERS,
+        "rope_parameters": {"sliding_attention": {"rope_theta": THETA}}, "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 131072, "tie_word_embeddings": True, "torch_dtype": "float16",
+        "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
+    }
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+        "model_max_length": 131072, "clean_up_tokenization_spaces": False,
+    }
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (out / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.0}) + "\n")
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    if out.resolve() != HERE.resolve():
+        (out / "chat_template.jinja").write_text((HERE / "chat_template.jinja").read_text("utf-8"), "utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--start", type=Path, help="a folder with a trained model to go on from")
+    parser.add_argument("--minutes", type=float, default=45)
+    parser.add_argument("--rate", type=float, default=0.02, help="Muon's learning rate; AdamW's is a fifth of it")
+    parser.add_argument("--rows", type=int, default=24)
+    parser.add_argument("--length", type=int, default=320)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    torch.manual_seed(args.seed)
+    model = Model(args.length)
+    if args.start:
+        tokenizer = Tokenizer.from_file(str(args.start / "tokenizer.json"))
+        weights = load_file(args.start / "model.safetensors")
+        model.load_state_dict({name.removeprefix("model."): value.float() for name, value in weights.items()})
+    else:
+        tokenizer = train_tokenizer()
+    stream = Stream(tokenizer, args.seed)
+    matrices = [p for p in model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    optimizers = [Muon(matrices, lr=args.rate), torch.optim.AdamW(others, lr=args.rate / 5, betas=(0.9, 0.95), weight_decay=0.0)]
+    groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    start, step, exported, average = time.monotonic(), 0, 0.0, 0.0
+    while (passed := (time.monotonic() - start) / 60) < args.minutes:
+        for group, rate in groups:
+            cosine = 0.5 * (1 + math.cos(math.pi * max(0.0, (passed / args.minutes - 0.2) / 0.8)))
+            group["lr"] = rate * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * cosine)
+        tokens, learn = stream.batch(args.rows, args.length)
+        answers = learn[:, 1:]
+        # Always the same number of positions, answers first: every new shape would cost newly compiled kernels.
+        order = torch.rand(answers.shape) + answers
+        wanted = torch.zeros_like(answers).view(-1).index_fill(0, order.view(-1).topk(answers.numel() * 4 // 15)[1], True).view_as(answers)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = F.linear(model(tokens[:, :-1])[wanted], model.embedding.weight)
+        losses = F.cross_entropy(logits.float(), tokens[:, 1:][wanted], reduction="none")
+        answered = losses[answers[wanted]].mean()
+        (answered + 0.02 * losses[~answers[wanted]].mean()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        step += 1
+        average = 0.98 * average + 0.02 * answered.item() if step > 1 else answered.item()
+        if step % 50 == 0:
+            print(f"step {step}, {passed:.1f} minutes, loss {average:.4f}", flush=True)
+        if passed > exported + 4:
+            exported = passed
+            export(model, tokenizer, args.out)
+    export(model, tokenizer, args.out)
+
+
+if __name__ == "__main__":
+    main()

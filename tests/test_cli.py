@@ -1,0 +1,89 @@
+"""The program as a user starts and stops it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Server
+from models import build_model
+
+
+def run(*flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / "mlx_server.py"), *flags], capture_output=True, text=True, timeout=30)
+
+
+def ask(server: Server, path: str, body: dict) -> dict:
+    with urllib.request.urlopen(f"{server.url}{path}", json.dumps(body).encode(), timeout=60) as response:
+        return json.load(response)
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--port", "http"], "not a port"), (["--alias", "nonsense"], "PATTERN=NAME"), (["--context", "0"], "positive"),
+    (["--frobnicate"], "frobnicate"), (["--port", "0", "--model", "/no/such/folder"], "/no/such/folder"),
+    (["--port", "0", "--model", "no-such-model:7b"], "not found"), (["--host", "no.such.host.invalid"], "cannot listen"),
+])
+def test_mistakes_are_told_in_a_line(flags: list[str], said: str):
+    result = run(*flags)
+    assert result.returncode != 0
+    assert said in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_taken_port_is_told():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = run("--port", str(taken.getsockname()[1]))
+    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "in use" in result.stderr
+
+
+def test_version():
+    assert run("--version").stdout.startswith("mlx-server 0.")
+
+
+def test_the_socket_listens_long_before_the_model_is_there():
+    started = time.monotonic()
+    server = Server("--model", "demo")
+    assert not any("loaded demo" in line for line in server.lines)
+    assert urllib.request.urlopen(f"{server.url}/", timeout=5).status == 200
+    assert time.monotonic() - started < 5  # far below on an idle machine
+    server.wait_for("loaded demo")
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_running_work_with_an_error_and_the_program_with_0(number: signal.Signals):
+    server = Server()
+    body = {"model": "demo", "raw": True, "prompt": "1 2", "options": {"num_predict": 50000}}
+    response = urllib.request.urlopen(f"{server.url}/api/generate", json.dumps(body).encode(), timeout=60)
+    response.readline()
+    started = time.monotonic()
+    server.process.send_signal(number)
+    last = json.loads(response.readlines()[-1])
+    assert "shutting down" in last["error"]
+    assert server.process.wait(10) == 0
+    assert time.monotonic() - started < 5
+
+
+def test_aliases_models_dir_and_a_random_model_by_path(tmp_path: Path):
+    path = build_model("qwen2", tmp_path / "Tiny-Qwen2")
+    server = Server("--models-dir", str(tmp_path), "--alias", "claude-*haiku*=demo", "--model", str(path), "--context", "4096")
+    try:
+        anthropic = {"max_tokens": 8, "messages": [{"role": "user", "content": "say hi"}]}
+        answer = ask(server, "/v1/messages", {"model": "claude-sonnet-5-5", **anthropic})
+        assert answer["usage"]["output_tokens"] > 0 and answer["model"] == "claude-sonnet-5-5"
+        assert ask(server, "/v1/messages", {"model": "claude-haiku-5-5", **anthropic})["content"][0]["text"] == "hi"
+        answer = ask(server, "/api/generate", {"model": "tiny-qwen2", "prompt": "hi", "stream": False, "options": {"num_predict": 8}})
+        assert answer["done"] and answer["eval_count"] <= 8
+        assert [m["name"] for m in json.load(urllib.request.urlopen(f"{server.url}/api/ps"))["models"]] == ["Tiny-Qwen2:latest"]
+        with pytest.raises(urllib.error.HTTPError, match="400") as failure:
+            ask(server, "/v1/messages", {"model": "tiny-qwen2", "max_tokens": 5, "messages": [
+                {"role": "user", "content": "word " * 5000}]})
+        assert "prompt is too long: " in json.load(failure.value)["error"]["message"]
+    finally:
+        assert server.stop() == 0

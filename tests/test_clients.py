@@ -1,0 +1,161 @@
+"""The official clients against a really started server, with the demo model's known answers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import anthropic
+import ollama
+import pytest
+from conftest import Server
+
+PRIVET = "Привет! Я встроенная демо-модель. Я умею говорить, считать, читать, писать и запускать."
+BASH = {"name": "Bash", "description": "Runs a command.", "input_schema": {
+    "type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}}
+
+
+@pytest.fixture
+def claude(server: Server) -> anthropic.Anthropic:
+    return anthropic.Anthropic(base_url=server.url, api_key="any", max_retries=0, _strict_response_validation=True)
+
+
+@pytest.fixture
+def llama(server: Server) -> ollama.Client:
+    return ollama.Client(host=server.url)
+
+
+def user(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+def test_anthropic_whole_and_streamed_agree(claude: anthropic.Anthropic):
+    whole = claude.messages.create(model="demo", max_tokens=100, messages=user("Привет!"))
+    with claude.messages.stream(model="demo", max_tokens=100, messages=user("Привет!")) as stream:
+        pieces = list(stream.text_stream)
+        final = stream.get_final_message()
+    assert whole.content[0].text == "".join(pieces) == final.content[0].text == PRIVET
+    assert len(pieces) > 5 and not any("\ufffd" in piece for piece in pieces)
+    assert whole.stop_reason == final.stop_reason == "end_turn"
+    assert whole._request_id.startswith("req_")
+
+
+def test_anthropic_usage_adds_up(claude: anthropic.Anthropic):
+    messages = user("count to 7")
+    counted = claude.messages.count_tokens(model="demo", messages=messages).input_tokens
+    for _ in range(2):
+        usage = claude.messages.create(model="demo", max_tokens=100, messages=messages).usage
+        assert usage.input_tokens + usage.cache_read_input_tokens + usage.cache_creation_input_tokens == counted
+    assert usage.cache_read_input_tokens == counted - 1 and usage.output_tokens >= 7
+
+
+def test_anthropic_tools_round_trip(claude: anthropic.Anthropic):
+    messages = user("run echo hello-from-mlx")
+    with claude.messages.stream(model="demo", max_tokens=200, messages=messages, tools=[BASH]) as stream:
+        first = stream.get_final_message()
+    call = first.content[-1]
+    assert (first.stop_reason, call.type, call.name, call.input) == (
+        "tool_use", "tool_use", "Bash", {"command": "echo hello-from-mlx"})
+    messages += [{"role": "assistant", "content": first.content}, {"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": call.id, "content": "hello-from-mlx"}]}]
+    second = claude.messages.create(model="demo", max_tokens=200, messages=messages, tools=[BASH])
+    assert second.content[0].text == "The tool answered: hello-from-mlx"
+    assert second.usage.cache_read_input_tokens >= first.usage.input_tokens + first.usage.output_tokens - 1
+
+
+def test_anthropic_parallel_calls_and_their_limit(claude: anthropic.Anthropic):
+    both = claude.messages.create(model="demo", max_tokens=200, messages=user("run ls and run pwd"), tools=[BASH])
+    assert [b.input["command"] for b in both.content if b.type == "tool_use"] == ["ls", "pwd"]
+    one = claude.messages.create(model="demo", max_tokens=200, messages=user("run ls and run pwd"), tools=[BASH],
+                                 tool_choice={"type": "auto", "disable_parallel_tool_use": True})
+    assert [b.input["command"] for b in one.content if b.type == "tool_use"] == ["ls"]
+
+
+def test_anthropic_thinking(claude: anthropic.Anthropic):
+    answer = claude.messages.create(model="demo", max_tokens=200, messages=user("think then say hello"),
+                                    thinking={"type": "adaptive"})
+    thinking, text = answer.content
+    assert thinking.thinking and thinking.signature and text.text == "hello"
+    assert answer.usage.output_tokens_details.thinking_tokens > 0
+
+
+def test_anthropic_stop_reasons(claude: anthropic.Anthropic):
+    stopped = claude.messages.create(model="demo", max_tokens=100, messages=user("count to 9"), stop_sequences=["5 6"])
+    assert (stopped.content[0].text, stopped.stop_reason, stopped.stop_sequence) == ("1 2 3 4 ", "stop_sequence", "5 6")
+    assert claude.messages.create(model="demo", max_tokens=3, messages=user("count to 9")).stop_reason == "max_tokens"
+    prefilled = claude.messages.create(model="demo", max_tokens=60, messages=[
+        *user("count to 5"), {"role": "assistant", "content": "1 2"}])
+    assert prefilled.content[0].text.split() == ["3", "4", "5"]
+
+
+def test_anthropic_errors(claude: anthropic.Anthropic):
+    with pytest.raises(anthropic.NotFoundError, match="no-such:7b"):
+        claude.messages.create(model="no-such:7b", max_tokens=5, messages=user("hi"))
+    with pytest.raises(anthropic.BadRequestError, match="at least one message"):
+        claude.messages.create(model="demo", max_tokens=5, messages=[])
+    with pytest.raises(anthropic.BadRequestError, match=r"prompt is too long: \d+ tokens > 131072 maximum"):
+        claude.messages.create(model="demo", max_tokens=5, messages=user("a b " * 80000))
+
+
+def test_anthropic_models(claude: anthropic.Anthropic):
+    assert "demo" in [model.id for model in claude.models.list()]
+    assert claude.models.retrieve("demo").type == "model"
+
+
+def test_anthropic_0_60(server: Server):
+    old = os.environ.get("ANTHROPIC_0_60")
+    if not old:
+        pytest.skip("ANTHROPIC_0_60 does not name a folder with that version; .ci/run does")
+    script = Path(__file__).with_name("old_client.py")
+    out = subprocess.run([sys.executable, str(script), server.url], env={**os.environ, "PYTHONPATH": old},
+                         capture_output=True, text=True, timeout=120)
+    assert out.stdout.strip() == "0.60.0 ok", out.stderr
+
+
+def test_ollama_chat(llama: ollama.Client):
+    parts = list(llama.chat(model="demo", messages=user("Привет!"), stream=True))
+    assert "".join(part.message.content for part in parts) == PRIVET
+    assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
+    assert parts[-1].done_reason == "stop" and parts[-1].eval_count > 5 and parts[-1].prompt_eval_count > 5
+    assert llama.chat(model="demo", messages=user("Привет!")).message.content == PRIVET
+
+
+def test_ollama_generate(llama: ollama.Client):
+    assert llama.generate(model="demo", prompt="say a b c").response == "a b c"
+    limited = llama.generate(model="demo", prompt="count to 9", options={"num_predict": 3, "stop": ["zzz"]})
+    assert limited.done_reason == "length"
+    assert "".join(p.response for p in llama.generate(model="demo", prompt="hello", stream=True)).startswith("Hello!")
+
+
+def test_ollama_tools_round_trip(llama: ollama.Client):
+    def Bash(command: str) -> str:
+        """Runs a command."""
+
+    messages = user("run date")
+    answer = llama.chat(model="demo", messages=messages, tools=[Bash])
+    assert [(c.function.name, c.function.arguments) for c in answer.message.tool_calls] == [("Bash", {"command": "date"})]
+    messages += [answer.message, {"role": "tool", "content": "Monday", "tool_name": "Bash"}]
+    assert llama.chat(model="demo", messages=messages, tools=[Bash]).message.content == "The tool answered: Monday"
+
+
+def test_ollama_thinking(llama: ollama.Client):
+    answer = llama.chat(model="demo", messages=user("think then say hello"), think=True)
+    assert answer.message.thinking and answer.message.content == "hello"
+
+
+def test_ollama_models_and_life(llama: ollama.Client):
+    assert [model.model for model in llama.list().models] == ["demo:latest"]
+    shown = llama.show("demo")
+    assert shown.modelinfo["general.architecture"] and {"completion", "tools", "thinking"} <= set(shown.capabilities)
+    assert llama.generate(model="demo").done_reason == "load"
+    assert [model.model for model in llama.ps().models] == ["demo:latest"]
+    assert llama.generate(model="demo", keep_alive=0).done_reason == "unload"
+    assert llama.ps().models == []
+
+
+def test_ollama_errors(llama: ollama.Client):
+    with pytest.raises(ollama.ResponseError, match="model 'nope' not found") as failure:
+        llama.chat(model="nope", messages=user("hi"))
+    assert failure.value.status_code == 404
