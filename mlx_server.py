@@ -276,8 +276,7 @@ class Handler(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the standard library found wrong with the request line or the headers."""
         self.request_id, self.anthropic, self.answered, self.body_read = "", False, False, True
-        self.headers = getattr(self, "headers", None) or {}
-        self.command = self.command or "GET"
+        self.headers, self.command, self.route, self.request_version = {}, self.command or "GET", "", self.protocol_version
         self.close_connection = True
         self.fail(WireError(int(code), message or "bad request"))
 

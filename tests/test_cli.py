@@ -59,9 +59,8 @@ def test_the_socket_listens_long_before_the_model_is_there():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_running_work_with_an_error_and_the_program_with_0(number: signal.Signals):
     server = Server()
-    body = {"model": "demo", "raw": True, "prompt": "1 2", "options": {"num_predict": 50000}}
+    body = {"model": "demo", "prompt": "word " * 20000}  # tens of seconds of prefill
     response = urllib.request.urlopen(f"{server.url}/api/generate", json.dumps(body).encode(), timeout=60)
-    response.readline()
     started = time.monotonic()
     server.process.send_signal(number)
     last = json.loads(response.readlines()[-1])
