@@ -19,6 +19,7 @@ import fnmatch
 import functools
 import gc
 import hashlib
+import importlib
 import itertools
 import json
 import logging
@@ -751,12 +752,12 @@ def _one_call_a_turn(messages: list[Message]) -> list[Message]:
     for at, message in enumerate(messages):
         calls = message.get("tool_calls") or []
         if len(calls) > 1:
-            results = {m["tool_call_id"]: m for m in itertools.takewhile(lambda m: m["role"] == "tool", messages[at + 1:])}
+            results = {m.get("tool_call_id"): m for m in itertools.takewhile(lambda m: m["role"] == "tool", messages[at + 1:])}
             for number, call in enumerate(calls):
                 out.append({**(message if number == 0 else {"role": "assistant", "content": ""}), "tool_calls": [call]})
-                out += [results[call["id"]]] if call["id"] in results else []
+                out += [results[call.get("id")]] if call.get("id") in results else []
             placed |= results.keys()
-        elif not (message["role"] == "tool" and message["tool_call_id"] in placed):
+        elif not (message["role"] == "tool" and message.get("tool_call_id") in placed):
             out.append(message)
     return out
 
@@ -767,8 +768,8 @@ def _with_short_ids(message: Message) -> Message:
         return hashlib.sha256(call_id.encode()).hexdigest()[:9]
 
     if message.get("tool_calls"):
-        return {**message, "tool_calls": [{**call, "id": short(call["id"])} for call in message["tool_calls"]]}
-    return {**message, "tool_call_id": short(message["tool_call_id"])} if message["role"] == "tool" else message
+        return {**message, "tool_calls": [{**call, "id": short(call.get("id", ""))} for call in message["tool_calls"]]}
+    return {**message, "tool_call_id": short(message.get("tool_call_id", ""))} if message["role"] == "tool" else message
 
 
 @dataclass
@@ -875,7 +876,7 @@ class Tongue:
         marked, answers = list(messages), {}
         for at, message in enumerate(messages[:-1]):
             if message["role"] == "assistant":
-                ids = [call["id"] for call in message.get("tool_calls") or []]
+                ids = [call.get("id", "") for call in message.get("tool_calls") or []]
                 answer = self._answers.get(_answer_key(ids, message["content"]))
                 if answer is not None:
                     mark = f"{_MARK}{at}{_MARK}"
@@ -908,7 +909,8 @@ class Tongue:
         if thinking is not None:
             options["enable_thinking"] = thinking
         if request.effort and thinking is not False and self.template.mentions("reasoning_effort"):
-            options["reasoning_effort"] = request.effort
+            known = self.template.mentions(f"'{request.effort}'") or self.template.mentions(f'"{request.effort}"')
+            options["reasoning_effort"] = request.effort if known else _EFFORTS.get(request.effort, request.effort)
         return options
 
     def _root(self, messages: list[Message], tools: list[dict], options: dict, text: str, length: int) -> int:
@@ -928,6 +930,9 @@ class Tongue:
             shared = os.path.commonprefix([one, two])
             self._roots[key] = len(self.encode(shared)) if text.startswith(shared) else 0
         return self._roots[key] if self._roots[key] < length else 0
+
+
+_EFFORTS = {"minimal": "low", "xhigh": "high", "max": "high"}  # for templates that do not name the finer ones
 
 
 def _answer_key(call_ids: list[str], text: str) -> str:
@@ -1730,15 +1735,13 @@ class Decoder:
         self._count += 1
         batch = GenerationBatch(self._model, [self._count], mx.array([token]), line.cache, [list(line.tokens)], [sampler],
                                 sampler, [tuple(penalties)], [self._ends], [limit])
-        if not len(self):
-            self._batch = batch
-            batch.extract_cache = lambda _: list(batch.prompt_cache)  # nobody else's rows are in there
-        else:
-            for lone in (self._batch, batch):
-                if "extract_cache" in vars(lone) or lone is batch:
-                    vars(lone).pop("extract_cache", None)
-                    lone.prompt_cache = [layer.merge([layer]) for layer in lone.prompt_cache]
+        batch.extract_cache = lambda _: list(batch.prompt_cache)  # nobody else's rows are in there
+        if len(self):
+            _share(self._batch)
+            _share(batch)
             self._batch.extend(batch)
+        else:
+            self._batch = batch
         return self._count
 
     def step(self) -> list[Any]:
@@ -1755,6 +1758,13 @@ class Decoder:
         state = self.peek(number)
         self._batch.filter([at for at, uid in enumerate(self._batch.uids) if uid != number])
         return state
+
+
+def _share(batch: Any) -> None:
+    """Gives a batch caches that can hold several requests, if it has those of a single one."""
+    if "extract_cache" in vars(batch):
+        del batch.extract_cache
+        batch.prompt_cache = [layer.merge([layer]) for layer in batch.prompt_cache]
 
 
 class Runtime:
@@ -2094,8 +2104,7 @@ class Engine:
     def _main(self) -> None:
         try:
             import mlx.core as mx
-            import mlx_lm.generate  # noqa: F401  the slow import, done here so that callers need not wait for it
-
+            importlib.import_module("mlx_lm.generate")  # slow: done here so that callers need not wait for it
             self._configure(mx)
             with self._lock:
                 self._ready = True

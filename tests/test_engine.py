@@ -12,7 +12,7 @@ import pytest
 from models import CONFIGS, build_model
 
 from engine import (
-    Done, Engine, EngineClosed, EngineError, Generation, InvalidRequest, ModelLoadError, ModelNotFound, PromptTooLong, Request, Runtime,
+    Done, Engine, EngineClosed, EngineError, Generation, ModelLoadError, ModelNotFound, PromptTooLong, Request, Runtime,
     Sampling, Text, Tick,
 )
 

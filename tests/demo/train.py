@@ -107,10 +107,11 @@ class Model(nn.Module):
         self.rope = (angle.cos(), angle.sin())
         self.mask = (at[:, None] >= at) & (at[:, None] < at + WINDOW)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.embedding(tokens)
+    def forward(self, tokens: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
+        """Hidden states; attention stays within a row's part, as if it stood alone."""
+        x, mask = self.embedding(tokens), self.mask & (parts[:, None, :, None] == parts[:, None, None, :])
         for block in self.layers:
-            x = block(x, self.rope, self.mask)
+            x = block(x, self.rope, mask)
         return self.norm(x)
 
 
@@ -163,20 +164,26 @@ class Stream:
             at = end
         return tokens, learn
 
-    def batch(self, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of conversations one after another, the first of them with its end: what stands far above is cut off."""
+    def batch(self, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows of conversations: tokens, which of them are answers, and parts of a row that do not see each other.
+
+        In half of the rows every conversation stands alone, as a first short request does; in the others they follow one
+        another, and of the first only the end is there, since what stands far above is cut off.
+        """
         tokens = torch.zeros(rows, length + 1, dtype=torch.long)
         learn = torch.zeros(rows, length + 1, dtype=torch.bool)
+        parts = torch.zeros(rows, length + 1, dtype=torch.long)
         for row in range(rows):
-            at = 0
+            at, alone = 0, self.rng.random() < 0.5
             while at <= length:
                 ids, answer = self.conversation()
-                if at == 0:
+                if at == 0 and not alone:
                     ids, answer = ids[-length - 1:], answer[-length - 1:]
                 n = min(len(ids), length + 1 - at)
                 tokens[row, at:at + n], learn[row, at:at + n] = torch.tensor(ids[:n]), torch.tensor(answer[:n])
+                parts[row, at:at + n] = at * alone
                 at += n
-        return tokens, learn
+        return tokens, learn, parts
 
 
 class Muon(torch.optim.Optimizer):
@@ -257,13 +264,13 @@ def main() -> None:
         for group, rate in groups:
             cosine = 0.5 * (1 + math.cos(math.pi * max(0.0, (passed / args.minutes - 0.2) / 0.8)))
             group["lr"] = rate * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * cosine)
-        tokens, learn = stream.batch(args.rows, args.length)
+        tokens, learn, parts = stream.batch(args.rows, args.length)
         answers = learn[:, 1:]
         # Always the same number of positions, answers first: every new shape would cost newly compiled kernels.
         order = torch.rand(answers.shape) + answers
         wanted = torch.zeros_like(answers).view(-1).index_fill(0, order.view(-1).topk(answers.numel() * 4 // 15)[1], True).view_as(answers)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = F.linear(model(tokens[:, :-1])[wanted], model.embedding.weight)
+            logits = F.linear(model(tokens[:, :-1], parts[:, :-1])[wanted], model.embedding.weight)
         losses = F.cross_entropy(logits.float(), tokens[:, 1:][wanted], reduction="none")
         answered = losses[answers[wanted]].mean()
         (answered + 0.02 * losses[~answers[wanted]].mean()).backward()
