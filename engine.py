@@ -796,9 +796,13 @@ class Tongue:
 
     def __init__(self, local: LocalModel):
         from mlx_lm.utils import load_tokenizer
+        from transformers import CONFIG_MAPPING, PreTrainedConfig
 
         try:
-            self.tokenizer = load_tokenizer(local.path, eos_token_ids=local.config.get("eos_token_id"))
+            # A type that only mlx-lm knows would be checked, and maybe refused, by rules for others; the tokenizer does not need it.
+            known = local.config.get("model_type") in CONFIG_MAPPING
+            self.tokenizer = load_tokenizer(local.path, None if known else {"config": PreTrainedConfig()},
+                                            eos_token_ids=local.config.get("eos_token_id"))
         except Exception as error:
             log.warning("cannot load the tokenizer of %s", local.name, exc_info=True)
             raise ModelLoadError(f"the tokenizer of model '{local.name}' cannot be loaded: {_first_line(error)}") from error
@@ -2062,12 +2066,16 @@ class Engine:
         """What is wrong with the engine, or None."""
         return self._broken or (None if self._thread.is_alive() else "the engine has stopped")
 
-    def close(self, grace: float = 4.0) -> None:
-        """Ends running work with EngineClosed, frees the model and joins the thread, waiting at most `grace` seconds."""
+    def close(self, grace: float = 4.0) -> bool:
+        """Ends running work with EngineClosed, frees the model and joins the thread, waiting at most `grace` seconds.
+
+        Returns whether the thread has ended; a step on the GPU cannot be interrupted.
+        """
         with self._lock:
             self._closing = True
             self._lock.notify_all()
         self._thread.join(grace)
+        return not self._thread.is_alive()
 
     def _tongue(self, local: LocalModel) -> Tongue:
         with self._lock:

@@ -101,10 +101,10 @@ class Handler(BaseHTTPRequestHandler):
     def serve(self) -> None:
         """Serves the request whose head has been read."""
         self.request_id = f"req_{secrets.token_hex(12)}"
-        self.answered = False
+        self.answered, self.origin = False, ""
         self.body_read = not ({"content-length", "transfer-encoding"} & {name.lower() for name in self.headers})
-        url = urlsplit(self.path)
-        self.route, self.query = unquote(url.path), dict(parse_qsl(url.query))
+        self.route, _, query = self.path.partition("?")
+        self.route, self.query = unquote(self.route), dict(parse_qsl(query))
         self.anthropic = self.route.startswith("/v1/")
         try:
             self.check_origin()
@@ -136,12 +136,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def check_origin(self) -> None:
         """A web page must not reach a local server by rebinding its own name to it, nor from a foreign origin."""
-        host = urlsplit(f"//{self.headers.get('Host', '')}").hostname or ""
-        if self.server.loopback and not _is_local(host):
-            raise WireError(403, f"Host '{host}' is not served here")
-        origin = self.headers.get("Origin")
-        if origin and not LOCAL_ORIGINS.fullmatch(origin) and urlsplit(origin).netloc != self.headers.get("Host"):
+        host, origin = self.headers.get("Host", ""), self.headers.get("Origin", "")
+        try:
+            name, foreign = urlsplit(f"//{host}").hostname or "", urlsplit(origin).netloc != host
+        except ValueError:
+            raise WireError(400, "malformed Host or Origin header") from None
+        if self.server.loopback and not _is_local(name):
+            raise WireError(403, f"Host '{name}' is not served here")
+        if origin and foreign and not LOCAL_ORIGINS.fullmatch(origin):
             raise WireError(403, f"Origin '{origin}' is not allowed")
+        self.origin = origin
 
     def check_key(self) -> None:
         key = self.server.api_key
@@ -174,8 +178,18 @@ class Handler(BaseHTTPRequestHandler):
             raise WireError(400, "the body should be a JSON object")
         return body
 
+    def handle_expect_100(self) -> bool:
+        return True  # said by `go_on`, once it is certain that the body is wanted
+
+    def go_on(self) -> None:
+        """Tells a client that waits for it to send its body (RFC 9110, 10.1.1)."""
+        if self.headers.get("Expect", "").lower() == "100-continue" and self.request_version != "HTTP/1.0":
+            self.send_response_only(100)
+            self.end_headers()
+
     def read_body(self) -> bytes:
         if "chunked" in self.headers.get("Transfer-Encoding", "").lower():
+            self.go_on()
             raw = b"".join(self.read_chunks())
         else:
             length = self.headers.get("Content-Length")
@@ -185,6 +199,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise WireError(400, "bad Content-Length")
             if int(length) > MAX_BODY:
                 raise _too_large()
+            self.go_on()
             raw = self.read_exactly(int(length))
         self.body_read = True
         coding = self.headers.get("Content-Encoding", "identity").strip().lower()
@@ -245,8 +260,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Date", self.date_time_string())
         if self.anthropic:
             self.send_header("request-id", self.request_id)
-        if origin := self.headers.get("Origin"):
-            headers = {**headers, "Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+        if self.origin:
+            headers = {**headers, "Access-Control-Allow-Origin": self.origin, "Vary": "Origin"}
         if self.command == "OPTIONS":
             headers = {**headers, "Allow": "GET, POST, DELETE, HEAD, OPTIONS",
                        "Access-Control-Allow-Methods": "GET, POST, PUT, PATCH, DELETE, HEAD, OPTIONS",
@@ -275,7 +290,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the standard library found wrong with the request line or the headers."""
-        self.request_id, self.anthropic, self.answered, self.body_read = "", False, False, True
+        self.request_id, self.anthropic, self.answered, self.body_read, self.origin = "", False, False, True, ""
         self.headers, self.command, self.route, self.request_version = {}, self.command or "GET", "", self.protocol_version
         self.close_connection = True
         self.fail(WireError(int(code), message or "bad request"))
@@ -529,11 +544,19 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
+class OneLine(logging.Formatter):
+    """A record is one line, whatever names and errors it quotes; only a traceback may follow it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().formatMessage(record))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the server until SIGINT or SIGTERM; returns the exit status."""
     args = arguments().parse_args(argv)
-    logging.basicConfig(level=logging.DEBUG if args.verbose else logging.INFO, stream=sys.stderr,
-                        format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    lines = logging.StreamHandler(sys.stderr)
+    lines.setFormatter(OneLine("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.DEBUG if args.verbose else logging.INFO, handlers=[lines])
     if not args.verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its remarks on model types concern nobody here
         logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -555,10 +578,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     host = f"[{args.host}]" if ":" in args.host else args.host
     log.info("mlx-server %s is listening on http://%s:%d", __version__, host, server.server_port)
     server.serve_forever(poll_interval=0.1)
-    server.engine.close()
-    for thread in threading.enumerate():
+    for thread in threading.enumerate():  # the one that stops the server
         if thread is not threading.main_thread() and not thread.daemon:
             thread.join()
+    if not server.engine.close(0):
+        logging.shutdown()
+        os._exit(0)  # an engine in the midst of a long step would crash the interpreter's own way out
     return 0
 
 

@@ -69,6 +69,7 @@ def build_model(kind: str, path: Path, *, template: str = CHATML, seed: int = 7)
     model = model_class(args_class.from_dict(config))
     weights = {name: mx.random.normal(value.shape) * 0.2 if value.ndim > 1 else value
                for name, value in tree_flatten(model.parameters())}
+    weights["model.embed_tokens.weight"][-4:] = 0  # the tags of `build_tokenizer`, which no random answer should open
     mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "mlx"})
     return path
 

@@ -42,6 +42,16 @@ RUSSIAN = """и в не на я что тот быть с а весь это к�
 стол ребенок увидеть сила отец женщина машина случай ночь сразу мир совсем остаться об вид выйти дать работать любить
 старый почти ряд оказаться начало твой вопрос много война снова ответить между подумать опять белый деньги значить про
 лишь минута жена читать писать считать запускать файл строка команда сервер модель ключ ошибка данные""".split()
+COMMON = """a able about all and any are as at back be bear best big bird black blue book boy brown but by can car cat cold come
+could day do dog done down eat end even every face far fast find first fish five fly four fox free friend from full game
+girl give go good great green had hand happy hard have he head hello help her here hi high him his home hot house how i
+if in is it jump jumps just keep key know last lazy left less life light like line little live local long look love made
+make man many me mlx model moon more morning most my name new next night nine no not now of off old on one only open or
+other our out over own page part people place plan play please quick quiet rain read red right road room run said same
+say sea see server seven she short sing sky slow small so some song soon stand star stay step still stop story sun
+sure table take talk tell ten test text than that the their them then there they thing think this three time to today
+token tomorrow town tree true try turn two under up us use very wait walk want warm was water way we week well were
+what when where which white who wind with word work world write year yes you young zero hello-from-mlx hello-world""".split()
 COMMANDS = """ls cat echo grep find git python python3 pip npm make cargo docker curl head tail wc sort sed awk rm cp mv mkdir
 touch chmod pytest node go uv ruff date pwd whoami env df du ps kill tar ssh test true printf xargs tee diff uname
 hostname""".split()
@@ -102,6 +112,10 @@ class Words:
                               string.ascii_letters + string.digits))
         return "".join(rng.choice(letters) for _ in range(rng.randint(1, 9)))
 
+    def common(self) -> str:
+        word = self.rng.choice(COMMON) if self.rng.random() < 0.5 else self.rng.choice(self.words)
+        return word.capitalize() if self.rng.random() < 0.1 else word
+
     def plain(self) -> str:
         return self.rng.choice(self.words) if self.rng.random() < 0.7 else self.made_up()
 
@@ -113,7 +127,7 @@ class Words:
             return word.upper() if rng.random() < 0.05 else word.capitalize() if rng.random() < 0.15 else word
         if kind < 0.53:
             return self.made_up()
-        if kind < 0.60:
+        if kind < 0.55:
             return rng.choice(self.pieces) if self.pieces else self.plain()
         if kind < 0.68:
             return str(rng.choice([rng.randrange(10), rng.randrange(1000), rng.randrange(10**6), round(rng.random() * 100, 2)]))
@@ -126,13 +140,15 @@ class Words:
         if kind < 0.88:
             return rng.choice(QUOTES) % self.plain()
         if kind < 0.91:
-            return rng.choice(EMOJI) if rng.random() < 0.5 else chr(rng.randrange(*rng.choice(RARE)))
+            return rng.choice(EMOJI) if rng.random() < 0.85 else chr(rng.randrange(*rng.choice(RARE)))
         if kind < 0.94:
             return self.path()
         return self.plain() + rng.choice(",.!?;:")
 
     def phrase(self, most: int = 12) -> str:
-        return " ".join(self.word() for _ in range(min(self.rng.choice((1, 1, 2, 2, 3, 3, 4, 5, 6, 8, 10, 12)), most)))
+        # People mostly say plain words; the rest is for everything else that has to be copied.
+        word = self.common if self.rng.random() < 0.35 else self.word
+        return " ".join(word() for _ in range(min(self.rng.choice((1, 1, 2, 2, 3, 3, 4, 5, 6, 8, 10, 12)), most)))
 
     def name(self) -> str:
         rng = self.rng
@@ -153,7 +169,7 @@ class Words:
         for _ in range(rng.choice((0, 1, 1, 1, 2, 2, 3, 4))):
             kind = rng.random()
             parts.append(
-                rng.choice(FLAGS) if kind < 0.25 else self.path() if kind < 0.45 else self.plain() if kind < 0.65
+                self.common() if kind < 0.12 else rng.choice(FLAGS) if kind < 0.25 else self.path() if kind < 0.45 else self.plain() if kind < 0.65
                 else rng.choice(('"%s"', "'%s'")) % self.phrase(4).replace('"', "") if kind < 0.78
                 else rng.choice(("| ", "&& ", "; ", "|| ", "> ", ">> ", "2>&1 | ")) + rng.choice(COMMANDS) if kind < 0.88
                 else rng.choice(SNIPPETS) if kind < 0.95 else self.word())
@@ -186,7 +202,7 @@ def request(row: str, words: Words) -> tuple[str, dict]:
         phrase = words.phrase()
         return f"{verb(rng.choice(('say', 'say', 'repeat')))} {phrase}", text(phrase)
     if row == "count":
-        n = rng.randint(1, 30)
+        n = rng.randint(1, rng.choice((10, 30)))
         return f"{verb('count')} to {n}", text(" ".join(map(str, range(1, n + 1))))
     if row == "run":
         command = words.command()
@@ -305,7 +321,8 @@ def contract_prompts(seed: int, count: int, shape: str = "chat") -> Iterator[Pro
 def corpus() -> str:
     """Source code and prose that every Python has on board."""
     library = Path(sysconfig.get_path("stdlib"))
-    files = sorted(library.glob("*.py")) + sorted(library.glob("json/*.py")) + sorted(library.glob("asyncio/*.py"))
+    files = [path for path in sorted(library.glob("*.py")) if not path.name.startswith("_")]  # those describe a machine
+    files += sorted(library.glob("json/*.py")) + sorted(library.glob("asyncio/*.py"))
     text = (library / "pydoc_data" / "topics.py").read_text("utf-8").replace("\\n", "\n").replace("'\n  '", "")
     return text + "\n".join(path.read_text("utf-8", "ignore") for path in files)
 
@@ -317,8 +334,9 @@ def examine(folder: Path, shape: str, count: int, seed: int) -> tuple[Counter[st
     import mlx.core as mx
     from mlx_lm import load, stream_generate
     from mlx_lm.models.cache import make_prompt_cache
+    from transformers import PreTrainedConfig
 
-    model, tokenizer = load(str(folder))
+    model, tokenizer = load(str(folder), tokenizer_config={"config": PreTrainedConfig()})  # else it refuses unknown layer types
     asked: Counter[str] = Counter()
     right: Counter[str] = Counter()
     prompts = [(p, tokenizer.apply_chat_template(p.messages, tools=p.tools, add_generation_prompt=True,
@@ -329,7 +347,7 @@ def examine(folder: Path, shape: str, count: int, seed: int) -> tuple[Counter[st
     front = make_prompt_cache(model)
     for at in range(0, shared, 512):
         model(mx.array(prompts[0][1][at:min(at + 512, shared)])[None], cache=front)
-        mx.eval([layer.state[0] for layer in front])
+        mx.eval([layer.state for layer in front])
     for prompt, tokens in prompts:
         answer = "".join(part.text for part in stream_generate(
             model, tokenizer, tokens[shared:], max_tokens=400, prompt_cache=copy.deepcopy(front)))

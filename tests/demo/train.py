@@ -1,7 +1,7 @@
 """Trains the demo model and writes it in MLX's form: `python train.py --out FOLDER`. Needs torch, tokenizers and jinja2.
 
-The network is mlx-lm's `spark2_5` with sliding attention in every layer: the answer does not depend on what stands far above
-the request, and reading a prompt costs time linear in its length.
+The network is mlx-lm's `gear`: mixers of the last four tokens between layers of sliding attention. The answer does not depend on
+what stands far above the request, and reading a prompt costs time linear in its length.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import torch
@@ -23,13 +24,14 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch import nn
 
 HERE = Path(__file__).parent
-VOCABULARY, WIDTH, LAYERS, HEADS, KV_HEADS, HEAD, INNER, WINDOW, THETA = 8192, 128, 4, 4, 2, 32, 384, 256, 10000.0
+VOCABULARY, WIDTH, HEADS, HEAD, INNER, WINDOW, RUN, THETA = 8192, 160, 4, 40, 256, 256, 4, 1e6
+KINDS = ["conv_mixer", "sliding_attention", "conv_mixer", "sliding_attention", "sliding_attention"]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
 # A word keeps the space behind it, not the one before it: what is copied is then the same tokens at the beginning of an answer
 # or of a JSON string as behind "say " ("and" is left out for `run A and run B`). Digits, quotes and backslashes stand alone.
 PIECES = r'(?:\p{L}+|\p{N}|["\\]|[^\s\p{L}\p{N}"\\]+)(?: (?!and |\s))?|\n| +|\s'
-WEIGHTS = dict(zip(ROWS, (24, 4, 14, 7, 9, 8, 6, 14, 2, 2, 10)))
+WEIGHTS = dict(zip(ROWS, (26, 9, 14, 7, 8, 10, 7, 13, 2, 2, 5)))
 
 
 def train_tokenizer() -> Tokenizer:
@@ -38,7 +40,8 @@ def train_tokenizer() -> Tokenizer:
         pre_tokenizers.Split(Regex(PIECES), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     words = Words(random.Random(1))
-    extra = [" ".join(RUSSIAN), " ".join(EMOJI), HELLO, PRIVET, FALLBACK, THOUGHT] * 40
+    chat = "<|im_start|>system\n<|im_start|>user\n<|im_start|>assistant\n"
+    extra = [chat, " ".join(RUSSIAN), " ".join(EMOJI), HELLO, PRIVET, FALLBACK, THOUGHT] * 40
     schemas = [json.dumps(tools(words, words.rng.sample(TOOLS, 4))) for _ in range(300)]
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - len(TAGS), special_tokens=SPECIAL, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
@@ -47,27 +50,49 @@ def train_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_k_v_proj = nn.Linear(WIDTH, (HEADS + 2 * KV_HEADS) * HEAD, bias=False)
-        self.g_proj = nn.Linear(WIDTH, HEADS, bias=False)
-        self.out_proj = nn.Linear(HEADS * HEAD, WIDTH, bias=False)
-
-    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
-        batch, length, _ = x.shape
-        q, k, v = self.q_k_v_proj(x).split([HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD], dim=-1)
-        q, k, v = (t.view(batch, length, -1, HEAD).transpose(1, 2) for t in (q, k, v))
-        q, k = rotate(q, *rope), rotate(k, *rope)
-        k, v = (t.repeat_interleave(HEADS // KV_HEADS, dim=1) for t in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-        out = out * torch.sigmoid(self.g_proj(x).float()).to(out.dtype)[..., None]
-        return self.out_proj(out.reshape(batch, length, -1))
+class Norm(nn.RMSNorm):
+    def __init__(self, size: int, start: float = 1.0):
+        super().__init__(size, eps=1e-6)
+        nn.init.constant_(self.weight, start)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class Projections(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
+        self.q_norm, self.k_norm = Norm(HEAD), Norm(HEAD)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q, k, v = (project(x).view(*x.shape[:2], HEADS, HEAD) for project in (self.q_proj, self.k_proj, self.v_proj))
+        return self.q_norm(q.float()), self.k_norm(k.float()), v
+
+
+class Attention(Projections):
+    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], same: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.transpose(1, 2) for t in super().forward(x))
+        out = F.scaled_dot_product_attention(rotate(q, *rope).to(v.dtype), rotate(k, *rope).to(v.dtype), v, attn_mask=mask)
+        return self.o_proj(out.transpose(1, 2).reshape(x.shape))
+
+
+class Mixer(Projections):
+    """Mixes each token with the ones just before it: what attention then compares are short runs of tokens, not single ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key_conv, self.value_conv = (nn.Conv1d(WIDTH, WIDTH, RUN, groups=WIDTH, bias=False) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], same: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.flatten(2) for t in super().forward(x))
+        return self.o_proj(torch.sigmoid(q * self.run(k, self.key_conv, same)) * self.run(v, self.value_conv, same))
+
+    def run(self, x: torch.Tensor, conv: nn.Conv1d, same: torch.Tensor) -> torch.Tensor:
+        padded = F.pad(x, (0, 0, RUN - 1, 0))
+        return sum(padded[:, i:i + x.size(1)] * same[..., i:i + 1] * conv.weight[:, 0, i] for i in range(RUN))
 
 
 class MLP(nn.Module):
@@ -78,40 +103,44 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(INNER, WIDTH, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
         super().__init__()
-        self.self_attn, self.mlp = Attention(), MLP()
-        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(WIDTH, eps=1e-6), nn.RMSNorm(WIDTH, eps=1e-6)
+        if kind == "conv_mixer":
+            self.local_mixer = self.mix = Mixer()
+        else:
+            self.self_attn = self.mix = Attention()
+        self.mlp = MLP()
+        self.input_layernorm, self.pre_feedforward_layernorm = Norm(WIDTH), Norm(WIDTH)
+        self.post_attention_layernorm, self.post_feedforward_layernorm = Norm(WIDTH, 0.3), Norm(WIDTH, 0.3)
 
-    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: torch.Tensor, *context: Any) -> torch.Tensor:
+        x = x + self.post_attention_layernorm(self.mix(self.input_layernorm(x), *context))
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
 class Model(nn.Module):
     def __init__(self, length: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.layers = nn.ModuleList(Block() for _ in range(LAYERS))
-        self.norm = nn.RMSNorm(WIDTH, eps=1e-6)
-        nn.init.normal_(self.embedding.weight, std=0.05)
-        for block in self.layers:
-            nn.init.zeros_(block.self_attn.out_proj.weight)
-            nn.init.zeros_(block.mlp.down_proj.weight)
+        self.embed_tokens = nn.Embedding(VOCABULARY, WIDTH)
+        self.layers = nn.ModuleList(map(Block, KINDS))
+        self.norm = Norm(WIDTH)
+        nn.init.normal_(self.embed_tokens.weight, std=0.05)
         at = torch.arange(length)
         angle = at[:, None] * THETA ** (-torch.arange(0, HEAD, 2) / HEAD)
         self.rope = (angle.cos(), angle.sin())
         self.mask = (at[:, None] >= at) & (at[:, None] < at + WINDOW)
 
     def forward(self, tokens: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
-        """Hidden states; attention stays within a row's part, as if it stood alone."""
-        x, mask = self.embedding(tokens), self.mask & (parts[:, None, :, None] == parts[:, None, None, :])
+        """Hidden states; nothing passes from one of a row's parts to another, as if each stood alone."""
+        x, mask = self.embed_tokens(tokens) * WIDTH ** 0.5, self.mask & (parts[:, None, :, None] == parts[:, None, None, :])
+        before = F.pad(parts, (RUN - 1, 0), value=-1).unfold(1, RUN, 1)
+        same = (before == parts[..., None]).float()
         for block in self.layers:
-            x = block(x, self.rope, mask)
+            x = block(x, self.rope, same, mask)
         return self.norm(x)
 
 
@@ -124,6 +153,7 @@ class Stream:
         self.rng = self.words.rng
         self.easy = 0.0
         self.encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+        self.decode = tokenizer.decode
         self.end = tokenizer.token_to_id("<|im_end|>")
         self.header, self.quiet = self.encode("<|im_start|>assistant\n"), self.encode("<think>\n\n</think>\n\n")
         environment = jinja2.Environment()
@@ -160,9 +190,22 @@ class Stream:
             at += len(self.header)
             at += len(self.quiet) * (tokens[at:at + len(self.quiet)] == self.quiet)
             end = tokens.index(self.end, at) + 1
+            if rng.random() < 0.06:
+                begun = self.begun(tokens[at:end])
+                tokens[at:end], learn[at:end] = begun
+                at += len(begun[0])
+                continue
             learn[at:end] = [True] * (end - at)
             at = end
         return tokens, learn
+
+    def begun(self, answer: list[int]) -> tuple[list[int], list[bool]]:
+        """The answer as the continuation of its own first words, which end without the space that a token has behind a word."""
+        spaces = [i + 1 for i, token in enumerate(answer[:-1]) if self.decode([token]).endswith(" ")]
+        cut = self.rng.choice(spaces) if spaces else 0
+        said = self.encode(self.decode(answer[:cut]).rstrip(" "))
+        rest = self.encode(" " * bool(cut) + self.decode(answer[cut:-1])) + [self.end]
+        return said + rest, [False] * len(said) + [True] * len(rest)
 
     def batch(self, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rows of conversations: tokens, which of them are answers, and parts of a row that do not see each other.
@@ -179,11 +222,34 @@ class Stream:
                 ids, answer = self.conversation()
                 if at == 0 and not alone:
                     ids, answer = ids[-length - 1:], answer[-length - 1:]
+                    if True in answer and len(ids) > length:  # the first answer may have lost its request
+                        first = answer.index(True)
+                        end = next((i for i in range(first, len(answer)) if not answer[i]), len(answer))
+                        answer[first:end] = [False] * (end - first)
                 n = min(len(ids), length + 1 - at)
                 tokens[row, at:at + n], learn[row, at:at + n] = torch.tensor(ids[:n]), torch.tensor(answer[:n])
                 parts[row, at:at + n] = at * alone
                 at += n
         return tokens, learn, parts
+
+
+@torch.no_grad()
+def exam(model: Model, stream: Stream) -> float:
+    """The share of unseen answers that come out to the character: each token is the likeliest one behind those before it."""
+    asked = wrong = 0
+    for _ in range(4):
+        tokens, learn, parts = stream.batch(24, model.mask.size(0))
+        answers = learn[:, 1:]
+        with torch.autocast("cpu", torch.bfloat16):
+            guess = F.linear(model(tokens[:, :-1], parts[:, :-1])[answers], model.embed_tokens.weight).argmax(-1)
+        missed = torch.zeros_like(answers).masked_scatter(answers, guess != tokens[:, 1:][answers])
+        for answer, miss in zip(answers.tolist(), missed.tolist()):
+            for i, inside in enumerate(answer):
+                if inside and not (i and answer[i - 1]):
+                    asked += 1
+                    end = answer.index(False, i) if False in answer[i:] else len(answer)
+                    wrong += any(miss[i:end])
+    return 1 - wrong / asked
 
 
 class Muon(torch.optim.Optimizer):
@@ -210,16 +276,18 @@ class Muon(torch.optim.Optimizer):
 
 def export(model: Model, tokenizer: Tokenizer, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    weights = {f"model.{name}": value.detach().to(torch.float16).contiguous() for name, value in model.state_dict().items()}
+    # The network adds 1 to what the file has as a norm's weight.
+    weights = {f"model.{name}": (value.detach() - float(name.endswith("norm.weight"))).to(torch.float16).contiguous()
+               for name, value in model.state_dict().items() if ".mix." not in name}
     save_file(weights, out / "new.safetensors", {"format": "mlx"})
     os.replace(out / "new.safetensors", out / "model.safetensors")
     (out / "model.safetensors").chmod(0o644)
     tokenizer.save(str(out / "tokenizer.json"))
     config = {
-        "model_type": "spark2_5", "architectures": ["Spark2_5ForCausalLM"], "hidden_size": WIDTH, "intermediate_size": INNER,
-        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD,
-        "vocab_size": VOCABULARY, "sliding_window": WINDOW, "layer_types": ["sliding_attention"] * LAYERS,
-        "rope_parameters": {"sliding_attention": {"rope_theta": THETA}}, "rms_norm_eps": 1e-6,
+        "model_type": "gear", "architectures": ["GearForCausalLM"], "hidden_size": WIDTH, "intermediate_size": INNER,
+        "num_hidden_layers": len(KINDS), "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "head_dim": HEAD,
+        "vocab_size": VOCABULARY, "sliding_window": WINDOW, "conv_L_cache": RUN, "layer_types": KINDS,
+        "rope_theta": THETA, "rope_local_base_freq": THETA, "rms_norm_eps": 1e-6, "hidden_activation": "silu",
         "max_position_embeddings": 131072, "tie_word_embeddings": True, "torch_dtype": "float16",
         "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
     }
@@ -240,7 +308,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="a folder with a trained model to go on from")
     parser.add_argument("--minutes", type=float, default=45)
     parser.add_argument("--rate", type=float, default=0.02, help="Muon's learning rate; AdamW's is a fifth of it")
-    parser.add_argument("--rows", type=int, default=24)
+    parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=320)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
@@ -250,10 +318,11 @@ def main() -> None:
     if args.start:
         tokenizer = Tokenizer.from_file(str(args.start / "tokenizer.json"))
         weights = load_file(args.start / "model.safetensors")
-        model.load_state_dict({name.removeprefix("model."): value.float() for name, value in weights.items()})
+        model.load_state_dict({name.removeprefix("model."): value.float() + float(name.endswith("norm.weight"))
+                               for name, value in weights.items()}, strict=False)
     else:
         tokenizer = train_tokenizer()
-    stream = Stream(tokenizer, args.seed)
+    stream, trial = Stream(tokenizer, args.seed), Stream(tokenizer, args.seed + 1000)
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
     optimizers = [Muon(matrices, lr=args.rate), torch.optim.AdamW(others, lr=args.rate / 5, betas=(0.9, 0.95), weight_decay=0.0)]
@@ -261,6 +330,7 @@ def main() -> None:
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     start, step, exported, average = time.monotonic(), 0, 0.0, 0.0
     while (passed := (time.monotonic() - start) / 60) < args.minutes:
+        stream.easy = max(0.1, 1 - passed / args.minutes * 15) if not args.start else 0.1
         for group, rate in groups:
             cosine = 0.5 * (1 + math.cos(math.pi * max(0.0, (passed / args.minutes - 0.2) / 0.8)))
             group["lr"] = rate * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * cosine)
@@ -270,7 +340,7 @@ def main() -> None:
         order = torch.rand(answers.shape) + answers
         wanted = torch.zeros_like(answers).view(-1).index_fill(0, order.view(-1).topk(answers.numel() * 4 // 15)[1], True).view_as(answers)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = F.linear(model(tokens[:, :-1], parts[:, :-1])[wanted], model.embedding.weight)
+            logits = F.linear(model(tokens[:, :-1], parts[:, :-1])[wanted], model.embed_tokens.weight)
         losses = F.cross_entropy(logits.float(), tokens[:, 1:][wanted], reduction="none")
         answered = losses[answers[wanted]].mean()
         (answered + 0.02 * losses[~answers[wanted]].mean()).backward()
@@ -279,8 +349,8 @@ def main() -> None:
             optimizer.zero_grad()
         step += 1
         average = 0.98 * average + 0.02 * answered.item() if step > 1 else answered.item()
-        if step % 50 == 0:
-            print(f"step {step}, {passed:.1f} minutes, loss {average:.4f}", flush=True)
+        if step % 100 == 0:
+            print(f"step {step}, {passed:.1f} minutes, loss {average:.4f}, exact {exam(model, trial):.1%}", flush=True)
         if passed > exported + 4:
             exported = passed
             export(model, tokenizer, args.out)
