@@ -11,6 +11,7 @@ during MLX work, tokenisation or I/O.
 
 from __future__ import annotations
 
+import bisect
 import collections
 import copy
 import dataclasses
@@ -31,6 +32,7 @@ import string
 import sys
 import threading
 import time
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Sequence, Union
@@ -611,12 +613,14 @@ def _stand_in(models: list[LocalModel]) -> LocalModel | None:
 
 @dataclass
 class Prompt:
-    """A rendered request. `tokens` are what the model reads. `root` and `body` are token counts that later prompts are
-    likely to share: the end of system and tools, and the end before the generation prompt. `opening` is text that the
-    prompt already holds of the answer (a forced tool call's opener), `in_thinking` that it ends inside thinking."""
+    """A rendered request. `tokens` are what the model reads. `root`, `turn` and `body` are token counts that later prompts
+    are likely to share: the end of system and tools, the beginning of what the user says last, and the end before the
+    generation prompt; 0 where there is none. `opening` is text that the prompt already holds of the answer (a forced tool
+    call's opener), `in_thinking` that it ends inside thinking."""
 
     tokens: list[int]
     root: int = 0
+    turn: int = 0
     body: int = 0
     opening: str = ""
     in_thinking: bool = False
@@ -814,6 +818,7 @@ class Tongue:
         self._ends = [text for text in map(self.tokenizer.decode, self.tokenizer.eos_token_ids) if text]
         self._answers: dict[str, Answer] = {}
         self._roots: dict[str, int] = {}
+        self._openers: dict[str, str] = {}
         self._specials = self._splittable()
         self._encode_piece = functools.lru_cache(2048)(self._encode_whole)
 
@@ -850,30 +855,58 @@ class Tongue:
         if any(mark not in text for mark in answers):  # a template that drops text beside calls
             messages, answers = request.messages, {}
             text = self.template.render(messages, tools, options, generation=True)
-        body = self.template.render(messages, tools, options, generation=False)
-        opener = text[len(body):] if text.startswith(body) else ""
+        opener = self._opener(messages, tools, options, text)
         opening = self.format.opening(request.tool_choice) if tools else ""
         start = (self.format.thinking or ("",))[0]
         tokens = self._splice(text, answers, opener) + self._encode_whole(opening)
         return Prompt(
             tokens,
             root=self._root(request.messages, tools, options, text, len(tokens)),
+            turn=self._turn(messages, text, len(tokens)),
             body=len(tokens) - len(self.encode(opener)) - len(self._encode_whole(opening)) if opener else 0,
             opening=opening,
             in_thinking=bool(start) and not opening and text.rstrip().endswith(start),
         )
 
-    def remember(self, job: Generation) -> None:
-        """Keeps the answer of a request that has decoded, under the ids of its calls or else the text the client saw."""
+    def locate(self, request: Request, before: str) -> tuple[int, str] | None:
+        """The index and the role of the message in which the prompt's text goes beyond `before`; None where the template
+        does not tell."""
+        messages, options = request.messages, self._options(request)
+        tools = request.tools if request.tool_choice != "none" else []
+
+        def ends_within(index: int) -> bool:
+            return len(self.template.render(messages[: index + 1], tools, options, generation=False)) <= len(before)
+
+        if self.template is None or not messages:
+            return None
+        try:
+            at = bisect.bisect_left(range(len(messages) - 1), True, key=lambda index: not ends_within(index))
+        except InvalidRequest:  # a conversation that ends there is none
+            return None
+        return at, messages[at]["role"]
+
+    def remember(self, job: Generation) -> str:
+        """Keeps the answer of a request that has decoded, under the ids of its calls or else the text the client saw;
+        returns that key."""
         opening = job._prompt.opening
         tokens = job._line.tokens[job.prompt_tokens - len(self._encode_whole(opening)):]
         if tokens and tokens[-1] in self.tokenizer.eos_token_ids:
             tokens = tokens[:-1]
         visible = job._raw.rpartition(self.format.thinking[1])[2] if job._thought else opening + job._raw
-        while len(self._answers) >= self.REMEMBERED:
-            self._answers.pop(next(iter(self._answers)))
         key = _answer_key(job._parser.call_ids, job._visible)
-        self._answers[key] = Answer(tokens, visible.lstrip("\n"), job._thought)
+        self.learn({key: Answer(tokens, visible.lstrip("\n"), job._thought)})
+        return key
+
+    def learn(self, answers: dict[str, Answer]) -> None:
+        """Remembers answers, and forgets the oldest for them."""
+        for key, answer in answers.items():
+            while len(self._answers) >= self.REMEMBERED:
+                self._answers.pop(next(iter(self._answers)))
+            self._answers[key] = answer
+
+    def answer(self, key: str) -> Answer | None:
+        """A remembered answer."""
+        return self._answers.get(key)
 
     def _recall(self, messages: list[Message]) -> tuple[list[Message], dict[str, Answer]]:
         """The conversation with a mark for the text of every remembered answer, and the answers by their marks."""
@@ -916,6 +949,26 @@ class Tongue:
             known = self.template.mentions(f"'{request.effort}'") or self.template.mentions(f'"{request.effort}"')
             options["reasoning_effort"] = request.effort if known else _EFFORTS.get(request.effort, request.effort)
         return options
+
+    def _opener(self, messages: list[Message], tools: list[dict], options: dict, text: str) -> str:
+        """What the template puts behind the conversation to open the assistant's turn. It depends on little, and rendering
+        a long conversation twice to see it takes long."""
+        key = json.dumps([options, bool(tools), messages[-1]["role"]]) if messages else ""
+        opener = self._openers.get(key)
+        if opener is None or not text.endswith(opener):
+            body = self.template.render(messages, tools, options, generation=False)
+            opener = text[len(body):] if text.startswith(body) else ""
+            if opener:
+                self._openers[key] = opener
+        return opener
+
+    def _turn(self, messages: list[Message], text: str, length: int) -> int:
+        """Token count before what the user says last; 0 unless it is the last message."""
+        if self._specials is None or not messages or messages[-1]["role"] != "user":
+            return 0
+        at = text.rfind(messages[-1]["content"].strip())
+        cuts = [match.end() for match in self._specials.finditer(text, max(0, at - 200), max(0, at))]
+        return max(0, length - len(self.encode(text[cuts[-1]:]))) if cuts and _MARK not in text[cuts[-1]:] else 0
 
     def _root(self, messages: list[Message], tools: list[dict], options: dict, text: str, length: int) -> int:
         """Token count of system and tools: what every conversation of this client begins with."""
@@ -1433,58 +1486,100 @@ class OutputParser:
 # ------------------------------------------------------------------ the prefix cache
 
 
+@dataclass(eq=False, repr=False)
 class Line:
     """The KV state of one conversation: `tokens` are exactly what `cache` (one mlx-lm cache a layer) has read.
 
-    A layer with plain KV can be cut back to any length. Sliding-window and recurrent layers cannot, so `snapshots` keeps
-    their states at chosen lengths: {length: [state of a layer, or None for one that can be cut]}.
+    A layer with plain or quantised KV can be cut back to any length. Sliding-window and recurrent layers cannot, so
+    `snapshots` keeps their states at chosen lengths: {length: [state of a layer, or None for one that can be cut]}.
+    `root` is the length of system and tools, `turns` are the lengths at which the user's latest turns ended: a template
+    that drops old thinking goes back there. `answers` tells at which length each remembered answer ends.
     """
 
-    def __init__(self, tokens: list[int], cache: list[Any], snapshots: dict[int, list[Any]] | None = None, root: int = 0):
-        self.tokens, self.cache, self.root = tokens, cache, root
-        self.snapshots = snapshots if snapshots is not None else {}
-        self.hits = 0
-        self.used = 0.0
+    SNAPSHOTS = 10  # besides those at the root and the latest turns
+
+    tokens: list[int]
+    cache: list[Any]
+    snapshots: dict[int, list[Any]] = field(default_factory=dict)
+    root: int = 0
+    turns: list[int] = field(default_factory=list)
+    answers: dict[str, int] = field(default_factory=dict)
+    hits: int = 0
+    used: float = 0.0
+    shelved: bool = False  # nothing of it is left to write to disk
 
     @property
     def nbytes(self) -> int:
         states = (state for layers in self.snapshots.values() for state in layers if state is not None)
         return sum(c.nbytes for c in self.cache) + sum(state.nbytes for state in states)
 
+    @property
+    def cuttable(self) -> bool:
+        return all(map(_cuttable, self.cache))
+
     def restorable(self, length: int) -> int:
         """The longest prefix of at most `length` tokens that this line can give."""
-        if length >= len(self.tokens) or all(_cuttable(c) for c in self.cache):
+        if length >= len(self.tokens) or self.cuttable:
             return min(length, len(self.tokens))
         return max((at for at in tuple(self.snapshots) if at <= length), default=0)
 
     def snapshot(self) -> None:
-        """Remembers the layers that cannot be cut back later, as they are now. On the MLX thread."""
-        if not all(_cuttable(c) for c in self.cache):
-            self.snapshots[len(self.tokens)] = [None if _cuttable(c) else _copy(c) for c in self.cache]
+        """Remembers the layers that cannot be cut back later, as they are now. On the MLX thread.
 
-    def branch(self, length: int) -> "Line":
+        Of too many the one goes that leaves the smallest gap for its distance from the end: near the end, where edits are
+        likely, they stay dense, and far back one still restarts not too far from an edit.
+        """
+        if self.cuttable:
+            return
+        end = len(self.tokens)
+        self.snapshots[end] = [None if _cuttable(c) else _copy(c) for c in self.cache]
+        at = sorted(self.snapshots)
+        gaps = {here: (after - before) / (end - here + 1) for before, here, after in zip([0, *at], at, at[1:])
+                if here != self.root and here not in self.turns[-2:]}
+        if len(gaps) > self.SNAPSHOTS:
+            del self.snapshots[min(gaps, key=gaps.get)]
+
+    def layers(self, start: int, end: int) -> list[Any]:
+        """What tokens `start` to `end` (a restorable length) contribute: copies of that part of the layers that can be cut,
+        and of the others' whole state at `end`. On the MLX thread."""
+        kept = self.snapshots[end] if end < len(self.tokens) and not self.cuttable else [None] * len(self.cache)
+        return [_copy(layer if state is None else state, start, end) for layer, state in zip(self.cache, kept)]
+
+    def branch(self, length: int) -> Line:
         """A copy of the first `length` tokens, which must be restorable. On the MLX thread."""
-        layers = self.snapshots.get(length) if length < len(self.tokens) else None
-        cache = [_copy(kept if kept is not None else layer, length)
-                 for layer, kept in zip(self.cache, layers or [None] * len(self.cache))]
-        return Line(self.tokens[:length], cache, {at: s for at, s in self.snapshots.items() if at <= length}, self.root)
+        return Line(self.tokens[:length], self.layers(0, length), {at: s for at, s in self.snapshots.items() if at <= length},
+                    self.root, [at for at in self.turns if at <= length],
+                    {key: at for key, at in self.answers.items() if at <= length})
 
 
 def _cuttable(layer: Any) -> bool:
     return type(layer).__name__ in ("KVCache", "QuantizedKVCache", "ConcatenateKVCache")
 
 
-def _copy(layer: Any, length: int | None = None) -> Any:
-    """A copy that shares no buffer with `layer`; a cuttable one is copied only up to `length` tokens."""
+def _copy(layer: Any, start: int = 0, end: int | None = None) -> Any:
+    """A copy that shares no buffer with `layer`; of a cuttable one only the tokens from `start` to `end`."""
     import mlx.core as mx
     from mlx.utils import tree_map
 
-    if _cuttable(layer) and length is not None and layer.keys is not None:
+    if _cuttable(layer) and end is not None and layer.keys is not None:
         new = copy.copy(layer)
-        new.keys, new.values = tree_map(lambda a: mx.contiguous(a[..., :length, :]), (layer.keys, layer.values))
-        new.offset = length
+        new.keys, new.values = tree_map(lambda a: mx.contiguous(a[..., start:end, :]), (layer.keys, layer.values))
+        new.offset = end - start
         return new
     return copy.deepcopy(layer)
+
+
+def _chain(parts: list[Any]) -> Any:
+    """One layer out of consecutive parts of it: the opposite of `Line.layers`."""
+    import mlx.core as mx
+    from mlx.utils import tree_map
+
+    if not _cuttable(parts[-1]) or parts[-1].keys is None:
+        return parts[-1]
+    new = copy.copy(parts[0])
+    new.keys, new.values = tree_map(lambda *arrays: mx.concatenate(arrays, axis=-2), *((p.keys, p.values) for p in parts))
+    new.offset = sum(part.offset for part in parts)
+    return new
 
 
 class PrefixCache:
@@ -1494,7 +1589,7 @@ class PrefixCache:
     into the request and comes back longer; when it branches, the shared part is copied and the line stays. Memory is
     bounded in real bytes: the least recently used line goes first, where one that was never used again (a title, a
     sub-agent's only turn) counts as `ONE_OFF` seconds older, and the last thing kept of a line is its root (system and
-    tools), which every new conversation of that client shares.
+    tools), which every new conversation of that client shares. A line larger than all the room there is keeps its beginning.
     """
 
     ONE_OFF = 600.0
@@ -1516,6 +1611,11 @@ class PrefixCache:
                 best, length = line, usable
         return best, length
 
+    def closest(self, tokens: list[int]) -> tuple[list[int], int]:
+        """The tokens of the line that agrees with `tokens` the longest, and how many those are. From any thread."""
+        pairs = ((line.tokens, common_prefix(line.tokens, tokens)) for line in list(self._lines))
+        return max(pairs, key=lambda pair: pair[1], default=([], 0))
+
     def take(self, tokens: list[int]) -> Line | None:
         """The state to start from: a line moved out of the cache or a copy of one's beginning. On the MLX thread."""
         line, length = self.find(tokens)
@@ -1530,6 +1630,8 @@ class PrefixCache:
 
     def put(self, line: Line) -> None:
         """Files a state and makes room for it. A line that the new one continues is dropped. On the MLX thread."""
+        if line.nbytes > self.limit:
+            line = self._beginning(line)
         if not line.tokens:
             return
         line.used = time.monotonic()
@@ -1543,8 +1645,19 @@ class PrefixCache:
         self._lines.append(line)
         self._evict()
 
-    def clear(self) -> None:
-        self._lines.clear()
+    def unshelved(self) -> Line | None:
+        """The most recently used line that is not on disk yet."""
+        return max((line for line in self._lines if not line.shelved), key=lambda line: line.used, default=None)
+
+    def _beginning(self, line: Line) -> Line:
+        """The longest beginning of a line that fits."""
+        length = int(len(line.tokens) * self.limit / line.nbytes * 0.95)
+        while length := line.restorable(length):
+            shorter = line.branch(length)
+            if shorter.nbytes <= self.limit:
+                return shorter
+            length -= 1 + length // 8
+        return Line([], [])
 
     def _evict(self) -> None:
         while self.nbytes > self.limit and self._lines:
@@ -1553,7 +1666,7 @@ class PrefixCache:
             if 0 < victim.root < len(victim.tokens) and victim.restorable(victim.root) == victim.root:
                 if not any(common_prefix(victim.tokens, line.tokens) >= victim.root for line in self._lines):
                     kept = victim.branch(victim.root)
-                    kept.hits, kept.used = 1, victim.used
+                    kept.hits, kept.used, kept.shelved = 1, victim.used, victim.shelved
                     self._lines.append(kept)
 
 
@@ -1569,6 +1682,226 @@ def common_prefix(a: list[int], b: list[int]) -> int:
         else:
             high = middle - 1
     return low
+
+
+# ------------------------------------------------------------------ the prefix cache on disk
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One file of the shelf: what `tokens` add to the state that `parent` ends with. `cuttable`: any part of it will do."""
+
+    path: Path
+    node: str
+    parent: str
+    tokens: list[int]
+    cuttable: bool
+    nbytes: int
+    answers: dict[str, Answer]
+
+
+class Shelf:
+    """Prefix states on disk, where they outlive an unload and a restart.
+
+    A state is a chain of segments. Each is one file of mlx-lm's `save_prompt_cache` with what its tokens add to the segment
+    before: that part of the KV, and the whole state of layers that cannot be cut, as it is at the segment's end. So
+    conversations share the files of what they have in common, and one that has grown adds only its growth.
+
+    A segment's node is a hash of its parent's and of its tokens, the first parent being the model's fingerprint; a file's
+    name is node and checksum, given when it is complete. A file that is torn, foreign or not what its name says is never
+    used. All files together, the one being written included, stay within `limit` bytes: the least recently used segment
+    that no other one follows goes first. A chain's files count as used together, by their modification times.
+    """
+
+    NAME = re.compile(r"([0-9a-f]{32})\.([0-9a-f]{8})\.safetensors")
+
+    def __init__(self, folder: Path, limit: int):
+        """Reads what is there. Raises OSError when `folder` cannot be written to."""
+        self.folder, self.limit = folder, limit
+        self._segments: dict[str, Segment] = {}
+        self._followers: dict[str, list[Segment]] = {}
+        self._writing = folder / f"writing-{os.getpid()}.safetensors"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writing.write_bytes(b"")
+        for leftover in folder.glob("writing-*.safetensors"):
+            if leftover == self._writing or not _alive(leftover.stem.removeprefix("writing-")):
+                leftover.unlink(missing_ok=True)
+        for path in folder.iterdir():
+            if match := self.NAME.fullmatch(path.name):
+                try:
+                    self._add(self._read(path, match[1]))
+                except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+                    self._discard(path, error)
+        self._make_room(0, set())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(segment.nbytes for segment in list(self._segments.values()))
+
+    def answers(self, model: str) -> dict[str, Answer]:
+        """The remembered answers in all that is kept of the model with this fingerprint."""
+        found: dict[str, Answer] = {}
+        for segment in self._followers.get(model, ()):
+            found |= segment.answers | self.answers(segment.node)
+        return found
+
+    def find(self, model: str, tokens: list[int], start: int = 0) -> tuple[list[Segment], int]:
+        """The segments that restore the longest prefix of `tokens`, and its length; `model` is a fingerprint, or the node that
+        is reached after `start` tokens. From any thread: it only reads."""
+        best: tuple[list[Segment], int] = ([], start)
+        for segment in list(self._followers.get(model, ())):
+            reached = start + common_prefix(segment.tokens, tokens[start:start + len(segment.tokens)])
+            chain = [segment]
+            if reached == start + len(segment.tokens):
+                further, reached = self.find(segment.node, tokens, reached)
+                chain += further
+            elif not segment.cuttable:
+                continue
+            best = max(best, (chain, reached), key=lambda pair: pair[1])
+        return best
+
+    def load(self, chain: list[Segment], length: int) -> Line | None:
+        """The state that a chain restores; None if one of its files turns out to be bad. On the MLX thread."""
+        import mlx.core as mx
+        from mlx_lm.models.cache import load_prompt_cache
+
+        parts, tokens, snapshots = [], [], {}
+        for segment in chain:
+            try:
+                if _checksum(segment.path) != self.NAME.fullmatch(segment.path.name)[2]:
+                    raise ValueError("the checksum is wrong")
+                layers = load_prompt_cache(str(segment.path))
+                mx.eval([layer.state for layer in layers])
+                os.utime(segment.path)
+            except Exception as error:  # whatever mlx finds wrong with a file
+                self._remove(segment)
+                self._discard(segment.path, error)
+                return None
+            parts.append(layers)
+            tokens += segment.tokens
+            if not segment.cuttable:
+                snapshots[len(tokens)] = [None if _cuttable(layer) else layer for layer in layers]
+        line = Line(tokens, [_chain(list(layers)) for layers in zip(*parts)], snapshots)
+        return line if line.cuttable and length == len(tokens) else line.branch(length)  # which shares no state with snapshots
+
+    def write(self, model: str, line: Line, answer: Callable[[str], Answer | None], marks: Iterable[int]) -> bool:
+        """Writes the next segment of a line, up to the next of the lengths `marks`; returns whether the line is all here, or
+        cannot be. On the MLX thread."""
+        from mlx_lm.models.cache import save_prompt_cache
+
+        chain, reached = self.find(model, line.tokens)
+        if reached == len(line.tokens):
+            return True
+        if reached < sum(len(segment.tokens) for segment in chain):  # somewhere inside the last one: a fork begins before it
+            chain = chain[:-1]
+        start = sum(len(segment.tokens) for segment in chain)
+        parent = chain[-1].node if chain else model
+        end = next(at for at in sorted({*marks, len(line.tokens)}) if at > start and line.restorable(at) == at)
+        tokens = line.tokens[start:end]
+        node = _node(parent, tokens)
+        answers = {key: dataclasses.astuple(answer(key)) for key, at in line.answers.items() if start < at <= end and answer(key)}
+        layers = line.layers(start, end)
+        notes = {"parent": parent, "tokens": json.dumps(tokens), "answers": json.dumps(answers),
+                 "cuttable": json.dumps(line.cuttable)}
+        size = sum(layer.nbytes for layer in layers) + len(json.dumps(notes)) + 1024 * len(layers) + 4096
+        try:
+            if not self._make_room(size, {segment.node for segment in chain}):
+                log.info("prompt cache on disk: %d tokens need %d MB, which is more than there is room for", end, size >> 20)
+                return True
+            save_prompt_cache(str(self._writing), layers, notes)
+            path = self.folder / f"{node}.{_checksum(self._writing, sync=True)}.safetensors"
+            os.replace(self._writing, path)
+            self._add(self._read(path, node))
+            for segment in chain:
+                os.utime(segment.path)
+        except Exception as error:  # a full disk must not cost more than this
+            log.warning("prompt cache on disk: cannot write: %s", _first_line(error))
+            self._writing.unlink(missing_ok=True)
+            return True
+        return end == len(line.tokens)
+
+    def _read(self, path: Path, node: str) -> Segment:
+        """A file's segment, from its header alone."""
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > path.stat().st_size:
+                raise ValueError("the file is torn")
+            header = json.loads(file.read(length))
+        notes = {key.removeprefix("0."): value for key, value in header["__metadata__"].items()}
+        tokens, answers = json.loads(notes["tokens"]), json.loads(notes["answers"])
+        if _node(notes["parent"], tokens) != node:
+            raise ValueError("the name belongs to other tokens")
+        return Segment(path, node, notes["parent"], tokens, json.loads(notes["cuttable"]), path.stat().st_size,
+                       {key: Answer(*fields) for key, fields in answers.items()})
+
+    def _add(self, segment: Segment) -> None:
+        if before := self._segments.get(segment.node):
+            self._remove(before)
+            if before.path != segment.path:
+                before.path.unlink(missing_ok=True)
+        self._segments[segment.node] = segment
+        self._followers.setdefault(segment.parent, []).append(segment)
+
+    def _remove(self, segment: Segment) -> None:
+        self._segments.pop(segment.node, None)
+        followers = self._followers.get(segment.parent, [])
+        if segment in followers:
+            followers.remove(segment)
+
+    def _discard(self, path: Path, error: Exception) -> None:
+        log.warning("prompt cache on disk: %s is ignored and removed: %s", path.name, _first_line(error))
+        path.unlink(missing_ok=True)
+
+    def _make_room(self, size: int, spared: set[str]) -> bool:
+        """Removes segments until `size` bytes fit beside the spared ones; returns whether they do, and if not removes nothing."""
+        if sum(self._segments[node].nbytes for node in spared) + size > self.limit:
+            return False
+        while self.nbytes + size > self.limit:
+            ends = [s for s in self._segments.values() if not self._followers.get(s.node) and s.node not in spared]
+            oldest = min(ends, key=lambda segment: _mtime(segment.path))
+            self._remove(oldest)
+            oldest.path.unlink(missing_ok=True)
+        return True
+
+
+def _node(parent: str, tokens: list[int]) -> str:
+    return hashlib.sha256(f"{parent}{tokens}".encode()).hexdigest()[:32]
+
+
+def _alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, OverflowError, ProcessLookupError):
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _mtime(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _checksum(path: Path, sync: bool = False) -> str:
+    """A file's CRC-32; `sync` also sees to it that the disk really has the file."""
+    crc = 0
+    with open(path, "rb+" if sync else "rb") as file:
+        while block := file.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+        if sync:
+            os.fsync(file.fileno())
+    return f"{crc:08x}"
+
+
+def fingerprint(local: LocalModel, kv_bits: int | None) -> str:
+    """What a KV state depends on besides the tokens: the model's files, the precision, and mlx-lm's idea of a cache."""
+    from mlx_lm import __version__
+
+    weights = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in local.path.glob("*.safetensors"))
+    return hashlib.sha256(json.dumps([local.config, weights, kv_bits, __version__], sort_keys=True).encode()).hexdigest()[:32]
 
 
 # ------------------------------------------------------------------ sampling
@@ -1619,11 +1952,23 @@ class Phase(enum.Enum):
     ENDED = enum.auto()
 
 
+@dataclass
+class Miss:
+    """Where a prompt and the cached one that is most like it part: at which token, in which message of the canonical
+    conversation, and the first words there, as cached and now."""
+
+    at: int
+    message: int | None
+    role: str
+    was: str
+    now: str
+
+
 class Generation:
     """One answer in the making: iterate it for `Event`s, the last of which is `Done`; it raises EngineError on failure.
 
-    `prompt_tokens` and `cached_tokens` are known at once (the latter as the cache stood at submission; `usage` is exact
-    after the end). `cancel` may be called from any thread, at any time, any number of times.
+    `prompt_tokens`, `cached_tokens` and `miss` are known at once (the latter two as the cache stood at submission; `usage` is
+    exact after the end). `cancel` may be called from any thread, at any time, any number of times.
     """
 
     TICK = 0.1  # seconds of silence after which the iterator yields a Tick
@@ -1633,6 +1978,7 @@ class Generation:
         self.id = secrets.token_hex(12)
         self.request, self.model = request, local
         self.prompt_tokens, self.cached_tokens = len(prompt.tokens), 0
+        self.miss: Miss | None = None
         self.usage = Usage(prompt_tokens=len(prompt.tokens))
         self._tongue, self._prompt = tongue, prompt
         self._limit, self._by_context = limit, by_context
@@ -1782,7 +2128,7 @@ class Runtime:
     SPARSE = 4096  # tokens between two restore points inside a long prompt
     BATCH = 32  # requests that decode side by side
 
-    def __init__(self, local: LocalModel, tongue: Tongue, cache_limit: int):
+    def __init__(self, local: LocalModel, tongue: Tongue, cache_limit: int, kv_bits: int | None, shelf: Shelf | None):
         from mlx_lm.utils import load_model
 
         started = time.perf_counter()
@@ -1794,11 +2140,24 @@ class Runtime:
         self.local, self.tongue = local, tongue
         self.load_seconds = time.perf_counter() - started
         self.prefixes = PrefixCache(cache_limit)
+        self.shelf, self._fingerprint = shelf, fingerprint(local, kv_bits)
+        self._kv_bits = kv_bits
         self.jobs: list[Generation] = []
         self.keep_alive: float | None = None
         self.idle_since = time.time()
         self._decoder = self._new_decoder()
         log.info("loaded %s in %.1f s", local.name, self.load_seconds)
+
+    def _new_cache(self) -> list[Any]:
+        from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
+
+        def quantized(layer: Any) -> Any:
+            return QuantizedKVCache(64 if head % 64 == 0 else 32, self._kv_bits) if type(layer) is KVCache else layer
+
+        config = self.local.config.get("text_config") or self.local.config
+        head = config.get("head_dim") or config.get("hidden_size", 0) // config.get("num_attention_heads", 1)
+        cache = make_prompt_cache(self.model)
+        return [quantized(layer) for layer in cache] if self._kv_bits and head % 32 == 0 else cache
 
     def _new_decoder(self) -> Decoder:
         return Decoder(self.model, self.tongue.tokenizer.eos_token_ids)
@@ -1824,21 +2183,25 @@ class Runtime:
             job._parser.feed(job._prompt.opening)
 
     def _restore(self, job: Generation) -> None:
-        """Gives a request the longest beginning of its prompt that anyone has read: a line of the prefix cache, or a copy
-        from a request that is decoding, so that a twin or a sub-agent of a running request does not prefill twice."""
-        from mlx_lm.models.cache import make_prompt_cache
-
+        """Gives a request the longest beginning of its prompt that anyone has read: a line of the prefix cache, the disk's, or
+        a copy from a request that is decoding, so that a twin or a sub-agent of a running request does not prefill twice."""
         tokens = job._prompt.tokens
         _, length = self.prefixes.find(tokens)
+        chain, kept = self.shelf.find(self._fingerprint, tokens[:-1]) if self.shelf else ([], 0)
         shared, donor = max(((common_prefix(other._prompt.tokens, tokens), other) for other in self.jobs
                              if other._phase is Phase.DECODE), key=lambda pair: pair[0], default=(0, None))
         line = None
         if shared > length:
-            running = Line(*self._decoder.peek(donor._number), donor._line.snapshots)
+            read, cache = self._decoder.peek(donor._number)
+            running = dataclasses.replace(donor._line, tokens=read, cache=cache)
             usable = running.restorable(min(shared, len(tokens) - 1))
             line = running.branch(usable) if usable > length else None
-        line = line or self.prefixes.take(tokens) or Line([], make_prompt_cache(self.model))
-        line.root = job._prompt.root
+        if kept > max(length, len(line.tokens) if line else 0):
+            line = self.shelf.load(chain, kept)
+        line = line or self.prefixes.take(tokens) or Line([], self._new_cache())
+        line.root, line.shelved = job._prompt.root, False
+        if job._prompt.body and job.request.messages[-1]["role"] == "user":
+            line.turns = [at for at in line.turns if at < job._prompt.body] + [job._prompt.body]
         job._line = line
         job.usage.cached_tokens = len(line.tokens)
 
@@ -1865,13 +2228,14 @@ class Runtime:
         tokens, line = job._prompt.tokens, job._line
         start, end = len(line.tokens), len(tokens) - 1  # the last token is the decoder's
         if start < end:
-            marks = sorted({job._prompt.root, job._prompt.body, (start // self.SPARSE + 1) * self.SPARSE, end})
+            prompt = job._prompt
+            marks = sorted({prompt.root, prompt.turn, prompt.body or end, (start // self.SPARSE + 1) * self.SPARSE, end})
             stop = min(next(at for at in marks if at > start), start + self.CHUNK)
             self.model(mx.array(tokens[start:stop])[None], cache=line.cache)
             mx.eval([c.state for c in line.cache])
             mx.clear_cache()
             line.tokens = tokens[:stop]
-            if stop in marks:
+            if stop in marks and (stop < end or not prompt.body):
                 line.snapshot()
         if len(line.tokens) < end or not self._decoder.accepts(line.cache):
             return
@@ -1899,7 +2263,7 @@ class Runtime:
             job._raw += piece
             job._emit(*parser.feed(piece))
             if response.finish_reason:
-                job._line = Line(response.all_tokens, response.prompt_cache, job._line.snapshots, job._line.root)
+                job._line.tokens, job._line.cache = response.all_tokens, response.prompt_cache
                 self._end(job, response.finish_reason)
             elif parser.stop_sequence is not None or parser.finished:
                 self._reclaim(job)
@@ -1907,7 +2271,7 @@ class Runtime:
 
     def _reclaim(self, job: Generation) -> None:
         """Takes a request's state back from the decoder."""
-        job._line = Line(*self._decoder.remove(job._number), job._line.snapshots, job._line.root)
+        job._line.tokens, job._line.cache = self._decoder.remove(job._number)
 
     def drop_cancelled(self) -> None:
         """Ends cancelled requests; what they have computed goes to the prefix cache."""
@@ -1921,7 +2285,7 @@ class Runtime:
         self._release(job)
         job._emit(*job._parser.finish())
         if job._phase is Phase.DECODE:
-            self.tongue.remember(job)
+            job._line.answers[self.tongue.remember(job)] = len(job._line.tokens)
         if job._line is not None:
             self.prefixes.put(job._line)
             job._line = None
@@ -1933,6 +2297,16 @@ class Runtime:
             self._release(job)
             job._line = None
             job._fail(EngineError("the model failed while generating; the server goes on, please try again"))
+
+    def unshelved(self) -> bool:
+        """Whether there is something to write to disk."""
+        return self.shelf is not None and self.prefixes.unshelved() is not None
+
+    def write(self) -> None:
+        """Writes one segment of what the disk has not got."""
+        line = self.prefixes.unshelved()
+        marks = {line.root, *line.snapshots, *range(self.SPARSE, len(line.tokens), self.SPARSE)}
+        line.shelved = self.shelf.write(self._fingerprint, line, self.tongue.answer, marks)
 
     def _release(self, job: Generation) -> None:
         self.jobs.remove(job)
@@ -1965,15 +2339,22 @@ class Engine:
 
     `model` is the default model (a name or a path) and begins to load at once; `models_dirs` are folders of models,
     `aliases` pairs of (glob, name), `context` and `max_tokens` upper bounds in tokens, `cache_limit` the prefix cache's
-    bytes (by default a quarter of what the machine can use). Raises ModelNotFound or ModelLoadError for a bad `model`.
+    bytes (by default a quarter of what the machine can use). `cache_dir` is a folder where the prefix cache outlives the
+    process, `cache_dir_limit` the most bytes of files in it. `kv_bits` (4 or 8) keeps the KV cache quantised.
+    Raises ModelNotFound or ModelLoadError for a bad `model`, OSError for a `cache_dir` that cannot be written to.
     """
+
+    SETTLE = 1.0  # seconds without work after which the prefix cache is written to disk
+    LAST_WRITES = 2.5  # seconds that closing may spend on that
 
     def __init__(self, model: str | None = None, *, models_dirs: Sequence[str | Path] = (),
                  aliases: Sequence[tuple[str, str]] = (), context: int | None = None, max_tokens: int | None = None,
-                 cache_limit: int | None = None):
+                 cache_limit: int | None = None, cache_dir: str | Path | None = None, cache_dir_limit: int = 32 * 2**30,
+                 kv_bits: int | None = None):
         self._library = Library([Path(d) for d in models_dirs], aliases)
         self._default = self._library.resolve(model, trusted=True) if model else None
-        self._context, self._max_tokens, self._cache_limit = context, max_tokens, cache_limit
+        self._context, self._max_tokens, self._cache_limit, self._kv_bits = context, max_tokens, cache_limit, kv_bits
+        self._shelf = Shelf(Path(cache_dir), cache_dir_limit) if cache_dir else None
         self._mutex = threading.RLock()
         self._lock = threading.Condition(self._mutex)
         self._queue: list[Generation] = []
@@ -2038,8 +2419,21 @@ class Engine:
             self._queue.append(job)
             self._lock.notify_all()
         if runtime is not None and runtime.local.name == local.name:
-            job.cached_tokens = runtime.prefixes.find(prompt.tokens)[1]
+            job.cached_tokens, job.miss = runtime.prefixes.find(prompt.tokens)[1], self._miss(runtime.prefixes, job)
+        if self._shelf is not None:
+            kept = self._shelf.find(fingerprint(local, self._kv_bits), prompt.tokens[:-1])[1]
+            job.cached_tokens, job.miss = max(kept, job.cached_tokens), job.miss if kept <= job.cached_tokens else None
         return job
+
+    def _miss(self, prefixes: PrefixCache, job: Generation) -> Miss | None:
+        """Where the prompt and the cached one most like it part, if they do."""
+        tokens = job._prompt.tokens
+        was, at = prefixes.closest(tokens)
+        if not 0 < at < min(len(was), len(tokens)):
+            return None
+        decode = job._tongue.tokenizer.decode
+        index, role = job._tongue.locate(job.request, decode(tokens[:at])) or (None, "")
+        return Miss(at, index, role, decode(was[at:at + 8]), decode(tokens[at:at + 8]))
 
     def count_tokens(self, request: Request) -> int:
         """Prompt tokens of a request, rendered just as `submit` does. Raises as `submit`, but never for length."""
@@ -2088,6 +2482,8 @@ class Engine:
             self._tongues[local.name] = None
         try:
             tongue = Tongue(local)
+            if self._shelf is not None:
+                tongue.learn(self._shelf.answers(fingerprint(local, self._kv_bits)))
         except BaseException:
             with self._lock:
                 del self._tongues[local.name]
@@ -2134,10 +2530,13 @@ class Engine:
         if device:
             mx.set_wired_limit(usable)  # weights and caches stay resident; the system's own limit is far lower
 
+    def _load(self, local: LocalModel, tongue: Tongue) -> Runtime:
+        return Runtime(local, tongue, self._cache_limit, self._kv_bits, self._shelf)
+
     def _preload(self, local: LocalModel) -> None:
         """Loads the default model before anyone asks for it; a failure is reported again to whoever does."""
         try:
-            self._runtime = Runtime(local, self._tongue(local), self._cache_limit)
+            self._runtime = self._load(local, self._tongue(local))
         except EngineError as error:
             log.error("%s", error)
 
@@ -2148,10 +2547,11 @@ class Engine:
                 runtime = self._runtime
                 if self._queue or self._unloads or (runtime and runtime.jobs):
                     return True
-                expires = runtime.expires if runtime else None
-                if expires is not None and expires <= time.time():
+                writes = runtime.idle_since + self.SETTLE if runtime and runtime.unshelved() else None
+                due = min((at for at in (writes, runtime.expires if runtime else None) if at is not None), default=None)
+                if due is not None and due <= time.time():
                     return True
-                self._lock.wait(None if expires is None else max(0.01, expires - time.time()))
+                self._lock.wait(None if due is None else max(0.01, due - time.time()))
             return False
 
     def _guarded_step(self) -> None:
@@ -2163,6 +2563,7 @@ class Engine:
             log.critical("unexpected failure in the engine", exc_info=True)
             for job in self._runtime.jobs if self._runtime else []:
                 job._fail(EngineError("the engine failed; it starts afresh, please try again"))
+            self._runtime = None
             self._free()
 
     def _step(self) -> None:
@@ -2178,6 +2579,8 @@ class Engine:
             asked = {name for name, _ in self._unloads}
         if idle and (expired or (runtime and runtime.local.name in asked)):
             self._free()
+        elif idle and runtime and runtime.unshelved() and time.time() >= runtime.idle_since + self.SETTLE:
+            runtime.write()  # only one segment: someone may be waiting by then
         with self._lock:
             current = self._runtime.local.name if self._runtime else ""
             for name, done in self._unloads:
@@ -2198,7 +2601,7 @@ class Engine:
                 return
             self._free()
             try:
-                self._runtime = Runtime(head.model, head._tongue, self._cache_limit)
+                self._runtime = self._load(head.model, head._tongue)
             except EngineError as error:
                 with self._lock:
                     failed = [job for job in self._queue if job.model.name == head.model.name]
@@ -2217,6 +2620,8 @@ class Engine:
         import mlx.core as mx
 
         if self._runtime is not None:
+            while self._runtime.unshelved():
+                self._runtime.write()
             log.info("unloaded %s", self._runtime.local.name)
         self._runtime = None
         gc.collect()
@@ -2229,6 +2634,8 @@ class Engine:
             self._lock.notify_all()
         for job in jobs:
             job._fail(EngineClosed(self._broken or "the server is shutting down"))
+        if self._shelf is not None and self._runtime is not None and not self._broken:
+            self._last_writes(self._runtime)
         self._runtime = None
         for _, done in self._unloads:
             done.set()
@@ -2236,6 +2643,19 @@ class Engine:
             import mlx.core as mx
 
             mx.clear_streams()  # their threads must not outlive this one
+
+
+    def _last_writes(self, runtime: Runtime) -> None:
+        """Takes what the running requests have computed and writes what there is time for."""
+        until = time.monotonic() + self.LAST_WRITES
+        try:
+            for job in runtime.jobs:
+                job._cancelled, job._phase = True, Phase.DECODE if job._number else Phase.PREFILL
+            runtime.drop_cancelled()
+            while runtime.unshelved() and time.monotonic() < until:
+                runtime.write()
+        except Exception:
+            log.error("the prefix cache could not be written", exc_info=True)
 
 
 def _filled(sampling: Sampling, defaults: Sampling) -> Sampling:

@@ -314,7 +314,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_json(reply.whole())
         started, first, ending = time.monotonic(), None, "client went away"
         generation = engine.submit(reply.request)
-        stream = Stream(self, reply.framing) if reply.stream else None
+        stream = Stream(self, reply.framing, _reuse(generation)) if reply.stream else None
         thread = threading.current_thread()
         self.server.talking.add(thread)
         try:
@@ -335,7 +335,7 @@ class Handler(BaseHTTPRequestHandler):
             if stream:
                 stream.end()
             else:
-                self.send_json(reply.whole())
+                self.send_json(reply.whole(), headers=_reuse(generation, generation.usage.cached_tokens))
         except EngineError as error:
             ending = f"failed: {error}"
             if not stream:
@@ -356,8 +356,10 @@ class Handler(BaseHTTPRequestHandler):
         usage = generation.usage
         speed = f"{usage.completion_tokens / usage.decode_seconds:.1f} tokens/s" if usage.decode_seconds else "- tokens/s"
         wait = f"first token {first - started:.2f} s" if first else "no token"
-        log.info("%s %s: prompt %d, reused %d, generated %d, %s, %s, %s", self.route, generation.model.name,
-                 usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens, wait, speed, ending)
+        miss = generation.miss
+        parted = f" (parts at {miss.at} in {_place(miss)}: {miss.now!r} was {miss.was!r})" if miss else ""
+        log.info("%s %s: prompt %d, reused %d%s, generated %d, %s, %s, %s", self.route, generation.model.name,
+                 usage.prompt_tokens, usage.cached_tokens, parted, usage.completion_tokens, wait, speed, ending)
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug(format, *args)
@@ -433,13 +435,13 @@ ROUTES: dict[str, dict[str, Callable[[Handler], None]]] = {
 class Stream:
     """A streamed answer: objects as server-sent events or NDJSON lines, each sent at once, chunked for HTTP/1.1."""
 
-    def __init__(self, handler: Handler, framing: str):
+    def __init__(self, handler: Handler, framing: str, headers: dict[str, str]):
         self._handler, self._file = handler, handler.wfile
         self._chunked = handler.request_version != "HTTP/1.0"
         self._framing = framing
         if framing == "lines" and "text/event-stream" in handler.headers.get("Accept", ""):
             self._framing = "data"
-        headers = {"Cache-Control": "no-cache", "Content-Type":
+        headers = {**headers, "Cache-Control": "no-cache", "Content-Type":
                    "application/x-ndjson" if self._framing == "lines" else "text/event-stream; charset=utf-8"}
         if self._chunked:
             headers["Transfer-Encoding"] = "chunked"
@@ -471,6 +473,18 @@ class Stream:
             return _encode(body) + b"\n"
         name = b"event: " + body["type"].encode() + b"\n" if self._framing == "events" else b""
         return name + b"data: " + _encode(body) + b"\n\n"
+
+
+def _reuse(generation: Any, cached: int | None = None) -> dict[str, str]:
+    """The header that tells what of a prompt was read before, as far as that is known, and where it parts from what was."""
+    value = f"reused={generation.cached_tokens if cached is None else cached}; prompt={generation.prompt_tokens}"
+    if generation.miss:
+        value += f"; parts-at={generation.miss.at}; in={_place(generation.miss)}"
+    return {"x-prompt-cache": value}
+
+
+def _place(miss: Any) -> str:
+    return "the prompt" if miss.message is None else f"message {miss.message} ({miss.role})"
 
 
 def _readable(connection: socket.socket, seconds: float) -> bool:
@@ -519,6 +533,14 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", text.strip().lower())
+    size = int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " ")) if match else 0
+    if not size:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size like 512MB or 8GB")
+    return size
+
+
 def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"'{text}' is not a port number")
@@ -537,6 +559,12 @@ def arguments() -> argparse.ArgumentParser:
                         help="serve names like PATTERN (a glob) with model NAME (repeatable)")
     parser.add_argument("--context", metavar="N", type=_positive, help="most tokens of prompt and answer together")
     parser.add_argument("--max-tokens", metavar="N", type=_positive, help="most tokens of an answer")
+    parser.add_argument("--prompt-cache", metavar="SIZE", type=_bytes,
+                        help="memory for the KV states of earlier prompts, e.g. 8GB (default: a quarter of what the machine has)")
+    parser.add_argument("--cache-dir", metavar="DIR", help="keep these states in DIR, too, where they survive a restart")
+    parser.add_argument("--cache-dir-size", metavar="SIZE", type=_bytes, default=32 * 2**30,
+                        help="most bytes of files in DIR (default: 32GB)")
+    parser.add_argument("--kv-bits", type=int, choices=(4, 8), help="keep the KV cache quantised: half or a quarter of its size")
     parser.add_argument("--api-key", metavar="KEY", default=os.environ.get("MLX_SERVER_API_KEY"),
                         help="demand this key (default: $MLX_SERVER_API_KEY, else none)")
     parser.add_argument("--verbose", action="store_true", help="log every detail")
@@ -568,9 +596,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     try:
         server.engine = Engine(args.model, models_dirs=args.models_dir, aliases=args.alias, context=args.context,
-                               max_tokens=args.max_tokens)
-    except EngineError as error:
-        print(f"mlx-server: {error}", file=sys.stderr)
+                               max_tokens=args.max_tokens, cache_limit=args.prompt_cache, cache_dir=args.cache_dir,
+                               cache_dir_limit=args.cache_dir_size, kv_bits=args.kv_bits)
+    except (EngineError, OSError) as error:
+        reason = f"cannot keep a prompt cache in {args.cache_dir}: {error.strerror}" if isinstance(error, OSError) else error
+        print(f"mlx-server: {reason}", file=sys.stderr)
         server.server_close()
         return 1
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -40,7 +40,7 @@ _SMALL = {
 }
 CONFIGS = {
     "qwen2": {"model_type": "qwen2", **_SMALL},
-    "qwen3": {"model_type": "qwen3", **_SMALL},
+    "qwen3": {"model_type": "qwen3", **_SMALL, "head_dim": 32},
     "llama_sliding": {
         "model_type": "llama", **_SMALL, "sliding_window": 64,
         "layer_types": ["sliding_attention", "full_attention"] * 2,

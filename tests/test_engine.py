@@ -17,6 +17,7 @@ from engine import (
 )
 
 ROOT = Path(__file__).parent.parent
+REREAD = 8  # tokens: layers that cannot be cut are restored at the end of the conversation, before the generation prompt
 SYSTEM = {"role": "system", "content": "You are a careful tester. " * 40}
 
 
@@ -54,7 +55,7 @@ def test_a_resent_prompt_is_not_prefilled_again(engine: Engine):
     first, _ = answer(engine, messages)
     again, generation = answer(engine, messages)
     assert again == first
-    assert generation.usage.cached_tokens == generation.usage.prompt_tokens - 1 == generation.cached_tokens
+    assert generation.usage.cached_tokens == generation.cached_tokens >= generation.usage.prompt_tokens - REREAD
 
 
 def test_a_continued_conversation_prefills_only_what_is_new_and_answers_as_if_cold(engine: Engine):
@@ -96,7 +97,7 @@ def test_a_twin_of_a_running_request_is_not_prefilled_again(engine: Engine):
         pass
     text, second = answer(engine, messages)
     first.cancel()
-    assert second.usage.cached_tokens == second.usage.prompt_tokens - 1
+    assert second.usage.cached_tokens >= second.usage.prompt_tokens - REREAD
     assert text == expected
 
 
@@ -124,7 +125,7 @@ def test_usage_adds_up_and_the_limit_is_reported(engine: Engine):
 def test_max_tokens_zero_only_fills_the_cache(engine: Engine):
     text, generation = answer(engine, "prewarm me", max_tokens=0)
     assert text == "" and generation.usage.completion_tokens == 0
-    assert answer(engine, "prewarm me")[1].usage.cached_tokens == generation.usage.prompt_tokens - 1
+    assert answer(engine, "prewarm me")[1].usage.cached_tokens >= generation.usage.prompt_tokens - REREAD
 
 
 def test_an_empty_request_loads_the_model_and_unload_frees_it(engine: Engine):

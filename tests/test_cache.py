@@ -1,0 +1,237 @@
+"""The prefix cache: what is reused after a branch, an edit, a restart; within which bounds; and that it changes no answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import Server
+from models import CONFIGS, build_model
+from test_engine import REREAD, ROOT, SYSTEM, answer, cold, user
+
+from engine import Engine, Request, Runtime, Shelf
+
+LONG = [SYSTEM, user("long " * 600)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models")
+    for kind in CONFIGS:
+        build_model(kind, path / kind)
+    return path
+
+
+@pytest.fixture(params=[*CONFIGS, "quantised"])
+def options(request: pytest.FixtureRequest, folder: Path) -> dict:
+    """What to start an engine of each cache class with."""
+    quantised = request.param == "quantised"
+    return {"model": str(folder / ("qwen3" if quantised else request.param)), "kv_bits": 8 if quantised else None}
+
+
+def turns(engine: Engine, messages: list[dict], count: int) -> list[dict]:
+    """The conversation after some more turns."""
+    messages = list(messages)
+    for number in range(count):
+        text, _ = answer(engine, messages)
+        messages += [{"role": "assistant", "content": text}, user(f"turn {number}")]
+    return messages
+
+
+def test_a_restarted_engine_goes_on_where_the_last_one_stopped(options: dict, tmp_path: Path):
+    with Engine(**options, cache_dir=tmp_path) as engine:
+        messages = turns(engine, LONG, 3)
+        expected = cold(engine, messages)
+    with Engine(**options, cache_dir=tmp_path) as engine:
+        text, generation = answer(engine, messages)
+        assert text == expected
+        assert generation.usage.cached_tokens >= 0.99 * generation.usage.prompt_tokens
+        assert generation.cached_tokens == generation.usage.cached_tokens  # known before the weights are loaded
+
+
+def test_conversations_share_the_files_of_what_they_have_in_common(options: dict, tmp_path: Path):
+    def size() -> int:
+        return sum(path.stat().st_size for path in tmp_path.iterdir())
+
+    with Engine(**options, cache_dir=tmp_path) as engine:
+        answer(engine, [SYSTEM, user("one")])
+        engine.unload(engine._default.name)
+        one = size()
+        answer(engine, [SYSTEM, user("two")])
+        engine.unload(engine._default.name)
+        text, generation = answer(engine, [SYSTEM, user("three")])
+        assert generation.usage.cached_tokens >= 700  # the system prompt
+        assert text == cold(engine, [SYSTEM, user("three")])
+        if engine._runtime.prefixes._lines[0].cuttable:
+            assert size() < 1.5 * one
+
+
+@pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "foreign", "renamed"])
+def test_a_bad_file_costs_no_more_than_the_work(damage: str, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with Engine(str(folder / "hybrid"), cache_dir=tmp_path) as engine:
+        expected, _ = answer(engine, LONG)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    for path in files:
+        data = bytearray(path.read_bytes())
+        if damage == "torn":
+            del data[len(data) // 2:]
+        elif damage == "flipped":
+            data[-len(data) // 8] ^= 0x40
+        elif damage == "empty":
+            data.clear()
+        elif damage == "foreign":
+            data = bytearray(b"GGUF" + bytes(1000))
+        path.write_bytes(data)
+        if damage == "renamed":
+            path.rename(path.with_name(f"{'0' * 32}.{path.name.split('.')[1]}.safetensors"))
+    with Engine(str(folder / "hybrid"), cache_dir=tmp_path) as engine:
+        text, generation = answer(engine, LONG)
+        assert text == expected and generation.usage.cached_tokens == 0
+    assert "is ignored" in caplog.text
+
+
+def test_another_model_s_files_are_left_alone(folder: Path, tmp_path: Path):
+    for name in ("qwen2", "qwen3"):
+        with Engine(str(folder / name), cache_dir=tmp_path) as engine:
+            assert answer(engine, LONG)[1].usage.cached_tokens == 0
+    with Engine(str(folder / "qwen2"), cache_dir=tmp_path) as engine:
+        assert answer(engine, LONG)[1].usage.cached_tokens > 1500
+
+
+def test_the_disk_bound_holds_while_files_are_written(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    limit, seen = 3_000_000, []
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (seen.append(sum(p.stat().st_size for p in tmp_path.iterdir())), sync(file)))
+    with Engine(str(folder / "qwen3"), cache_dir=tmp_path, cache_dir_limit=limit) as engine:
+        for number in range(8):
+            answer(engine, [SYSTEM, user(f"number {number}" + " more" * 150)])
+            engine.unload(engine._default.name)
+    assert len(seen) == 9 and limit / 2 < max(seen) <= limit
+    with Engine(str(folder / "qwen3"), cache_dir=tmp_path, cache_dir_limit=limit) as engine:
+        assert answer(engine, [SYSTEM, user("number 7" + " more" * 150)])[1].usage.cached_tokens > 1000  # the last one is there
+        assert answer(engine, [SYSTEM, user("new")])[1].usage.cached_tokens > 700  # and what all of them share
+
+
+def test_a_full_disk_is_survived(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with Engine(str(folder / "qwen2"), cache_dir=tmp_path) as engine:
+        answer(engine, LONG)
+        engine.unload(engine._default.name)
+        assert answer(engine, LONG)[0]
+    assert "No space left" in caplog.text and not list(tmp_path.iterdir())
+
+
+def test_what_is_written_survives_a_kill(folder: Path, tmp_path: Path):
+    left = tmp_path / "writing-999999999.safetensors"
+    left.write_bytes(b"half a file")
+    shelf = Shelf(tmp_path, 1000)
+    assert not left.exists() and shelf.nbytes == 0
+
+
+def test_an_edit_deep_in_history_restarts_near_it(options: dict):
+    with Engine(**options) as engine:
+        messages = turns(engine, [SYSTEM, user("begin " * 500)], 6)
+        whole = engine.count_tokens(Request(engine._default.name, messages))
+        edited = [*messages[:-3], {**messages[-3], "content": "edited"}, *messages[-2:]]
+        text, generation = answer(engine, edited)
+        assert generation.usage.cached_tokens > whole - 400
+        assert text == cold(engine, edited)
+
+
+def test_the_last_words_can_be_changed(options: dict):
+    with Engine(**options) as engine:
+        messages = turns(engine, LONG, 2)
+        answer(engine, messages)
+        changed = [*messages[:-1], user("something else")]
+        text, generation = answer(engine, changed)
+        assert generation.usage.prompt_tokens - generation.usage.cached_tokens < 60
+        assert text == cold(engine, changed)
+
+
+def test_side_requests_do_not_evict_the_main_line(options: dict):
+    with Engine(**options) as engine:
+        messages = turns(engine, LONG, 2)
+        line = engine._runtime.prefixes.nbytes
+    with Engine(**options, cache_limit=int(line * 1.5)) as engine:
+        messages = turns(engine, LONG, 2)
+        for number in range(6):
+            answer(engine, [SYSTEM, user(f"title {number} " * 100)])
+            assert engine._runtime.prefixes.nbytes <= line * 1.5
+        _, generation = answer(engine, messages)
+        assert generation.usage.cached_tokens > 0.95 * generation.usage.prompt_tokens
+
+
+def test_a_line_larger_than_the_bound_keeps_its_beginning(options: dict, tmp_path: Path):
+    with Engine(**options, cache_dir=tmp_path) as engine:
+        messages = turns(engine, [SYSTEM, user("begin " * 500)], 2)
+        expected, _ = answer(engine, messages)
+        size = engine._runtime.prefixes.nbytes
+    with Engine(**options, cache_dir=tmp_path, cache_limit=size // 2) as engine:
+        for _ in range(2):
+            text, generation = answer(engine, messages)
+            assert text == expected
+            assert 0 < engine._runtime.prefixes.nbytes <= size // 2
+    with Engine(**options, cache_limit=size // 2) as engine:
+        expected, _ = answer(engine, messages)
+        text, generation = answer(engine, messages)
+        assert text == expected and generation.usage.cached_tokens > Runtime.CHUNK
+
+
+def test_snapshots_stay_few(options: dict):
+    with Engine(**options) as engine:
+        turns(engine, [SYSTEM, user("begin")], 25)
+        line = engine._runtime.prefixes._lines[0]
+        assert len(line.snapshots) <= (0 if line.cuttable else line.SNAPSHOTS + 4)
+
+
+def test_a_miss_explains_itself(folder: Path):
+    with Engine(str(folder / "qwen2")) as engine:
+        messages = turns(engine, [SYSTEM, user("begin")], 3)
+        answer(engine, messages)
+        generation = engine.chat([*messages[:3], user("other words"), *messages[4:]], max_tokens=1)
+        assert (generation.miss.message, generation.miss.role) == (3, "user")
+        assert generation.miss.now.startswith("other") and generation.miss.was.startswith("turn")
+        assert generation.miss.at <= generation.prompt_tokens - REREAD
+        list(generation)
+        assert engine.chat(messages, max_tokens=1).miss is None
+
+
+def test_the_flags_the_header_and_the_log_of_a_restarted_server(tmp_path: Path):
+    def ask(server: Server, words: str) -> str:
+        body = {"model": "demo", "max_tokens": 50, "messages": [
+            {"role": "user", "content": "once " * 300}, {"role": "assistant", "content": "ok"}, {"role": "user", "content": words}]}
+        with urllib.request.urlopen(f"{server.url}/v1/messages", json.dumps(body).encode()) as response:
+            assert json.load(response)["content"][0]["text"] == words.removeprefix("say ")
+            return response.headers["x-prompt-cache"]
+
+    flags = ("--cache-dir", str(tmp_path / "kept"), "--cache-dir-size", "50MB", "--prompt-cache", "100 MB")
+    server = Server(*flags)
+    assert ask(server, "say hello").startswith("reused=0; prompt=")
+    assert server.stop() == 0
+    server = Server(*flags)
+    try:
+        again = re.fullmatch(r"reused=(\d+); prompt=(\d+)", ask(server, "say hello"))
+        assert int(again[1]) >= int(again[2]) - REREAD
+        other = re.fullmatch(r"reused=(\d+); prompt=\d+; parts-at=(\d+); in=message 2 \(user\)", ask(server, "say goodbye"))
+        assert int(other[1]) > 300
+        server.wait_for(r"reused \d+ \(parts at \d+ in message 2 \(user\): '.*goodbye.*' was '.*hello.*'\)")
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--prompt-cache", "much"), "not a size"), (("--cache-dir", "/proc/none"), "cannot keep a prompt cache in /proc/none"),
+    (("--kv-bits", "3"), "invalid choice"),
+])
+def test_bad_flags_are_one_clear_line(flags: tuple[str, ...], message: str):
+    done = subprocess.run([sys.executable, "mlx_server.py", "--port", "0", *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
