@@ -55,14 +55,14 @@ CONFIGS = {
 }
 
 
-def build_model(kind: str, path: Path, *, template: str = CHATML, seed: int = 7) -> Path:
-    """Writes a loadable model of one of `CONFIGS` to `path` and returns it. Weights depend on `seed` only."""
+def build_model(kind: str, path: Path, *, template: str = CHATML, seed: int = 7, config: dict | None = None) -> Path:
+    """Writes a loadable model of one of `CONFIGS`, or of another `config`, to `path` and returns it. Weights depend on `seed` only."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
     from mlx_lm.utils import _get_classes
 
     build_tokenizer(path, template)
-    config = {**CONFIGS[kind], "eos_token_id": 2, "torch_dtype": "float32"}
+    config = {**(config or CONFIGS[kind]), "eos_token_id": 2, "torch_dtype": "float32"}
     (path / "config.json").write_text(json.dumps(config))
     model_class, args_class = _get_classes(config)
     mx.random.seed(seed)
