@@ -48,7 +48,8 @@ def test_anthropic_usage_adds_up(claude: anthropic.Anthropic):
     for _ in range(2):
         usage = claude.messages.create(model="demo", max_tokens=100, messages=messages).usage
         assert usage.input_tokens + usage.cache_read_input_tokens + usage.cache_creation_input_tokens == counted
-    assert usage.cache_read_input_tokens == counted - 1 and usage.output_tokens >= 7
+    # The demo's layers slide: they are restored at the end of the conversation, before the generation prompt.
+    assert counted - 4 <= usage.cache_read_input_tokens < counted and usage.output_tokens >= 7
 
 
 def test_anthropic_tools_round_trip(claude: anthropic.Anthropic):
