@@ -15,6 +15,7 @@ import bisect
 import collections
 import copy
 import dataclasses
+import datetime
 import enum
 import fnmatch
 import functools
@@ -669,7 +670,7 @@ class Template:
         if prefill:  # rendered with a mark behind it, since each template closes the turn in its own way
             messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + _MARK}]
         error: Exception | None = None
-        for kwargs in (options, {}):  # some templates raise on enable_thinking=False or an effort they do not know
+        for kwargs in (options, {key: options[key] for key in options.keys() & {"dates"}}):  # some templates raise on enable_thinking=False or an effort they do not know
             try:
                 text = self._apply(messages, tools if self.has_tools else None, generation and not prefill, kwargs)
                 return text[: text.index(_MARK)] if prefill else text
@@ -678,11 +679,17 @@ class Template:
         log.warning("chat template failed: %s", error)
         raise InvalidRequest(f"the model's chat template cannot render this conversation: {error}")
 
+    def dates(self, when: datetime.datetime) -> dict[str, str]:
+        """A point in time in each form in which the template would show the present."""
+        return {quoted[1:-1]: when.strftime(quoted[1:-1]) for quoted in _NOW.findall(self._source)}
+
     def mentions(self, option: str) -> bool:
         """Whether the template looks at an option."""
         return option in self._source
 
     def _apply(self, messages: list[Message], tools: list[dict] | None, generation: bool, kwargs: dict) -> str:
+        if "dates" in kwargs:
+            kwargs = {**kwargs, "chat_template": _NOW.sub(r"dates[\1]", self._source)}
         return self._tokenizer.apply_chat_template(
             messages, tools=tools or None, add_generation_prompt=generation, tokenize=False, **kwargs)
 
@@ -712,6 +719,7 @@ class Template:
         return [_with_short_ids(message) for message in out] if self.short_ids else out
 
 
+_NOW = re.compile(r"""strftime_now\(\s*("[^"]*"|'[^']*')\s*\)""")
 _MARK = "\u2063\u2063end\u2063\u2063"
 _EMPTY_SCHEMA = {"type": "object", "properties": {}}
 _TOOL_PROMPT = """You can call these tools:
@@ -778,11 +786,12 @@ def _with_short_ids(message: Message) -> Message:
 
 @dataclass
 class Answer:
-    """What the model really wrote in one turn: all its tokens but the end token, and the text after its thinking."""
+    """What the model really wrote in one turn: all its tokens but the end token, its thinking ("" if it did not think) and
+    the text after it."""
 
     tokens: list[int]
     visible: str
-    thought: bool
+    thinking: str
 
 
 class Tongue:
@@ -796,7 +805,7 @@ class Tongue:
     cache is only good for what was generated.
     """
 
-    REMEMBERED = 4096  # answers
+    REMEMBERED = 4096  # answers, and beginnings of conversations
 
     def __init__(self, local: LocalModel):
         from mlx_lm.utils import load_tokenizer
@@ -819,6 +828,7 @@ class Tongue:
         self._answers: dict[str, Answer] = {}
         self._roots: dict[str, int] = {}
         self._openers: dict[str, str] = {}
+        self._births: dict[str, datetime.datetime] = {}
         self._specials = self._splittable()
         self._encode_piece = functools.lru_cache(2048)(self._encode_whole)
 
@@ -892,33 +902,34 @@ class Tongue:
         tokens = job._line.tokens[job.prompt_tokens - len(self._encode_whole(opening)):]
         if tokens and tokens[-1] in self.tokenizer.eos_token_ids:
             tokens = tokens[:-1]
-        visible = job._raw.rpartition(self.format.thinking[1])[2] if job._thought else opening + job._raw
-        key = _answer_key(job._parser.call_ids, job._visible)
-        self.learn({key: Answer(tokens, visible.lstrip("\n"), job._thought)})
+        visible = job._raw.rpartition(self.format.thinking[1])[2] if job._thinking else opening + job._raw
+        key = _answer_key(job._parser.call_ids, job._visible, job.request.messages)
+        self.learn({key: Answer(tokens, visible.lstrip("\n"), job._thinking)})
         return key
 
     def learn(self, answers: dict[str, Answer]) -> None:
         """Remembers answers, and forgets the oldest for them."""
         for key, answer in answers.items():
-            while len(self._answers) >= self.REMEMBERED:
-                self._answers.pop(next(iter(self._answers)))
-            self._answers[key] = answer
+            _keep(self._answers, key, answer, self.REMEMBERED)
 
     def answer(self, key: str) -> Answer | None:
         """A remembered answer."""
         return self._answers.get(key)
 
     def _recall(self, messages: list[Message]) -> tuple[list[Message], dict[str, Answer]]:
-        """The conversation with a mark for the text of every remembered answer, and the answers by their marks."""
+        """The conversation with a mark for the text of every remembered answer, and the answers by their marks. Their thinking
+        is put back where the client left it out: whether it is shown is the template's decision."""
         marked, answers = list(messages), {}
         for at, message in enumerate(messages[:-1]):
             if message["role"] == "assistant":
                 ids = [call.get("id", "") for call in message.get("tool_calls") or []]
-                answer = self._answers.get(_answer_key(ids, message["content"]))
+                answer = self._answers.get(_answer_key(ids, message["content"], messages[:at]))
                 if answer is not None:
                     mark = f"{_MARK}{at}{_MARK}"
                     answers[mark] = answer
                     marked[at] = {**message, "content": mark}
+                    if answer.thinking and not message.get("reasoning_content"):
+                        marked[at]["reasoning_content"] = answer.thinking
         return marked, answers
 
     def _splice(self, text: str, answers: dict[str, Answer], opener: str) -> list[int]:
@@ -931,17 +942,27 @@ class Tongue:
             ends = [at for at in map(text.find, self._ends) if at >= 0]
             text = text[min(ends):] if ends else ""
             turn = before.rfind(header) + len(header) if header else -1
-            if answer.thought and turn >= 0 and before[turn:].strip():
+            if answer.thinking and turn >= 0 and before[turn:].strip():
                 before = before[:turn] + (opener[len(header):] if opener.rstrip().endswith(self.format.thinking[0]) else "")
                 tokens += self.encode(before) + answer.tokens
-            elif answer.thought:
+            elif answer.thinking:
                 tokens += self.encode(before + answer.visible)
             else:
                 tokens += self.encode(before) + answer.tokens
         return tokens + self.encode(text)
 
+    def _dates(self, messages: list[Message]) -> dict[str, str]:
+        """The dates that the template shows a conversation: those of its beginning, since a new date at the head of the
+        prompt would have all of it prefilled again at midnight."""
+        first = next((at for at, message in enumerate(messages) if message["role"] == "user"), 0)
+        key = hashlib.sha256(json.dumps(messages[:first + 1]).encode()).hexdigest()
+        born = self._births.get(key) or _keep(self._births, key, datetime.datetime.now(), self.REMEMBERED)
+        return self.template.dates(born)
+
     def _options(self, request: Request) -> dict[str, Any]:
         options: dict[str, Any] = {}
+        if self.template.mentions("strftime_now"):
+            options["dates"] = self._dates(request.messages)
         thinking = False if request.tool_choice not in ("auto", "none") else request.thinking
         if thinking is not None:
             options["enable_thinking"] = thinking
@@ -953,7 +974,7 @@ class Tongue:
     def _opener(self, messages: list[Message], tools: list[dict], options: dict, text: str) -> str:
         """What the template puts behind the conversation to open the assistant's turn. It depends on little, and rendering
         a long conversation twice to see it takes long."""
-        key = json.dumps([options, bool(tools), messages[-1]["role"]]) if messages else ""
+        key = json.dumps([{**options, "dates": 0}, bool(tools), messages[-1]["role"]]) if messages else ""
         opener = self._openers.get(key)
         if opener is None or not text.endswith(opener):
             body = self.template.render(messages, tools, options, generation=False)
@@ -992,8 +1013,19 @@ class Tongue:
 _EFFORTS = {"minimal": "low", "xhigh": "high", "max": "high"}  # for templates that do not name the finer ones
 
 
-def _answer_key(call_ids: list[str], text: str) -> str:
-    return " ".join(call_ids) if call_ids else "text:" + hashlib.sha256(text.strip().encode()).hexdigest()
+def _answer_key(call_ids: list[str], text: str, before: list[Message]) -> str:
+    """What tells an answer from all others: the ids of its calls, else its text and what it answers."""
+    asked = before[-1]["content"] if before else ""
+    return " ".join(call_ids) if call_ids else hashlib.sha256(f"{asked}\0{text.strip()}".encode()).hexdigest()
+
+
+def _keep(memory: dict, key: str, value: Any, most: int) -> Any:
+    """Puts a value into a memory that forgets the oldest of too many; returns it."""
+    memory.pop(key, None)
+    while len(memory) >= most:
+        memory.pop(next(iter(memory)), None)  # another thread may be faster
+    memory[key] = value
+    return value
 
 
 def _untemplated(messages: list[Message]) -> str:
@@ -1082,6 +1114,8 @@ def _xml_parser(function: str, end: str, parameter: str, newlines: bool) -> Pars
     argument = re.compile(rf"{parameter}(.*?)</parameter>(?=\s*(?:{parameter}|\Z))", re.DOTALL)
 
     def parse(text: str, tools: list[dict]) -> Calls:
+        if text.lstrip().startswith("{"):  # models trained on several formats fall back to JSON
+            return parse_json_calls(text, tools)
         calls: Calls = []
         while found := call.match(text):
             pairs = ((pair[1].strip(), pair[2]) for pair in argument.finditer(found[2]))
@@ -1991,8 +2025,7 @@ class Generation:
         self._line: Line | None = None
         self._number = 0
         self._detokenizer: Any = None
-        self._raw, self._visible = "", ""  # what the model wrote, and what of it the client saw as text
-        self._thought = False
+        self._raw, self._visible, self._thinking = "", "", ""  # what the model wrote, and what of it is text and thinking
         callable_tools = [*request.tools, *request.deferred_tools] if request.tool_choice != "none" else []
         self._parser = OutputParser(tongue.format, callable_tools, request.stop, in_thinking=prompt.in_thinking,
                                     parallel=request.parallel_tool_calls)
@@ -2025,7 +2058,7 @@ class Generation:
 
     def _emit(self, *events: Event | EngineError) -> None:
         self._visible += "".join(event.text for event in events if isinstance(event, Text))
-        self._thought |= any(isinstance(event, Thinking) for event in events)
+        self._thinking += "".join(event.text for event in events if isinstance(event, Thinking))
         if events:
             with self._news:
                 self._outbox += events

@@ -1,0 +1,379 @@
+"""What makes turns fast: the tokens of a request and of its answer begin the next request, whatever the client sends back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from pathlib import Path
+from typing import Any, Iterator
+
+import anthropic
+import pytest
+from conftest import ROOT, Server
+from models import build_tokenizer
+
+from dialects import AnthropicMessages
+from engine import Generation, Line, Prompt, Tongue, common_prefix, describe
+
+# ------------------------------------------------------------------ templates with the habits of real families
+
+JSON_CALL = '<tool_call>\n{"name": "{{ tool_call.name }}", "arguments": {{ tool_call.arguments | tojson }}}\n</tool_call>'
+XML_CALL = """<tool_call>\n<function={{ tool_call.name }}>
+{% for key, value in tool_call.arguments.items() %}<parameter={{ key }}>
+{{ value if value is string else value | tojson }}
+</parameter>
+{% endfor %}</function>\n</tool_call>"""
+KEPT = "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+LAST_WORDS = "{% set ns = namespace(at=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.at = loop.index0 %}{% endif %}{% endfor %}"
+STRIPPED = "{% if m.reasoning_content and loop.index0 > ns.at %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+
+
+def refuse(condition: str) -> str:
+    return f"{{% if {condition} %}}{{{{ raise_exception('refused: {condition.replace(chr(39), '')}') }}}}{{% endif %}}"
+
+
+def template(call: str = JSON_CALL, thinking: str = KEPT, check: str = "", top: str = "") -> str:
+    return f"""{top}{{% if tools %}}<|im_start|>system
+{{% if messages[0].role == 'system' %}}{{{{ messages[0].content }}}}
+
+{{% endif %}}# Tools
+
+You may call these functions:
+<tools>
+{{% for tool in tools %}}{{{{ tool | tojson }}}}
+{{% endfor %}}</tools>
+
+Write each call as JSON inside tags:
+<tool_call>
+{{"name": NAME, "arguments": ARGUMENTS}}
+</tool_call><|im_end|>
+{{% elif messages[0].role == 'system' %}}<|im_start|>system
+{{{{ messages[0].content }}}}<|im_end|>
+{{% endif %}}{{% for m in messages %}}{check}{{% if m.role == 'tool' %}}<|im_start|>user
+<tool_response>
+{{{{ m.content }}}}
+</tool_response><|im_end|>
+{{% elif m.role == 'assistant' %}}<|im_start|>assistant
+{thinking}{{{{ m.content.strip() }}}}{{% for c in m.tool_calls or [] %}}{{% set tool_call = c.function %}}{{% if m.content or not loop.first %}}
+{{% endif %}}{call}{{% endfor %}}<|im_end|>
+{{% elif m.role == 'user' or not loop.first %}}<|im_start|>{{{{ m.role }}}}
+{{{{ m.content.strip() }}}}<|im_end|>
+{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}<|im_start|>assistant
+{{% endif %}}"""
+
+
+NO_MID_SYSTEM = refuse("m.role == 'system' and not loop.first")
+NINE = refuse("m.role == 'tool' and m.tool_call_id | length != 9") + (
+    "{% for c in m.tool_calls or [] %}" + refuse("c.id | length != 9") + "{% endfor %}")
+ALTERNATES = refuse("not loop.first and m.role == 'user' and loop.previtem.role in ('user', 'tool')")
+FAMILIES = {
+    "json": template(),
+    "xml": template(call=XML_CALL),
+    "stripped": template(thinking=STRIPPED, top=LAST_WORDS),
+    "thoughtless": template(thinking=""),
+    "strict": template(check=ALTERNATES + NO_MID_SYSTEM),
+    "nine": template(check=NINE),
+    "one call": template(check=refuse("(m.tool_calls or []) | length > 1")),
+    "dated": template(top="<|im_start|>system\nToday is {{ strftime_now('%d %B %Y, %H:%M:%S') }}.<|im_end|>\n"),
+}
+DROPS_THINKING = {"stripped", "thoughtless"}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def build_voice(path: Path, template: str) -> Tongue:
+    """The real tokenizer, template and output format of a model; nothing here needs its weights."""
+    build_tokenizer(path, template)
+    (path / "config.json").write_text(json.dumps({"model_type": "qwen2", "eos_token_id": 2}))
+    shutil.copy(ROOT / "tests/demo/model.safetensors", path)
+    return Tongue(describe("m", path))
+
+
+@pytest.fixture
+def voice(family: str, tmp_path: Path) -> Tongue:
+    return build_voice(tmp_path, FAMILIES[family])
+
+
+# ------------------------------------------------------------------ a client of this voice
+
+
+def tool(name: str, **kinds: str) -> dict:
+    return {"name": name, "description": f"{name} it.", "input_schema": {
+        "type": "object", "properties": {key: {"type": kind} for key, kind in kinds.items()}}}
+
+
+TOOLS = [tool("Bash", command="string", timeout="number", background="boolean"),
+         tool("Write", path="string", content="string", replace_all="boolean")]
+BILLING = "x-anthropic-billing-header: cc_version=2.1.330.{:03x}; cc_entrypoint=cli;"
+
+
+def body(messages: list[dict], number: int = 0, tools: list[dict] = TOOLS) -> dict:
+    """A request as Claude Code makes it: the cache marks on the last block, single texts as strings but where they are marked."""
+    *before, last = messages
+    blocks = [{"type": "text", "text": last["content"]}] if isinstance(last["content"], str) else last["content"]
+    marked = [*blocks[:-1], {**blocks[-1], "cache_control": {"type": "ephemeral"}}]
+    return {"model": "m", "max_tokens": 100, "tools": tools, "thinking": {"type": "adaptive"},
+            "system": [{"type": "text", "text": BILLING.format(number)},
+                       {"type": "text", "text": "You are careful.", "cache_control": {"type": "ephemeral"}}],
+            "messages": [*before, {**last, "content": marked}]}
+
+
+def use(call_id: str, name: str = "Bash", **arguments: Any) -> dict:
+    return {"type": "tool_use", "id": call_id, "name": name, "input": arguments}
+
+
+def results(*pairs: tuple[str, Any]) -> dict:
+    return {"role": "user", "content": [{"type": "tool_result", "tool_use_id": i, "content": content} for i, content in pairs]}
+
+
+def assistant(*blocks: dict | str) -> dict:
+    return {"role": "assistant", "content": [{"type": "text", "text": b} if isinstance(b, str) else b for b in blocks]}
+
+
+def user(*texts: str) -> dict:
+    return {"role": "user", "content": texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts]}
+
+
+def system(text: str) -> dict:
+    return {"role": "system", "content": text}
+
+
+# ------------------------------------------------------------------ recorded sessions
+
+DEFERRED = {**tool("Fetch", url="string"), "defer_loading": True}
+RECORDED: dict[str, list[list[dict]]] = {  # what each request adds to the one before
+    "tool rounds": [
+        [user("<system-reminder>\nbe kind\n</system-reminder>", "list the files")],
+        [assistant("I look.", use("a1", command="ls")), results(("a1", "one\ntwo"))],
+        [assistant(use("a2", command="cat one")), results(("a2", [{"type": "text", "text": "first"}, {"type": "text", "text": "second"}]))],
+        [assistant("There are two."), user("thanks")],
+        [assistant("You are welcome.\n"), user("bye", "now")],
+    ],
+    "system messages": [
+        [user("hello"), system("the date is Monday")],
+        [assistant("Hi."), user("list"), system("<total_tokens>14000 tokens left</total_tokens>")],
+        [assistant(use("a1", command="ls")), results(("a1", "one")), system("<total_tokens>13900 tokens left</total_tokens>")],
+        [assistant(use("a2", command="ls")), results(("a2", "two")), system("first"), system("second"), user("and now?")],
+        [assistant("Done."), system("the mode has changed"), user("go on"), system("last")],
+        [assistant("All right."), user("end")],
+    ],
+    "parallel results in completion order": [
+        [user("look twice")],
+        [assistant(use("a1", command="ls"), use("a2", command="pwd")), results(("a2", "/tmp"), ("a1", "one"))],
+        [assistant(use("a3", command="ls"), use("a4", command="pwd")), results(("a3", "one"), ("a4", "/tmp")), system("hurry")],
+        [assistant("Same as before."), user("good")],
+    ],
+    "interrupted turns": [
+        [user("count to a million")],
+        [assistant("1 2 3"), user("[Request interrupted by user]", "only to ten")],
+        [assistant(use("a1", command="seq 10")), {"role": "user", "content": [
+            {"type": "tool_result", "tool_use_id": "a1", "content": "The user doesn't want this.", "is_error": True},
+            {"type": "text", "text": "[Request interrupted by user for tool use]"}]}, user("just say it")],
+        [assistant("1 to 10"), user("fine")],
+    ],
+}
+
+
+def record(name: str) -> list[dict]:
+    messages: list[dict] = []
+    bodies = []
+    for number, added in enumerate(RECORDED[name]):
+        messages = [*messages, *added]
+        bodies.append(body(messages, number))
+    return bodies
+
+
+def goes_on(before: Prompt, after: Prompt) -> bool:
+    return after.tokens[:before.body] == before.tokens[:before.body] and before.body > 0
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_recorded_session_only_appends(voice: Tongue, name: str):
+    prompts = [voice.prompt(AnthropicMessages(b).request) for b in record(name)]
+    for before, after in zip(prompts, prompts[1:]):
+        assert goes_on(before, after), voice.tokenizer.decode(after.tokens[common_prefix(before.tokens, after.tokens):])
+    assert len({prompt.root for prompt in prompts}) == 1
+
+
+def test_tools_that_appear_later_change_nothing_before(voice: Tongue):
+    messages = [user("fetch it")]
+    before = voice.prompt(AnthropicMessages(body(messages)).request)
+    found = [{"type": "tool_reference", "tool_name": "Fetch"}]
+    messages += [assistant(use("a1", command="search")), results(("a1", found))]
+    after = voice.prompt(AnthropicMessages(body(messages, 1, [TOOLS[0], DEFERRED, TOOLS[1]])).request)
+    assert goes_on(before, after)
+    assert voice.tokenizer.decode(after.tokens).count("Fetch it.") == 1
+    messages += [assistant(use("a2", "Fetch", url="x")), results(("a2", "page"))]
+    assert goes_on(after, voice.prompt(AnthropicMessages(body(messages, 2, [DEFERRED, *TOOLS])).request))
+
+
+def test_compaction_reads_only_its_instruction(voice: Tongue):
+    *_, last = record("tool rounds")
+    before = voice.prompt(AnthropicMessages(last).request)
+    ending = last["messages"][-1]["content"]
+    compact = {**last, "messages": [*last["messages"][:-1], {"role": "user", "content": [*ending, *user("", "Summarise.")["content"]]}]}
+    after = voice.prompt(AnthropicMessages(compact).request)
+    assert common_prefix(before.tokens, after.tokens) >= before.body - 2  # the end of the turn and its newline
+    fresh = voice.prompt(AnthropicMessages(body([user("This session is continued: all is well.")], 9)).request)
+    assert fresh.root == before.root and common_prefix(before.tokens, fresh.tokens) >= before.root
+
+
+# ------------------------------------------------------------------ what the model wrote, as the client sends it back
+
+
+class Session:
+    """A conversation in which the answers' text is given and everything else is real."""
+
+    def __init__(self, voice: Tongue, family: str):
+        self.voice, self.xml = voice, family == "xml"
+        self.messages: list[dict] = []
+
+    def ask(self, *added: dict) -> Prompt:
+        self.messages += added
+        self.reply = AnthropicMessages(body(self.messages, len(self.messages)))
+        self.prompt = self.voice.prompt(self.reply.request)
+        return self.prompt
+
+    def write(self, thinking: str = "", text: str = "", calls: tuple[tuple[str, dict], ...] = ()) -> str:
+        """An answer in the family's format but in nobody's usual spelling of it."""
+        written = f"<think>\n{thinking}\n</think>\n\n" if thinking else ""
+        written += text + ("\n" if text and calls else "")
+        for name, arguments in calls:
+            if self.xml:
+                inside = "".join(f"<parameter={key}>\n{value if isinstance(value, str) else json.dumps(value)}\n</parameter>\n"
+                                 for key, value in arguments.items())
+                written += f"<tool_call>\n<function={name}>\n{inside}</function>\n</tool_call>\n"
+            else:
+                written += f'<tool_call>\n{json.dumps({"arguments": arguments, "name": name}, separators=(" ,", ":"))}\n</tool_call>\n'
+        return written.rstrip("\n") if calls else written
+
+    def answer(self, written: str) -> tuple[list[int], dict]:
+        """All tokens up to the end of this answer, and the message that a client gets."""
+        # In other tokens than any tokenizer would choose: models do that.
+        cuts = [*range(0, len(written), 7), len(written)]
+        tokens = [t for start, end in zip(cuts, cuts[1:]) for t in self.voice.tokenizer.encode(written[start:end], add_special_tokens=False)]
+        if "<" in written:
+            tokens = self.voice.encode(written)  # tags are single tokens
+        everything = [*self.prompt.tokens, *tokens, *self.voice.tokenizer.eos_token_ids]
+        job = Generation(self.reply.request, None, self.voice, self.prompt, 100, False, threading.RLock())
+        self.reply.open(job)
+        job._line, job._raw = Line(everything, []), written
+        job._emit(*job._parser.feed(written), *job._parser.finish())
+        self.voice.remember(job)
+        job._finish("stop")
+        for event in job:
+            self.reply.event(event)
+        return everything, {"role": "assistant", "content": self.reply.whole()["content"]}
+
+
+def rewritten(block: dict) -> dict:
+    """A call's input as clients validate it: in the schema's order, with defaults, numbers for their words, no trailing blanks."""
+    if block["type"] != "tool_use":
+        return block
+    values = {key: value.rstrip() if isinstance(value, str) else int(value) if isinstance(value, float) else value
+              for key, value in reversed(block["input"].items())}
+    return {**block, "input": {"replace_all": False, **values}}
+
+
+REWRITES = {
+    "nothing": lambda blocks: blocks,
+    "inputs": lambda blocks: list(map(rewritten, blocks)),
+    "text before calls": lambda blocks: sorted(blocks, key=lambda block: block["type"] == "tool_use"),
+    "thinking without signature": lambda blocks: [
+        {k: v for k, v in block.items() if k != "signature"} for block in blocks],
+    "thinking omitted": lambda blocks: [{**b, "thinking": ""} if b["type"] == "thinking" else b for b in blocks],
+    "thinking dropped": lambda blocks: [b for b in blocks if b["type"] != "thinking"],
+}
+ANSWERS = {
+    "text": {"text": "It is  there,\n\n- and here\n"},
+    "call": {"calls": (("Bash", {"timeout": "5000", "command": "ls -l  "}),)},
+    "numbers": {"text": "So:", "calls": (("Bash", {"timeout": 5000.0, "background": "false", "command": "sleep 1"}),)},
+    "two calls": {"text": "Both.", "calls": (("Bash", {"command": "ls"}), ("Write", {"content": "a  \n b\t\n", "path": "x"}))},
+    "thought": {"thinking": "What now?\nThis.", "text": "Now this."},
+    "thought and call": {"thinking": "Look  first.", "calls": (("Bash", {"command": "ls"}),)},
+}
+
+
+@pytest.mark.parametrize("rewrite", REWRITES)
+@pytest.mark.parametrize("name", ANSWERS)
+def test_an_answer_begins_the_next_request(voice: Tongue, family: str, name: str, rewrite: str):
+    session = Session(voice, family)
+    session.ask(user("begin"))
+    for _ in range(2):
+        everything, message = session.answer(session.write(**ANSWERS[name]))
+        calls = [block["id"] for block in message["content"] if block["type"] == "tool_use"]
+        assert len(calls) == len(ANSWERS[name].get("calls", ()))
+        message = {**message, "content": REWRITES[rewrite](message["content"])}
+        before = session.prompt
+        after = session.ask(message, results(*((call, f"result of {call}") for call in calls)) if calls else user("go on"))
+        shared = common_prefix(everything, after.tokens)
+        if family == "one call" and len(calls) > 1:  # the template needs a result between the calls
+            assert shared >= before.body
+        elif family in DROPS_THINKING and "thinking" in ANSWERS[name] and not (family == "stripped" and calls):
+            assert shared >= before.body  # all that the template leaves unchanged
+        else:
+            assert shared == len(everything), (voice.tokenizer.decode(everything[shared - 9:]), voice.tokenizer.decode(after.tokens[shared - 9:]))
+
+
+def test_a_template_that_strips_old_thinking_costs_only_that_turn(tmp_path: Path):
+    session = Session(build_voice(tmp_path, FAMILIES["stripped"]), "stripped")
+    turn = session.ask(user("begin"))
+    for number in range(3):
+        everything, message = session.answer(session.write(thinking=f"thought {number}", calls=(("Bash", {"command": "ls"}),)))
+        after = session.ask(message, results((message["content"][-1]["id"], "seen")))
+        assert after.tokens[:len(everything)] == everything
+    _, message = session.answer("Done.")
+    after = session.ask(message, user("next"))
+    assert after.tokens[:turn.body] == turn.tokens[:turn.body]
+    text = session.voice.tokenizer.decode(after.tokens)
+    assert "thought" not in text and text.count("</tool_call>") == 4  # the instructions name it once
+
+
+def test_a_date_in_the_prompt_stays_that_of_the_conversation(tmp_path: Path):
+    session = Session(build_voice(tmp_path, FAMILIES["dated"].replace("%H:%M:%S", "%f")), "dated")  # microseconds
+    before = session.ask(user("begin"))
+    assert goes_on(before, session.ask(assistant("yes"), user("go on")))
+    other = Session(session.voice, "dated").ask(user("another conversation"))
+    assert common_prefix(other.tokens, before.tokens) < len(session.voice.encode("<|im_start|>system\nToday is 01 January 2000, 123456"))
+
+
+# ------------------------------------------------------------------ closed loops with the built-in model
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("families")
+    for name, text in FAMILIES.items():
+        path = shutil.copytree(ROOT / "tests/demo", folder / f"demo-{name.replace(' ', '-')}")
+        (path / "chat_template.jinja").write_text(text)
+    server = Server("--models-dir", str(folder))
+    yield server
+    assert server.stop() == 0
+
+
+def test_a_closed_loop_prefills_only_what_is_new(families: Server, family: str):
+    client = anthropic.Anthropic(base_url=families.url, api_key="any", max_retries=0)
+    messages: list[dict] = []
+    known = called = 0
+    calls: list[dict] = []
+    for words in ("run echo one", "say two", "think then say three", "run ls and run pwd", "say four"):
+        messages.append(user(words))
+        while True:
+            answer = client.messages.create(**{**body(messages, len(messages)), "model": f"demo-{family.replace(' ', '-')}"})
+            read = answer.usage.cache_read_input_tokens
+            dropped = family in DROPS_THINKING and words == "run ls and run pwd" and not calls  # the thought before it
+            split = family == "one call" and len(calls) > 1
+            assert read >= known - 1 or dropped or split, (words, known, read)
+            known = answer.usage.input_tokens + read + answer.usage.output_tokens
+            blocks = [block.to_dict() for block in answer.content]
+            messages.append({"role": "assistant", "content": list(map(rewritten, blocks))})
+            calls = [block for block in blocks if block["type"] == "tool_use"]
+            called += len(calls)
+            if not calls:
+                break
+            messages.append(results(*((call["id"], "seen") for call in reversed(calls))))
+    assert called >= 3
