@@ -2245,6 +2245,7 @@ class Runtime:
             try:
                 self._prefill(waiting)
             except Exception as error:
+                self._salvage(waiting)
                 self._fail([waiting], error)
         if any(job._phase is Phase.DECODE for job in self.jobs):
             try:
@@ -2330,6 +2331,19 @@ class Runtime:
             self._release(job)
             job._line = None
             job._fail(EngineError("the model failed while generating; the server goes on, please try again"))
+
+    def _salvage(self, job: Generation) -> None:
+        """Files the chunks that a failed prefill had finished. The layers may or may not have taken up more than those."""
+        import mlx.core as mx
+
+        try:
+            done = len(job._line.tokens)
+            torn = dataclasses.replace(job._line, tokens=job._prompt.tokens[:done + 1])
+            line = torn.branch(torn.restorable(done))
+            mx.eval([layer.state for layer in line.cache])
+            self.prefixes.put(line)
+        except Exception:
+            log.info("nothing of the failed prompt could be kept", exc_info=True)
 
     def unshelved(self) -> bool:
         """Whether there is something to write to disk."""

@@ -197,11 +197,12 @@ def target(args: argparse.Namespace, *flags: str) -> Iterator[str]:
         return
     from conftest import Server
 
-    server = Server(*flags, "--model", args.model)
-    try:
-        yield server.url
-    finally:
-        server.stop()
+    with random_model(args, 64) if args.kind else contextlib.nullcontext(args.model) as args.model:
+        server = Server(*flags, "--model", args.model)
+        try:
+            yield server.url
+        finally:
+            server.stop()
 
 
 def reuse(args: argparse.Namespace) -> None:
@@ -224,13 +225,13 @@ def reuse(args: argparse.Namespace) -> None:
 def loop(args: argparse.Namespace) -> None:
     tools = [{"name": "Bash", "description": "Runs a command. " * 60, "input_schema": {
         "type": "object", "properties": {"command": {"type": "string"}, "timeout": {"type": "number"}}, "required": ["command"]}}]
-    body = {"model": args.model, "max_tokens": 200, "system": "You are an agent. " * 300, "tools": tools}
+    body = {"max_tokens": 200, "system": "You are an agent. " * 300, "tools": tools}
     messages: list[dict] = [{"role": "user", "content": "run echo 0"}]
     prefilled = new = known = 0
     print(f"{'#':>3} {'prompt':>8} {'reused':>8} {'new':>6} {'prefilled':>9} {'first token':>12}  answer")
     with target(args) as url:
         for number in range(1, args.turns * 2 + 1):
-            answer = ask(url, args.api, {**body, "messages": messages})
+            answer = ask(url, args.api, {**body, "model": args.model, "messages": messages})
             calls = [block for block in answer.content if block["type"] == "tool_use"]
             shown = str(calls[0]["input"] if calls else "".join(b.get("text", "") for b in answer.content))
             fresh, read = answer.prompt - known, answer.prompt - answer.reused
@@ -250,7 +251,7 @@ def loop(args: argparse.Namespace) -> None:
 def decode(args: argparse.Namespace) -> None:
     from mlx_lm import load, stream_generate
 
-    with random_model(args) as path, target(argparse.Namespace(url=None, model=path)) as url:
+    with random_model(args, 512) as path, target(argparse.Namespace(url=None, kind=None, model=path)) as url:
         model, tokenizer = load(path)
         body = {"model": path, "max_tokens": args.tokens, "messages": [{"role": "user", "content": "go on"}], "temperature": 0}
         prompt = tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True)
@@ -270,7 +271,7 @@ def prefill(args: argparse.Namespace) -> None:
 
     from engine import Engine
 
-    with random_model(args) as path, Engine(path) as engine:
+    with random_model(args, 512) as path, Engine(path) as engine:
         model, tokenizer = load(path)
         ratios = []
         for run in range(args.runs + 1):
@@ -288,16 +289,23 @@ def prefill(args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def random_model(args: argparse.Namespace) -> Iterator[str]:
+def random_model(args: argparse.Namespace, width: int) -> Iterator[str]:
     """The model named, or one of random weights that has no way to stop early."""
     from models import CONFIGS, build_model
 
     if args.model != "demo":
         yield args.model
         return
+    kind = args.kind or "qwen3"
     with tempfile.TemporaryDirectory() as folder:
-        config = {**CONFIGS[args.kind], "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "head_dim": 64}
-        yield str(build_model(args.kind, Path(folder) / "random", config=config))
+        # As fast as can be where only tokens are counted, large enough to be busy where time is.
+        size = {"num_hidden_layers": 2, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16} if width == 64 else {
+            "num_hidden_layers": 8, "head_dim": 64}
+        config = {**CONFIGS[kind], **size, "hidden_size": width, "intermediate_size": 3 * width, "max_position_embeddings": 131072}
+        if "layer_types" in config:
+            config["layer_types"] = (config["layer_types"] * 2)[:config["num_hidden_layers"]]
+        config["mlp_only_layers"] = list(range(config["num_hidden_layers"]))
+        yield str(build_model(kind, Path(folder) / "random", config=config))
 
 
 def render(args: argparse.Namespace) -> None:
@@ -342,7 +350,8 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=8, help="length of the answers to a trace")
     parser.add_argument("--tokens", type=int, default=256, help="tokens to decode, or words to prefill")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--kind", default="qwen3", help="cache class of the random model: qwen3, llama_sliding, hybrid")
+    parser.add_argument("--kind", choices=("qwen3", "llama_sliding", "hybrid"),
+                        help="a model of random weights with plain, sliding or recurrent layers instead of the built-in one")
     args = parser.parse_args()
     globals()[args.command](args)
 

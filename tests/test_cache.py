@@ -15,7 +15,7 @@ from conftest import Server
 from models import CONFIGS, build_model
 from test_engine import REREAD, ROOT, SYSTEM, answer, cold, user
 
-from engine import Engine, Request, Runtime, Shelf
+from engine import Engine, EngineError, Request, Runtime, Shelf
 
 LONG = [SYSTEM, user("long " * 600)]
 
@@ -155,6 +155,41 @@ def test_the_last_words_can_be_changed(options: dict):
         text, generation = answer(engine, changed)
         assert generation.usage.prompt_tokens - generation.usage.cached_tokens < 60
         assert text == cold(engine, changed)
+
+
+def test_a_failed_prefill_keeps_its_finished_chunks(options: dict, monkeypatch: pytest.MonkeyPatch):
+    messages = [SYSTEM, user("fail " * 1500)]
+    with Engine(**options) as engine:
+        expected = cold(engine, messages)
+        engine.unload(engine._default.name)
+        answer(engine, "loads the model")
+        model = engine._runtime.model
+        limit = 700 + 3 * Runtime.CHUNK  # tokens
+
+        def fails(tokens, cache):
+            out = model(tokens, cache=cache)  # the layers have taken it up when it fails
+            if max(layer.offset for layer in cache if hasattr(layer, "offset")) > limit:
+                raise MemoryError("no more room")
+            return out
+
+        monkeypatch.setattr(engine._runtime, "model", fails)
+        with pytest.raises(EngineError, match="try again"):
+            answer(engine, messages)
+        monkeypatch.setattr(engine._runtime, "model", model)
+        text, generation = answer(engine, messages)
+        assert text == expected
+        assert generation.usage.cached_tokens > (limit - 2 * Runtime.CHUNK if engine._runtime.prefixes._lines[0].cuttable else 700)
+
+
+def test_a_conversation_that_goes_on_is_moved_and_not_copied(options: dict):
+    import mlx.core as mx
+
+    with Engine(**options) as engine:
+        messages = turns(engine, [SYSTEM, user("begin " * 2500)], 2)
+        kept, live = engine._runtime.prefixes.nbytes, mx.get_active_memory()
+        mx.reset_peak_memory()
+        answer(engine, messages)
+        assert mx.get_peak_memory() - live < kept / 2  # which is what a chunk this small takes
 
 
 def test_side_requests_do_not_evict_the_main_line(options: dict):
