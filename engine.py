@@ -637,6 +637,7 @@ class Template:
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
         self._source = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+        self._dated_source = _NOW.sub(r"dates[\1]", self._source)  # shows the dates it is given instead of the present
         call = {"role": "assistant", "content": "", "tool_calls": [_probe_call("call00001")]}
         result = {"role": "tool", "tool_call_id": "call00001", "name": "probe", "content": "4711"}
         ask = {"role": "user", "content": "hello"}
@@ -670,7 +671,8 @@ class Template:
         if prefill:  # rendered with a mark behind it, since each template closes the turn in its own way
             messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + _MARK}]
         error: Exception | None = None
-        for kwargs in (options, {key: options[key] for key in options.keys() & {"dates"}}):  # some templates raise on enable_thinking=False or an effort they do not know
+        dates = {key: options[key] for key in options.keys() & {"dates"}}
+        for kwargs in (options, dates):  # some templates raise on enable_thinking=False or an effort they do not know
             try:
                 text = self._apply(messages, tools if self.has_tools else None, generation and not prefill, kwargs)
                 return text[: text.index(_MARK)] if prefill else text
@@ -689,7 +691,7 @@ class Template:
 
     def _apply(self, messages: list[Message], tools: list[dict] | None, generation: bool, kwargs: dict) -> str:
         if "dates" in kwargs:
-            kwargs = {**kwargs, "chat_template": _NOW.sub(r"dates[\1]", self._source)}
+            kwargs = {**kwargs, "chat_template": self._dated_source}
         return self._tokenizer.apply_chat_template(
             messages, tools=tools or None, add_generation_prompt=generation, tokenize=False, **kwargs)
 
