@@ -637,7 +637,8 @@ class Template:
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
         self._source = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-        self._dated_source = _NOW.sub(r"dates[\1]", self._source)  # shows the dates it is given instead of the present
+        self._compiled: Any = None
+        self._compiled = self._compile()
         call = {"role": "assistant", "content": "", "tool_calls": [_probe_call("call00001")]}
         result = {"role": "tool", "tool_call_id": "call00001", "name": "probe", "content": "4711"}
         ask = {"role": "user", "content": "hello"}
@@ -671,8 +672,8 @@ class Template:
         if prefill:  # rendered with a mark behind it, since each template closes the turn in its own way
             messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + _MARK}]
         error: Exception | None = None
-        dates = {key: options[key] for key in options.keys() & {"dates"}}
-        for kwargs in (options, dates):  # some templates raise on enable_thinking=False or an effort they do not know
+        clock = {key: options[key] for key in options.keys() & {"strftime_now"}}
+        for kwargs in (options, clock):  # some templates raise on enable_thinking=False or an effort they do not know
             try:
                 text = self._apply(messages, tools if self.has_tools else None, generation and not prefill, kwargs)
                 return text[: text.index(_MARK)] if prefill else text
@@ -681,19 +682,38 @@ class Template:
         log.warning("chat template failed: %s", error)
         raise InvalidRequest(f"the model's chat template cannot render this conversation: {error}")
 
-    def dates(self, when: datetime.datetime) -> dict[str, str]:
-        """A point in time in each form in which the template would show the present."""
-        return {quoted[1:-1]: when.strftime(quoted[1:-1]) for quoted in _NOW.findall(self._source)}
+    @property
+    def shows_dates(self) -> bool:
+        """Whether the template shows the present, and shows another date when it is given `strftime_now` as an option."""
+        return self._compiled is not None and self.mentions("strftime_now")
 
     def mentions(self, option: str) -> bool:
         """Whether the template looks at an option."""
         return option in self._source
 
-    def _apply(self, messages: list[Message], tools: list[dict] | None, generation: bool, kwargs: dict) -> str:
-        if "dates" in kwargs:
-            kwargs = {**kwargs, "chat_template": self._dated_source}
+    def _compile(self) -> Any:
+        """The template in transformers' own sandbox, if that can be had and renders as the tokenizer does, which first copies
+        all that the template may see, and takes longer for it than for the rendering."""
+        probe = [{"role": "user", "content": "a"}]
+        try:
+            from transformers.utils.chat_template_utils import _compile_jinja_template
+
+            compiled = _compile_jinja_template(self._source)
+            ours, theirs = self._fill(compiled, probe, None, True, {}), self._apply(probe, None, True, {})
+            return compiled if re.sub(r"\d", "", ours) == re.sub(r"\d", "", theirs) else None  # a clock may stand in them
+        except Exception:  # that function is not public, and a template may be anything
+            return None
+
+    def _apply(self, messages: list[Message], tools: list[dict] | None, generation: bool, options: dict) -> str:
+        if self._compiled is not None:
+            return self._fill(self._compiled, messages, tools, generation, options)
         return self._tokenizer.apply_chat_template(
-            messages, tools=tools or None, add_generation_prompt=generation, tokenize=False, **kwargs)
+            messages, tools=tools or None, add_generation_prompt=generation, tokenize=False, **options)
+
+    def _fill(self, compiled: Any, messages: list[Message], tools: list[dict] | None, generation: bool,
+                         options: dict) -> str:
+        return compiled.render(messages=messages, tools=tools or None, add_generation_prompt=generation, **{
+            **self._tokenizer.special_tokens_map, "enable_thinking": self._tokenizer.has_thinking, **options})
 
     def _adapt(self, messages: list[Message], tools: list[dict]) -> list[Message]:
         if not self.has_tools:
@@ -721,7 +741,6 @@ class Template:
         return [_with_short_ids(message) for message in out] if self.short_ids else out
 
 
-_NOW = re.compile(r"""strftime_now\(\s*("[^"]*"|'[^']*')\s*\)""")
 _MARK = "\u2063\u2063end\u2063\u2063"
 _EMPTY_SCHEMA = {"type": "object", "properties": {}}
 _TOOL_PROMPT = """You can call these tools:
@@ -839,7 +858,7 @@ class Tongue:
         so that a prompt that has grown costs no more than its growth."""
         if self._specials is None:
             return self._encode_whole(text)
-        return [token for piece in self._specials.split(text) if piece for token in self._encode_piece(piece)]
+        return list(itertools.chain.from_iterable(map(self._encode_piece, filter(None, self._specials.split(text)))))
 
     def _encode_whole(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -953,18 +972,18 @@ class Tongue:
                 tokens += self.encode(before) + answer.tokens
         return tokens + self.encode(text)
 
-    def _dates(self, messages: list[Message]) -> dict[str, str]:
-        """The dates that the template shows a conversation: those of its beginning, since a new date at the head of the
-        prompt would have all of it prefilled again at midnight."""
+    def _clock(self, messages: list[Message]) -> Callable[[str], str]:
+        """What a template asks for the date: it stays that of the conversation's beginning, since a new date at the head of
+        the prompt would have all of it prefilled again at midnight."""
         first = next((at for at, message in enumerate(messages) if message["role"] == "user"), 0)
         key = hashlib.sha256(json.dumps(messages[:first + 1]).encode()).hexdigest()
         born = self._births.get(key) or _keep(self._births, key, datetime.datetime.now(), self.REMEMBERED)
-        return self.template.dates(born)
+        return born.strftime
 
     def _options(self, request: Request) -> dict[str, Any]:
         options: dict[str, Any] = {}
-        if self.template.mentions("strftime_now"):
-            options["dates"] = self._dates(request.messages)
+        if self.template.shows_dates:
+            options["strftime_now"] = self._clock(request.messages)
         thinking = False if request.tool_choice not in ("auto", "none") else request.thinking
         if thinking is not None:
             options["enable_thinking"] = thinking
@@ -976,13 +995,13 @@ class Tongue:
     def _opener(self, messages: list[Message], tools: list[dict], options: dict, text: str) -> str:
         """What the template puts behind the conversation to open the assistant's turn. It depends on little, and rendering
         a long conversation twice to see it takes long."""
-        key = json.dumps([{**options, "dates": 0}, bool(tools), messages[-1]["role"]]) if messages else ""
+        key = json.dumps([{**options, "strftime_now": 0}, bool(tools), messages[-1]["role"]]) if messages else ""
         opener = self._openers.get(key)
         if opener is None or not text.endswith(opener):
             body = self.template.render(messages, tools, options, generation=False)
             opener = text[len(body):] if text.startswith(body) else ""
             if opener:
-                self._openers[key] = opener
+                _keep(self._openers, key, opener, self.REMEMBERED)
         return opener
 
     def _turn(self, messages: list[Message], text: str, length: int) -> int:
@@ -998,18 +1017,17 @@ class Tongue:
         head = [m for m in messages[:1] if m["role"] == "system"]
         if not head and not tools:
             return 0
-        key = json.dumps([head, tools, options], ensure_ascii=False)
-        if key not in self._roots:
+        key = json.dumps([head, tools, options], ensure_ascii=False, default=repr)
+        root = self._roots.get(key)
+        if root is None:
             try:
                 one, two = (self.template.render([*head, {"role": "user", "content": c}], tools, options, generation=False)
                             for c in "xy")
             except InvalidRequest:
                 return 0
-            if len(self._roots) >= 32:
-                self._roots.clear()
             shared = os.path.commonprefix([one, two])
-            self._roots[key] = len(self.encode(shared)) if text.startswith(shared) else 0
-        return self._roots[key] if self._roots[key] < length else 0
+            root = _keep(self._roots, key, len(self.encode(shared)) if text.startswith(shared) else 0, 32)
+        return root if root < length else 0
 
 
 _EFFORTS = {"minimal": "low", "xhigh": "high", "max": "high"}  # for templates that do not name the finer ones

@@ -4,7 +4,7 @@
     python tests/bench.py loop [--turns N]         an agent's session in which each turn answers the model's last one
     python tests/bench.py decode                   tokens/s over HTTP as a ratio to mlx-lm in one process
     python tests/bench.py prefill                  the same for reading a prompt
-    python tests/bench.py render                   a prompt that has grown: rendering and tokenising, warm as a ratio to cold
+    python tests/bench.py render                   a prompt that has grown: rendering, tokenising and look-up, warm as a ratio to cold
 
 `reuse` and `loop` measure any server: `--url http://localhost:8080 --model NAME`, with `--api chat` one that speaks
 `/v1/chat/completions` instead of `/v1/messages`. A trace is `{"requests": [{"body": {...Messages API...}}, ...]}`.
@@ -18,6 +18,7 @@ import gc
 import http.client
 import json
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -142,13 +143,17 @@ def blocks(content: str | list[dict]) -> list[dict]:
 def made_up_trace(turns: int = 12, seed: int = 5) -> list[dict]:
     """Requests as an agent sends them: a growing conversation with tools, titles and a sub-agent's in between."""
     rng = random.Random(seed)
-    words = [path.stem for path in sorted(Path(contextlib.__file__).parent.glob("*.py"))]
+    library = sorted(Path(contextlib.__file__).parent.glob("*.py"))
+    source = "\n".join(path.read_text("utf-8") for path in library[::4])
+    words = [match.span() for match in re.finditer(r"\S+", source)]
 
     def prose(count: int) -> str:
-        return " ".join(rng.choices(words, k=count))
+        """So many words of real source code in a row: what agents read, and as varied."""
+        start = rng.randrange(len(words) - count)
+        return source[words[start][0]:words[start + count - 1][1]]
 
     def tool(name: str) -> dict:
-        properties = {word: {"type": "string", "description": prose(12)} for word in rng.sample(words, 3)}
+        properties = {path.stem: {"type": "string", "description": prose(12)} for path in rng.sample(library, 3)}
         return {"name": name, "description": prose(150), "input_schema": {"type": "object", "properties": properties}}
 
     tools, system = [tool(name) for name in ("Bash", "Read", "Edit", "Grep", "Task")], prose(1200)
@@ -197,7 +202,7 @@ def target(args: argparse.Namespace, *flags: str) -> Iterator[str]:
         return
     from conftest import Server
 
-    with random_model(args, 64) if args.kind else contextlib.nullcontext(args.model) as args.model:
+    with random_model(args, busy=False) if args.kind else contextlib.nullcontext(args.model) as args.model:
         server = Server(*flags, "--model", args.model)
         try:
             yield server.url
@@ -251,7 +256,7 @@ def loop(args: argparse.Namespace) -> None:
 def decode(args: argparse.Namespace) -> None:
     from mlx_lm import load, stream_generate
 
-    with random_model(args, 512) as path, target(argparse.Namespace(url=None, kind=None, model=path)) as url:
+    with random_model(args, busy=True) as path, target(argparse.Namespace(url=None, kind=None, model=path)) as url:
         model, tokenizer = load(path)
         body = {"model": path, "max_tokens": args.tokens, "messages": [{"role": "user", "content": "go on"}], "temperature": 0}
         prompt = tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True)
@@ -271,7 +276,7 @@ def prefill(args: argparse.Namespace) -> None:
 
     from engine import Engine
 
-    with random_model(args, 512) as path, Engine(path) as engine:
+    with random_model(args, busy=True) as path, Engine(path) as engine:
         model, tokenizer = load(path)
         ratios = []
         for run in range(args.runs + 1):
@@ -289,8 +294,9 @@ def prefill(args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def random_model(args: argparse.Namespace, width: int) -> Iterator[str]:
-    """The model named, or one of random weights that has no way to stop early."""
+def random_model(args: argparse.Namespace, busy: bool) -> Iterator[str]:
+    """The model named, or one of random weights that has no way to stop early: `busy`, large enough that its arithmetic takes
+    the time, else as fast as can be, to count tokens."""
     from models import CONFIGS, build_model
 
     if args.model != "demo":
@@ -298,9 +304,9 @@ def random_model(args: argparse.Namespace, width: int) -> Iterator[str]:
         return
     kind = args.kind or "qwen3"
     with tempfile.TemporaryDirectory() as folder:
-        # As fast as can be where only tokens are counted, large enough to be busy where time is.
-        size = {"num_hidden_layers": 2, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16} if width == 64 else {
-            "num_hidden_layers": 8, "head_dim": 64}
+        width = 512 if busy else 64
+        size = {"num_hidden_layers": 8, "head_dim": 64} if busy else {
+            "num_hidden_layers": 2, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16}
         config = {**CONFIGS[kind], **size, "hidden_size": width, "intermediate_size": 3 * width, "max_position_embeddings": 131072}
         if "layer_types" in config:
             config["layer_types"] = (config["layer_types"] * 2)[:config["num_hidden_layers"]]
@@ -309,7 +315,7 @@ def random_model(args: argparse.Namespace, width: int) -> Iterator[str]:
 
 
 def render(args: argparse.Namespace) -> None:
-    from engine import Library, Request, Tongue
+    from engine import Library, Line, PrefixCache, Request, Tongue
 
     local = Library([]).resolve(args.model, trusted=True)
     requests = []
@@ -320,16 +326,19 @@ def render(args: argparse.Namespace) -> None:
                 for call in message.get("tool_calls") or []:
                     call["function"]["arguments"] = json.loads(call["function"]["arguments"])
             requests.append(Request(args.model, chat["messages"], tools=chat["tools"]))
-    tongue = Tongue(local)
-    tongue.prompt(requests[0])
+    *_, first, second, third = requests[:-args.runs]
+    Tongue(local).prompt(first)
+    tongue, prefixes = Tongue(local), PrefixCache(1 << 40)
+    cold, _ = timed(lambda: tongue.prompt(first))
+    for request in (second, third):  # turns of other kinds than the first
+        prefixes.put(Line(tongue.prompt(request).tokens, []))
     ratios = []
-    for before, after in zip(requests[-6:], requests[-5:]):
-        tongue = Tongue(local)
+    for request in requests[-args.runs:]:
         gc.collect()
-        cold, _ = timed(lambda: tongue.prompt(before))
-        warm, prompt = timed(lambda: tongue.prompt(after))
+        warm, (_, found) = timed(lambda: prefixes.find(tongue.prompt(request).tokens))
         ratios.append(warm / cold)
-        print(f"{len(prompt.tokens)} tokens: cold {cold * 1000:.0f} ms, with the next turn {warm * 1000:.1f} ms, ratio {ratios[-1]:.3f}")
+        print(f"{found} tokens: cold {cold * 1000:.0f} ms, found with the next turn in {warm * 1000:.1f} ms, ratio {ratios[-1]:.3f}")
+        prefixes.put(Line(tongue.prompt(request).tokens, []))
     print(f"median ratio {statistics.median(ratios):.3f}")
 
 
