@@ -67,6 +67,14 @@ class Sampling:
     seed: int | None = None
 
 
+class Priority(enum.IntEnum):
+    """Who goes first where requests have to wait for each other."""
+
+    HIGH = 0
+    NORMAL = 1
+    LOW = 2
+
+
 @dataclass
 class Request:
     """One generation, in no vendor's words. With neither `messages` nor `prompt` it only loads the model.
@@ -90,6 +98,7 @@ class Request:
     thinking: bool | None = None
     effort: str | None = None
     keep_alive: float | None = None
+    priority: Priority = Priority.NORMAL
 
 
 # ------------------------------------------------------------------ what comes out
@@ -194,6 +203,10 @@ class ModelNotFound(EngineError):
 
 class ModelLoadError(EngineError):
     """The model's files cannot be loaded; trying again may help once they are repaired."""
+
+
+class EngineBusy(EngineError):
+    """As many requests as may wait do wait already; later there will be room."""
 
 
 class EngineClosed(EngineError):
@@ -1546,7 +1559,7 @@ class Line:
 
     A layer with plain or quantised KV can be cut back to any length. Sliding-window and recurrent layers cannot, so
     `snapshots` keeps their states at chosen lengths: {length: [state of a layer, or None for one that can be cut]}.
-    `root` is the length of system and tools, `turns` are the lengths at which the user's latest turns ended: a template
+    `model` is the fingerprint of what has read them, `root` the length of system and tools, `turns` are the lengths at which the user's latest turns ended: a template
     that drops old thinking goes back there. `answers` tells at which length each remembered answer ends.
     """
 
@@ -1561,6 +1574,7 @@ class Line:
     hits: int = 0
     used: float = 0.0
     shelved: bool = False  # nothing of it is left to write to disk
+    model: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -1603,7 +1617,7 @@ class Line:
         """A copy of the first `length` tokens, which must be restorable. On the MLX thread."""
         return Line(self.tokens[:length], self.layers(0, length), {at: s for at, s in self.snapshots.items() if at <= length},
                     self.root, [at for at in self.turns if at <= length],
-                    {key: at for key, at in self.answers.items() if at <= length})
+                    {key: at for key, at in self.answers.items() if at <= length}, model=self.model)
 
 
 def _cuttable(layer: Any) -> bool:
@@ -1637,91 +1651,116 @@ def _chain(parts: list[Any]) -> Any:
 
 
 class PrefixCache:
-    """KV states of earlier requests of one model, found by longest common token prefix.
+    """KV states of earlier requests to all models, found by longest common token prefix.
 
     Policy. A request takes the line that gives it the most tokens. When the conversation simply goes on, the line moves
     into the request and comes back longer; when it branches, the shared part is copied and the line stays. Memory is
     bounded in real bytes: the least recently used line goes first, where one that was never used again (a title, a
     sub-agent's only turn) counts as `ONE_OFF` seconds older, and the last thing kept of a line is its root (system and
     tools), which every new conversation of that client shares. A line larger than all the room there is keeps its beginning.
+    A line is named by the model's fingerprint and its tokens, and no state of one model is ever given to another.
     """
 
     ONE_OFF = 600.0
 
     def __init__(self, limit: int):
-        self.limit = limit
-        self._lines: list[Line] = []
+        self._limit = limit
+        self._lines: dict[Line, int] = {}  # with their bytes, which do not change in here
 
     @property
     def nbytes(self) -> int:
-        return sum(line.nbytes for line in self._lines)
+        return sum(list(self._lines.values()))
 
-    def find(self, tokens: list[int]) -> tuple[Line | None, int]:
+    @property
+    def limit(self) -> int:
+        """Most bytes; lowering it makes room at once. On the MLX thread."""
+        return self._limit
+
+    @limit.setter
+    def limit(self, limit: int) -> None:
+        self._limit = limit
+        self._evict()
+
+    def lines(self, model: str) -> list[Line]:
+        """What there is of a model. From any thread."""
+        return [line for line in list(self._lines) if line.model == model]
+
+    def find(self, model: str, tokens: list[int]) -> tuple[Line | None, int]:
         """The line that restores the longest proper prefix of `tokens`, and that length. From any thread: it only reads."""
         best, length = None, 0
-        for line in list(self._lines):
+        for line in self.lines(model):
             usable = line.restorable(min(common_prefix(line.tokens, tokens), len(tokens) - 1))
             if usable > length:
                 best, length = line, usable
         return best, length
 
-    def closest(self, tokens: list[int]) -> tuple[list[int], int]:
+    def closest(self, model: str, tokens: list[int]) -> tuple[list[int], int]:
         """The tokens of the line that agrees with `tokens` the longest, and how many those are. From any thread."""
-        pairs = ((line.tokens, common_prefix(line.tokens, tokens)) for line in list(self._lines))
+        pairs = ((line.tokens, common_prefix(line.tokens, tokens)) for line in self.lines(model))
         return max(pairs, key=lambda pair: pair[1], default=([], 0))
 
-    def take(self, tokens: list[int]) -> Line | None:
+    def take(self, model: str, tokens: list[int]) -> Line | None:
         """The state to start from: a line moved out of the cache or a copy of one's beginning. On the MLX thread."""
-        line, length = self.find(tokens)
+        line, length = self.find(model, tokens)
         if line is None:
             return None
         line.hits += 1
         line.used = time.monotonic()
         if length == len(line.tokens):
-            self._lines.remove(line)
+            del self._lines[line]
             return line
         return line.branch(length)
 
+    def held(self, model: str) -> int:
+        """Bytes of a model's states. From any thread."""
+        return sum(size for line, size in list(self._lines.items()) if line.model == model)
+
     def put(self, line: Line) -> None:
         """Files a state and makes room for it. A line that the new one continues is dropped. On the MLX thread."""
-        if line.nbytes > self.limit:
+        if line.nbytes > self._limit:
             line = self._beginning(line)
         if not line.tokens:
             return
         line.used = time.monotonic()
-        for old in list(self._lines):
+        for old in self.lines(line.model):
             shared = common_prefix(old.tokens, line.tokens)
             if shared == len(old.tokens) and line.restorable(shared) == shared:
-                self._lines.remove(old)
+                del self._lines[old]
                 line.hits = max(line.hits, old.hits)
             elif shared == len(line.tokens) and old.restorable(shared) == shared:
                 return
-        self._lines.append(line)
+        self._lines[line] = line.nbytes
         self._evict()
 
-    def unshelved(self) -> Line | None:
-        """The most recently used line that is not on disk yet."""
-        return max((line for line in self._lines if not line.shelved), key=lambda line: line.used, default=None)
+    def drop(self, model: str) -> None:
+        """Forgets all of a model. On the MLX thread."""
+        for line in self.lines(model):
+            del self._lines[line]
+
+    def unshelved(self, model: str) -> Line | None:
+        """The model's most recently used line that is not on disk yet."""
+        return max((line for line in self.lines(model) if not line.shelved), key=lambda line: line.used, default=None)
 
     def _beginning(self, line: Line) -> Line:
         """The longest beginning of a line that fits."""
-        length = int(len(line.tokens) * self.limit / line.nbytes * 0.95)
+        length = int(len(line.tokens) * self._limit / line.nbytes * 0.95)
         while length := line.restorable(length):
             shorter = line.branch(length)
-            if shorter.nbytes <= self.limit:
+            if shorter.nbytes <= self._limit:
                 return shorter
             length -= 1 + length // 8
         return Line([], [])
 
     def _evict(self) -> None:
-        while self.nbytes > self.limit and self._lines:
+        while self._lines and self.nbytes > self._limit:
             victim = min(self._lines, key=lambda line: line.used - (0 if line.hits else self.ONE_OFF))
-            self._lines.remove(victim)
+            del self._lines[victim]
             if 0 < victim.root < len(victim.tokens) and victim.restorable(victim.root) == victim.root:
-                if not any(common_prefix(victim.tokens, line.tokens) >= victim.root for line in self._lines):
+                others = self.lines(victim.model)
+                if not any(common_prefix(victim.tokens, line.tokens) >= victim.root for line in others):
                     kept = victim.branch(victim.root)
                     kept.hits, kept.used, kept.shelved = 1, victim.used, victim.shelved
-                    self._lines.append(kept)
+                    self._lines[kept] = kept.nbytes
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
@@ -1996,11 +2035,13 @@ def make_penalties(sampling: Sampling) -> list[Callable[[Any, Any], Any]]:
     return make_logits_processors(
         None, repetition if repetition not in (None, 1.0) and repetition > 0 else None, window,
         sampling.presence_penalty, window, sampling.frequency_penalty, window)
+
+
 # ------------------------------------------------------------------ one running request
 
 
 class Phase(enum.Enum):
-    WAITING = enum.auto()  # for its turn, or for the weights
+    WAITING = enum.auto()  # for the weights, for memory or for its first chunk
     PREFILL = enum.auto()
     DECODE = enum.auto()
     ENDED = enum.auto()
@@ -2034,6 +2075,7 @@ class Generation:
         self.prompt_tokens, self.cached_tokens = len(prompt.tokens), 0
         self.miss: Miss | None = None
         self.usage = Usage(prompt_tokens=len(prompt.tokens))
+        self.ending = ""  # once it has ended: the reason, or the error's type
         self._tongue, self._prompt = tongue, prompt
         self._limit, self._by_context = limit, by_context
         self._news = threading.Condition(mutex)  # the engine's one lock, with a waiting room of its own
@@ -2044,6 +2086,9 @@ class Generation:
         self._phase = Phase.WAITING
         self._line: Line | None = None
         self._number = 0
+        self._passed_over = 0  # chunks that others have got since its last one
+        self._suspect = False  # it was decoding when a step failed, and decodes alone from then on
+        self._sampler: Any = None
         self._detokenizer: Any = None
         self._raw, self._visible, self._thinking = "", "", ""  # what the model wrote, and what of it is text and thinking
         callable_tools = [*request.tools, *request.deferred_tools] if request.tool_choice != "none" else []
@@ -2084,13 +2129,17 @@ class Generation:
                 self._outbox += events
                 self._news.notify()
 
+    def _left(self) -> int:
+        """Tokens of the prompt that are still to be prefilled, as far as one can tell. The last one is the decoder's."""
+        return len(self._prompt.tokens) - 1 - (len(self._line.tokens) if self._line else self.cached_tokens)
+
     def _lap(self) -> float:
         """Seconds since the last lap."""
         before, self._mark = self._mark, time.perf_counter()
         return self._mark - before
 
     def _fail(self, error: EngineError) -> None:
-        self._phase = Phase.ENDED
+        self._phase, self.ending = Phase.ENDED, type(error).__name__
         self._emit(error)
 
     def _finish(self, reason: str) -> None:
@@ -2102,6 +2151,7 @@ class Generation:
             reason = "tool_calls"
         elif reason == "length" and self._by_context:
             reason = "context"
+        self.ending = "cancelled" if self._cancelled else reason
         self._emit(Done(reason, self.usage, self._parser.stop_sequence))
 
 
@@ -2109,7 +2159,7 @@ class Generation:
 
 
 class Decoder:
-    """All requests that decode now, as one batch of mlx-lm's (`GenerationBatch`, the decoding half of BatchGenerator).
+    """All requests of a model that decode now, as one batch of mlx-lm's (`GenerationBatch`, the decoding half of BatchGenerator).
 
     A request alone decodes on its own caches in place, so that its state is moved in and out and never copied, and every
     cache class works. When another one joins, both are merged into batch caches. On the MLX thread.
@@ -2156,11 +2206,20 @@ class Decoder:
         at = self._batch.uids.index(number)
         return list(self._batch.tokens[at]), self._batch.extract_cache(at)
 
+    def upcoming(self, number: int) -> int:
+        """The token a request has picked but not read yet."""
+        return int(self._batch._next_tokens[self._batch.uids.index(number)].item())
+
     def remove(self, number: int) -> tuple[list[int], list[Any]]:
         """Takes a request out before its end: the tokens it has read and its caches."""
         state = self.peek(number)
-        self._batch.filter([at for at, uid in enumerate(self._batch.uids) if uid != number])
+        self.discard(number)
         return state
+
+    def discard(self, number: int) -> None:
+        """Takes a request out, if it is still there, with all that it has computed."""
+        if number in self._batch.uids:
+            self._batch.filter([at for at, uid in enumerate(self._batch.uids) if uid != number])
 
 
 def _share(batch: Any) -> None:
@@ -2171,33 +2230,39 @@ def _share(batch: Any) -> None:
 
 
 class Runtime:
-    """A model's weights with all that lives and dies with them. Every method runs on the MLX thread.
+    """A model's weights and its running requests. Every method runs on the MLX thread.
 
-    Prefill is done here, a chunk at a time, since snapshots have to be taken inside it and decoding must go on between
-    two chunks; the decoder then takes over.
+    Prefill is done here, a chunk at a time, since snapshots have to be taken inside it and others get their turn between
+    two chunks; the decoder then takes over. Whatever fails, fails for the request it belongs to.
     """
 
     CHUNK = 512  # tokens; larger ones gain no speed but memory peaks and waiting time
     SPARSE = 4096  # tokens between two restore points inside a long prompt
     BATCH = 32  # requests that decode side by side
+    EXPECTED = 4096  # tokens of an answer to keep memory free for; who writes more may have to wait in between
+    INSPECTED = 32  # tokens between two looks whether the model still computes numbers
 
-    def __init__(self, local: LocalModel, tongue: Tongue, cache_limit: int, kv_bits: int | None, shelf: Shelf | None):
+    def __init__(self, local: LocalModel, tongue: Tongue, prefixes: PrefixCache, kv_bits: int | None, shelf: Shelf | None):
+        import mlx.core as mx
+        from mlx.utils import tree_flatten
         from mlx_lm.utils import load_model
 
         started = time.perf_counter()
+        self.local, self.tongue, self.prefixes, self.shelf = local, tongue, prefixes, shelf
+        self.fingerprint, self._kv_bits = fingerprint(local, kv_bits), kv_bits
         try:
             self.model, _ = load_model(local.path)
+            cache = self._new_cache()
+            mx.eval(self.model(mx.array([[0]]), cache=cache))  # compiles the kernels, and shows what KV takes
         except Exception as error:
             log.warning("cannot load %s", local.name, exc_info=True)
             raise ModelLoadError(f"model '{local.name}' cannot be loaded: {_first_line(error)}") from error
-        self.local, self.tongue = local, tongue
+        self.size = sum(array.nbytes for _, array in tree_flatten(self.model.parameters()))
+        self.state = StateSize.of(cache)
         self.load_seconds = time.perf_counter() - started
-        self.prefixes = PrefixCache(cache_limit)
-        self.shelf, self._fingerprint = shelf, fingerprint(local, kv_bits)
-        self._kv_bits = kv_bits
         self.jobs: list[Generation] = []
         self.keep_alive: float | None = None
-        self.idle_since = time.time()
+        self.used = time.time()
         self._decoder = self._new_decoder()
         log.info("loaded %s in %.1f s", local.name, self.load_seconds)
 
@@ -2220,137 +2285,122 @@ class Runtime:
         """When an idle model is unloaded, in unix seconds; None for never."""
         if self.keep_alive is None or self.keep_alive < 0:
             return None
-        return (time.time() if self.jobs else self.idle_since) + self.keep_alive
+        return (time.time() if self.jobs else self.used) + self.keep_alive
+
+    def reserve(self, job: Generation) -> int:
+        """Bytes of KV to expect of a request."""
+        written = job.usage.completion_tokens
+        return self.state.nbytes(job.prompt_tokens + max(written, min(job._limit, self.EXPECTED)))
 
     def admit(self, job: Generation) -> None:
-        """Takes a request in and restores what the prefix cache has for it."""
+        """Takes a request in."""
         if job.request.keep_alive is not None:
             self.keep_alive = job.request.keep_alive
-        job.usage.load_seconds = job._lap()
+        waited = job._lap()
         self.jobs.append(job)
         if not job._prompt.tokens:
             return self._end(job, "load")
-        job._phase = Phase.PREFILL
-        job._detokenizer = self.tongue.tokenizer.detokenizer
-        if job._prompt.opening:
+        if job._detokenizer is None:  # it was not paused
+            job.usage.load_seconds = waited
+            job._detokenizer = self.tongue.tokenizer.detokenizer
             job._parser.feed(job._prompt.opening)
+
+    def decoding(self) -> list[Generation]:
+        return [job for job in self.jobs if job._phase is Phase.DECODE]
+
+    def candidates(self) -> list[Generation]:
+        """The requests that can use a chunk of prefill, or begin to decode."""
+        if len(self._decoder) >= self.BATCH:
+            return []
+        waiting = [job for job in self.jobs if job._phase in (Phase.WAITING, Phase.PREFILL)]
+        return [job for job in waiting if job._left() > 0 or job._line is None or self._may_decode(job)]
+
+    def _may_decode(self, job: Generation) -> bool:
+        alone = job._suspect or any(other._suspect for other in self.decoding())
+        return not len(self._decoder) or not alone and self._decoder.accepts(job._line.cache)
+
+    # -- prefill
+
+    def prefill(self, job: Generation) -> None:
+        """One chunk of a request's prompt; behind the last one it decodes."""
+        try:
+            self._restore(job)
+            if job._left() > 0:
+                self._read_chunk(job)
+            if job._left() <= 0 and self._may_decode(job):
+                self._start_decoding(job)
+        except Exception as error:
+            self._salvage(job)
+            self._drop(job, error)
 
     def _restore(self, job: Generation) -> None:
         """Gives a request the longest beginning of its prompt that anyone has read: a line of the prefix cache, the disk's, or
-        a copy from a request that is decoding, so that a twin or a sub-agent of a running request does not prefill twice."""
-        tokens = job._prompt.tokens
-        _, length = self.prefixes.find(tokens)
-        chain, kept = self.shelf.find(self._fingerprint, tokens[:-1]) if self.shelf else ([], 0)
-        shared, donor = max(((common_prefix(other._prompt.tokens, tokens), other) for other in self.jobs
-                             if other._phase is Phase.DECODE), key=lambda pair: pair[0], default=(0, None))
+        a copy from a request that runs, so that a twin or a sub-agent of a running request does not prefill twice. One that
+        has begun changes over when others have come a chunk further."""
+        tokens, begun = job._prompt.tokens, job._line is not None
+        if begun and len(self.jobs) == 1:
+            return
+        have = len(job._line.tokens) + self.CHUNK if begun else 0
+        _, length = self.prefixes.find(self.fingerprint, tokens)
+        chain, kept = self.shelf.find(self.fingerprint, tokens[:-1]) if self.shelf and not begun else ([], 0)
+        shared, donor = self._most_like(job)
         line = None
-        if shared > length:
-            read, cache = self._decoder.peek(donor._number)
-            running = dataclasses.replace(donor._line, tokens=read, cache=cache)
+        if shared > max(length, have):
+            running = donor._line
+            if donor._phase is Phase.DECODE:
+                read, cache = self._decoder.peek(donor._number)
+                running = dataclasses.replace(running, tokens=read, cache=cache)
             usable = running.restorable(min(shared, len(tokens) - 1))
-            line = running.branch(usable) if usable > length else None
+            line = running.branch(usable) if usable > max(length, have) else None
         if kept > max(length, len(line.tokens) if line else 0):
             line = self.shelf.load(chain, kept)
-        line = line or self.prefixes.take(tokens) or Line([], self._new_cache())
-        line.root, line.shelved = job._prompt.root, False
+        if line is None and length > have:
+            line = self.prefixes.take(self.fingerprint, tokens)
+        if line is None and begun:
+            return
+        line = line or Line([], self._new_cache())
+        line.model, line.root, line.shelved = self.fingerprint, job._prompt.root, False
         if job._prompt.body and job.request.messages[-1]["role"] == "user":
             line.turns = [at for at in line.turns if at < job._prompt.body] + [job._prompt.body]
-        job._line = line
-        job.usage.cached_tokens = len(line.tokens)
+        if begun:
+            job.usage.cached_tokens += len(line.tokens) - len(job._line.tokens)
+        elif not job.usage.completion_tokens:
+            job.usage.cached_tokens = len(line.tokens)
+        job._line, job._phase = line, Phase.PREFILL
 
-    def step(self) -> None:
-        """One chunk of prefill for the first request that needs it, one token for each that decodes."""
-        waiting = next((job for job in self.jobs if job._phase is Phase.PREFILL), None)
-        if waiting is not None and len(self._decoder) < self.BATCH:
-            try:
-                self._prefill(waiting)
-            except Exception as error:
-                self._salvage(waiting)
-                self._fail([waiting], error)
-        if any(job._phase is Phase.DECODE for job in self.jobs):
-            try:
-                self._decode()
-            except Exception as error:
-                self._fail([job for job in self.jobs if job._phase is Phase.DECODE], error)
-                self._decoder = self._new_decoder()
+    def _most_like(self, job: Generation) -> tuple[int, Generation | None]:
+        """The running request that has read the most of what a request has to read, and how much that is."""
+        def read(other: Generation) -> int:
+            shared = common_prefix(other._prompt.tokens, job._prompt.tokens)
+            return min(shared, len(other._line.tokens)) if other._phase is Phase.PREFILL else shared
 
-    def _prefill(self, job: Generation) -> None:
+        others = [other for other in self.jobs if other is not job and other._line is not None]
+        return max(((read(other), other) for other in others), key=lambda pair: pair[0], default=(0, None))
+
+    def _read_chunk(self, job: Generation) -> None:
         import mlx.core as mx
 
-        if job._line is None:
-            self._restore(job)
-        tokens, line = job._prompt.tokens, job._line
-        start, end = len(line.tokens), len(tokens) - 1  # the last token is the decoder's
-        if start < end:
-            prompt = job._prompt
-            marks = sorted({prompt.root, prompt.turn, prompt.body or end, (start // self.SPARSE + 1) * self.SPARSE, end})
-            stop = min(next(at for at in marks if at > start), start + self.CHUNK)
-            self.model(mx.array(tokens[start:stop])[None], cache=line.cache)
-            mx.eval([c.state for c in line.cache])
-            mx.clear_cache()
-            line.tokens = tokens[:stop]
-            if stop in marks and (stop < end or not prompt.body):
-                line.snapshot()
-        if len(line.tokens) < end or not self._decoder.accepts(line.cache):
-            return
-        job.usage.prefill_seconds = job._lap()
+        tokens, line, prompt = job._prompt.tokens, job._line, job._prompt
+        start, end = len(line.tokens), len(tokens) - 1
+        marks = sorted({prompt.root, prompt.turn, prompt.body or end, (start // self.SPARSE + 1) * self.SPARSE, end})
+        stop = min(next(at for at in marks if at > start), start + self.CHUNK)
+        self.model(mx.array(tokens[start:stop])[None], cache=line.cache)
+        mx.eval([c.state for c in line.cache])
+        mx.clear_cache()
+        line.tokens = tokens[:stop]
+        if stop in marks and (stop < end or not prompt.body):
+            line.snapshot()
+
+    def _start_decoding(self, job: Generation) -> None:
+        job.usage.prefill_seconds += job._lap()
         if job._limit <= 0:
             return self._end(job, "length")
         sampling = job.request.sampling
-        job._number = self._decoder.insert(line, tokens[end], job._limit, make_sampler(sampling, len(self.tongue.tokenizer)),
-                                           make_penalties(sampling))
-        line.cache = []  # the decoder gives it back at the end
+        job._sampler = job._sampler or make_sampler(sampling, len(self.tongue.tokenizer))
+        job._number = self._decoder.insert(job._line, job._prompt.tokens[-1], job._limit - job.usage.completion_tokens,
+                                           job._sampler, make_penalties(sampling))
+        job._line.cache = []  # the decoder gives it back at the end
         job._phase = Phase.DECODE
-
-    def _decode(self) -> None:
-        by_number = {job._number: job for job in self.jobs if job._phase is Phase.DECODE}
-        for response in self._decoder.step():
-            job = by_number[response.uid]
-            usage, parser, detokenizer = job.usage, job._parser, job._detokenizer
-            usage.completion_tokens += 1
-            usage.thinking_tokens += parser.state == "thinking"
-            if response.finish_reason != "stop":
-                detokenizer.add_token(response.token)
-            if response.finish_reason:
-                detokenizer.finalize()
-            piece = detokenizer.last_segment
-            job._raw += piece
-            job._emit(*parser.feed(piece))
-            if response.finish_reason:
-                job._line.tokens, job._line.cache = response.all_tokens, response.prompt_cache
-                self._end(job, response.finish_reason)
-            elif parser.stop_sequence is not None or parser.finished:
-                self._reclaim(job)
-                self._end(job, "stop")
-
-    def _reclaim(self, job: Generation) -> None:
-        """Takes a request's state back from the decoder."""
-        job._line.tokens, job._line.cache = self._decoder.remove(job._number)
-
-    def drop_cancelled(self) -> None:
-        """Ends cancelled requests; what they have computed goes to the prefix cache."""
-        for job in [job for job in self.jobs if job._cancelled]:
-            if job._phase is Phase.DECODE:
-                self._reclaim(job)
-            self._end(job, "stop")
-
-    def _end(self, job: Generation, reason: str) -> None:
-        job.usage.decode_seconds = job._lap() if job._phase is Phase.DECODE else 0.0
-        self._release(job)
-        job._emit(*job._parser.finish())
-        if job._phase is Phase.DECODE:
-            job._line.answers[self.tongue.remember(job)] = len(job._line.tokens)
-        if job._line is not None:
-            self.prefixes.put(job._line)
-            job._line = None
-        job._finish(reason)
-
-    def _fail(self, jobs: list[Generation], error: Exception) -> None:
-        log.error("generation failed", exc_info=error)
-        for job in jobs:
-            self._release(job)
-            job._line = None
-            job._fail(EngineError("the model failed while generating; the server goes on, please try again"))
 
     def _salvage(self, job: Generation) -> None:
         """Files the chunks that a failed prefill had finished. The layers may or may not have taken up more than those."""
@@ -2365,21 +2415,309 @@ class Runtime:
         except Exception:
             log.info("nothing of the failed prompt could be kept", exc_info=True)
 
-    def unshelved(self) -> bool:
-        """Whether there is something to write to disk."""
-        return self.shelf is not None and self.prefixes.unshelved() is not None
+    # -- decode
 
-    def write(self) -> None:
-        """Writes one segment of what the disk has not got."""
-        line = self.prefixes.unshelved()
-        marks = {line.root, *line.snapshots, *range(self.SPARSE, len(line.tokens), self.SPARSE)}
-        line.shelved = self.shelf.write(self._fingerprint, line, self.tongue.answer, marks)
+    def decode(self) -> None:
+        """One token for each request that decodes."""
+        by_number = {job._number: job for job in self.decoding()}
+        if not by_number:
+            return
+        try:
+            responses = self._decoder.step()
+        except Exception as error:
+            return self._part(list(by_number.values()), error)
+        for response in responses:
+            job = by_number[response.uid]
+            try:
+                self._take_token(job, response)
+            except Exception as error:
+                self._decoder.discard(job._number)
+                self._drop(job, error)
+
+    def _take_token(self, job: Generation, response: Any) -> None:
+        usage, parser, detokenizer = job.usage, job._parser, job._detokenizer
+        # Of logits that are no numbers every sampler picks token 0; a model that has once lost them never comes back.
+        if response.token == 0 or usage.completion_tokens % self.INSPECTED == 0:
+            if math.isnan(response.logprobs[0].item()):
+                raise ArithmeticError("the model's output is not a number")
+        usage.completion_tokens += 1
+        usage.thinking_tokens += parser.state == "thinking"
+        if response.finish_reason != "stop":
+            detokenizer.add_token(response.token)
+        if response.finish_reason:
+            detokenizer.finalize()
+        piece = detokenizer.last_segment
+        job._raw += piece
+        job._emit(*parser.feed(piece))
+        if response.finish_reason:
+            job._line.tokens, job._line.cache = response.all_tokens, response.prompt_cache
+            self._end(job, response.finish_reason)
+        elif parser.stop_sequence is not None or parser.finished:
+            self._reclaim(job)
+            self._end(job, "stop")
+
+    def _reclaim(self, job: Generation) -> None:
+        """Takes a request's state back from the decoder."""
+        job._line.tokens, job._line.cache = self._decoder.remove(job._number)
+
+    def _part(self, jobs: list[Generation], error: Exception) -> None:
+        """A step of several requests has failed, and whose fault it was cannot be told: each of them reads what it had once
+        more and goes on alone, where only the guilty one fails again."""
+        self._decoder, batch = self._new_decoder(), self._decoder._batch
+        if len(jobs) == 1 or any(job._suspect for job in jobs):
+            for job in jobs:
+                self._drop(job, error)
+            return
+        log.warning("a step of %d requests has failed: they go on one by one", len(jobs), exc_info=error)
+        read = dict(zip(batch.uids, batch.tokens))
+        for job in jobs:
+            written = job.prompt_tokens + job.usage.completion_tokens
+            self._begin_again(job, read[job._number][:written])
+            job._suspect = True
+
+    def pause(self, job: Generation) -> None:
+        """Lets a decoding request wait for memory: its state goes to the prefix cache, from where it goes on later."""
+        token = self._decoder.upcoming(job._number)
+        self._reclaim(job)
+        line = job._line
+        self._begin_again(job, [*line.tokens, token])
+        self.prefixes.put(line)
+        self.jobs.remove(job)
+
+    def _begin_again(self, job: Generation, tokens: list[int]) -> None:
+        job._prompt = dataclasses.replace(job._prompt, tokens=tokens)
+        job.usage.decode_seconds += job._lap()
+        job._line, job._phase = None, Phase.WAITING
+
+    # -- the end
+
+    def drop_cancelled(self) -> None:
+        """Ends cancelled requests; what they have computed goes to the prefix cache."""
+        for job in [job for job in self.jobs if job._cancelled]:
+            if job._phase is Phase.DECODE:
+                self._reclaim(job)
+            self._end(job, "stop")
+
+    def _end(self, job: Generation, reason: str) -> None:
+        job.usage.decode_seconds += job._lap() if job._phase is Phase.DECODE else 0.0
+        self._release(job)
+        job._emit(*job._parser.finish())
+        if job._phase is Phase.DECODE:
+            job._line.answers[self.tongue.remember(job)] = len(job._line.tokens)
+        if job._line is not None:
+            self.prefixes.put(job._line)
+            job._line = None
+        job._finish(reason)
+
+    def _drop(self, job: Generation, error: Exception) -> None:
+        """Fails one request; its state is not kept."""
+        log.error("generation failed", exc_info=error)
+        if job in self.jobs:
+            self._release(job)
+        job._line = None
+        job._fail(EngineError("the model failed while generating; the server goes on, please try again"))
 
     def _release(self, job: Generation) -> None:
         self.jobs.remove(job)
-        self.idle_since = time.time()
+        self.used = time.time()
         if job.request.keep_alive is not None:
             self.keep_alive = job.request.keep_alive
+
+    # -- the disk
+
+    def unshelved(self) -> bool:
+        """Whether there is something to write to disk."""
+        return self.shelf is not None and self.prefixes.unshelved(self.fingerprint) is not None
+
+    def write(self) -> None:
+        """Writes one segment of what the disk has not got."""
+        line = self.prefixes.unshelved(self.fingerprint)
+        marks = {line.root, *line.snapshots, *range(self.SPARSE, len(line.tokens), self.SPARSE)}
+        line.shelved = self.shelf.write(self.fingerprint, line, self.tongue.answer, marks)
+
+
+@dataclass(frozen=True)
+class StateSize:
+    """What the state of a conversation takes: bytes for each token, and bytes that do not grow."""
+
+    token: float
+    fixed: int
+
+    @classmethod
+    def of(cls, cache: list[Any]) -> StateSize:
+        """Measured on layers that have read something."""
+        token, fixed = 0.0, 0
+        layers = list(cache)
+        for layer in layers:
+            if isinstance(getattr(layer, "caches", None), (list, tuple)):
+                layers += layer.caches
+                continue
+            keys = getattr(layer, "keys", None)
+            rows = (keys[0] if isinstance(keys, (list, tuple)) else keys).shape[-2] if keys is not None else 0
+            window = getattr(layer, "max_size", None)
+            if rows and window is None:
+                token += layer.nbytes / rows
+            else:
+                fixed += int(layer.nbytes / rows * window) if rows else layer.nbytes
+        return cls(token, fixed)
+
+    def nbytes(self, tokens: int) -> int:
+        return int(self.token * tokens) + self.fixed
+
+    def tokens(self, nbytes: int) -> int | None:
+        """How many fit; None for any number."""
+        return max(0, int((nbytes - self.fixed) / self.token)) if self.token else None
+
+
+# ------------------------------------------------------------------ the models in memory
+
+
+class Pool:
+    """The models in memory, and who gets how much of it. On the MLX thread, but for reading.
+
+    Policy. The weights, the KV that admitted requests are expected to need, and the prefix cache stay within `memory` bytes
+    together. A request that needs room gets it from the prefix cache first, then from idle models, the least recently used
+    one going first, and otherwise waits until others are through. When answers grow beyond what was expected, the
+    latest request of the lowest priority is paused. `max_loaded` bounds the number of models.
+    """
+
+    def __init__(self, memory: int, cache_limit: int, max_loaded: int | None, kv_bits: int | None, shelf: Shelf | None):
+        self.memory = memory
+        self.prefixes = PrefixCache(cache_limit)
+        self.runtimes: dict[str, Runtime] = {}
+        self.states: dict[str, tuple[int, StateSize]] = {}  # by model: bytes of the weights and of a state, once it was loaded
+        self._cache_limit, self._max_loaded, self._kv_bits, self._shelf = cache_limit, max_loaded, kv_bits, shelf
+
+    def jobs(self) -> list[Generation]:
+        return [job for runtime in list(self.runtimes.values()) for job in list(runtime.jobs)]
+
+    def context(self, name: str) -> int | None:
+        """Tokens of a conversation that memory can hold beside the model alone; None if that is not known or no bound."""
+        weights, state = self.states.get(name, (0, None))
+        return state.tokens(self.memory - weights) if state else None
+
+    def _committed(self) -> int:
+        return sum(r.size + sum(map(r.reserve, r.jobs)) for r in self.runtimes.values())
+
+    def open(self, local: LocalModel, tongue: Tongue) -> Runtime | None:
+        """The model, loaded if need be; None if it has to wait for room. Raises ModelLoadError."""
+        if runtime := self.runtimes.get(local.name):
+            return runtime
+        if local.size > self.memory:
+            raise ModelLoadError(f"model '{local.name}' needs {_gigabytes(local.size)} of memory, and "
+                                 f"{_gigabytes(self.memory)} can be used; take a smaller or more quantised one")
+        while self._committed() + local.size > self.memory or len(self.runtimes) >= (self._max_loaded or math.inf):
+            if not self._unload_idle():
+                return None
+        self.prefixes.limit = min(self._cache_limit, self.memory - self._committed() - local.size)
+        try:
+            runtime = Runtime(local, tongue, self.prefixes, self._kv_bits, self._shelf)
+        finally:
+            self._clean()
+        self.runtimes[local.name] = runtime
+        self.states[local.name] = runtime.size, runtime.state
+        return runtime
+
+    def fits(self, runtime: Runtime, job: Generation) -> bool:
+        """Whether a request can begin now; makes room for it. Raises PromptTooLong if it never can."""
+        need = runtime.reserve(job)
+        while self._committed() + need > self.memory:
+            if self._unload_idle(runtime):
+                continue
+            if self.jobs():
+                return False
+            if (most := self.context(runtime.local.name)) is not None and job.prompt_tokens >= most:
+                raise PromptTooLong(job.prompt_tokens, most)
+            break  # less is left for the answer than is usual
+        self.prefixes.limit = min(self._cache_limit, max(0, self.memory - self._committed() - need))
+        return True
+
+    def settle(self) -> Generation | None:
+        """Adapts the prefix cache to what the others take. When they take too much, pauses a request and returns it."""
+        spare = self.memory - self._committed()
+        running = [(job.request.priority, job._born, job, r) for r in self.runtimes.values() for job in r.decoding()]
+        paused = None
+        if spare < 0 and len(self.jobs()) > 1 and running:
+            _, _, paused, runtime = max(running, key=lambda entry: entry[:2])
+            runtime.pause(paused)
+            spare = self.memory - self._committed()
+        self.prefixes.limit = min(self._cache_limit, max(0, spare))
+        return paused
+
+    def _unload_idle(self, spared: Runtime | None = None) -> bool:
+        idle = [r for r in self.runtimes.values() if not r.jobs and r is not spared]
+        if idle:
+            self.unload(min(idle, key=lambda runtime: runtime.used))
+        return bool(idle)
+
+    def unload(self, runtime: Runtime) -> None:
+        """Gives an idle model's weights and states back to the system."""
+        while runtime.unshelved():
+            runtime.write()
+        del self.runtimes[runtime.local.name]
+        self.prefixes.drop(runtime.fingerprint)
+        log.info("unloaded %s", runtime.local.name)
+        del runtime
+        self._clean()
+
+    def _clean(self) -> None:
+        import mlx.core as mx
+
+        gc.collect()
+        mx.clear_cache()
+
+    def forget(self) -> list[Generation]:
+        """Drops everything, as after a failure that leaves nothing to rely on; returns the requests that ran."""
+        jobs = self.jobs()
+        self.runtimes, self.prefixes = {}, PrefixCache(self._cache_limit)
+        self._clean()
+        return jobs
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 2**30:.1f} GB" if size >= 2**30 else f"{size / 2**20:.0f} MB"
+
+
+# ------------------------------------------------------------------ whose turn it is
+
+
+class Schedule:
+    """Who gets the next chunk of prefill, and when those who decode get their tokens.
+
+    The highest priority goes first, and lower work keeps what it has and waits. Among equals it is the one with the least
+    left to read, by powers of two, so that a short prompt does not wait for a long one; of about the same, the first that
+    came. The oldest request is never passed over more than `PATIENCE` times in a row. While anyone decodes, prefill takes at
+    most half of the time, a quarter if it is of lower priority, and all it needs if it is of higher.
+    """
+
+    PATIENCE = 3
+
+    def __init__(self) -> None:
+        self._owed = 0.0  # seconds that the decoding requests have a right to before the next chunk
+
+    def choose(self, candidates: list[Generation], decoding: list[Generation]) -> Generation | None:
+        """The request whose chunk is next, or None if those who decode are to go on."""
+        if not candidates:
+            return None
+        highest = min(job.request.priority for job in candidates)
+        equals = [job for job in candidates if job.request.priority == highest]
+        chosen = min(equals, key=lambda job: (max(0, job._left()).bit_length(), job._born))
+        oldest = min(equals, key=lambda job: job._born)
+        if oldest._passed_over >= self.PATIENCE:
+            chosen = oldest
+        if self._owed > 0 and decoding and highest >= min(job.request.priority for job in decoding):
+            return None
+        for job in equals:
+            job._passed_over = 0 if job is chosen else job._passed_over + 1
+        return chosen
+
+    def prefilled(self, job: Generation, seconds: float, decoding: list[Generation]) -> None:
+        """Takes note of a chunk's time."""
+        lower = bool(decoding) and job.request.priority > min(other.request.priority for other in decoding)
+        self._owed = seconds * (3 if lower else 1) if decoding else 0.0
+
+    def decoded(self, seconds: float) -> None:
+        self._owed -= seconds
 
 
 # ------------------------------------------------------------------ the engine
@@ -2395,6 +2733,30 @@ class Loaded:
     context_length: int
 
 
+@dataclass
+class Totals:
+    """What the engine has done since its start: requests by how they ended, and tokens."""
+
+    endings: collections.Counter[str] = field(default_factory=collections.Counter)
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass
+class Stats:
+    """The engine at this moment. `memory` is what MLX holds, `memory_limit` what it may, both in bytes."""
+
+    waiting: int
+    running: int
+    loaded: int
+    prefix_cache_bytes: int
+    prefix_cache_limit: int
+    memory: int
+    memory_limit: int
+    totals: Totals
+
+
 class Engine:
     """Local MLX models behind one thread.
 
@@ -2406,31 +2768,41 @@ class Engine:
 
     `model` is the default model (a name or a path) and begins to load at once; `models_dirs` are folders of models,
     `aliases` pairs of (glob, name), `context` and `max_tokens` upper bounds in tokens, `cache_limit` the prefix cache's
-    bytes (by default a quarter of what the machine can use). `cache_dir` is a folder where the prefix cache outlives the
-    process, `cache_dir_limit` the most bytes of files in it. `kv_bits` (4 or 8) keeps the KV cache quantised.
+    bytes (by default a quarter of `memory`). `cache_dir` is a folder where the prefix cache outlives the
+    process, `cache_dir_limit` the most bytes of files in it. `kv_bits` (4 or 8) keeps the KV cache quantised. `memory` is
+    the bytes that weights, KV and prefix cache may take together (by default nine tenths of what the GPU may use, the rest
+    being for computing), `max_loaded` the number of models, `max_queue` the number of requests that may wait, `keep_alive`
+    the seconds that an idle model stays (None: until its memory is needed).
     Raises ModelNotFound or ModelLoadError for a bad `model`, OSError for a `cache_dir` that cannot be written to.
     """
 
     SETTLE = 1.0  # seconds without work after which the prefix cache is written to disk
     LAST_WRITES = 2.5  # seconds that closing may spend on that
+    STUCK = 600.0  # seconds after which a single step counts as hanging
 
     def __init__(self, model: str | None = None, *, models_dirs: Sequence[str | Path] = (),
                  aliases: Sequence[tuple[str, str]] = (), context: int | None = None, max_tokens: int | None = None,
                  cache_limit: int | None = None, cache_dir: str | Path | None = None, cache_dir_limit: int = 32 * 2**30,
-                 kv_bits: int | None = None):
+                 kv_bits: int | None = None, memory: int | None = None, max_loaded: int | None = None, max_queue: int = 64,
+                 keep_alive: float | None = None):
         self._library = Library([Path(d) for d in models_dirs], aliases)
         self._default = self._library.resolve(model, trusted=True) if model else None
-        self._context, self._max_tokens, self._cache_limit, self._kv_bits = context, max_tokens, cache_limit, kv_bits
+        self._context, self._max_tokens, self._kv_bits = context, max_tokens, kv_bits
+        self._max_queue, self._keep_alive = max_queue, keep_alive
         self._shelf = Shelf(Path(cache_dir), cache_dir_limit) if cache_dir else None
+        self._limits = memory, cache_limit, max_loaded
         self._mutex = threading.RLock()
         self._lock = threading.Condition(self._mutex)
         self._queue: list[Generation] = []
         self._tongues: dict[str, Tongue | None] = {}  # None while a thread builds it
         self._unloads: list[tuple[str, threading.Event]] = []
         self._last_used: LocalModel | None = None
-        self._runtime: Runtime | None = None
-        self._ready = self._closing = False
+        self._pool = Pool(0, 0, None, None, None)
+        self._schedule = Schedule()
+        self._totals = Totals()
+        self._ready = self._draining = self._closing = False
         self._broken: str | None = None
+        self._stepping: float | None = None  # since when the current step runs, in monotonic seconds
         self._thread = threading.Thread(target=self._main, name="mlx", daemon=True)
         self._thread.start()
 
@@ -2459,8 +2831,10 @@ class Engine:
             "generation_config.json" in files) else {}
 
     def context_length(self, local: LocalModel) -> int:
-        """Tokens of prompt and answer together that a request may have."""
-        return min(local.context_length, self._context or local.context_length)
+        """Tokens of prompt and answer together that a request may have: what the model, `context` and, once the model has
+        been loaded, memory allow."""
+        bounds = [local.context_length, self._context, self._pool.context(local.name)]
+        return min(bound for bound in bounds if bound is not None)
 
     def chat(self, messages: str | list[Message], **fields: Any) -> Generation:
         """Starts an answer to a text or a conversation; `fields` are those of `Request`."""
@@ -2471,31 +2845,48 @@ class Engine:
 
     def submit(self, request: Request) -> Generation:
         """Queues a request. What can be wrong with it is raised here: ModelNotFound, ModelLoadError (no tokenizer),
-        InvalidRequest (the template refuses it), PromptTooLong, EngineClosed."""
+        InvalidRequest (the template refuses it), PromptTooLong, EngineBusy, EngineClosed."""
         local = self.resolve(request.model)
+        self._check_open()
         tongue = self._tongue(local)
         request.sampling = _filled(request.sampling, tongue.defaults)
         prompt = tongue.prompt(request) if request.messages or request.prompt else Prompt([])
         limit, by_context = self._room(local, request, len(prompt.tokens))
         job = Generation(request, local, tongue, prompt, limit, by_context, self._mutex)
+        self._look_up(job)
         with self._lock:
-            if self._closing or self._broken:
-                raise EngineClosed(self._broken or "the server is shutting down")
-            runtime = self._runtime
+            self._check_open()
             self._last_used = local
             self._queue.append(job)
             self._lock.notify_all()
-        if runtime is not None and runtime.local.name == local.name:
-            job.cached_tokens, job.miss = runtime.prefixes.find(prompt.tokens)[1], self._miss(runtime.prefixes, job)
-        if self._shelf is not None:
-            kept = self._shelf.find(fingerprint(local, self._kv_bits), prompt.tokens[:-1])[1]
-            job.cached_tokens, job.miss = max(kept, job.cached_tokens), job.miss if kept <= job.cached_tokens else None
         return job
 
-    def _miss(self, prefixes: PrefixCache, job: Generation) -> Miss | None:
+    def _check_open(self) -> None:
+        if self._draining or self._closing or self._broken:
+            raise EngineClosed(self._broken or "the server is shutting down")
+        if self._waiting() >= self._max_queue:
+            raise EngineBusy(f"{self._max_queue} requests are waiting already")
+
+    def _waiting(self) -> int:
+        return len(self._queue) + sum(job._phase is Phase.WAITING for job in self._pool.jobs())
+
+    def _look_up(self, job: Generation) -> None:
+        """Notes what of a prompt was read before, as far as that is known now."""
+        tokens, prefixes = job._prompt.tokens, self._pool.prefixes
+        runtime = self._pool.runtimes.get(job.model.name)
+        if runtime is None and self._shelf is None:
+            return
+        model = runtime.fingerprint if runtime else fingerprint(job.model, self._kv_bits)
+        job.cached_tokens = prefixes.find(model, tokens)[1]
+        job.miss = self._miss(prefixes.closest(model, tokens), job)
+        if self._shelf is not None:
+            kept = self._shelf.find(model, tokens[:-1])[1]
+            job.cached_tokens, job.miss = max(kept, job.cached_tokens), job.miss if kept <= job.cached_tokens else None
+
+    def _miss(self, closest: tuple[list[int], int], job: Generation) -> Miss | None:
         """Where the prompt and the cached one most like it part, if they do."""
         tokens = job._prompt.tokens
-        was, at = prefixes.closest(tokens)
+        was, at = closest
         if not 0 < at < min(len(was), len(tokens)):
             return None
         decode = job._tongue.tokenizer.decode
@@ -2508,11 +2899,9 @@ class Engine:
 
     def loaded(self) -> list[Loaded]:
         """The models in memory."""
-        runtime = self._runtime
-        if runtime is None:
-            return []
-        local = runtime.local
-        return [Loaded(local, local.size, runtime.expires, self.context_length(local))]
+        pool = self._pool
+        return [Loaded(r.local, r.size + pool.prefixes.held(r.fingerprint), r.expires, self.context_length(r.local))
+                for r in list(pool.runtimes.values())]
 
     def unload(self, name: str) -> None:
         """Frees a model once its running requests are through, and returns then. Raises ModelNotFound."""
@@ -2524,11 +2913,33 @@ class Engine:
             pass
 
     def health(self) -> str | None:
-        """What is wrong with the engine, or None."""
-        return self._broken or (None if self._thread.is_alive() else "the engine has stopped")
+        """What is wrong with the engine, or None. Answers at once, whatever the engine does."""
+        since = self._stepping
+        if self._broken or not self._thread.is_alive():
+            return self._broken or "the engine has stopped"
+        if self._draining or self._closing:
+            return "the server is shutting down"
+        return "the engine hangs" if since is not None and time.monotonic() - since > self.STUCK else None
+
+    def stats(self) -> Stats:
+        """Figures of this moment."""
+        from mlx.core import get_active_memory
+
+        pool, waiting = self._pool, self._waiting()
+        running = len(self._queue) + len(pool.jobs()) - waiting
+        return Stats(waiting, running, len(pool.runtimes), pool.prefixes.nbytes, pool.prefixes.limit, get_active_memory(),
+                     pool.memory, self._totals)
+
+    def drain(self, seconds: float) -> None:
+        """Takes no more requests, and waits at most so long for those there are."""
+        deadline = time.monotonic() + seconds
+        with self._lock:
+            self._draining = True
+            while (self._queue or self._pool.jobs()) and self._thread.is_alive() and time.monotonic() < deadline:
+                self._lock.wait(0.05)
 
     def close(self, grace: float = 4.0) -> bool:
-        """Ends running work with EngineClosed, frees the model and joins the thread, waiting at most `grace` seconds.
+        """Ends running work with EngineClosed, frees the models and joins the thread, waiting at most `grace` seconds.
 
         Returns whether the thread has ended; a step on the GPU cannot be interrupted.
         """
@@ -2591,119 +3002,140 @@ class Engine:
             self._shutdown()
 
     def _configure(self, mx: Any) -> None:
+        memory, cache_limit, max_loaded = self._limits
         device = mx.device_info() if mx.metal.is_available() else {}
         usable = device.get("max_recommended_working_set_size") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        self._cache_limit = self._cache_limit or usable // 4
+        memory = memory or usable * 9 // 10
+        self._pool = Pool(memory, cache_limit or memory // 4, max_loaded, self._kv_bits, self._shelf)
         if device:
             mx.set_wired_limit(usable)  # weights and caches stay resident; the system's own limit is far lower
-
-    def _load(self, local: LocalModel, tongue: Tongue) -> Runtime:
-        return Runtime(local, tongue, self._cache_limit, self._kv_bits, self._shelf)
+            mx.set_memory_limit(usable)
+            mx.set_cache_limit(usable // 16)  # freed buffers that MLX keeps for itself
 
     def _preload(self, local: LocalModel) -> None:
         """Loads the default model before anyone asks for it; a failure is reported again to whoever does."""
         try:
-            self._runtime = self._load(local, self._tongue(local))
+            self._open(local, self._tongue(local))
         except EngineError as error:
             log.error("%s", error)
 
+    def _open(self, local: LocalModel, tongue: Tongue) -> Runtime | None:
+        runtime = self._pool.open(local, tongue)
+        if runtime is not None and runtime.keep_alive is None:
+            runtime.keep_alive = self._keep_alive
+        return runtime
+
     def _wait(self) -> bool:
         """Sleeps until there is work; False when the engine is to end."""
+        self._stepping = None
         with self._lock:
             while not self._closing:
-                runtime = self._runtime
-                if self._queue or self._unloads or (runtime and runtime.jobs):
+                if self._queue or self._unloads or self._pool.jobs():
+                    self._stepping = time.monotonic()
                     return True
-                writes = runtime.idle_since + self.SETTLE if runtime and runtime.unshelved() else None
-                due = min((at for at in (writes, runtime.expires if runtime else None) if at is not None), default=None)
+                runtimes = self._pool.runtimes.values()
+                writes = [runtime.used + self.SETTLE for runtime in runtimes if runtime.unshelved()]
+                due = min([*writes, *(r.expires for r in runtimes if r.expires is not None)], default=None)
                 if due is not None and due <= time.time():
                     return True
                 self._lock.wait(None if due is None else max(0.01, due - time.time()))
             return False
 
     def _guarded_step(self) -> None:
-        """A step that cannot end the thread: what nobody below caught costs the running requests and the loaded model,
+        """A step that cannot end the thread: what nobody below caught costs the running requests and the loaded models,
         whose state is unknown then, and nothing else."""
         try:
             self._step()
         except Exception:
             log.critical("unexpected failure in the engine", exc_info=True)
-            for job in self._runtime.jobs if self._runtime else []:
+            for job in self._pool.forget():
                 job._fail(EngineError("the engine failed; it starts afresh, please try again"))
-            self._runtime = None
-            self._free()
 
     def _step(self) -> None:
-        if self._runtime is not None:
-            self._runtime.drop_cancelled()  # first, so that the same request sent again finds what was computed
+        """Ends what was cancelled, takes in what is new, reads a chunk of one prompt, adds a token to each answer."""
+        before = self._pool.jobs()
+        for runtime in self._pool.runtimes.values():
+            runtime.drop_cancelled()  # first, so that the same request sent again finds what was computed
         self._admit()
-        runtime = self._runtime
-        if runtime is not None:
-            runtime.step()
-        idle = runtime is None or not runtime.jobs
-        expired = runtime is not None and runtime.expires is not None and runtime.expires <= time.time()
-        with self._lock:
-            asked = {name for name, _ in self._unloads}
-        if idle and (expired or (runtime and runtime.local.name in asked)):
-            self._free()
-        elif idle and runtime and runtime.unshelved() and time.time() >= runtime.idle_since + self.SETTLE:
-            runtime.write()  # only one segment: someone may be waiting by then
-        with self._lock:
-            current = self._runtime.local.name if self._runtime else ""
-            for name, done in self._unloads:
-                if name != current:
-                    done.set()
-            self._unloads = [(name, done) for name, done in self._unloads if name == current]
+        if paused := self._pool.settle():
+            log.info("out of memory for all answers at once: one waits after %d tokens", paused.usage.completion_tokens)
+            with self._lock:
+                self._queue.insert(0, paused)
+        runtimes = list(self._pool.runtimes.values())
+        decoding = [job for runtime in runtimes for job in runtime.decoding()]
+        owner = {job: runtime for runtime in runtimes for job in runtime.candidates()}
+        started = time.perf_counter()
+        if chosen := self._schedule.choose(list(owner), decoding):
+            owner[chosen].prefill(chosen)
+            self._schedule.prefilled(chosen, time.perf_counter() - started, decoding)
+            started = time.perf_counter()
+        for runtime in runtimes:
+            runtime.decode()
+        self._schedule.decoded(time.perf_counter() - started)
+        self._count(before)
+        self._tidy()
 
     def _admit(self) -> None:
-        """Moves requests from the queue to the loaded model, first come first served; the first one that needs another
-        model waits until the running ones are through, and everyone behind it waits too."""
+        """Lets requests in, the highest priority first and then as they came, until one has to wait for a model or for
+        memory; then everyone behind it waits, too."""
         with self._lock:
-            for job in [job for job in self._queue if job._cancelled]:
-                self._queue.remove(job)
-            head = self._queue[0] if self._queue else None
-        runtime = self._runtime
-        if head is not None and (runtime is None or runtime.local.name != head.model.name):
-            if runtime is not None and runtime.jobs:
-                return
-            self._free()
+            self._queue = [job for job in self._queue if not job._cancelled]
+            queue = sorted(self._queue, key=lambda job: job.request.priority)
+        for job in queue:
             try:
-                self._runtime = self._load(head.model, head._tongue)
+                runtime = self._open(job.model, job._tongue)
+                if runtime is None or not self._pool.fits(runtime, job):
+                    return
             except EngineError as error:
-                with self._lock:
-                    failed = [job for job in self._queue if job.model.name == head.model.name]
-                    self._queue = [job for job in self._queue if job.model.name != head.model.name]
-                for job in failed:
-                    job._fail(error)
-                return
+                self._leave_queue(job)
+                self._totals.endings[type(error).__name__] += 1
+                job._fail(error)
+                continue
+            self._leave_queue(job)
+            runtime.admit(job)
+
+    def _leave_queue(self, job: Generation) -> None:
         with self._lock:
-            admitted = list(itertools.takewhile(lambda job: job.model.name == self._runtime.local.name, self._queue))
-            del self._queue[: len(admitted)]
-        for job in admitted:
-            self._runtime.admit(job)
+            self._queue.remove(job)
 
-    def _free(self) -> None:
-        """Gives the weights and caches back to the system."""
-        import mlx.core as mx
+    def _count(self, before: list[Generation]) -> None:
+        """Adds the requests that this step has ended to the totals."""
+        for job in before:
+            if job._phase is Phase.ENDED:
+                self._totals.endings[job.ending] += 1
+                self._totals.prompt_tokens += job.prompt_tokens
+                self._totals.cached_tokens += job.usage.cached_tokens
+                self._totals.completion_tokens += job.usage.completion_tokens
 
-        if self._runtime is not None:
-            while self._runtime.unshelved():
-                self._runtime.write()
-            log.info("unloaded %s", self._runtime.local.name)
-        self._runtime = None
-        gc.collect()
-        mx.clear_cache()
+    def _tidy(self) -> None:
+        """Unloads what is due and not in use, and writes to disk when there is nothing else to do."""
+        pool, now = self._pool, time.time()
+        with self._lock:
+            asked = {name for name, _ in self._unloads}
+        for runtime in [r for r in pool.runtimes.values() if not r.jobs]:
+            if runtime.local.name in asked or runtime.expires is not None and runtime.expires <= now:
+                pool.unload(runtime)
+        if not self._queue and not pool.jobs():
+            due = [r for r in pool.runtimes.values() if r.unshelved() and now >= r.used + self.SETTLE]
+            if due:
+                due[0].write()  # only one segment: someone may be waiting by then
+        with self._lock:
+            for name, done in self._unloads:
+                if name not in pool.runtimes:
+                    done.set()
+            self._unloads = [(name, done) for name, done in self._unloads if name in pool.runtimes]
+            self._lock.notify_all()  # whoever waits for the end of the work
 
     def _shutdown(self) -> None:
         with self._lock:
             self._closing = True
-            jobs, self._queue = [*self._queue, *(self._runtime.jobs if self._runtime else [])], []
+            jobs, self._queue = [*self._queue, *self._pool.jobs()], []
             self._lock.notify_all()
         for job in jobs:
             job._fail(EngineClosed(self._broken or "the server is shutting down"))
-        if self._shelf is not None and self._runtime is not None and not self._broken:
-            self._last_writes(self._runtime)
-        self._runtime = None
+        if self._shelf is not None and not self._broken:
+            self._last_writes()
+        self._pool.runtimes = {}
         for _, done in self._unloads:
             done.set()
         if self._ready:
@@ -2711,16 +3143,16 @@ class Engine:
 
             mx.clear_streams()  # their threads must not outlive this one
 
-
-    def _last_writes(self, runtime: Runtime) -> None:
+    def _last_writes(self) -> None:
         """Takes what the running requests have computed and writes what there is time for."""
         until = time.monotonic() + self.LAST_WRITES
         try:
-            for job in runtime.jobs:
-                job._cancelled, job._phase = True, Phase.DECODE if job._number else Phase.PREFILL
-            runtime.drop_cancelled()
-            while runtime.unshelved() and time.monotonic() < until:
-                runtime.write()
+            for runtime in self._pool.runtimes.values():
+                for job in runtime.jobs:
+                    job._cancelled, job._phase = True, Phase.DECODE if job._number else Phase.PREFILL
+                runtime.drop_cancelled()
+                while runtime.unshelved() and time.monotonic() < until:
+                    runtime.write()
         except Exception:
             log.error("the prefix cache could not be written", exc_info=True)
 

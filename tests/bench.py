@@ -335,7 +335,7 @@ def render(args: argparse.Namespace) -> None:
     ratios = []
     for request in requests[-args.runs:]:
         gc.collect()
-        warm, (_, found) = timed(lambda: prefixes.find(tongue.prompt(request).tokens))
+        warm, (_, found) = timed(lambda: prefixes.find("", tongue.prompt(request).tokens))
         ratios.append(warm / cold)
         print(f"{found} tokens: cold {cold * 1000:.0f} ms, found with the next turn in {warm * 1000:.1f} ms, ratio {ratios[-1]:.3f}")
         prefixes.put(Line(tongue.prompt(request).tokens, []))

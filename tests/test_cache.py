@@ -15,7 +15,7 @@ from conftest import Server
 from models import CONFIGS, build_model
 from test_engine import REREAD, ROOT, SYSTEM, answer, cold, user
 
-from engine import Engine, EngineError, Request, Runtime, Shelf
+from engine import Engine, EngineError, Line, Request, Runtime, Shelf
 
 LONG = [SYSTEM, user("long " * 600)]
 
@@ -33,6 +33,11 @@ def options(request: pytest.FixtureRequest, folder: Path) -> dict:
     """What to start an engine of each cache class with."""
     quantised = request.param == "quantised"
     return {"model": str(folder / ("qwen3" if quantised else request.param)), "kv_bits": 8 if quantised else None}
+
+
+def lines(engine: Engine) -> list[Line]:
+    """What the prefix cache holds."""
+    return list(engine._pool.prefixes._lines)
 
 
 def turns(engine: Engine, messages: list[dict], count: int) -> list[dict]:
@@ -68,7 +73,7 @@ def test_conversations_share_the_files_of_what_they_have_in_common(options: dict
         text, generation = answer(engine, [SYSTEM, user("three")])
         assert generation.usage.cached_tokens >= 700  # the system prompt
         assert text == cold(engine, [SYSTEM, user("three")])
-        if engine._runtime.prefixes._lines[0].cuttable:
+        if lines(engine)[0].cuttable:
             assert size() < 1.5 * one
 
 
@@ -163,7 +168,8 @@ def test_a_failed_prefill_keeps_its_finished_chunks(options: dict, monkeypatch: 
         expected = cold(engine, messages)
         engine.unload(engine._default.name)
         answer(engine, "loads the model")
-        model = engine._runtime.model
+        runtime = engine._pool.runtimes[engine._default.name]
+        model = runtime.model
         limit = 700 + 3 * Runtime.CHUNK  # tokens
 
         def fails(tokens, cache):
@@ -172,21 +178,30 @@ def test_a_failed_prefill_keeps_its_finished_chunks(options: dict, monkeypatch: 
                 raise MemoryError("no more room")
             return out
 
-        monkeypatch.setattr(engine._runtime, "model", fails)
+        monkeypatch.setattr(runtime, "model", fails)
         with pytest.raises(EngineError, match="try again"):
             answer(engine, messages)
-        monkeypatch.setattr(engine._runtime, "model", model)
+        monkeypatch.setattr(runtime, "model", model)
         text, generation = answer(engine, messages)
         assert text == expected
-        assert generation.usage.cached_tokens > (limit - 2 * Runtime.CHUNK if engine._runtime.prefixes._lines[0].cuttable else 700)
+        assert generation.usage.cached_tokens > (limit - 2 * Runtime.CHUNK if lines(engine)[0].cuttable else 700)
 
 
 def test_a_conversation_that_goes_on_is_moved_and_not_copied(options: dict):
+    with Engine(**options) as engine:
+        messages = turns(engine, [SYSTEM, user("begin")], 2)
+        line, layers = lines(engine)[0], list(lines(engine)[0].cache)
+        answer(engine, messages)
+        assert lines(engine) == [line]
+        assert all(after is before for after, before in zip(line.cache, layers, strict=True))
+
+
+def test_a_warm_turn_needs_little_memory_beside_its_own_state(folder: Path):
     import mlx.core as mx
 
-    with Engine(**options) as engine:
+    with Engine(str(folder / "qwen3")) as engine:
         messages = turns(engine, [SYSTEM, user("begin " * 2500)], 2)
-        kept, live = engine._runtime.prefixes.nbytes, mx.get_active_memory()
+        kept, live = engine._pool.prefixes.nbytes, mx.get_active_memory()
         mx.reset_peak_memory()
         answer(engine, messages)
         assert mx.get_peak_memory() - live < kept / 2  # which is what a chunk this small takes
@@ -195,12 +210,12 @@ def test_a_conversation_that_goes_on_is_moved_and_not_copied(options: dict):
 def test_side_requests_do_not_evict_the_main_line(options: dict):
     with Engine(**options) as engine:
         messages = turns(engine, LONG, 2)
-        line = engine._runtime.prefixes.nbytes
+        line = engine._pool.prefixes.nbytes
     with Engine(**options, cache_limit=int(line * 1.5)) as engine:
         messages = turns(engine, LONG, 2)
         for number in range(6):
             answer(engine, [SYSTEM, user(f"title {number} " * 100)])
-            assert engine._runtime.prefixes.nbytes <= line * 1.5
+            assert engine._pool.prefixes.nbytes <= line * 1.5
         _, generation = answer(engine, messages)
         assert generation.usage.cached_tokens > 0.95 * generation.usage.prompt_tokens
 
@@ -209,12 +224,12 @@ def test_a_line_larger_than_the_bound_keeps_its_beginning(options: dict, tmp_pat
     with Engine(**options, cache_dir=tmp_path) as engine:
         messages = turns(engine, [SYSTEM, user("begin " * 500)], 2)
         expected, _ = answer(engine, messages)
-        size = engine._runtime.prefixes.nbytes
+        size = engine._pool.prefixes.nbytes
     with Engine(**options, cache_dir=tmp_path, cache_limit=size // 2) as engine:
         for _ in range(2):
             text, generation = answer(engine, messages)
             assert text == expected
-            assert 0 < engine._runtime.prefixes.nbytes <= size // 2
+            assert 0 < engine._pool.prefixes.nbytes <= size // 2
     with Engine(**options, cache_limit=size // 2) as engine:
         expected, _ = answer(engine, messages)
         text, generation = answer(engine, messages)
@@ -224,7 +239,7 @@ def test_a_line_larger_than_the_bound_keeps_its_beginning(options: dict, tmp_pat
 def test_snapshots_stay_few(options: dict):
     with Engine(**options) as engine:
         turns(engine, [SYSTEM, user("begin")], 25)
-        line = engine._runtime.prefixes._lines[0]
+        line = lines(engine)[0]
         assert len(line.snapshots) <= (0 if line.cuttable else line.SNAPSHOTS + 4)
 
 

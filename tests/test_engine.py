@@ -145,8 +145,8 @@ def test_a_prompt_longer_than_the_context_is_refused_before_any_work(folder: Pat
         assert events[-1].usage.prompt_tokens + events[-1].usage.completion_tokens <= 64
 
 
-def test_models_are_swapped_on_demand_in_the_order_of_requests(folder: Path):
-    with Engine(models_dirs=[folder]) as engine:
+def test_models_are_swapped_in_the_order_of_requests_when_one_may_be_loaded(folder: Path):
+    with Engine(models_dirs=[folder], max_loaded=1) as engine:
         names = ["qwen2", "hybrid", "qwen2", "llama_sliding"]
         generations = [engine.submit(Request(name, [user("hi")], max_tokens=3)) for name in names]
         assert [list(g)[-1].reason for g in generations] == ["length"] * 4
