@@ -2206,9 +2206,10 @@ class Decoder:
         at = self._batch.uids.index(number)
         return list(self._batch.tokens[at]), self._batch.extract_cache(at)
 
-    def upcoming(self, number: int) -> int:
-        """The token a request has picked but not read yet."""
-        return int(self._batch._next_tokens[self._batch.uids.index(number)].item())
+    def upcoming(self, number: int) -> Any:
+        """A response for the token that a request has picked but not read yet; the next step would bring the same."""
+        at, batch = self._batch.uids.index(number), self._batch
+        return batch.Response(number, int(batch._next_tokens[at].item()), batch._next_logprobs[at], None, None, None)
 
     def remove(self, number: int) -> tuple[list[int], list[Any]]:
         """Takes a request out before its end: the tokens it has read and its caches."""
@@ -2475,14 +2476,21 @@ class Runtime:
             self._begin_again(job, read[job._number][:written])
             job._suspect = True
 
-    def pause(self, job: Generation) -> None:
-        """Lets a decoding request wait for memory: its state goes to the prefix cache, from where it goes on later."""
-        token = self._decoder.upcoming(job._number)
+    def pause(self, job: Generation) -> bool:
+        """Lets a decoding request wait for memory: its state goes to the prefix cache, from where it goes on later. Not if
+        it ends with its next token."""
+        response = self._decoder.upcoming(job._number)
+        last = response.token in self.tongue.tokenizer.eos_token_ids or job.usage.completion_tokens + 1 >= job._limit
+        if not last:
+            self._take_token(job, response)  # it is picked, and never will be again
+        if last or job._phase is Phase.ENDED:
+            return False
         self._reclaim(job)
         line = job._line
-        self._begin_again(job, [*line.tokens, token])
+        self._begin_again(job, [*line.tokens, response.token])
         self.prefixes.put(line)
         self.jobs.remove(job)
+        return True
 
     def _begin_again(self, job: Generation, tokens: list[int]) -> None:
         job._prompt = dataclasses.replace(job._prompt, tokens=tokens)
@@ -2638,27 +2646,27 @@ class Pool:
         running = [(job.request.priority, job._born, job, r) for r in self.runtimes.values() for job in r.decoding()]
         paused = None
         if spare < 0 and len(self.jobs()) > 1 and running:
-            _, _, paused, runtime = max(running, key=lambda entry: entry[:2])
-            runtime.pause(paused)
+            _, _, latest, runtime = max(running, key=lambda entry: entry[:2])
+            paused = latest if runtime.pause(latest) else None
             spare = self.memory - self._committed()
         self.prefixes.limit = min(self._cache_limit, max(0, spare))
         return paused
 
     def _unload_idle(self, spared: Runtime | None = None) -> bool:
-        idle = [r for r in self.runtimes.values() if not r.jobs and r is not spared]
+        idle = {name: r.used for name, r in self.runtimes.items() if not r.jobs and r is not spared}
         if idle:
-            self.unload(min(idle, key=lambda runtime: runtime.used))
+            self.unload(min(idle, key=idle.get))
         return bool(idle)
 
-    def unload(self, runtime: Runtime) -> None:
-        """Gives an idle model's weights and states back to the system."""
+    def unload(self, name: str) -> None:
+        """Gives an idle model's weights and states back to the system, if nobody else holds the runtime."""
+        runtime = self.runtimes[name]
         while runtime.unshelved():
             runtime.write()
-        del self.runtimes[runtime.local.name]
         self.prefixes.drop(runtime.fingerprint)
-        log.info("unloaded %s", runtime.local.name)
-        del runtime
+        del self.runtimes[name], runtime
         self._clean()
+        log.info("unloaded %s", name)
 
     def _clean(self) -> None:
         import mlx.core as mx
@@ -3046,6 +3054,7 @@ class Engine:
         whose state is unknown then, and nothing else."""
         try:
             self._step()
+            self._tidy()
         except Exception:
             log.critical("unexpected failure in the engine", exc_info=True)
             for job in self._pool.forget():
@@ -3073,7 +3082,6 @@ class Engine:
             runtime.decode()
         self._schedule.decoded(time.perf_counter() - started)
         self._count(before)
-        self._tidy()
 
     def _admit(self) -> None:
         """Lets requests in, the highest priority first and then as they came, until one has to wait for a model or for
@@ -3112,9 +3120,8 @@ class Engine:
         pool, now = self._pool, time.time()
         with self._lock:
             asked = {name for name, _ in self._unloads}
-        for runtime in [r for r in pool.runtimes.values() if not r.jobs]:
-            if runtime.local.name in asked or runtime.expires is not None and runtime.expires <= now:
-                pool.unload(runtime)
+        for name in [name for name, r in pool.runtimes.items() if not r.jobs and (name in asked or (r.expires or now + 1) <= now)]:
+            pool.unload(name)
         if not self._queue and not pool.jobs():
             due = [r for r in pool.runtimes.values() if r.unshelved() and now >= r.used + self.SETTLE]
             if due:
@@ -3135,12 +3142,12 @@ class Engine:
             job._fail(EngineClosed(self._broken or "the server is shutting down"))
         if self._shelf is not None and not self._broken:
             self._last_writes()
-        self._pool.runtimes = {}
         for _, done in self._unloads:
             done.set()
         if self._ready:
             import mlx.core as mx
 
+            self._pool.forget()
             mx.clear_streams()  # their threads must not outlive this one
 
     def _last_writes(self) -> None:

@@ -1,0 +1,359 @@
+"""Many requests at once: who goes first, what they share, what a failure costs, and what memory allows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Iterator
+
+import pytest
+from models import CONFIGS, build_model
+from test_engine import REREAD, SYSTEM, answer, cold, user
+
+from engine import (
+    Done, Engine, EngineBusy, EngineError, Generation, ModelLoadError, Phase, Priority, PromptTooLong, Request, Runtime,
+    Sampling, Schedule, Text,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models")
+    for kind in CONFIGS:
+        build_model(kind, path / kind)
+    return path
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
+    with Engine(str(folder / request.param)) as engine:
+        yield engine
+
+
+def runtime(engine: Engine) -> Runtime:
+    return engine._pool.runtimes[engine._default.name]
+
+
+def text(generation: Generation) -> str:
+    return "".join(generation.text())
+
+
+def begin(generation: Generation) -> str:
+    """Waits for the first words of an answer."""
+    return next(event.text for event in generation if isinstance(event, Text))
+
+
+def until(generation: Generation, phase: Phase) -> None:
+    """Waits, event by event, until a request is in a phase."""
+    while generation._phase is not phase:
+        assert not isinstance(next(generation), Done)
+
+
+# ------------------------------------------------------------------ company
+
+
+def test_a_greedy_answer_is_the_same_alone_and_in_a_batch_of_eight(engine: Engine):
+    prompts = [f"number {n} " * (3 * n + 1) for n in range(8)]
+    alone = [answer(engine, prompt, max_tokens=20 + n)[0] for n, prompt in enumerate(prompts)]
+    engine.unload(engine._default.name)
+    together = [engine.chat(prompt, max_tokens=20 + n) for n, prompt in enumerate(prompts)]
+    assert [text(generation) for generation in together] == alone
+
+
+def test_requests_with_other_limits_stops_and_sampling_run_side_by_side(engine: Engine):
+    whole, _ = answer(engine, "stop", max_tokens=24)
+    stop = whole[len(whole) // 2:][:2]
+    engine.unload(engine._default.name)
+    plain, short = engine.chat("stop", max_tokens=24), engine.chat("stop", max_tokens=3)
+    stopped = engine.chat("stop", max_tokens=24, stop=[stop])
+    dice = [engine.chat("dice", max_tokens=24, sampling=Sampling(temperature=1.0, seed=n)) for n in (1, 1, 2)]
+    assert text(plain) == whole
+    assert whole.startswith(text(short)) and short.usage.completion_tokens == 3
+    assert list(stopped)[-1].stop_sequence == stop
+    one, same, other = map(text, dice)
+    assert one == same != other
+
+
+def test_kv_that_cannot_be_batched_is_used_by_one_request_after_the_other(folder: Path):
+    with Engine(str(folder / "qwen3"), kv_bits=8) as engine:
+        expected = [answer(engine, f"number {n}")[0] for n in range(3)]
+        together = [engine.chat(f"number {n}", max_tokens=16) for n in range(3)]
+        assert [text(generation) for generation in together] == expected
+
+
+def test_two_models_answer_at_the_same_time(folder: Path):
+    with Engine(models_dirs=[folder]) as engine:
+        first = engine.submit(Request("qwen2", [user("begin")], max_tokens=4000))
+        begin(first)
+        assert list(engine.submit(Request("qwen3", [user("hi")], max_tokens=3)))[-1].reason == "length"
+        assert first._phase is Phase.DECODE
+        assert {loaded.model.name for loaded in engine.loaded()} == {"qwen2", "qwen3"}
+        first.cancel()
+
+
+# ------------------------------------------------------------------ whose turn it is
+
+
+def chunks_until(schedule: Schedule, jobs: list[Any], wanted: Any) -> int:
+    """Chunks that are prefilled until a request has read its prompt."""
+    count = 0
+    while wanted._left() > 0:
+        schedule.choose([job for job in jobs if job._left() > 0], []).read()
+        count += 1
+    return count
+
+
+class Waiting:
+    """A request as the schedule sees it."""
+
+    def __init__(self, tokens: int, born: float, priority: Priority = Priority.NORMAL):
+        self.tokens, self._born, self._passed_over = tokens, born, 0
+        self.request = Request("", priority=priority)
+
+    def _left(self) -> int:
+        return self.tokens
+
+    def read(self) -> None:
+        self.tokens = max(0, self.tokens - Runtime.CHUNK)
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one():
+    long, short = Waiting(13000, 0), Waiting(50, 1)
+    assert chunks_until(Schedule(), [long, short], short) == 1
+
+
+def test_a_long_prompt_is_not_starved_by_short_ones():
+    long, schedule = Waiting(5120, 0), Schedule()
+    count = 0
+    while long._left() > 0:
+        schedule.choose([long, Waiting(50, count + 1)], []).read()
+        count += 1
+    assert count == 10 * (Schedule.PATIENCE + 1)
+
+
+def test_equals_are_served_in_the_order_they_came():
+    first, second = Waiting(10000, 0), Waiting(9000, 1)
+    assert chunks_until(Schedule(), [second, first], first) == 20
+    assert second.tokens == 9000
+
+
+def test_higher_priority_goes_first_and_lower_work_waits_for_it():
+    low, high = Waiting(600, 0, Priority.LOW), Waiting(13000, 1, Priority.HIGH)
+    assert chunks_until(Schedule(), [low, high], high) == 26
+    assert low.tokens == 600
+
+
+@pytest.mark.parametrize("priority, steps", [(Priority.HIGH, 0), (Priority.NORMAL, 4), (Priority.LOW, 12)])
+def test_answers_go_on_while_a_prompt_is_read(priority: Priority, steps: int):
+    schedule, decoding, reader = Schedule(), [Waiting(0, 0)], Waiting(9000, 1, priority)
+    schedule.prefilled(schedule.choose([reader], decoding), 1.0, decoding)
+    taken = 0
+    while schedule.choose([reader], decoding) is None:
+        schedule.decoded(0.25)
+        taken += 1
+    assert taken == steps
+
+
+def test_a_short_request_is_answered_while_a_long_prompt_is_prefilled(engine: Engine):
+    long = engine.chat("long " * 600, max_tokens=1)
+    until(long, Phase.PREFILL)
+    assert answer(engine, "short", max_tokens=2)[1].usage.completion_tokens == 2
+    assert long._phase is Phase.PREFILL
+    assert list(long)[-1].reason == "length"
+
+
+def test_an_important_request_overtakes_and_the_other_keeps_what_it_has(engine: Engine):
+    low = engine.chat("low " * 600, max_tokens=2, priority=Priority.LOW)
+    until(low, Phase.PREFILL)
+    _, high = answer(engine, "high " * 200, max_tokens=2, priority=Priority.HIGH)
+    assert low._phase is Phase.PREFILL
+    expected = text(low)
+    assert low.usage.cached_tokens < 10
+    assert cold(engine, "low " * 600, max_tokens=2) == expected
+
+
+def test_a_twin_that_comes_while_the_first_is_read_does_not_read_it_again(engine: Engine):
+    messages = [SYSTEM, user("twin " * 200)]
+    engine.unload(engine._default.name)
+    first, second = (engine.chat(messages, max_tokens=2) for _ in range(2))
+    assert text(first) == text(second)
+    assert second.usage.cached_tokens >= second.usage.prompt_tokens - REREAD
+
+
+# ------------------------------------------------------------------ a full house
+
+
+def test_more_than_may_wait_are_refused_and_the_others_are_answered(folder: Path):
+    with Engine(str(folder / "qwen2"), max_queue=3) as engine:
+        first = engine.chat("long " * 600, max_tokens=1)
+        until(first, Phase.PREFILL)
+        waiting = [engine.chat("more " * 200, max_tokens=1) for _ in range(3)]
+        with pytest.raises(EngineBusy, match="3 requests are waiting"):
+            engine.chat("one too many")
+        assert engine.stats().waiting == 3
+        waiting[0].cancel()
+        for generation in (first, *waiting[1:]):
+            assert list(generation)[-1].reason == "length"
+        assert answer(engine, "again")[0]
+
+
+# ------------------------------------------------------------------ memory
+
+
+def test_the_state_of_a_conversation_is_measured_right(engine: Engine):
+    _, generation = answer(engine, "word " * 700, max_tokens=2)
+    line = max(engine._pool.prefixes._lines, key=lambda line: len(line.tokens))
+    held = sum(layer.nbytes for layer in line.cache)
+    expected = runtime(engine).state.nbytes(len(line.tokens))
+    assert 0.8 * held < expected < 1.3 * held  # layers grow in steps
+
+
+def test_requests_that_do_not_fit_together_take_turns(folder: Path):
+    with Engine(str(folder / "qwen2")) as engine:
+        expected = [answer(engine, f"number {n} " * 100)[0] for n in range(3)]
+        size, state = runtime(engine).size, runtime(engine).state
+        tokens = engine.count_tokens(Request(engine._default.name, [user("number 0 " * 100)]))
+    with Engine(str(folder / "qwen2"), memory=size + state.nbytes(2 * tokens + 40)) as engine:
+        answer(engine, "loads the model")
+        generations = [engine.chat(f"number {n} " * 100, max_tokens=16) for n in range(3)]
+        most = 0
+        for generation in generations:
+            while not isinstance(next(generation), Done):
+                most = max(most, engine.stats().running)
+        assert most == 2
+        assert [generation._visible for generation in generations] == expected
+        assert engine._pool.prefixes.nbytes <= engine._pool.memory - size
+
+
+def test_a_conversation_larger_than_memory_is_refused_with_what_would_fit(folder: Path):
+    with Engine(str(folder / "qwen2")) as engine:
+        answer(engine, "measure")
+        size, state = runtime(engine).size, runtime(engine).state
+    with Engine(str(folder / "qwen2"), memory=size + state.nbytes(300)) as engine:
+        with pytest.raises(PromptTooLong, match=r"\d+ tokens > 300 maximum"):
+            list(engine.chat("word " * 400))
+        with pytest.raises(PromptTooLong, match=r"\d+ tokens > 300 maximum"):  # known before it is queued, from now on
+            engine.chat("word " * 400)
+        endings = [list(engine.chat(f"short {n}", max_tokens=30000))[-1] for n in range(8)]
+        sizes = {done.usage.prompt_tokens + done.usage.completion_tokens for done in endings if done.reason == "context"}
+        assert sizes == {300}
+
+
+def test_answers_that_outgrow_memory_wait_for_each_other_and_stay_right(
+        folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(Runtime, "EXPECTED", 8)
+    with Engine(str(folder / "qwen2")) as engine:
+        runs = [(f"number {n}", Sampling(temperature=float(n % 2), seed=n)) for n in range(20)]
+        answers = {prompt: answer(engine, prompt, max_tokens=150, sampling=dice) for prompt, dice in runs}
+        runs = [run for run in runs if answers[run[0]][1].usage.completion_tokens == 150][:4]
+        size, state = runtime(engine).size, runtime(engine).state
+    with Engine(str(folder / "qwen2"), memory=size + state.nbytes(400)) as engine:
+        answer(engine, "loads the model")
+        generations = [engine.chat(prompt, max_tokens=150, sampling=dice) for prompt, dice in runs]
+        assert [text(generation) for generation in generations] == [answers[prompt][0] for prompt, _ in runs]
+    assert "one waits after" in caplog.text
+
+
+def test_idle_models_make_room_the_least_recently_used_first(folder: Path):
+    import gc
+    import mlx.core as mx
+
+    gc.collect()
+    with Engine(models_dirs=[folder]) as engine:
+        def use(name: str) -> None:
+            list(engine.submit(Request(name, [user("hi")], max_tokens=1)))
+
+        empty = mx.get_active_memory()
+        sizes = {}
+        for name in ("qwen2", "qwen3"):
+            before = mx.get_active_memory()
+            use(name)
+            sizes[name] = mx.get_active_memory() - before
+            assert sizes[name] >= engine._pool.runtimes[name].size
+        use("qwen2")
+        engine._pool.memory = sum(runtime.size for runtime in engine._pool.runtimes.values())
+        use("llama_sliding")
+        assert {loaded.model.name for loaded in engine.loaded()} == {"qwen2", "llama_sliding"}
+        for name in ("qwen2", "llama_sliding"):
+            engine.unload(name)
+        assert mx.get_active_memory() - empty < min(sizes.values()) / 10
+
+
+def test_a_model_larger_than_memory_is_refused(folder: Path):
+    with Engine(models_dirs=[folder], memory=1000) as engine:
+        with pytest.raises(ModelLoadError, match="needs .* of memory"):
+            list(engine.submit(Request("qwen2", [user("hi")])))
+
+
+# ------------------------------------------------------------------ faults
+
+
+def test_a_step_that_fails_for_one_request_fails_no_other(engine: Engine):
+    expected = [answer(engine, f"number {n}", max_tokens=60)[0] for n in range(3)]
+
+    def bad(logprobs: Any) -> Any:
+        raise RuntimeError("a sampler that fails")
+
+    engine.unload(engine._default.name)
+    guests = [engine.chat(f"number {n}", max_tokens=60) for n in range(3)]
+    victim = engine.chat("victim", max_tokens=4000)
+    for generation in (*guests, victim):
+        until(generation, Phase.DECODE)
+    batch = runtime(engine)._decoder._batch
+    batch.samplers[batch.uids.index(victim._number)] = victim._sampler = bad
+    with pytest.raises(EngineError, match="try again"):
+        list(victim)
+    for guest in guests:
+        list(guest)
+    assert [guest._visible for guest in guests] == expected
+    assert answer(engine, "number 0", max_tokens=60)[0] == expected[0]
+
+
+def test_an_answer_that_cannot_be_decoded_fails_alone(engine: Engine):
+    class Broken:
+        last_segment = ""
+
+        def add_token(self, token: int) -> None:
+            raise ValueError("a tokenizer that fails")
+
+    expected, _ = answer(engine, "guest", max_tokens=40)
+    guest, victim = engine.chat("guest", max_tokens=40), engine.chat("victim", max_tokens=4000)
+    for generation in (guest, victim):
+        until(generation, Phase.DECODE)
+    victim._detokenizer = Broken()
+    with pytest.raises(EngineError, match="try again"):
+        list(victim)
+    list(guest)
+    assert guest._visible == expected
+    assert answer(engine, "victim")[0]
+
+
+def test_logits_that_are_no_numbers_fail_the_request_and_leave_no_trace(engine: Engine):
+    import mlx.core as mx
+
+    expected, _ = answer(engine, "poison", max_tokens=8)
+    engine.unload(engine._default.name)
+    answer(engine, "loads the model")
+    model = runtime(engine).model
+    runtime(engine).model = lambda *args, **kwargs: model(*args, **kwargs)
+    runtime(engine)._decoder._model = lambda *args, **kwargs: model(*args, **kwargs) * mx.array(float("nan"))
+    with pytest.raises(EngineError, match="try again"):
+        answer(engine, "poison", max_tokens=8)
+    runtime(engine)._decoder._model = model
+    assert answer(engine, "poison", max_tokens=8)[0] == expected
+
+
+def test_a_failure_that_nobody_expected_costs_only_what_was_running(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    expected, _ = answer(engine, "after", max_tokens=8)
+    victim = engine.chat("victim", max_tokens=4000)
+    begin(victim)
+
+    def fails(*_: Any) -> None:
+        monkeypatch.undo()
+        raise KeyError("nobody expected this")
+
+    monkeypatch.setattr(engine._pool, "settle", fails)
+    with pytest.raises(EngineError, match="starts afresh"):
+        list(victim)
+    assert answer(engine, "after", max_tokens=8)[0] == expected
+    assert engine.health() is None
