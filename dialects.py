@@ -18,7 +18,7 @@ from datetime import datetime, timezone
 from typing import Any, Iterable
 
 from engine import (
-    Done, EngineClosed, EngineError, Event, InvalidRequest, Loaded, LocalModel, Message, ModelLoadError, ModelNotFound,
+    Done, EngineBusy, EngineClosed, EngineError, Event, InvalidRequest, Loaded, LocalModel, Message, ModelLoadError, ModelNotFound,
     PromptTooLong, Request, Sampling, Text, Thinking, ToolEnd, ToolInput, ToolStart, Usage,
 )
 
@@ -45,12 +45,13 @@ class WireError(Exception):
 class Reply:
     """One request's answer in one dialect. One instance per HTTP request, made from the request's body.
 
-    `stream` says what the client asked for, `framing` how objects are framed then: "events" (server-sent events, named
+    `dialect` is its name; `stream` says what the client asked for, `framing` how objects are framed then: "events" (server-sent events, named
     by the object's "type") or "lines" (NDJSON). With `unload` set the model is to be unloaded, not asked, and `whole`
     is the answer. Streaming or not, every event of the generation goes through `event`.
     """
 
     request: Request
+    dialect: str
     stream: bool
     framing: str
     unload = False
@@ -66,8 +67,8 @@ class Reply:
         """Objects for one event; for `Done` the closing ones."""
         raise NotImplementedError
 
-    def ping(self) -> list[Object]:
-        """Objects that mean nothing but that the server is alive."""
+    def ping(self, lull: float = 0.0) -> list[Object]:
+        """Objects that mean nothing but that the server is alive, when for `lull` seconds nothing else was to be said."""
         return []
 
     def failure(self, error: Exception) -> list[Object]:
@@ -264,6 +265,8 @@ _BILLING = re.compile(r"\A(?:\s*x-anthropic-billing-header:[^\n]*(?:\n|\Z))+")  
 _ROLES = {"user": "user", "assistant": "assistant", "system": "system", "ctx": "user", "msg": "user"}
 _THINKING = {"enabled": True, "adaptive": True, "disabled": False, "between_tools": False}
 _SERVER_TOOLS = ("web_search_", "web_fetch_", "code_execution_", "tool_search_tool_", "advisor_", "mcp_toolset")
+_DELTAS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking"),
+           "tool_use": ("input_json_delta", "partial_json")}
 _SIGNATURE = "bWx4LXNlcnZlcg=="  # clients do not send thinking back whose signature is empty
 _STOP_REASONS = {"stop": "end_turn", "stop_sequence": "stop_sequence", "length": "max_tokens", "tool_calls": "tool_use",
                  "context": "model_context_window_exceeded", "load": "end_turn"}
@@ -530,7 +533,9 @@ class AnthropicMessages(Reply):
     """POST /v1/messages. Blocks come strictly one after the other, so `_content` is what was streamed and what `whole`
     returns. `request_id` goes into an error event."""
 
+    dialect = "anthropic"
     framing = "events"
+    LULL = 150.0  # seconds without a real event: some clients give up after 300, and do not count pings
 
     def __init__(self, body: Object, request_id: str = ""):
         self.request = _anthropic_request(body)
@@ -567,8 +572,12 @@ class AnthropicMessages(Reply):
                 return self._done(event)
         return []
 
-    def ping(self) -> list[Object]:
-        return [{"type": "ping"}]
+    def ping(self, lull: float = 0.0) -> list[Object]:
+        if lull < self.LULL:
+            return [{"type": "ping"}]
+        out = [] if self._open else self._start({"type": "text", "text": ""})
+        kind, key = _DELTAS[self._open]
+        return [*out, self._delta(kind, **{key: ""})]
 
     def failure(self, error: Exception) -> list[Object]:
         return [anthropic_error(error, self.request_id)[2]]
@@ -643,7 +652,7 @@ def anthropic_error(error: Exception, request_id: str) -> tuple[int, dict[str, s
             status, message = 400, str(error)
         case ModelLoadError():
             status, message, headers = 400, str(error), {"x-should-retry": "false"}
-        case EngineClosed():
+        case EngineClosed() | EngineBusy():
             status, message, headers = 529, f"Overloaded: {error}", {"retry-after": "1"}
         case EngineError():
             status, message = 500, str(error)
@@ -826,6 +835,7 @@ class _OllamaReply(Reply):
     Tool calls go out whole. Counts and durations stand in the last object only, since some clients add them up.
     """
 
+    dialect = "ollama"
     framing = "lines"
     purpose: str  # what a model must be able to do, in the words of the error
     nameless: tuple[int, str]  # status and text of the error when no model is named
@@ -885,7 +895,7 @@ class _OllamaReply(Reply):
                 return [self._object("", done=True) | self._ending]
         return []
 
-    def ping(self) -> list[Object]:
+    def ping(self, lull: float = 0.0) -> list[Object]:
         return [self._object("")]
 
     def failure(self, error: Exception) -> list[Object]:
@@ -991,6 +1001,8 @@ def ollama_error(error: Exception) -> tuple[int, dict[str, str], Object]:
                                     f"({error.maximum} tokens)")
         case InvalidRequest() | ModelLoadError():
             status, message = 400, str(error)
+        case EngineBusy():
+            status, message = 503, "server busy, please try again.  maximum pending requests exceeded"
         case EngineClosed():
             status, message = 503, f"server busy, please try again.  {error}"
         case EngineError():

@@ -2943,7 +2943,8 @@ class Engine:
         deadline = time.monotonic() + seconds
         with self._lock:
             self._draining = True
-            while (self._queue or self._pool.jobs()) and self._thread.is_alive() and time.monotonic() < deadline:
+            while (self._queue or self._pool.jobs()) and not self._closing and self._thread.is_alive() and (
+                    time.monotonic() < deadline):
                 self._lock.wait(0.05)
 
     def close(self, grace: float = 4.0) -> bool:

@@ -10,8 +10,12 @@ events it looks whether the client is still there; when it is not, the generatio
 from __future__ import annotations
 
 import argparse
+import bisect
+import collections
+import fnmatch
 import hmac
 import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -31,14 +35,14 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 import dialects
 from dialects import Object, Reply, WireError
-from engine import Done, Engine, EngineError, Tick
+from engine import Done, Engine, EngineError, Priority, Tick
 
 __version__ = "0.1.0"
 log = logging.getLogger("mlx_server")
 
 OLLAMA_VERSION = "0.35.0"  # the API level we speak; clients parse it as numbers and refuse what is too old
 MAX_BODY = 32 * 1024 * 1024  # bytes, the Messages API's own limit
-PING_AFTER = 5.0  # seconds without a byte after which a stream says that it is alive
+PING_AFTER = 4.0  # seconds without a byte after which a stream says that it is alive; clients count on 5
 PATIENCE = 300.0  # seconds that a socket may take for one read or write
 LOCAL_ORIGINS = re.compile(
     r"https?://(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\])(:\d+)?|(app|file|tauri|vscode-webview|vscode-file)://.*", re.I)
@@ -48,21 +52,86 @@ class HungUp(ConnectionError):
     """The client has closed its side."""
 
 
+# ------------------------------------------------------------------ what is counted
+
+
+class Metrics:
+    """Counts for `/metrics`, in Prometheus' text format 0.0.4. From any thread."""
+
+    BUCKETS = [0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0]  # seconds to the first token
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._requests: collections.Counter[tuple[str, int]] = collections.Counter()
+        self._waits = [0] * (len(self.BUCKETS) + 1)
+        self._waited = 0.0
+
+    def answered(self, dialect: str, status: int) -> None:
+        """An HTTP request was answered."""
+        with self._lock:
+            self._requests[dialect, status] += 1
+
+    def began(self, seconds: float) -> None:
+        """An answer's first token came after so many seconds."""
+        with self._lock:
+            self._waits[bisect.bisect_left(self.BUCKETS, seconds)] += 1
+            self._waited += seconds
+
+    def text(self, engine: Engine) -> str:
+        """Everything, with the engine's figures of this moment."""
+        stats = engine.stats()
+        totals = stats.totals
+        with self._lock:
+            requests, waits, waited = dict(self._requests), list(self._waits), self._waited
+        out: list[str] = []
+
+        def metric(name: str, kind: str, about: str, *samples: tuple[str, float]) -> None:
+            out.append(f"# HELP mlx_server_{name} {about}\n# TYPE mlx_server_{name} {kind}")
+            out.extend(f"mlx_server_{name}{labels} {value}" for labels, value in samples)
+
+        metric("up", "gauge", "Whether the engine works.", ("", int(engine.health() is None)))
+        metric("http_requests_total", "counter", "Answered requests.",
+               *((f'{{dialect="{dialect}",status="{status}"}}', count) for (dialect, status), count in sorted(requests.items())))
+        metric("generations_total", "counter", "Generations by how they ended.",
+               *((f'{{ending="{ending}"}}', count) for ending, count in sorted(totals.endings.copy().items())))
+        metric("prompt_tokens_total", "counter", "Tokens of prompts.", ("", totals.prompt_tokens))
+        metric("cached_tokens_total", "counter", "Tokens of prompts that were not prefilled again.", ("", totals.cached_tokens))
+        metric("completion_tokens_total", "counter", "Generated tokens.", ("", totals.completion_tokens))
+        metric("waiting_requests", "gauge", "Requests that wait.", ("", stats.waiting))
+        metric("running_requests", "gauge", "Requests that are prefilled or decoded.", ("", stats.running))
+        metric("loaded_models", "gauge", "Models in memory.", ("", stats.loaded))
+        metric("prefix_cache_bytes", "gauge", "KV states of earlier prompts.", ("", stats.prefix_cache_bytes))
+        metric("prefix_cache_limit_bytes", "gauge", "Most bytes of them.", ("", stats.prefix_cache_limit))
+        metric("memory_bytes", "gauge", "What MLX holds.", ("", stats.memory))
+        metric("memory_limit_bytes", "gauge", "What models and states may take.", ("", stats.memory_limit))
+        below = itertools.accumulate(waits)
+        metric("time_to_first_token_seconds", "histogram", "From the request to the first piece of its answer.")
+        out += [f'mlx_server_time_to_first_token_seconds_bucket{{le="{bound}"}} {count}'
+                for bound, count in zip([*self.BUCKETS, "+Inf"], below)]
+        out += [f"mlx_server_time_to_first_token_seconds_sum {waited}",
+                f"mlx_server_time_to_first_token_seconds_count {sum(waits)}"]
+        return "\n".join(out) + "\n"
+
+
 # ------------------------------------------------------------------ the server
 
 
 class MLXServer(ThreadingHTTPServer):
     """Serves `engine` at `address` (host, port), once `serve_forever` runs. Raises OSError when the address is taken.
 
-    With `api_key` every route but `/` and `/health` wants it, as `x-api-key` or bearer token.
+    With `api_keys` every route but `/` and `/health` wants one of them, as `x-api-key` or bearer token; the priority that
+    belongs to a key is the highest its holder can have. `priorities` are pairs of a glob, for a model's name or a dialect,
+    and the priority of the requests that it matches, where they do not say themselves.
     """
 
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, address: tuple[str, int], engine: Engine | None = None, *, api_key: str | None = None):
+    def __init__(self, address: tuple[str, int], engine: Engine | None = None, *, api_keys: dict[str, Priority] | None = None,
+                 priorities: Sequence[tuple[str, Priority]] = ()):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.engine, self.api_key = engine, api_key
+        self.engine, self.api_keys, self.priorities = engine, api_keys or {}, priorities
+        self.metrics = Metrics()
         self.talking: set[threading.Thread] = set()  # threads in the midst of an answer
         super().__init__(address, Handler)
 
@@ -77,8 +146,11 @@ class MLXServer(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("connection failed", exc_info=True)
 
-    def stop(self, grace: float = 4.5) -> None:
-        """Ends running answers with an error their clients understand, then everything else, within `grace` seconds."""
+    def stop(self, drain: float = 0.0, grace: float = 4.5) -> None:
+        """Takes no new work, gives the running answers `drain` seconds, ends those left with an error their clients
+        understand, then everything else, within `grace` seconds."""
+        if self.engine is not None:
+            self.engine.drain(drain)
         deadline = time.monotonic() + grace
         self.shutdown()
         if self.engine is not None:
@@ -148,13 +220,27 @@ class Handler(BaseHTTPRequestHandler):
         self.origin = origin
 
     def check_key(self) -> None:
-        key = self.server.api_key
-        if key is None or self.route in ("/", "/health"):
+        self.highest = Priority.HIGH
+        if not self.server.api_keys or self.route in ("/", "/health"):
             return
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
         given = [self.headers.get("x-api-key", ""), token.strip() if scheme.lower() == "bearer" else ""]
-        if not any([hmac.compare_digest(one.encode(), key.encode()) for one in given]):
+        found = [priority for key, priority in self.server.api_keys.items() for one in given
+                 if hmac.compare_digest(one.encode(), key.encode())]
+        if not found:
             raise WireError(401, "invalid x-api-key", {"x-should-retry": "false"})
+        self.highest = min(found)
+
+    def priority(self, reply: Reply, model: str) -> Priority:
+        """Who the client is, what it asks for in `x-priority`, or what a rule says of its model or dialect."""
+        asked = self.headers.get("x-priority", "").strip().upper()
+        if asked and asked not in Priority.__members__:
+            raise WireError(400, "x-priority: Input should be 'high', 'normal' or 'low'")
+        names = [reply.request.model.lower(), model.lower(), reply.dialect]
+        ruled = (priority for pattern, priority in self.server.priorities
+                 if any(fnmatch.fnmatchcase(name, pattern.lower()) for name in names))
+        keyed = self.highest if self.server.api_keys else Priority.NORMAL
+        return max(self.highest, Priority[asked] if asked else next(ruled, keyed))
 
     # -- bodies in
 
@@ -256,6 +342,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(status, _encode(body), "application/json" if self.anthropic else "application/json; charset=utf-8", headers)
 
     def start(self, status: int, headers: dict[str, str]) -> None:
+        self.server.metrics.answered("anthropic" if self.anthropic else "ollama", status)
         self.send_response_only(status)
         self.send_header("Date", self.date_time_string())
         if self.anthropic:
@@ -308,7 +395,9 @@ class Handler(BaseHTTPRequestHandler):
     def converse(self, reply: Reply) -> None:
         """Answers with what the engine generates, streamed or whole."""
         engine = self.server.engine
-        reply.check(engine.resolve(reply.request.model))
+        model = engine.resolve(reply.request.model)
+        reply.check(model)
+        reply.request.priority = self.priority(reply, model.name)
         if reply.unload:
             engine.unload(reply.request.model)
             return self.send_json(reply.whole())
@@ -322,14 +411,14 @@ class Handler(BaseHTTPRequestHandler):
             for event in _after(generation):
                 if event is not None:
                     if isinstance(event, Tick):
-                        objects = reply.ping() if stream and stream.silence >= PING_AFTER else []
+                        objects = reply.ping(stream.lull) if stream and stream.silence >= PING_AFTER else []
                     else:
                         first = first or time.monotonic()
                         objects = reply.event(event)
                 if self.hung_up():
                     raise HungUp
                 if stream:
-                    stream.write(objects)
+                    stream.write(objects, means_something=not isinstance(event, Tick))
                 if isinstance(event, Done):
                     ending = event.reason
             if stream:
@@ -345,6 +434,8 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             generation.cancel()
             self.server.talking.discard(thread)
+            if first:
+                self.server.metrics.began(first - started)
             self.log_generation(generation, started, first, ending)
 
     def hung_up(self) -> bool:
@@ -375,6 +466,9 @@ class Handler(BaseHTTPRequestHandler):
     def get_health(self) -> None:
         trouble = self.server.engine.health()
         self.send_json({"status": "ok"} if trouble is None else {"status": "error", "error": trouble}, 503 if trouble else 200)
+
+    def get_metrics(self) -> None:
+        self.send(200, self.server.metrics.text(self.server.engine).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def post_messages(self) -> None:
         self.converse(dialects.AnthropicMessages(self.read_json(), self.request_id))
@@ -419,6 +513,7 @@ class Handler(BaseHTTPRequestHandler):
 ROUTES: dict[str, dict[str, Callable[[Handler], None]]] = {
     "/": {"GET": Handler.get_root},
     "/health": {"GET": Handler.get_health},
+    "/metrics": {"GET": Handler.get_metrics},
     "/v1/messages": {"POST": Handler.post_messages},
     "/v1/messages/count_tokens": {"POST": Handler.post_count_tokens},
     "/v1/models": {"GET": Handler.get_models},
@@ -449,16 +544,22 @@ class Stream:
             handler.close_connection = True
         handler.answered = True
         handler.start(200, headers)
-        self._last = time.monotonic()
+        self._last = self._last_meant = time.monotonic()
 
     @property
     def silence(self) -> float:
         """Seconds since something was sent."""
         return time.monotonic() - self._last
 
-    def write(self, objects: list[Object]) -> None:
+    @property
+    def lull(self) -> float:
+        """Seconds since something was sent that meant something."""
+        return time.monotonic() - self._last_meant
+
+    def write(self, objects: list[Object], means_something: bool = True) -> None:
         if objects:
             self._send(b"".join(map(self._frame, objects)))
+            self._last_meant = self._last if means_something else self._last_meant
 
     def end(self) -> None:
         if self._chunked:
@@ -527,6 +628,31 @@ def _pair(text: str) -> tuple[str, str]:
     return pattern, name
 
 
+def _priority(text: str) -> Priority:
+    if text.upper() not in Priority.__members__:
+        raise argparse.ArgumentTypeError(f"'{text}' is not high, normal or low")
+    return Priority[text.upper()]
+
+
+def _rule(text: str) -> tuple[str, Priority]:
+    pattern, separator, priority = text.rpartition("=")
+    if not (pattern and separator):
+        raise argparse.ArgumentTypeError(f"'{text}' is not of the form PATTERN=PRIORITY")
+    return pattern, _priority(priority)
+
+
+def _key(text: str) -> tuple[str, Priority]:
+    key, _, priority = text.rpartition("=")
+    return (key, _priority(priority)) if key and priority.upper() in Priority.__members__ else (text, Priority.NORMAL)
+
+
+def _seconds(text: str) -> float:
+    try:
+        return dialects.parse_keep_alive(text)
+    except WireError as error:
+        raise argparse.ArgumentTypeError(error.message) from None
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
@@ -565,8 +691,19 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--cache-dir-size", metavar="SIZE", type=_bytes, default=32 * 2**30,
                         help="most bytes of files in DIR (default: 32GB)")
     parser.add_argument("--kv-bits", type=int, choices=(4, 8), help="keep the KV cache quantised: half or a quarter of its size")
-    parser.add_argument("--api-key", metavar="KEY", default=os.environ.get("MLX_SERVER_API_KEY"),
-                        help="demand this key (default: $MLX_SERVER_API_KEY, else none)")
+    parser.add_argument("--memory", metavar="SIZE", type=_bytes,
+                        help="memory for models and KV states together (default: nine tenths of what the GPU may use)")
+    parser.add_argument("--max-loaded", metavar="N", type=_positive, help="most models in memory (default: what fits)")
+    parser.add_argument("--keep-alive", metavar="DURATION", type=_seconds,
+                        help="unload models that were idle for so long, e.g. 30m (default: when their memory is needed)")
+    parser.add_argument("--max-queue", metavar="N", type=_positive, default=64,
+                        help="most requests that may wait, before more are refused (default: %(default)s)")
+    parser.add_argument("--priority", metavar="PATTERN=PRIORITY", type=_rule, action="append", default=[],
+                        help="high, normal or low for requests to models, or in dialects, like PATTERN (repeatable)")
+    parser.add_argument("--api-key", metavar="KEY[=PRIORITY]", type=_key, action="append", default=[],
+                        help="demand this key (repeatable; default: $MLX_SERVER_API_KEY, else none)")
+    parser.add_argument("--drain", metavar="DURATION", type=_seconds, default=10.0,
+                        help="time for running answers when the server is told to end (default: 10s)")
     parser.add_argument("--verbose", action="store_true", help="log every detail")
     parser.add_argument("--version", action="version", version=f"mlx-server {__version__}")
     return parser
@@ -589,7 +726,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its remarks on model types concern nobody here
         logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        server = MLXServer((args.host, args.port), api_key=args.api_key)
+        keys = args.api_key or [_key(key) for key in filter(None, [os.environ.get("MLX_SERVER_API_KEY")])]
+        server = MLXServer((args.host, args.port), api_keys=dict(keys), priorities=args.priority)
     except (OSError, ValueError) as error:
         reason = "it is already in use" if getattr(error, "errno", None) in (48, 98) else error
         print(f"mlx-server: cannot listen on {args.host}:{args.port}: {reason}", file=sys.stderr)
@@ -597,20 +735,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         server.engine = Engine(args.model, models_dirs=args.models_dir, aliases=args.alias, context=args.context,
                                max_tokens=args.max_tokens, cache_limit=args.prompt_cache, cache_dir=args.cache_dir,
-                               cache_dir_limit=args.cache_dir_size, kv_bits=args.kv_bits)
+                               cache_dir_limit=args.cache_dir_size, kv_bits=args.kv_bits, memory=args.memory,
+                               max_loaded=args.max_loaded, max_queue=args.max_queue, keep_alive=args.keep_alive)
     except (EngineError, OSError) as error:
         reason = f"cannot keep a prompt cache in {args.cache_dir}: {error.strerror}" if isinstance(error, OSError) else error
         print(f"mlx-server: {reason}", file=sys.stderr)
         server.server_close()
         return 1
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: threading.Thread(target=server.stop).start())
+    stopper = threading.Thread(target=server.stop, args=(args.drain,))
+    for number in (signal.SIGINT, signal.SIGTERM):  # the second one does not wait
+        signal.signal(number, lambda *_: server.engine.close(0) if stopper.ident else stopper.start())
     host = f"[{args.host}]" if ":" in args.host else args.host
     log.info("mlx-server %s is listening on http://%s:%d", __version__, host, server.server_port)
     server.serve_forever(poll_interval=0.1)
-    for thread in threading.enumerate():  # the one that stops the server
-        if thread is not threading.main_thread() and not thread.daemon:
-            thread.join()
+    stopper.join()
     if not server.engine.close(0):
         logging.shutdown()
         os._exit(0)  # an engine in the midst of a long step would crash the interpreter's own way out

@@ -47,7 +47,7 @@ class Server:
     def stop(self) -> int:
         """Ends the server as a service manager would; returns its exit status."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(10)
+        return self.process.wait(20)
 
 
 @pytest.fixture(scope="session")
