@@ -788,7 +788,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--kv-bits", type=int, choices=(4, 8), help="keep the KV cache quantised: half or a quarter of its size")
     parser.add_argument("--upstream", metavar="URL", type=_url,
                         help="relay requests for models that are not here, e.g. to http://localhost:11434")
-    parser.add_argument("--overflow", action="store_true", help="relay what finds the queue full, too, if upstream has the model")
+    parser.add_argument("--overflow", action="store_true",
+                        help="relay what finds the queue full, too, if the upstream has a model of that name")
     parser.add_argument("--api-key", metavar="KEY", default=os.environ.get("MLX_SERVER_API_KEY"),
                         help="demand this key (default: $MLX_SERVER_API_KEY, else none)")
     parser.add_argument("--verbose", action="store_true", help="log every detail")
