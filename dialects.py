@@ -18,8 +18,8 @@ from datetime import datetime, timezone
 from typing import Any, Iterable
 
 from engine import (
-    Done, EngineBusy, EngineClosed, EngineError, Event, InvalidRequest, Loaded, LocalModel, Message, ModelLoadError, ModelNotFound,
-    PromptTooLong, Request, Sampling, Text, Thinking, ToolEnd, ToolInput, ToolStart, Usage,
+    Done, EngineBusy, EngineClosed, EngineError, Event, InvalidRequest, Loaded, LocalModel, Message, ModelLoadError,
+    ModelNotFound, PromptTooLong, Request, Sampling, Text, Thinking, ToolEnd, ToolInput, ToolStart, Usage,
 )
 
 log = logging.getLogger("mlx_server")
@@ -45,8 +45,8 @@ class WireError(Exception):
 class Reply:
     """One request's answer in one dialect. One instance per HTTP request, made from the request's body.
 
-    `dialect` is its name; `stream` says what the client asked for, `framing` how objects are framed then: "events" (server-sent events, named
-    by the object's "type") or "lines" (NDJSON). With `unload` set the model is to be unloaded, not asked, and `whole`
+    `dialect` is its name, `stream` says what the client asked for, `framing` how objects are framed then: "events"
+    (server-sent events, named by the object's "type") or "lines" (NDJSON). With `unload` set the model is to be unloaded, not asked, and `whole`
     is the answer. Streaming or not, every event of the generation goes through `event`.
     """
 
@@ -667,20 +667,35 @@ def anthropic_error(error: Exception, request_id: str) -> tuple[int, dict[str, s
 
 def anthropic_model(model: LocalModel) -> Object:
     """GET /v1/models/{id}: one object that validates in Anthropic's and in OpenAI's clients."""
-    return {"type": "model", "id": model.name, "display_name": model.name, "created_at": timestamp(model.modified),
-            "lifecycle": "active", "max_input_tokens": model.context_length, "max_tokens": model.context_length,
-            "object": "model", "created": int(model.modified), "owned_by": "mlx"}
+    return {**_model(model.name, model.modified, "mlx"),
+            "max_input_tokens": model.context_length, "max_tokens": model.context_length}
 
 
-def anthropic_models(models: list[LocalModel], query: dict[str, str]) -> Object:
+def upstream_model(tag: Object) -> Object:
+    """The same for a model that an upstream lists as `tag`, an object of GET /api/tags."""
+    try:
+        modified = max(0.0, datetime.fromisoformat(tag["modified_at"]).timestamp())
+    except (KeyError, TypeError, ValueError):
+        modified = 0.0
+    return _model(tag["name"], modified, "upstream")
+
+
+def _model(name: str, modified: float, owner: str) -> Object:
+    return {"type": "model", "id": name, "display_name": name, "created_at": timestamp(modified), "lifecycle": "active",
+            "object": "model", "created": int(modified), "owned_by": owner}
+
+
+def anthropic_models(models: list[LocalModel], query: dict[str, str], tags: Iterable[Object] = ()) -> Object:
     """GET /v1/models?limit&after_id&before_id. Raises WireError for a bad limit or an id that is not there.
 
-    The page is 1000 by default, not Anthropic's 20: OpenAI's clients read the same answer and do not turn pages.
+    The page is 1000 by default, not Anthropic's 20: OpenAI's clients read the same answer and do not turn pages. `tags` are
+    what an upstream lists.
     """
+    everything = [*map(anthropic_model, models), *map(upstream_model, _not_hidden(tags, models))]
     limit = query.get("limit") or "1000"
     if not re.fullmatch(r"\d{1,4}", limit, re.ASCII) or not 1 <= int(limit) <= 1000:
         raise WireError(400, "limit: Input should be an integer between 1 and 1000")
-    names, start, end = [model.name for model in models], 0, len(models)
+    names, start, end = [model["id"] for model in everything], 0, len(everything)
     for key in ("after_id", "before_id"):
         if query.get(key) and query[key] not in names:
             raise WireError(400, f"{key}: no model '{query[key]}'")
@@ -688,11 +703,10 @@ def anthropic_models(models: list[LocalModel], query: dict[str, str]) -> Object:
         start = names.index(query["after_id"]) + 1
     if query.get("before_id"):
         end = names.index(query["before_id"])
-        page = models[max(start, end - int(limit)):end]
+        data = everything[max(start, end - int(limit)):end]
     else:
-        page = models[start:start + int(limit)]
-    data = [anthropic_model(model) for model in page]
-    return {"object": "list", "data": data, "has_more": len(page) < end - start,
+        data = everything[start:start + int(limit)]
+    return {"object": "list", "data": data, "has_more": len(data) < end - start,
             "first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
 
 
@@ -1031,11 +1045,22 @@ def _listed(model: LocalModel, size: int) -> Object:
             "details": _details(model)}
 
 
-def ollama_tags(models: list[LocalModel]) -> Object:
-    """GET /api/tags: the installed models, newest first."""
+def find_tag(tags: Iterable[Object], name: str) -> Object | None:
+    """The one of an upstream's tag objects that a name means."""
+    return next((tag for tag in tags if _tagged(tag["name"]).lower() == _tagged(name).lower()), None)
+
+
+def _not_hidden(tags: Iterable[Object], models: list[LocalModel]) -> list[Object]:
+    """An upstream's tag objects without those whose name is a local model's."""
+    local = {_tagged(model.name).lower() for model in models}
+    return [tag for tag in tags if _tagged(tag["name"]).lower() not in local]
+
+
+def ollama_tags(models: list[LocalModel], tags: Iterable[Object] = ()) -> Object:
+    """GET /api/tags: the installed models, newest first, then what an upstream lists as `tags`."""
     newest = sorted(models, key=lambda model: model.modified, reverse=True)
     return {"models": [{**_listed(model, model.size), "modified_at": timestamp(model.modified),
-                        "capabilities": list(model.capabilities)} for model in newest]}
+                        "capabilities": list(model.capabilities)} for model in newest] + _not_hidden(tags, models)}
 
 
 def ollama_show(model: LocalModel, context_length: int, template: str, generation: Object, name: str) -> Object:

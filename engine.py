@@ -1559,8 +1559,9 @@ class Line:
 
     A layer with plain or quantised KV can be cut back to any length. Sliding-window and recurrent layers cannot, so
     `snapshots` keeps their states at chosen lengths: {length: [state of a layer, or None for one that can be cut]}.
-    `model` is the fingerprint of what has read them, `root` the length of system and tools, `turns` are the lengths at which the user's latest turns ended: a template
-    that drops old thinking goes back there. `answers` tells at which length each remembered answer ends.
+    `model` is the fingerprint of what has read them, `root` the length of system and tools, `turns` are the lengths at which
+    the user's latest turns ended: a template that drops old thinking goes back there. `answers` tells at which length each
+    remembered answer ends.
     """
 
     SNAPSHOTS = 10  # besides those at the root and the latest turns
@@ -2159,7 +2160,7 @@ class Generation:
 
 
 class Decoder:
-    """All requests of a model that decode now, as one batch of mlx-lm's (`GenerationBatch`, the decoding half of BatchGenerator).
+    """All requests of a model that decode now, as one batch of mlx-lm's (`GenerationBatch`, the second half of BatchGenerator).
 
     A request alone decodes on its own caches in place, so that its state is moved in and out and never copied, and every
     cache class works. When another one joins, both are merged into batch caches. On the MLX thread.
@@ -3121,12 +3122,13 @@ class Engine:
         pool, now = self._pool, time.time()
         with self._lock:
             asked = {name for name, _ in self._unloads}
-        for name in [name for name, r in pool.runtimes.items() if not r.jobs and (name in asked or (r.expires or now + 1) <= now)]:
+        due = {name for name, r in pool.runtimes.items() if r.expires is not None and r.expires <= now}
+        for name in [name for name, r in pool.runtimes.items() if not r.jobs and name in asked | due]:
             pool.unload(name)
         if not self._queue and not pool.jobs():
-            due = [r for r in pool.runtimes.values() if r.unshelved() and now >= r.used + self.SETTLE]
-            if due:
-                due[0].write()  # only one segment: someone may be waiting by then
+            settled = (r for r in pool.runtimes.values() if r.unshelved() and now >= r.used + self.SETTLE)
+            if runtime := next(settled, None):
+                runtime.write()  # only one segment: someone may be waiting by then
         with self._lock:
             for name, done in self._unloads:
                 if name not in pool.runtimes:

@@ -4,7 +4,8 @@
 bytes, routes and sockets. What a body means is the business of `dialects`, what a model does that of `engine`.
 
 One thread serves one connection. It hands a request to the engine, then turns the engine's events into bytes. Between two
-events it looks whether the client is still there; when it is not, the generation is cancelled.
+events it looks whether the client is still there; when it is not, the generation is cancelled. What no local model answers
+to is relayed to the upstream, another server, if there is one that has it.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ from __future__ import annotations
 import argparse
 import bisect
 import collections
+import contextlib
 import fnmatch
 import hmac
+import http.client
+import io
 import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -30,12 +35,12 @@ import threading
 import time
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any, Callable, Iterable, Iterator, Sequence
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import dialects
-from dialects import Object, Reply, WireError
-from engine import Done, Engine, EngineError, Priority, Tick
+from dialects import Object, Reply, WireError, is_a, items
+from engine import Done, Engine, EngineBusy, EngineError, ModelNotFound, Priority, Tick
 
 __version__ = "0.1.0"
 log = logging.getLogger("mlx_server")
@@ -44,12 +49,18 @@ OLLAMA_VERSION = "0.35.0"  # the API level we speak; clients parse it as numbers
 MAX_BODY = 32 * 1024 * 1024  # bytes, the Messages API's own limit
 PING_AFTER = 4.0  # seconds without a byte after which a stream says that it is alive; clients count on 5
 PATIENCE = 300.0  # seconds that a socket may take for one read or write
+ASKING = 2.0  # seconds that an upstream may take to accept a connection, or to say what it has
+FRESH = 5.0  # seconds for which the upstream's last word on that counts
 LOCAL_ORIGINS = re.compile(
     r"https?://(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\])(:\d+)?|(app|file|tauri|vscode-webview|vscode-file)://.*", re.I)
 
 
 class HungUp(ConnectionError):
     """The client has closed its side."""
+
+
+class UpstreamError(Exception):
+    """The upstream cannot be reached or has failed; the message says why."""
 
 
 # ------------------------------------------------------------------ what is counted
@@ -91,9 +102,9 @@ class Metrics:
 
         metric("up", "gauge", "Whether the engine works.", ("", int(engine.health() is None)))
         metric("http_requests_total", "counter", "Answered requests.",
-               *((f'{{dialect="{dialect}",status="{status}"}}', count) for (dialect, status), count in sorted(requests.items())))
+               *((f'{{dialect="{dialect}",status="{status}"}}', n) for (dialect, status), n in sorted(requests.items())))
         metric("generations_total", "counter", "Generations by how they ended.",
-               *((f'{{ending="{ending}"}}', count) for ending, count in sorted(totals.endings.copy().items())))
+               *((f'{{ending="{ending}"}}', n) for ending, n in sorted(totals.endings.copy().items())))
         metric("prompt_tokens_total", "counter", "Tokens of prompts.", ("", totals.prompt_tokens))
         metric("cached_tokens_total", "counter", "Tokens of prompts that were not prefilled again.", ("", totals.cached_tokens))
         metric("completion_tokens_total", "counter", "Generated tokens.", ("", totals.completion_tokens))
@@ -121,17 +132,18 @@ class MLXServer(ThreadingHTTPServer):
 
     With `api_keys` every route but `/` and `/health` wants one of them, as `x-api-key` or bearer token; the priority that
     belongs to a key is the highest its holder can have. `priorities` are pairs of a glob, for a model's name or a dialect,
-    and the priority of the requests that it matches, where they do not say themselves.
+    and the priority of the requests that it matches, where they do not say themselves. `upstream` serves the
+    models that are not here.
     """
 
     daemon_threads = True
     request_queue_size = 128
 
     def __init__(self, address: tuple[str, int], engine: Engine | None = None, *, api_keys: dict[str, Priority] | None = None,
-                 priorities: Sequence[tuple[str, Priority]] = ()):
+                 priorities: Sequence[tuple[str, Priority]] = (), upstream: Upstream | None = None):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.engine, self.api_keys, self.priorities = engine, api_keys or {}, priorities
-        self.metrics = Metrics()
+        self.upstream, self.metrics = upstream, Metrics()
         self.talking: set[threading.Thread] = set()  # threads in the midst of an answer
         super().__init__(address, Handler)
 
@@ -173,7 +185,7 @@ class Handler(BaseHTTPRequestHandler):
     def serve(self) -> None:
         """Serves the request whose head has been read."""
         self.request_id = f"req_{secrets.token_hex(12)}"
-        self.answered, self.origin = False, ""
+        self.answered, self.origin, self.model = False, "", None
         self.body_read = not ({"content-length", "transfer-encoding"} & {name.lower() for name in self.headers})
         self.route, _, query = self.path.partition("?")
         self.route, self.query = unquote(self.route), dict(parse_qsl(query))
@@ -183,7 +195,7 @@ class Handler(BaseHTTPRequestHandler):
             if self.command == "OPTIONS":
                 return self.send(204, b"")
             self.check_key()
-            self.find_route()()
+            self.answer()
         except (ConnectionError, TimeoutError):
             self.close_connection = True
         except (WireError, EngineError) as error:
@@ -194,10 +206,22 @@ class Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = serve
 
+    def answer(self) -> None:
+        """Answers here, or lets the upstream do so."""
+        handle = self.find_route()
+        try:
+            handle()
+        except (WireError, EngineError) as error:
+            if not self.is_relayed(error):
+                raise
+            self.relay()
+
     def find_route(self) -> Callable[[], None]:
         methods = ROUTES.get(self.route)
         if methods is None and self.route.startswith("/v1/models/"):
             methods = {"GET": Handler.get_model}
+        if methods is None and self.server.upstream and self.route in RELAYED:
+            methods = {"POST": Handler.post_elsewhere}
         if methods is None:
             raise WireError(404, "404 page not found" if not self.anthropic else f"Not found: {self.route}")
         handle = methods.get("GET" if self.command == "HEAD" else self.command)
@@ -262,6 +286,8 @@ class Handler(BaseHTTPRequestHandler):
             raise WireError(400, f"the body is not valid JSON: {said}") from None
         if not isinstance(body, dict):
             raise WireError(400, "the body should be a JSON object")
+        name = body.get("model") or body.get("name")
+        self.model = name if isinstance(name, str) else None
         return body
 
     def handle_expect_100(self) -> bool:
@@ -287,7 +313,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise _too_large()
             self.go_on()
             raw = self.read_exactly(int(length))
-        self.body_read = True
+        self.body_read, self.body = True, raw
         coding = self.headers.get("Content-Encoding", "identity").strip().lower()
         if coding in ("gzip", "x-gzip", "deflate"):
             try:
@@ -455,6 +481,68 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         log.debug(format, *args)
 
+    # -- relayed requests
+
+    @property
+    def upstream(self) -> Upstream | None:
+        """The upstream, but not for a request that has come through a relay: it might go round in circles."""
+        relayed = any(RELAY in value for value in self.headers.get_all("Via", []))
+        return None if relayed else self.server.upstream
+
+    def upstream_tags(self) -> list[Object]:
+        return self.upstream.tags() if self.upstream else []
+
+    def is_relayed(self, error: WireError | EngineError) -> bool:
+        """Whether the upstream is to answer what has failed here. Raises WireError if it should but cannot be asked.
+
+        An unknown name may fail for other reasons first: what is not for us need not be what we understand.
+        """
+        upstream = self.upstream
+        if upstream is None or self.answered or self.model is None or self.route not in RELAYED:
+            return False
+        if isinstance(error, EngineBusy):
+            return upstream.overflow and dialects.find_tag(upstream.tags(), self.model) is not None
+        try:
+            self.server.engine.resolve(self.model)
+            return False
+        except ModelNotFound:
+            return upstream.find(self.model) is not None
+
+    def relay(self) -> None:
+        """Sends the request as it came to the upstream, and the answer as it comes to the client."""
+        started, status, ending, url = time.monotonic(), 0, "client went away", self.upstream.url
+        try:
+            with self.upstream.open(self) as answer:
+                status = answer.status
+                self.pass_on(answer)
+            ending = "done"
+        except (UpstreamError, http.client.HTTPException) as error:
+            ending = f"failed: {error}"
+            raise WireError(502, f"the upstream {url} failed: {error}") from None
+        finally:
+            log.info("%s %s: relayed to %s -> %d, %.2f s, %s", self.route, self.model, url, status,
+                     time.monotonic() - started, ending)
+
+    def pass_on(self, answer: http.client.HTTPResponse) -> None:
+        """Copies an answer piece by piece. One that breaks off is left without its end, so that the client sees it."""
+        headers = _end_to_end(answer.headers)
+        self.request_id = headers.pop("request-id", self.request_id)
+        chunked = answer.length is None and self.request_version != "HTTP/1.0"
+        if chunked:
+            headers["Transfer-Encoding"] = "chunked"
+        elif answer.length is None:
+            self.close_connection = True
+        else:
+            headers["Content-Length"] = str(answer.length)
+        self.answered = True
+        self.start(answer.status, headers)
+        while piece := answer.read1(1 << 16):
+            self.wfile.write(_chunk(piece) if chunked else piece)
+        if answer.length:
+            raise UpstreamError(f"{answer.length} bytes are missing")
+        if chunked:
+            self.wfile.write(_chunk(b""))
+
     # -- routes
 
     def get_root(self) -> None:
@@ -478,11 +566,18 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json({"input_tokens": self.server.engine.count_tokens(request)})
 
     def get_models(self) -> None:
-        self.send_json(dialects.anthropic_models(self.server.engine.models(), self.query))
+        self.send_json(dialects.anthropic_models(self.server.engine.models(), self.query, self.upstream_tags()))
 
     def get_model(self) -> None:
         name = self.route.removeprefix("/v1/models/")
-        self.send_json(dialects.anthropic_model(self.server.engine.resolve(name)))
+        try:
+            model = dialects.anthropic_model(self.server.engine.resolve(name))
+        except ModelNotFound:
+            tag = self.upstream and self.upstream.find(name)
+            if not tag:
+                raise
+            model = dialects.upstream_model(tag)
+        self.send_json(model)
 
     def post_generate(self) -> None:
         self.converse(dialects.OllamaGenerate(self.read_json()))
@@ -491,23 +586,27 @@ class Handler(BaseHTTPRequestHandler):
         self.converse(dialects.OllamaChat(self.read_json()))
 
     def get_tags(self) -> None:
-        self.send_json(dialects.ollama_tags(self.server.engine.models()))
+        self.send_json(dialects.ollama_tags(self.server.engine.models(), self.upstream_tags()))
 
     def post_show(self) -> None:
-        body = self.read_json()
-        name = body.get("model") or body.get("name")
-        if not isinstance(name, str):
+        self.read_json()
+        if self.model is None:
             raise WireError(400, "model is required")
         engine = self.server.engine
-        local = engine.resolve(name)
+        local = engine.resolve(self.model)
         template, generation = engine.show(local)
-        self.send_json(dialects.ollama_show(local, engine.context_length(local), template, generation, name))
+        self.send_json(dialects.ollama_show(local, engine.context_length(local), template, generation, self.model))
 
     def get_ps(self) -> None:
         self.send_json(dialects.ollama_ps(self.server.engine.loaded()))
 
     def get_version(self) -> None:
         self.send_json({"version": OLLAMA_VERSION})
+
+    def post_elsewhere(self) -> None:
+        """A route that only an upstream's models may have."""
+        self.read_json()
+        raise WireError(404, f"Not found: {self.route}")
 
 
 ROUTES: dict[str, dict[str, Callable[[Handler], None]]] = {
@@ -563,10 +662,10 @@ class Stream:
 
     def end(self) -> None:
         if self._chunked:
-            self._file.write(b"0\r\n\r\n")
+            self._file.write(_chunk(b""))
 
     def _send(self, data: bytes) -> None:
-        self._file.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        self._file.write(_chunk(data) if self._chunked else data)
         self._last = time.monotonic()
 
     def _frame(self, body: Object) -> bytes:
@@ -574,6 +673,11 @@ class Stream:
             return _encode(body) + b"\n"
         name = b"event: " + body["type"].encode() + b"\n" if self._framing == "events" else b""
         return name + b"data: " + _encode(body) + b"\n\n"
+
+
+def _chunk(data: bytes) -> bytes:
+    """A piece of a chunked body; an empty one ends it."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 def _reuse(generation: Any, cached: int | None = None) -> dict[str, str]:
@@ -616,6 +720,114 @@ def _is_local(host: str) -> bool:
         return address.is_loopback or address.is_private or address.is_unspecified
     except ValueError:
         return host in ("", "localhost", socket.gethostname().lower()) or host.endswith((".localhost", ".local", ".internal"))
+
+
+# ------------------------------------------------------------------ the upstream
+
+RELAYED = {"/api/chat", "/api/generate", "/api/show", "/api/embed", "/api/embeddings", "/v1/messages",
+           "/v1/messages/count_tokens", "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"}
+RELAY = "mlx-server"  # our name in the Via header (RFC 9110, 7.6.3)
+_NOT_RELAYED = {
+    "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
+    "transfer-encoding", "upgrade",  # of one connection (RFC 9110, 7.6.1)
+    "host", "content-length", "expect", "date",  # said anew
+    "authorization", "x-api-key", "cookie", "origin", "access-control-allow-origin", "x-request-id"}  # between client and us
+_CLOUD = re.compile(r".*:([^/:]*-)?cloud", re.I)  # names that Ollama sends on to its cloud, listed or not
+
+
+class Upstream:
+    """A server at `url` (http://HOST:PORT) with Ollama's API, for the models that are not here.
+
+    With `overflow` it also gets requests for which the engine's queue has no room.
+    """
+
+    def __init__(self, url: str, overflow: bool = False):
+        self.url, self.overflow = url, overflow
+        self._lock = threading.Lock()
+        self._asked, self._tags, self._trouble = -math.inf, [], None
+
+    def tags(self) -> list[Object]:
+        """The objects of its `GET /api/tags`, at most `FRESH` seconds old; none if it cannot be asked."""
+        with self._lock:
+            if time.monotonic() - self._asked > FRESH:
+                try:
+                    self._tags, self._trouble = self._ask(), None
+                except (OSError, http.client.HTTPException, ValueError, WireError) as error:
+                    self._tags, self._trouble = [], f"the upstream {self.url} cannot be asked: {_why(error)}"
+                    log.warning("%s", self._trouble)
+                self._asked = time.monotonic()
+            return self._tags
+
+    def find(self, name: str) -> Object | None:
+        """What it lists for a model of that name. Raises WireError if it cannot be asked."""
+        tags, trouble = self.tags(), self._trouble
+        if trouble:
+            raise WireError(404, f"model '{name}' not found here, and {trouble}")
+        return dialects.find_tag(tags, name) or ({"name": name} if _CLOUD.fullmatch(name) else None)
+
+    @contextlib.contextmanager
+    def open(self, client: Handler) -> Iterator[http.client.HTTPResponse]:
+        """Its answer to a client's request. It and its reads raise UpstreamError and HTTPException when the upstream fails,
+        and HungUp as soon as the client goes away."""
+        with contextlib.closing(self._connection()) as connection:
+            try:
+                connection.connect()
+                connection.sock.settimeout(PATIENCE)
+                connection.putrequest(client.command, client.path, skip_accept_encoding=True)
+                for name, value in _end_to_end(client.headers).items():
+                    connection.putheader(name, value)
+                connection.putheader("Via", f"1.1 {RELAY}")
+                connection.putheader("Content-Length", str(len(client.body)))
+                connection.endheaders(client.body)
+            except (OSError, ValueError) as error:
+                raise UpstreamError(_why(error)) from None
+            with http.client.HTTPResponse(connection.sock, method=client.command) as answer:
+                answer.fp.close()
+                answer.fp = io.BufferedReader(_Watched(connection.sock, client))
+                answer.begin()
+                yield answer
+
+    def _connection(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=ASKING)
+
+    def _ask(self) -> list[Object]:
+        with contextlib.closing(self._connection()) as connection:
+            connection.request("GET", "/api/tags", headers={"Via": f"1.1 {RELAY}"})
+            answer = connection.getresponse()
+            body = json.loads(answer.read()) if answer.status == 200 else None
+        if not isinstance(body, dict):
+            raise ValueError(f"GET /api/tags gave status {answer.status} and no list")
+        return [tag for tag in items(body, "models", dict) if is_a(tag.get("name"), str)]
+
+
+class _Watched(socket.SocketIO):
+    """What the upstream sends, while the client is there: when it hangs up, reading ends with HungUp."""
+
+    def __init__(self, upstream: socket.socket, client: Handler):
+        super().__init__(upstream, "r")
+        self._client, self._poll = client, select.poll()
+        for side in (upstream, client.connection):
+            self._poll.register(side, select.POLLIN)
+
+    def readinto(self, buffer: Any) -> int | None:
+        while self.fileno() not in dict(self._poll.poll()):
+            if self._client.hung_up():
+                raise HungUp
+            self._poll.unregister(self._client.connection)  # it has sent its next request already
+        try:
+            return super().readinto(buffer)
+        except OSError as error:
+            raise UpstreamError(_why(error)) from None
+
+
+def _end_to_end(headers: http.client.HTTPMessage) -> dict[str, str]:
+    """The headers to relay, by lower-case name."""
+    dropped = _NOT_RELAYED | {name.strip().lower() for name in ",".join(headers.get_all("Connection", [])).split(",")}
+    return {name: ", ".join(headers.get_all(name)) for name in map(str.lower, headers) if name not in dropped}
+
+
+def _why(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 # ------------------------------------------------------------------ the command line
@@ -667,6 +879,14 @@ def _bytes(text: str) -> int:
     return size
 
 
+def _url(text: str) -> str:
+    match = re.fullmatch(r"(http://(?:[\w.-]+|\[[\da-f:]+\])(?::(\d+))?)/?", text, re.I | re.A)
+    if not match:
+        raise argparse.ArgumentTypeError(f"'{text}' is not of the form http://HOST:PORT")
+    _port(match[2] or "80")
+    return match[1]
+
+
 def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"'{text}' is not a port number")
@@ -686,7 +906,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--context", metavar="N", type=_positive, help="most tokens of prompt and answer together")
     parser.add_argument("--max-tokens", metavar="N", type=_positive, help="most tokens of an answer")
     parser.add_argument("--prompt-cache", metavar="SIZE", type=_bytes,
-                        help="memory for the KV states of earlier prompts, e.g. 8GB (default: a quarter of what the machine has)")
+                        help="memory for the KV states of earlier prompts, e.g. 8GB (default: a quarter of --memory)")
     parser.add_argument("--cache-dir", metavar="DIR", help="keep these states in DIR, too, where they survive a restart")
     parser.add_argument("--cache-dir-size", metavar="SIZE", type=_bytes, default=32 * 2**30,
                         help="most bytes of files in DIR (default: 32GB)")
@@ -700,6 +920,10 @@ def arguments() -> argparse.ArgumentParser:
                         help="most requests that may wait, before more are refused (default: %(default)s)")
     parser.add_argument("--priority", metavar="PATTERN=PRIORITY", type=_rule, action="append", default=[],
                         help="high, normal or low for requests to models, or in dialects, like PATTERN (repeatable)")
+    parser.add_argument("--upstream", metavar="URL", type=_url,
+                        help="relay requests for models that are not here, e.g. to http://localhost:11434")
+    parser.add_argument("--overflow", action="store_true",
+                        help="relay what finds the queue full, too, if the upstream has a model of that name")
     parser.add_argument("--api-key", metavar="KEY[=PRIORITY]", type=_key, action="append", default=[],
                         help="demand this key (repeatable; default: $MLX_SERVER_API_KEY, else none)")
     parser.add_argument("--drain", metavar="DURATION", type=_seconds, default=10.0,
@@ -719,6 +943,8 @@ class OneLine(logging.Formatter):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the server until SIGINT or SIGTERM; returns the exit status."""
     args = arguments().parse_args(argv)
+    if args.overflow and not args.upstream:
+        arguments().error("--overflow needs --upstream")
     lines = logging.StreamHandler(sys.stderr)
     lines.setFormatter(OneLine("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.DEBUG if args.verbose else logging.INFO, handlers=[lines])
@@ -726,8 +952,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its remarks on model types concern nobody here
         logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
+        upstream = Upstream(args.upstream, args.overflow) if args.upstream else None
         keys = args.api_key or [_key(key) for key in filter(None, [os.environ.get("MLX_SERVER_API_KEY")])]
-        server = MLXServer((args.host, args.port), api_keys=dict(keys), priorities=args.priority)
+        server = MLXServer((args.host, args.port), api_keys=dict(keys), priorities=args.priority, upstream=upstream)
     except (OSError, ValueError) as error:
         reason = "it is already in use" if getattr(error, "errno", None) in (48, 98) else error
         print(f"mlx-server: cannot listen on {args.host}:{args.port}: {reason}", file=sys.stderr)

@@ -58,7 +58,7 @@ def test_the_socket_listens_long_before_the_model_is_there():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_running_work_with_an_error_and_the_program_with_0(number: signal.Signals):
-    server = Server()
+    server = Server("--drain", "0")
     body = {"model": "demo", "prompt": "word " * 20000}  # tens of seconds of prefill
     response = urllib.request.urlopen(f"{server.url}/api/generate", json.dumps(body).encode(), timeout=60)
     started = time.monotonic()
@@ -79,7 +79,8 @@ def test_aliases_models_dir_and_a_random_model_by_path(tmp_path: Path):
         assert ask(server, "/v1/messages", {"model": "claude-haiku-5-5", **anthropic})["content"][0]["text"] == "hi"
         answer = ask(server, "/api/generate", {"model": "tiny-qwen2", "prompt": "hi", "stream": False, "options": {"num_predict": 8}})
         assert answer["done"] and answer["eval_count"] <= 8
-        assert [m["name"] for m in json.load(urllib.request.urlopen(f"{server.url}/api/ps"))["models"]] == ["Tiny-Qwen2:latest"]
+        loaded = json.load(urllib.request.urlopen(f"{server.url}/api/ps"))["models"]
+        assert {model["name"] for model in loaded} == {"demo:latest", "Tiny-Qwen2:latest"}
         with pytest.raises(urllib.error.HTTPError, match="400") as failure:
             ask(server, "/v1/messages", {"model": "tiny-qwen2", "max_tokens": 5, "messages": [
                 {"role": "user", "content": "word " * 5000}]})

@@ -20,7 +20,7 @@ ANSWERS = {"Anthropic's client": "hello from the stream", "Ollama's client": "1 
 def test_every_example_is_known_here():
     assert {title for title, _, _ in BLOCKS} == {"Start", "Claude Code", "curl", *ANSWERS}
     assert all(f"--{flag}" in README for flag in (
-        "host", "port", "model", "models-dir", "alias", "context", "max-tokens", "api-key", "verbose", "version"))
+        "host", "port", "model", "models-dir", "alias", "context", "max-tokens", "upstream", "overflow", "api-key", "verbose", "version"))
 
 
 @pytest.mark.parametrize("title", ANSWERS)
