@@ -5,6 +5,9 @@
     python tests/bench.py decode                   tokens/s over HTTP as a ratio to mlx-lm in one process
     python tests/bench.py prefill                  the same for reading a prompt
     python tests/bench.py render                   a prompt that has grown: rendering, tokenising and look-up, warm as a ratio to cold
+    python tests/bench.py concurrent               many streams at once, as a ratio to one and to mlx-lm's server
+    python tests/bench.py contended                how long a short request waits while long prompts are read
+    python tests/bench.py soak                     64 clients that hang up and come back: what goes wrong, and memory
 
 `reuse` and `loop` measure any server: `--url http://localhost:8080 --model NAME`, with `--api chat` one that speaks
 `/v1/chat/completions` instead of `/v1/messages`. A trace is `{"requests": [{"body": {...Messages API...}}, ...]}`.
@@ -19,10 +22,13 @@ import http.client
 import json
 import random
 import re
+import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterator
@@ -48,13 +54,13 @@ class Answer:
     content: list[dict] = field(default_factory=list)
 
 
-def ask(url: str, api: str, body: dict) -> Answer:
+def ask(url: str, api: str, body: dict, headers: dict[str, str] | None = None) -> Answer:
     """Sends a Messages API body, streamed, in that form or as a chat completion. Raises OSError for a status that is not 200."""
     parts = urlsplit(url)
     path = "/v1/messages" if api == "messages" else "/v1/chat/completions"
     payload = {**body, "stream": True} if api == "messages" else as_chat(body)
     connection = http.client.HTTPConnection(parts.hostname, parts.port or 80, timeout=3600)
-    headers = {"Content-Type": "application/json", "x-api-key": "bench", "anthropic-version": "2023-06-01"}
+    headers = {"Content-Type": "application/json", "x-api-key": "bench", "anthropic-version": "2023-06-01", **(headers or {})}
     started, seen = time.perf_counter(), 0.0
     connection.request("POST", parts.path.rstrip("/") + path, json.dumps(payload).encode(), headers)
     response = connection.getresponse()
@@ -293,6 +299,109 @@ def prefill(args: argparse.Namespace) -> None:
     print(f"median ratio {statistics.median(ratios):.3f}")
 
 
+def concurrent(args: argparse.Namespace) -> None:
+    """Tokens/s of many streams together, in turn with mlx-lm's own server on the same model."""
+    with random_model(args, busy=True) as path, target(argparse.Namespace(url=None, kind=None, model=path)) as ours:
+        with (peer(path) if not args.url else contextlib.nullcontext(args.url)) as theirs:
+            def measure(url: str, api: str, count: int, run: str) -> float:
+                bodies = [{"model": path, "max_tokens": args.tokens, "temperature": 0, "messages": [
+                    {"role": "user", "content": f"stream {n} of {run}"}]} for n in range(count)]
+                with ThreadPoolExecutor(count) as pool:
+                    answers = list(pool.map(lambda body: ask(url, api, body), bodies))
+                return sum(a.tokens for a in answers) / max(a.first + a.rest for a in answers)
+
+            against, alone = [], []
+            for run in range(args.runs + 1):
+                one, many = (measure(ours, "messages", count, f"{run} {count}") for count in (1, args.streams))
+                other = measure(theirs, "chat", args.streams, f"{run}")
+                if run:  # the first one warms up
+                    against.append(many / other)
+                    alone.append(many / one)
+                    print(f"{args.streams} streams {many:8.1f} tokens/s, one alone {one:8.1f}, the other server {other:8.1f}; "
+                          f"ratios {alone[-1]:.2f} and {against[-1]:.2f}")
+            print(f"median: {statistics.median(alone):.2f} times one stream, {statistics.median(against):.2f} times the other server")
+
+
+@contextlib.contextmanager
+def peer(path: str) -> Iterator[str]:
+    """mlx-lm's own server with a model."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen([sys.executable, "-m", "mlx_lm", "server", "--model", path, "--port", str(port)],
+                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            except OSError:
+                if process.poll() is not None:
+                    raise SystemExit("mlx_lm server does not start") from None
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def contended(args: argparse.Namespace) -> None:
+    """How long a short request waits while long prompts are read, in chunks of those prompts."""
+    from engine import Runtime
+
+    def prompt(words: int, salt: str) -> dict:
+        return {"model": args.model, "max_tokens": 2, "messages": [{"role": "user", "content": f"{salt} " + "read " * words}]}
+
+    with target(args) as url, ThreadPoolExecutor(8) as pool:
+        unit = ask(url, args.api, prompt(args.prompt // 8, "unit")).prompt / (args.prompt // 8)  # tokens a word
+        words = int(args.prompt / unit)
+        for name, count, headers in (("a long prompt", 1, {}), ("four of low priority", 4, {"x-priority": "low"})):
+            waits = []
+            for run in range(args.runs):
+                long = [pool.submit(ask, url, args.api, prompt(words, f"{name} {run} {n}"), headers) for n in range(count)]
+                started = time.perf_counter()
+                while time.perf_counter() - started < 1 or not running(url):  # all of them have arrived
+                    time.sleep(0.05)
+                mine = {"x-priority": "high"} if headers else {}
+                short = ask(url, args.api, prompt(int(50 / unit), f"short {name} {run}"), mine)
+                if all(request.done() for request in long):
+                    raise SystemExit("the long prompts were read before the short one came: give a longer --prompt")
+                answers = [request.result() for request in long]
+                tokens, seconds = sum(a.prompt - a.reused for a in answers), max(a.first for a in answers)
+                chunk = seconds / tokens * Runtime.CHUNK
+                waits.append(short.first / chunk)
+                print(f"{name}: a request of {short.prompt} tokens waited {short.first:.2f} s, a chunk takes {chunk:.2f} s")
+            print(f"behind {name}: {statistics.median(waits):.2f} chunks (median), at most {max(waits):.2f}")
+
+
+def running(url: str) -> bool:
+    """Whether a server of ours is busy; others do not tell."""
+    from soak import figure
+
+    try:
+        return figure(urlsplit(url).port, "running_requests") > 0
+    except (OSError, TypeError):
+        return True
+
+
+def soak(args: argparse.Namespace) -> None:
+    """64 connections and 1,000 requests of all dialects, a fifth of which hang up."""
+    from soak import Soak, memory
+
+    with target(args) as url:
+        port = urlsplit(url).port
+        trouble = Soak(port, 64, [], requests=1000)
+        trouble.learn()
+        before = memory(port, [])
+        started = time.perf_counter()
+        report = trouble.run()
+        seconds, after = time.perf_counter() - started, memory(port, [])
+        print(f"{sum(report.done.values())} requests in {seconds:.0f} s: {dict(report.done)}")
+        print(f"{len(report.wrong)} wrong or stuck {report.wrong[:3]}")
+        print(f"memory beside the prefix cache {before / 1e6:.1f} MB before, {after / 1e6:.1f} MB after ({after / before - 1:+.1%})")
+        print(f"GET /api/version within {report.slowest_version * 1000:.0f} ms (99 of 100), {len(report.version)} times")
+
+
 @contextlib.contextmanager
 def random_model(args: argparse.Namespace, busy: bool) -> Iterator[str]:
     """The model named, or one of random weights that has no way to stop early: `busy`, large enough that its arithmetic takes
@@ -350,7 +459,8 @@ def timed(call: Any) -> tuple[float, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("reuse", "loop", "decode", "prefill", "render"))
+    parser.add_argument("command", choices=(
+        "reuse", "loop", "decode", "prefill", "render", "concurrent", "contended", "soak"))
     parser.add_argument("--url", help="another server")
     parser.add_argument("--api", choices=("messages", "chat"), default="messages")
     parser.add_argument("--model", default="demo", help="a name that the server knows, or a path")
@@ -358,6 +468,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=20, help="turns of a made-up session")
     parser.add_argument("--max-tokens", type=int, default=8, help="length of the answers to a trace")
     parser.add_argument("--tokens", type=int, default=256, help="tokens to decode, or words to prefill")
+    parser.add_argument("--streams", type=int, default=8, help="streams at once")
+    parser.add_argument("--prompt", type=int, default=13000, help="tokens of a long prompt")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--kind", choices=("qwen3", "llama_sliding", "hybrid"),
                         help="a model of random weights with plain, sliding or recurrent layers instead of the built-in one")
