@@ -121,6 +121,7 @@ def test_no_stream_is_ever_silent_for_long(start):
     calls = {"/v1/messages": messages(server, SLOW * 3), "/api/chat": chat(server, SLOW * 2, options={"num_predict": 4})}
 
     def listen(path: str) -> tuple[float, float, list[str]]:
+        calls[path].wait()
         began = last = time.monotonic()
         longest, lines = 0.0, []
         for line in calls[path].lines():
