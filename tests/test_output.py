@@ -247,9 +247,8 @@ def test_calls(format, text, expected):
     (HERMES, "<tool_call>\nnot a call\n</tool_call> after"),
     (HERMES, "<tool_call></tool_call>"),
     (HERMES, "<tool_call>"),
-    (HERMES, '<tool_call>{"name":"Bash","arguments":{"command":"l'),
-    (HERMES, '<tool_call>{"name":"Bash","arguments":{"command":"ls"}'),
-    (HERMES, '<tool_call>{"name":"Bash","arguments":{"command":"l</tool_call> after'),
+    (HERMES, '<tool_call>{"name":"Bash","arguments":{"comm'),
+    (HERMES, '<tool_call>{"name":"Bash","arg</tool_call> after'),
     (HERMES, '<tool_call>{"name":"Unknown","arguments":{}}</tool_call>'),
     (HERMES, '<tool_call>{"name":["Bash"],"arguments":{}}</tool_call>'),
     (HERMES, '<tool_call>{"name":null,"arguments":{}}</tool_call>'),
@@ -259,22 +258,17 @@ def test_calls(format, text, expected):
     (HERMES, '<tool_call>{"name":"Bash","arguments":[1]}</tool_call>'),
     (HERMES, '<tool_call>{"name":"Bash","arguments":"ls"}</tool_call>'),
     (HERMES, "<tool_call>{'name':'Bash','arguments':{'command':'ls'}}</tool_call>"),
-    (HERMES, '<tool_call>{"name":"Bash","arguments":{"timeout":NaN}}</tool_call>'),
-    (HERMES, '<tool_call>{"name":"Bash","arguments":{"timeout":1e400}}</tool_call>'),
-    (HERMES, '<tool_call>{"name":"Bash","arguments":{"command":"\\ud83d"}}</tool_call>'),
-    (HERMES, '<tool_call>{"name":"Bash","arguments":' + '{"a":' * 100_000 + "</tool_call>"),
     (HERMES, "nothing was <tool_call> here </tool_call> <tool_call>"),
-    (QWEN_CODER, "<tool_call><function=Bash><parameter=command>ls</tool_call>"),
-    (QWEN_CODER, "<tool_call><function=Bash><parameter=command>ls</parameter>"),
+    (QWEN_CODER, "<tool_call><function=Bash>"),
+    (QWEN_CODER, "<tool_call><function=Bash>\n<para"),
     (QWEN_CODER, "<tool_call>prose</tool_call>"),
     (QWEN_CODER, "<tool_call><function=Other></function></tool_call>"),
-    (QWEN_CODER, "<function=Bash><parameter=command>ls</parameter>"),
+    (QWEN_CODER, "<function=Bash>ls"),
     (GLM, "<tool_call>I think so</tool_call>"),
     (GLM, "<tool_call></tool_call>"),
     (GLM, "<tool_call>Bash"),
-    (GLM, "<tool_call>Bash<arg_key>command</arg_key><arg_value>ls</arg_value>"),
-    (GLM, "<tool_call>Bash<arg_key>command</arg_key><arg_value>ls</tool_call>"),
-    (MINIMAX, '<minimax:tool_call><invoke name="Bash"><parameter name="command">ls</parameter>'),
+    (GLM, "<tool_call>Bash<arg_ke"),
+    (MINIMAX, '<minimax:tool_call><invoke name="Bash">'),
     (MINIMAX, "<minimax:tool_call>prose</minimax:tool_call>"),
 ])
 def test_what_is_no_call_is_plain_text(format, text):
@@ -283,14 +277,58 @@ def test_what_is_no_call_is_plain_text(format, text):
     assert not parse.parser.called
 
 
-def test_a_failed_call_does_not_swallow_its_neighbours():
-    broken = '<tool_call>{"name":"Bash","arguments":{"command":"ls</tool_call>\n'
+@pytest.mark.parametrize("format, text, expected", [
+    # cut off
+    (HERMES, '<tool_call>{"name":"Bash","arguments":{"command":"l', [bash("l")]),
+    (HERMES, '<tool_call>{"name":"Bash","arguments":{"command":"l\\', [bash("l")]),
+    (HERMES, '<tool_call>{"name":"Bash","arguments":{"command":"l\\ud83d\\ude', [bash("l")]),
+    (HERMES, '<tool_call>{"name":"Bash","arguments":{"command":"ls"}', [bash()]),
+    (HERMES, '<tool_call>{"name":"Bash","arguments":{"command":"ls", "timeo', [bash()]),
+    (HERMES, '<tool_call>{"name":"Set","arguments":{"items":[1,{"a":"b', [("call", "Set", {"items": [1, {"a": "b"}]})]),
+    (HERMES, '<tool_call>{"name":"Set","arguments":{"items":[1,tr', [("call", "Set", {"items": "[1,tr"})]),
+    (QWEN_CODER, "<tool_call><function=Bash><parameter=command>ls</parameter>\n<para", [bash()]),
+    (QWEN_CODER, "<tool_call><function=Bash><parameter=command>\n l\n", [bash(" l\n")]),
+    (QWEN_CODER, "<function=Bash><parameter=command>ls</parameter>", [bash()]),
+    (GLM, "<tool_call>Bash<arg_key>command</arg_key><arg_value>ls</arg_value>", [bash()]),
+    (MINIMAX, '<minimax:tool_call><invoke name="Bash"><parameter name="command">ls</parameter>', [bash()]),
+    # an end tag that comes too soon
+    (HERMES, '<tool_call>{"name":"Bash","arguments":{"command":"ls"\n</tool_call>\nwell', [bash(), ("text", "well")]),
+    (HERMES, '<tool_call>{"name":"Bash","arguments":{"command":"l</tool_call> after', [bash("l</tool_call> after")]),
+    (HERMES, '<tool_call>{"name":"Set","arguments":{"items":[1,2</tool_call>x', [("call", "Set", {"items": [1, 2]}), ("text", "x")]),
+    (QWEN_CODER, "<tool_call><function=Bash><parameter=command>ls</tool_call>", [bash()]),
+    (GLM, "<tool_call>Bash<arg_key>command</arg_key><arg_value>ls</tool_call>", [bash()]),
+    # what is no JSON
+    (HERMES, '<tool_call>{"name":"Bash","arguments":{"timeout":NaN}}</tool_call>', [("call", "Bash", {"timeout": "NaN"})]),
+    (HERMES, '<tool_call>{"name":"Bash","arguments":{"timeout":1e400}}</tool_call>', [("call", "Bash", {"timeout": "1e400"})]),
+    (HERMES, '<tool_call>{"name":"Bash","arguments":{"command":"\\ud83d"}}</tool_call>', [bash("?")]),
+    (HERMES, r'<tool_call>{"name":"Bash","arguments":{"command":"grep \d \' \\n \u00e9"}}</tool_call>', [bash("grep \\d ' \\n é")]),
+    (HERMES, '<tool_call>{"name":"Bash","arguments":{"command":"echo "hi", you"}}</tool_call>', [bash('echo "hi", you')]),
+    (HERMES, '<tool_call>{"name":"Set","arguments":{"items":[1,],"options":{\'a\': None}}}</tool_call>',
+     [("call", "Set", {"items": [1], "options": {"a": None}})]),
+    (HERMES, '<tool_call>{"name":"Set","arguments":{"flag":true, oops}}</tool_call>x',
+     [("call", "Set", {"flag": True}), ("text", "oops}}</tool_call>x")]),
+])
+def test_a_call_that_has_begun_keeps_what_arrives(format, text, expected):
+    assert parse(text, format) == expected
+
+
+def test_values_nested_too_deeply_are_text():
+    nested = '{"a":' * 100_000
+    text = f'<tool_call>{{"name":"Bash","arguments":{{"b":{nested}</tool_call>'
+    assert parse(text, chunks=pieces(text, range(0, len(text), 60_000))) == [("call", "Bash", {"b": nested})]
+
+
+def test_a_broken_call_does_not_swallow_its_neighbours():
+    broken = '<tool_call>{"name":"Bash","arguments":{"command":"pwd</tool_call>\n'
+    assert parse(broken + LS) == [bash("pwd"), bash()]
+    broken = '<tool_call>{"name":"Bash","arguments":["pwd</tool_call>\n'
     assert parse(broken + LS) == [("text", broken), bash()]
     broken = "<tool_call><function=Bash><parameter=command>ls</tool_call>\n"
     call = "<tool_call><function=get_time></function></tool_call>"
-    assert parse(broken + call, QWEN_CODER) == [("text", broken), ("call", "get_time", {})]
-    whole = "<tool_call><function=Bash><parameter=command>ls</parameter></function></tool_call>"
-    assert parse(broken + whole, QWEN_CODER) == [("text", broken), bash()]
+    assert parse(broken + call, QWEN_CODER) == [bash(), ("call", "get_time", {})]
+    assert parse(LS[:-len("</tool_call>")] + LS) == [bash(), bash()]  # one that only forgets its end tag
+    other = '{"name":"Other","arguments":{}}'
+    assert parse(LS[:-len("</tool_call>")] + other + "</tool_call>") == [bash(), ("text", other + "</tool_call>")]
 
 
 def test_a_tag_that_thinking_only_mentions_leaves_it_thinking():
@@ -429,23 +467,33 @@ def test_json_arguments_are_coerced_and_strings_are_not():
 @pytest.mark.parametrize("kind, text, expected", [
     ("mistral", '[TOOL_CALLS]Bash[ARGS]{"command": "ls"}get_time[ARGS]{}', [bash(), ("call", "get_time", {})]),
     ("mistral", '[TOOL_CALLS][{"name": "Bash", "arguments": {"command": "ls"}}]', [bash()]),
-    ("mistral", "[TOOL_CALLS]prose", None), ("mistral", "[TOOL_CALLS]Bash[CALL_ID]x[ARGS]{}", None),
+    ("mistral", "[TOOL_CALLS]prose", None), ("mistral", "[TOOL_CALLS]Bash[CALL_ID]x[ARGS]{}", [("call", "Bash", {})]),
+    ("mistral", '[TOOL_CALLS]{"name": "Bash", "arguments": {"command": "ls"}}', [bash()]),
+    ("mistral", '[TOOL_CALLS]Bash{"command": "ls"}', [bash()]),
+    ("mistral", '[TOOL_CALLS]Bash[ARGS]{"command": "ls"}[TOOL_CALLS]get_time[ARGS]{}', [bash(), ("call", "get_time", {})]),
+    ("mistral", '[TOOL_CALLS][{"name": "Bash", "arguments": {"command": "ls"}, "id": "12345678a"}] Done.', [bash(), ("text", "Done.")]),
+    ("mistral", '[TOOL_CALLS]Bash[ARGS]{"command": "ls"}\nBash runs it.', [bash(), ("text", "Bash runs it.")]),
     ("mistral", '[TOOL_CALLS]Bash[ARGS]{"comm', None),
     ("gemma4", '<|tool_call>call:Bash{command:<|"|>ls<|"|>}<tool_call|>', [bash()]),
-    ("gemma4", "<|tool_call>call:Bash{command:ls}<tool_call|>", None),
+    ("gemma4", "<|tool_call>call:Bash{command:ls}<tool_call|>", [bash()]),
+    ("gemma4", '<|tool_call>call:Set{options:{a-b.c:[<|"|>{,x:<|"|>,true]},ratio:0.5}<tool_call|>',
+     [("call", "Set", {"options": {"a-b.c": ["{,x:", True]}, "ratio": 0.5})]),
     ("function_gemma", "<start_function_call>call:Bash{command:<escape>ls<escape>}<end_function_call>", [bash()]),
-    ("function_gemma", "<start_function_call>call:Bash{a:{b:1}}<end_function_call>", [("call", "Bash", {"a": "{b:1"})]),
+    ("function_gemma", "<start_function_call>call:Bash{a:{b:1}}<end_function_call>", [("call", "Bash", {"a": {"b": 1}})]),
     ("kimi_k2", '<|tool_calls_section_begin|><|tool_call_begin|>functions.Bash:0<|tool_call_argument_begin|>'
      '{"command": "ls"}<|tool_call_end|><|tool_calls_section_end|>', [bash()]),
     ("kimi_k2", '<|tool_calls_section_begin|><|tool_call_begin|>functions.Bash:0<|tool_call_argument_begin|>'
-     '{"command": "l<|tool_call_end|><|tool_calls_section_end|>', None),
+     '{"command": "l<|tool_call_end|><|tool_calls_section_end|>', [bash("l<|tool_call_end|>")]),
     ("pythonic", '<|tool_call_start|>[Bash(command="ls"), get_time()]<|tool_call_end|>',
      [bash(), ("call", "get_time", {})]),
     ("pythonic", "<|tool_call_start|>Bash('ls')<|tool_call_end|>", None),
-    ("pythonic", "<|tool_call_start|>[Bash(command={1, 2})]<|tool_call_end|>", None),
+    ("pythonic", "<|tool_call_start|>[Bash(command={1, 2})]<|tool_call_end|>", [bash("{1, 2}")]),
+    ("pythonic", r"<|tool_call_start|>Set(flag=True, options={'a': [None, 'x']}, maybe='it\'s')<|tool_call_end|>",
+     [("call", "Set", {"flag": True, "options": {"a": [None, "x"]}, "maybe": "it's"})]),
+    ("pythonic", '<|tool_call_start|>[Set(options={"a": [null]})]<|tool_call_end|>', [("call", "Set", {"options": {"a": [None]}})]),
     ("longcat", "<longcat_tool_call>prose</longcat_tool_call>", None),
     ("longcat", "<longcat_tool_call>Bash<longcat_arg_key>command</longcat_arg_key><longcat_arg_value>ls"
-     "</longcat_arg_value>", None),
+     "</longcat_arg_value>", [bash()]),
     ("minicpm5", '<function name="Bash"><param name="command">ls</param></function>', [bash()]),
     ("minicpm5", '<function name="Bash"><param name="command">ls</par', None),
 ])
