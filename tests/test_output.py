@@ -501,6 +501,181 @@ def test_parsers_of_mlx_lm(kind, text, expected):
     assert parse(text, of_kind(kind)) == (expected or [("text", text)])
 
 
+# ------------------------------------------------------------------ each family's own way to write a call
+
+
+def tokenizer(template="", tokens=(), **more):
+    """A tokenizer of which only the chat template's text or the special tokens are known."""
+    return SimpleNamespace(has_thinking=False, has_tool_calling=False, chat_template=template,
+                           added_tokens_decoder={n: SimpleNamespace(content=token) for n, token in enumerate(tokens)}, **more)
+
+
+def marked(*marks):
+    return OutputFormat.of(tokenizer(" ".join(marks)))
+
+
+NASTY = {
+    "command": "\n  \tdef f(x):\n\treturn \"a\\n\" + '\\\\' # </parameter> </arg_value> <x> [/] }{ \"}\" 🙂 \u2028 é\n\n", "timeout": 5000,
+    "flag": True, "ratio": -0.5, "items": ["a \"b\"", {"c": [1, None]}], "options": {"k-1.x": "}, {\n"}, "maybe": "null",
+    "count": None, "digits": "123", "empty": "", "blank": " \n", "truth": "true", "list": "[1, 2]", "tag": "</tool_call> no </function> no"}
+NASTY_TOOL = tool("Nasty", **{key: {"type": {str: "string", int: "integer", bool: "boolean", float: "number", list: "array",
+                                             dict: "object", type(None): ["integer", "null"]}[type(value)]} for key, value in NASTY.items()})
+
+
+def plain(value):
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def gemma(value, quote):
+    if isinstance(value, str):
+        return f"{quote}{value}{quote}"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{gemma(item, quote)}" for key, item in value.items()) + "}"
+    return "[" + ",".join(gemma(item, quote) for item in value) + "]" if isinstance(value, list) else json.dumps(value)
+
+
+def tags(call, argument, end, type_of=lambda value: ""):
+    return lambda name, arguments: call.replace("N", name, 1) + "".join(
+        argument.replace("TYPE", type_of(value)).replace("KEY", key).replace("VALUE", plain(value)) for key, value in arguments.items()) + end
+
+
+def named_json(head, end, ascii=False):
+    return lambda name, arguments: head.replace("NAME", name) + json.dumps(arguments, ensure_ascii=ascii) + end
+
+
+def truth(value):
+    return str(isinstance(value, str)).lower()
+
+
+INVOKE = ('<invoke name="N">\n', '<parameter name="KEY">VALUE</parameter>\n', "</invoke>\n")
+M3 = "]<]minimax[>["
+FAMILIES = {  # format, what opens a block, how one call is written, what separates calls, what closes the block
+    "hermes": (HERMES, "<tool_call>\n", named_json('{"name": "NAME", "arguments": ', "}"), "\n</tool_call>\n<tool_call>\n", "\n</tool_call>"),
+    "hermes, ascii": (HERMES, "<tool_call>", named_json('{"name":"NAME","arguments":', "}", True), "\n", "</tool_call>"),
+    "qwen coder": (QWEN_CODER, "<tool_call>\n", tags("<function=N>\n", "<parameter=KEY>\nVALUE\n</parameter>\n", "</function>"),
+                   "\n</tool_call>\n<tool_call>\n", "\n</tool_call>"),
+    "seed": (marked("<seed:tool_call>"), "<seed:tool_call>\n", tags("<function=N>\n", "<parameter=KEY>\nVALUE\n</parameter>\n", "</function>"),
+             "\n", "\n</seed:tool_call>"),
+    "glm": (GLM, "<tool_call>", tags("N\n", "<arg_key>KEY</arg_key>\n<arg_value>VALUE</arg_value>\n", ""), "</tool_call>\n<tool_call>", "</tool_call>"),
+    "longcat": (of_kind("longcat"), "<longcat_tool_call>", tags(
+        "N\n", "<longcat_arg_key>KEY</longcat_arg_key>\n<longcat_arg_value>VALUE</longcat_arg_value>\n", ""),
+        "</longcat_tool_call>\n<longcat_tool_call>", "</longcat_tool_call>"),
+    "minimax m2": (MINIMAX, "<minimax:tool_call>\n", tags(*INVOKE), "", "</minimax:tool_call>"),
+    "minimax m3": (marked(M3), f"{M3}<tool_call>\n", tags(f'{M3}<invoke name="N">', f"{M3}<KEY>VALUE{M3}</KEY>", f"{M3}</invoke>\n"),
+                   "", f"{M3}</tool_call>"),
+    "muse": (of_kind("muse_spark"), "<atem:function_calls>\n", tags(*(part.replace("<", "<atem:").replace("<atem:/", "</atem:") for part in INVOKE)),
+             "", "</atem:function_calls>"),
+    "deepseek r1": (marked("<｜tool▁calls▁begin｜>"), "<｜tool▁calls▁begin｜>", named_json(
+        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME\n```json\n", "\n```<｜tool▁call▁end｜>"), "\n", "<｜tool▁calls▁end｜>"),
+    "deepseek v3.1": (marked("<｜tool▁calls▁begin｜>"), "<｜tool▁calls▁begin｜>", named_json(
+        "<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>", "<｜tool▁call▁end｜>"), "", "<｜tool▁calls▁end｜>"),
+    **{f"deepseek {block.strip()}": (OutputFormat.of(found), f"<｜DSML｜{block}>\n", tags(
+        f'<｜DSML｜{gap}invoke name="N">\n', f'<｜DSML｜{gap}parameter name="KEY" string="TYPE">VALUE</｜DSML｜{gap}parameter>\n',
+        f"</｜DSML｜{gap}invoke>\n", truth), "", f"</｜DSML｜{block}>") for block, gap, found in [
+            ("function_calls", "", tokenizer(tokens=["｜DSML｜"])), ("tool_calls", "", tokenizer("<｜DSML｜tool_calls>")),
+            (" calls", " ", tokenizer("<｜DSML｜ calls>"))]},
+    "mistral": (of_kind("mistral"), "[TOOL_CALLS]", named_json("NAME[ARGS]", ""), "[TOOL_CALLS]", ""),
+    "mistral, ids": (of_kind("mistral"), "[TOOL_CALLS]", named_json("NAME[CALL_ID]abcdefg12[ARGS]", ""), "", ""),
+    "mistral, list": (of_kind("mistral"), "[TOOL_CALLS][", named_json('{"name": "NAME", "arguments": ', ', "id": "123456789"}'), ", ", "]"),
+    "llama": (marked("<|python_tag|>"), "<|python_tag|>", named_json('{"name": "NAME", "parameters": ', "}"), "; ", ""),
+    "llama, untagged": (OutputFormat.of(tokenizer(tokens=["<|python_tag|>"])), "", named_json(
+        '{"type": "function", "name": "NAME", "parameters": ', "}"), "; ", ""),
+    "llama 4": (marked("<|python_start|>"), "<|python_start|>[", lambda name, arguments: python(name, arguments), ", ", "]<|python_end|>"),
+    "llama 4, untagged": (marked("<|python_start|>"), "[", lambda name, arguments: python(name, arguments), ", ", "]"),
+    "lfm": (of_kind("pythonic"), "<|tool_call_start|>[", lambda name, arguments: python(name, arguments), ", ", "]<|tool_call_end|>"),
+    "gemma 4": (of_kind("gemma4"), "<|tool_call>", lambda name, arguments: f"call:{name}" + gemma(arguments, '<|"|>'),
+                "<tool_call|><|tool_call>", "<tool_call|>"),
+    "function gemma": (of_kind("function_gemma"), "<start_function_call>", lambda name, arguments: f"call:{name}" + gemma(arguments, "<escape>"),
+                       "<end_function_call><start_function_call>", "<end_function_call>"),
+    "kimi k2": (of_kind("kimi_k2"), "<|tool_calls_section_begin|>", named_json(
+        "<|tool_call_begin|>functions.NAME:0<|tool_call_argument_begin|>", "<|tool_call_end|>"), "", "<|tool_calls_section_end|>"),
+    "kimi k3": (of_kind("kimi_k3"), "<|open|>tools<|sep|>", tags(
+        '<|open|>call tool="N" index="1"<|sep|>', '<|open|>argument key="KEY" type="TYPE"<|sep|>VALUE<|close|>argument<|sep|>',
+        "<|close|>call<|sep|>", lambda value: "string" if isinstance(value, str) else "object"), "", "<|close|>tools<|sep|>"),
+    "kimi k3, json": (of_kind("kimi_k3"), "<|open|>tools<|sep|>", named_json(
+        '<|open|>call tool="NAME" index="1"<|sep|><|open|>json type="object"<|sep|>', "<|close|>json<|sep|><|close|>call<|sep|>"),
+        "", "<|close|>tools<|sep|>"),
+    "granite": (marked("<|tool_call|>"), "<|tool_call|>[", named_json('{"name": "NAME", "arguments": ', "}"), ", ", "]"),
+    "phi 4": (OutputFormat.of(tokenizer(tokens=["<|tool_call|>", "<|/tool_call|>"])), "<|tool_call|>[", named_json(
+        '{"name": "NAME", "arguments": ', "}"), ", ", "]<|/tool_call|>"),
+    "phi 4, functools": (marked("functools["), "functools[", named_json('{"name": "NAME", "arguments": ', "}"), ", ", "]"),
+    "nemotron": (marked("<TOOLCALL>"), "<TOOLCALL>[", named_json('{"name": "NAME", "arguments": ', "}"), ", ", "]</TOOLCALL>"),
+    "harmony": (marked("<|channel|>"), "", named_json("<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>", ""), None, "<|call|>"),
+    "harmony, recipient first": (marked("<|channel|>"), "", named_json(" to=functions.NAME<|channel|>commentary json<|message|>", ""), None, "<|call|>"),
+}
+
+
+def python(name, arguments):
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_gets_its_own_calls_back(family):
+    format, start, write, between, end = FAMILIES[family]
+    tools = [NASTY_TOOL, *TOOLS]
+    one = start + write("Nasty", NASTY) + end
+    assert parse(one, format, tools) == [("call", "Nasty", NASTY)]
+    assert parse(start + write("get_time", {}) + end, format, tools) == [("call", "get_time", {})]
+    if between is not None:
+        both = start + write("Nasty", NASTY) + between + write("Bash", {"command": "ls"}) + end
+        assert parse(both, format, tools) == [("call", "Nasty", NASTY), bash()]
+        assert parse(both, format, tools, parallel=False) == [("call", "Nasty", NASTY)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_long_strings_stream_in_every_family(family):
+    format, start, write, _, end = FAMILIES[family]
+    text = start + write("Write", {"content": "line\n" * 50, "file_path": "a"}) + end
+    parser, started, seen = OutputParser(format, TOOLS), None, ""
+    for at, letter in enumerate(text):
+        for event in parser.feed(letter):
+            started = at if isinstance(event, ToolStart) else started
+            seen += event.json if isinstance(event, ToolInput) else ""
+        arrived = text[:at + 1].rpartition("line")[0]
+        if started and arrived.endswith(("line\n", "line\\n")):  # at most a few characters wait for what may end the value
+            assert seen.count("line") >= arrived.count("line") - 1
+    assert started < text.index("line") and seen.startswith('{"content": "line\\nline') and json.loads(seen)["file_path"] == "a"
+
+
+def test_values_that_the_schema_may_change_wait():
+    parser = OutputParser(HERMES, TOOLS)
+    parser.feed('<tool_call>{"name": "Bash", "arguments": {"timeout": "50')
+    assert joined(parser.feed("00")) == []
+    assert [event.json for event in parser.feed('", "command": "l')] == ['5000, "command": "l']
+
+
+HARMONY = marked("<|channel|>")
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>Hi<|return|>", [("thinking", "hm"), ("text", "Hi")]),
+    ("<|channel|>final<|message|>Hi", [("text", "Hi")]),
+    ("<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>commentary to=functions.Bash <|constrain|>json<|message|>"
+     '{"command":"ls"}<|call|>', [("thinking", "hm"), bash()]),
+    ("<|channel|>analysis<|message|>hm<|end|><|start|>assistant to=functions.Bash<|channel|>commentary json<|message|>"
+     '{"command":"ls"}', [("thinking", "hm"), bash()]),
+    ("<|channel|>commentary<|message|>I look.<|end|><|start|>assistant<|channel|>analysis to=functions.Bash code<|message|>"
+     '{"command":"ls"}<|call|>', [("text", "I look."), bash()]),
+    ("<|channel|>analysis<|message|>hm<|channel|>final<|message|>Hi", [("thinking", "hm"), ("text", "Hi")]),
+    ("<|channel|>final<|message|>Hi<|return|>and more", [("text", "Hi")]),
+    ("<|channel|>commentary to=python <|message|>1", [("text", "<|channel|>commentary to=python <|message|>1")]),
+])
+def test_harmony(text, expected):
+    assert parse(text, HARMONY) == expected
+
+
+def test_what_tells_a_format():
+    hermes = OutputFormat.of(tokenizer("... <tool_call> ..."))
+    assert hermes.call == ("<tool_call>", "</tool_call>") and OutputFormat.of(tokenizer(tokens=["<tool_call>"])) == hermes
+    # the template knows better than the vocabulary of the model it was made for
+    assert OutputFormat.of(tokenizer("<tool_call>", ["<|python_tag|>"])) == hermes
+    # mlx-lm takes MiniMax-M3 for a Hermes model
+    found = OutputFormat.of(SimpleNamespace(**{**vars(tokenizer(M3)), "has_tool_calling": True, "tool_parser": parse}))
+    assert found.call == (M3 + "<tool_call>", M3 + "</tool_call>")
+    assert marked("<seed:think>").thinking == ("<seed:think>", "</seed:think>")
+    assert marked("[THINK]").thinking == ("[THINK]", "[/THINK]")
+
+
 @pytest.mark.parametrize("error", [AttributeError, KeyError, OverflowError, RecursionError, TypeError])
 def test_whatever_a_parser_raises_the_call_is_text(error):
     def fail(text, tools):
