@@ -669,14 +669,15 @@ class Template:
         self.has_tools = renders([ask], "probe_tool", tools) and renders([ask, call, result], "0815 4711", tools)
         self.user_after_tool = renders([ask, call, result, ask], "4711", tools)
         self.assistant_first = renders([{"role": "assistant", "content": "4711"}, ask], "4711")
-        pair = {**call, "tool_calls": [_probe_call("call00001"), _probe_call("call00002")]}
-        self.parallel_calls = renders([ask, pair, result, {**result, "tool_call_id": "call00002"}], "4711", tools)
+        pair = {**call, "tool_calls": [_probe_call("call00001"), _probe_call("call00002", "1516")]}
+        self.parallel_calls = renders([ask, pair, result, {**result, "tool_call_id": "call00002"}], "0815 1516 4711", tools)
         long_id = "toolu_0123456789abcdefghijkl"
         long_call = {**call, "tool_calls": [_probe_call(long_id)]}
         self.short_ids = self.has_tools and not renders([ask, long_call, {**result, "tool_call_id": long_id}], "4711", tools)
         self.reasoning_field = "thinking" if (
             "reasoning_content" not in self._source and re.search(r"\.thinking\b|\[['\"]thinking['\"]\]", self._source)
         ) else "reasoning_content"
+        self.text_beside_thought = renders([ask, {**call, "content": "1", self.reasoning_field: "2"}, result], "0815", tools)
 
     def render(self, messages: list[Message], tools: list[dict], options: dict[str, Any], *, generation: bool) -> str:
         """The prompt's text. `generation` opens the assistant's turn; a final assistant message is left open instead.
@@ -749,6 +750,8 @@ class Template:
                 continue
             if message.get("reasoning_content") and self.reasoning_field == "thinking":
                 message = {**message, "thinking": message["reasoning_content"]}
+                if message["content"] and message.get("tool_calls") and not self.text_beside_thought:
+                    message |= {"content": "", "thinking": f"{message['thinking']}\n\n{message['content']}"}
             out.append(message)
         if not self.parallel_calls:
             out = _one_call_a_turn(out)
@@ -765,8 +768,8 @@ To call one, write only this, once per call:
 </tool_call>"""
 
 
-def _probe_call(call_id: str) -> dict:
-    return {"id": call_id, "type": "function", "function": {"name": "probe_tool", "arguments": {"number": "0815"}}}
+def _probe_call(call_id: str, number: str = "0815") -> dict:
+    return {"id": call_id, "type": "function", "function": {"name": "probe_tool", "arguments": {"number": number}}}
 
 
 def _tools_as_text(messages: list[Message], tools: list[dict]) -> list[Message]:
@@ -859,7 +862,12 @@ class Tongue:
         if self.template and not self.template.has_tools:
             self.format = dataclasses.replace(HERMES, thinking=self.format.thinking, noise=self.format.noise)
         self.defaults = _generation_defaults(local.path)
-        self._ends = [text for text in map(self.tokenizer.decode, self.tokenizer.eos_token_ids) if text]
+        self._noise = _any_of(self.format.noise)
+        ends = [text for text in map(self.tokenizer.decode, self.tokenizer.eos_token_ids) if text]
+        pattern = _any_of(ends).pattern
+        if self.format.thinking and self.format.thinking[1] in self.format.noise:  # it may end the turn, too
+            pattern += f"|{re.escape(self.format.thinking[1])}(?!{self._noise.pattern})"
+        self._turn_end = re.compile(pattern)
         self._answers: dict[str, Answer] = {}
         self._roots: dict[str, int] = {}
         self._openers: dict[str, str] = {}
@@ -897,8 +905,8 @@ class Tongue:
         options = self._options(request)
         messages, answers = self._recall(request.messages)
         text = self.template.render(messages, tools, options, generation=True)
-        if any(mark not in text for mark in answers):  # a template that drops text beside calls
-            messages, answers = request.messages, {}
+        if lost := {mark for mark in answers if mark not in text}:  # a template that drops text beside calls
+            messages, answers = self._recall(request.messages, lost)
             text = self.template.render(messages, tools, options, generation=True)
         opener = self._opener(messages, tools, options, text)
         opening = self.format.opening(request.tool_choice) if tools else ""
@@ -939,6 +947,8 @@ class Tongue:
             tokens = tokens[:-1]
         visible = job._raw.rpartition(self.format.thinking[1])[2] if job._thinking else opening + job._raw
         key = _answer_key(job._parser.call_ids, job._visible, job.request.messages)
+        while mark := self._noise.match(visible):
+            visible = visible[mark.end():]
         self.learn({key: Answer(tokens, visible.lstrip("\n"), job._thinking)})
         return key
 
@@ -951,16 +961,16 @@ class Tongue:
         """A remembered answer."""
         return self._answers.get(key)
 
-    def _recall(self, messages: list[Message]) -> tuple[list[Message], dict[str, Answer]]:
-        """The conversation with a mark for the text of every remembered answer, and the answers by their marks. Their thinking
-        is put back where the client left it out: whether it is shown is the template's decision."""
+    def _recall(self, messages: list[Message], lost: Iterable[str] = ()) -> tuple[list[Message], dict[str, Answer]]:
+        """The conversation with a mark for the text of every remembered answer, and the answers by their marks, apart from
+        `lost` ones. Their thinking is put back where the client left it out: whether it is shown is the template's decision."""
         marked, answers = list(messages), {}
         for at, message in enumerate(messages[:-1]):
             if message["role"] == "assistant":
                 ids = [call.get("id", "") for call in message.get("tool_calls") or []]
                 answer = self._answers.get(_answer_key(ids, message["content"], messages[:at]))
-                if answer is not None:
-                    mark = f"{_MARK}{at}{_MARK}"
+                mark = f"{_MARK}{at}{_MARK}"
+                if answer is not None and mark not in lost:
                     answers[mark] = answer
                     marked[at] = {**message, "content": mark}
                     if answer.thinking and not message.get("reasoning_content"):
@@ -974,10 +984,11 @@ class Tongue:
         tokens: list[int] = []
         for mark, answer in answers.items():
             before, _, text = text.partition(mark)
-            ends = [at for at in map(text.find, self._ends) if at >= 0]
-            text = text[min(ends):] if ends else ""
+            end = self._turn_end.search(text)
+            text = text[end.start():] if end else ""
             turn = before.rfind(header) + len(header) if header else -1
-            if answer.thinking and turn >= 0 and before[turn:].strip():
+            shown = self._noise.sub("", before[turn:]).strip()
+            if turn >= 0 and (shown if answer.thinking else self.format.noise):  # the answer has its own markup around text
                 before = before[:turn] + (opener[len(header):] if opener.rstrip().endswith(self.format.thinking[0]) else "")
                 tokens += self.encode(before) + answer.tokens
             elif answer.thinking:
@@ -1051,6 +1062,10 @@ def _answer_key(call_ids: list[str], text: str, before: list[Message]) -> str:
     """What tells an answer from all others: the ids of its calls, else its text and what it answers."""
     asked = before[-1]["content"] if before else ""
     return " ".join(call_ids) if call_ids else hashlib.sha256(f"{asked}\0{text.strip()}".encode()).hexdigest()
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern:
+    return re.compile("|".join(map(re.escape, texts)) or "(?!)")
 
 
 def _keep(memory: dict, key: str, value: Any, most: int) -> Any:
