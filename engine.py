@@ -1170,13 +1170,13 @@ def _wrap(parse: Callable[[str, list[dict]], Any]) -> ParseCalls:
 class Shape:
     """How a family writes one call: `head`, the arguments, and what `over` skips behind them.
 
-    `head` matches up to the arguments and captures the name. The arguments are an object of keys and values: `key`
-    matches what precedes a value and captures the key and, if the markup has it, the value's type. With `close` empty
-    this is JSON or much like it, with strings in one of `quotes`. Otherwise values are
-    plain text between tags, `close` (with KEY for the key) ends one; `newlines`: one newline behind and one before a
-    value belong to its tags. `after` is what may follow a value: the end of the object and its next key, or the tag of the
-    next argument and those that end the call. `outer` tells that the arguments stand in an object of their own, `begins` how another call may begin (NAME for any
-    tool's name), `opening` what a call of NAME begins with behind the call tag.
+    `head` matches up to the arguments and captures the tool's name. `key` matches what precedes an argument's value and
+    captures its name and, where the markup has it, its type. Without `close` the arguments are an object in JSON or much
+    like it, its strings in one of `quotes`, and `outer` tells that it stands in an object of its own. With `close`
+    (KEY for the argument's name) values are plain text that ends there; with `newlines` one newline behind and one before
+    the value belong to its tags. `after` is what follows a value: the object's end and its next argument, or the next
+    argument's tag and the tags that end the call. `begins` is how another call may begin where no end tag would tell, and
+    `opening` what follows the call tag, both with NAME for the tool's name.
     """
 
     head: re.Pattern
@@ -1191,12 +1191,14 @@ class Shape:
     newlines: bool = False
 
 
-# A call counts only when its first argument has begun: more than a name is needed to be sure.
-_JSON_KEY = r'"((?:[^"\\]|\\.){0,200})"\s*:\s*'
+# A call counts only when its first argument has begun: more than a name is needed to be sure. No name holds a "<", so that
+# none reaches over an end tag.
+_JSON_KEY = r'"((?:[^"\\<]|\\.){0,200})"\s*:\s*'
 _JSON_START = rf"\{{(?=\s*(?:\}}|{_JSON_KEY}))"
 
 
-def _shape(head: str, over: str, after: tuple[str, ...] = ("}", ',"', ",}"), key: str = _JSON_KEY + r"(?=\S)", **more: Any) -> Shape:
+def _shape(head: str, over: str, after: tuple[str, ...] = ("}", ',"', ",}"), key: str = _JSON_KEY + r"(?=\S)",
+           **more: Any) -> Shape:
     return Shape(re.compile(head, re.DOTALL), re.compile(key, re.DOTALL), re.compile(over), after, **more)
 
 
@@ -1209,49 +1211,52 @@ def _pairs(prefix: str = "") -> Shape:
 
 def _invokes(prefix: str = "") -> Shape:
     """`<invoke name="N"><parameter name="K">V</parameter></invoke>` (MiniMax, DeepSeek), with a prefix in each tag."""
-    name = r"""\bname=["']?([^"'>\n]+)["']?"""
-    return _shape(rf"\s*<{prefix}invoke [^>]*?{name}[^>]*>(?=\s*<(?:{prefix}parameter|/{prefix}invoke))",
+    name = r"""\bname=["']?([^"'<>\n]+)["']?"""
+    return _shape(rf"\s*<{prefix}invoke [^<>]*?{name}[^<>]*>(?=\s*<(?:{prefix}parameter|/{prefix}invoke))",
                   rf"\s*(?:</{prefix}invoke>)?\s*", (f"<{prefix}parameter ", f"</{prefix}invoke>", f"<{prefix}invoke "),
-                  rf"""\s*<{prefix}parameter [^>]*?{name}(?: string="(\w+)")?[^>]*>""", close=f"</{prefix}parameter>",
+                  rf"""\s*<{prefix}parameter [^<>]*?{name}(?: string="(\w+)")?[^<>]*>""", close=f"</{prefix}parameter>",
                   opening=f'\n<{prefix}invoke name="NAME">\n')
 
 
 _NAME_AND_JSON = _shape(
-    r'\s*(?:```(?:json)?)?[\s,;{}\[\]]*\{\s*(?:"(?:type|id|index)"\s*:\s*(?:"[^"\\]*"|\d+)\s*,\s*){0,3}'
-    r'(?:"function"\s*:\s*\{\s*)?"name"\s*:\s*"([^"\\]+)"\s*,\s*(?:"id"\s*:\s*"[^"\\]*"\s*,\s*)?"(?:arguments|parameters)"\s*:\s*' + _JSON_START,
+    r'\s*(?:```(?:json)?)?[\s,;{}\[\]]*\{\s*(?:"(?:type|id|index)"\s*:\s*(?:"[^"\\<]*"|\d+)\s*,\s*){0,3}'
+    r'(?:"function"\s*:\s*\{\s*)?"name"\s*:\s*"([^"\\]+)"\s*,\s*(?:"id"\s*:\s*"[^"\\<]*"\s*,\s*)?'
+    r'"(?:arguments|parameters)"\s*:\s*' + _JSON_START,
     r"[\s,;}\]`]*", outer=True, begins=("{",), opening='\n{"name": "NAME", "arguments": ')
 _FUNCTIONS = _shape(
-    r"\s*<function=([^>\n]+)>(?=\s*<(?:parameter=|/function>|function=|/(?:seed:)?tool_call>))", r"\s*(?:</function>)?\s*",
-    ("<parameter=", "</function>", "<function="), r"\s*<parameter=([^>\n]+)>(?:\n|(?=[^\n]))", close="</parameter>", newlines=True,
-    begins=("<function=",), opening="\n<function=NAME>\n")
-_MISTRAL = _shape(r"[\s,;]*(?:\[TOOL_CALLS\]\s*)?([\w.-]+)(?:\[CALL_ID\][\w-]*)?(?:\[ARGS\]\s*)?" + _JSON_START, r"[\s,;\]]*",
-                   begins=("NAME[", "NAME{", "[TOOL_CALLS]"))
-_PYTHON = _shape(r"[\s,\[]*([\w.-]+)\((?=\s*(?:\)|\w+\s*=))", r"[\s,\]]*", (")", ","), r"(\w+)\s*=\s*(?=\S)", quotes=('"', "'"),
-                 begins=("NAME(", "["))
+    r"\s*<function=([^<>\n]+)>(?=\s*<(?:parameter=|/function>|function=|/(?:seed:)?tool_call>))", r"\s*(?:</function>)?\s*",
+    ("<parameter=", "</function>", "<function="), r"\s*<parameter=([^<>\n]+)>(?:\n|(?=[^\n]))", close="</parameter>",
+    newlines=True, begins=("<function=",), opening="\n<function=NAME>\n")
+_MISTRAL = _shape(r"[\s,;]*(?:\[TOOL_CALLS\]\s*)?([\w.-]+)(?:\[CALL_ID\][\w-]*)?(?:\[ARGS\]\s*)?" + _JSON_START,
+                  r"[\s,;\]]*", begins=("NAME[", "NAME{", "[TOOL_CALLS]"))
+_PYTHON = _shape(r"[\s,\[]*([\w.-]+)\((?=\s*(?:\)|\w+\s*=))", r"[\s,\]]*", (")", ","), r"(\w+)\s*=\s*(?=\S)",
+                 quotes=('"', "'"), begins=("NAME(", "["))
 _KIMI_K2 = _shape(r"\s*<\|tool_call_begin\|>\s*(?:functions\.)?([^:<\s]+)(?::\d*)?\s*<\|tool_call_argument_begin\|>\s*"
-                   + _JSON_START, r"\s*(?:<\|tool_call_end\|>)?\s*")
-_KIMI_K3_HEAD = r'\s*<\|open\|>call [^<]*?\btool="([^"]+)"[^<]*<\|sep\|>\s*'
+                  + _JSON_START, r"\s*(?:<\|tool_call_end\|>)?\s*")
+_KIMI_K3_HEAD = r'\s*<\|open\|>call [^<]*?\btool="([^"<]+)"[^<]*<\|sep\|>\s*'
 _KIMI_K3_OVER = r"(?:\s*<\|close\|>(?:json|call)<\|sep\|>)*\s*"
 _KIMI_K3 = (
     _shape(_KIMI_K3_HEAD + r"<\|open\|>json[^<]*<\|sep\|>\s*" + _JSON_START, _KIMI_K3_OVER),
-    _shape(_KIMI_K3_HEAD + r"(?=<\|(?:open\|>argument|close\|>call))", _KIMI_K3_OVER, ("<|open|>argument ", "<|close|>call<|sep|>"),
-           r'\s*<\|open\|>argument [^<]*?\bkey="([^"]*)"(?:[^<]*?\btype="(\w+)")?[^<]*<\|sep\|>', close="<|close|>argument<|sep|>"))
+    _shape(_KIMI_K3_HEAD + r"(?=<\|(?:open\|>argument|close\|>call))", _KIMI_K3_OVER,
+           ("<|open|>argument ", "<|close|>call<|sep|>"),
+           r'\s*<\|open\|>argument [^<]*?\bkey="([^"<]*)"(?:[^<]*?\btype="(\w+)")?[^<]*<\|sep\|>',
+           close="<|close|>argument<|sep|>"))
 _DEEPSEEK = _shape(  # V3 and R1 name a type first and fence the JSON, V3.1 does not
-    r"\s*<｜tool▁call▁begin｜>\s*(?:function<｜tool▁sep｜>)?\s*([^\s<`]+)\s*(?:<｜tool▁sep｜>)?\s*(?:```(?:json)?)?\s*" + _JSON_START,
-    r"(?:[\s`]*<｜tool▁call▁end｜>)?\s*")
+    r"\s*<｜tool▁call▁begin｜>\s*(?:function<｜tool▁sep｜>)?\s*([^\s<`]+)\s*(?:<｜tool▁sep｜>)?\s*(?:```(?:json)?)?\s*"
+    + _JSON_START, r"(?:[\s`]*<｜tool▁call▁end｜>)?\s*")
 _HARMONY = _shape(r"(?:[^{]{0,40}?to=)?(?:functions\.)?([\w.-]+)[^{]*?<\|message\|>\s*" + _JSON_START, r"\s*",
-                   opening="functions.NAME <|constrain|>json<|message|>")
+                  opening="functions.NAME <|constrain|>json<|message|>")
 _NS = "]<]minimax[>["
 _MINIMAX_M3 = _shape(
-    rf"""\s*{re.escape(_NS)}<invoke name=["']?([^"'>\n]+)["']?>(?=\s*{re.escape(_NS)}<)""",
+    rf"""\s*{re.escape(_NS)}<invoke name=["']?([^"'<>\n]+)["']?>(?=\s*{re.escape(_NS)}<)""",
     rf"\s*(?:{re.escape(_NS)}</invoke>)?\s*", (_NS + "<", _NS + "</invoke>", _NS + "<invoke "),
-    rf"\s*{re.escape(_NS)}<(?!invoke|/)([^>\s]+)>", close=_NS + "</KEY>", opening=f'\n{_NS}<invoke name="NAME">\n')
+    rf"\s*{re.escape(_NS)}<(?!invoke|/)([^<>\s]+)>", close=_NS + "</KEY>", opening=f'\n{_NS}<invoke name="NAME">\n')
 
 
 def _gemma(quote: str) -> Shape:
     """`call:N{k:<|"|>v<|"|>,n:1}`."""
-    return _shape(r"[\s,]*call:([\w.-]+)\s*\{(?=\s*(?:\}|[^\s{}:,]+\s*:))", r"[\s,}]*", ("}", ","),
-                  rf"([^\s{{}}:,]+)\s*:\s*(?=[^\s<]|{re.escape(quote)})", quotes=(quote,), begins=("call:",))
+    return _shape(r"[\s,]*call:([\w.-]+)\s*\{(?=\s*(?:\}|[^\s{}:,<]+\s*:))", r"[\s,}]*", ("}", ","),
+                  rf"([^\s{{}}:,<]+)\s*:\s*(?=[^\s<]|{re.escape(quote)})", quotes=(quote,), begins=("call:",))
 
 
 @dataclass
@@ -1278,23 +1283,16 @@ class OutputFormat:
         nothing or the wrong thing, the tags that the template or else the vocabulary knows."""
         template = getattr(tokenizer, "chat_template", None)
         template = template if isinstance(template, str) else ""
-        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        vocabulary = " ".join(token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values())
         thinking = (tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else next(
             (tags for tags in (("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]")) if tags[0] in template), None)
-        kind = tokenizer.tool_parser.__module__.rpartition(".")[2] if tokenizer.has_tool_calling else ""
-        found = None
-        if kind in _FAMILIES and _NS not in template:
-            found = _FAMILIES[kind]
-        elif kind and _NS not in template:
-            found = cls(parse=_wrap(tokenizer.tool_parser))
-        if found:
-            return dataclasses.replace(found, thinking=thinking, call=(tokenizer.tool_call_start, tokenizer.tool_call_end),
+        if tokenizer.has_tool_calling and _NS not in template:
+            parser = tokenizer.tool_parser
+            format = _FAMILIES.get(parser.__module__.rpartition(".")[2]) or cls(parse=_wrap(parser))
+            return dataclasses.replace(format, thinking=thinking, call=(tokenizer.tool_call_start, tokenizer.tool_call_end),
                                        noise=tuple(getattr(tokenizer, "_structural_markers", ())))
-        for text in (template, " ".join(token.content for token in added)):
-            for mark, format in _MARKED.items():
-                if mark in text:
-                    return format if format.thinking else dataclasses.replace(format, thinking=thinking)
-        return cls(thinking)
+        format = next((format for known in (template, vocabulary) for mark, format in _MARKED.items() if mark in known), cls())
+        return format if format.thinking else dataclasses.replace(format, thinking=thinking)
 
     def opening(self, choice: str) -> str:
         """What begins the answer when a call is demanded: `choice` is "any" or a tool's name; "" for "auto" and "none",
@@ -1324,24 +1322,26 @@ _FAMILIES = {  # by the name of mlx-lm's parser; some models fall back to JSON
     "pythonic": OutputFormat(shapes=(_PYTHON,)),
 }
 _MARKED = {  # by a tag, the surest first
-    _NS: OutputFormat(None, (_NS + "<tool_call>", _NS + "</tool_call>"), None, (_MINIMAX_M3,)),
+    _NS: OutputFormat(call=(_NS + "<tool_call>", _NS + "</tool_call>"), shapes=(_MINIMAX_M3,)),
     # https://cookbook.openai.com/articles/openai-harmony
     "<|channel|>": OutputFormat(
-        ("<|channel|>analysis<|message|>", "<|end|>"), ("<|channel|>commentary to=", "<|call|>"), None, (_HARMONY,),
-        ("<|start|>assistant to=", " to=functions.", "<|channel|>analysis to="),
+        ("<|channel|>analysis<|message|>", "<|end|>"), ("<|channel|>commentary to=", ""), shapes=(_HARMONY,),
+        openers=(" to=functions.", "<|channel|>analysis to="),
         noise=("<|channel|>final<|message|>", "<|channel|>commentary<|message|>", "<|start|>assistant", "<|end|>"),
         final=("<|call|>", "<|return|>")),
-    "<｜DSML｜ calls>": OutputFormat(None, ("<｜DSML｜ calls>", "</｜DSML｜ calls>"), None, (_invokes("｜DSML｜ "),)),
-    "<｜DSML｜tool_calls>": OutputFormat(None, ("<｜DSML｜tool_calls>", "</｜DSML｜tool_calls>"), None, (_invokes("｜DSML｜"),)),
-    "｜DSML｜": OutputFormat(None, ("<｜DSML｜function_calls>", "</｜DSML｜function_calls>"), None, (_invokes("｜DSML｜"),)),
-    "<｜tool▁calls▁begin｜>": OutputFormat(None, ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"), None, (_DEEPSEEK,)),
-    "<seed:tool_call>": OutputFormat(None, ("<seed:tool_call>", "</seed:tool_call>"), None, (_FUNCTIONS,), ("<function=",)),
+    "<｜DSML｜ calls>": OutputFormat(call=("<｜DSML｜ calls>", "</｜DSML｜ calls>"), shapes=(_invokes("｜DSML｜ "),)),
+    "<｜DSML｜tool_calls>": OutputFormat(call=("<｜DSML｜tool_calls>", "</｜DSML｜tool_calls>"), shapes=(_invokes("｜DSML｜"),)),
+    "｜DSML｜": OutputFormat(call=("<｜DSML｜function_calls>", "</｜DSML｜function_calls>"), shapes=(_invokes("｜DSML｜"),)),
+    "<｜tool▁calls▁begin｜>": OutputFormat(call=("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"), shapes=(_DEEPSEEK,)),
+    "<seed:tool_call>": OutputFormat(
+        call=("<seed:tool_call>", "</seed:tool_call>"), shapes=(_FUNCTIONS,), openers=("<function=",)),
     "<TOOLCALL>": dataclasses.replace(HERMES, call=("<TOOLCALL>", "</TOOLCALL>")),
     "<tool_call>": HERMES,
     "functools[": dataclasses.replace(HERMES, call=("functools", "")),
     "<|/tool_call|>": dataclasses.replace(HERMES, call=("<|tool_call|>", "<|/tool_call|>"), openers=("functools[",)),
     "<|tool_call|>": dataclasses.replace(HERMES, call=("<|tool_call|>", "")),
-    "<|python_start|>": OutputFormat(None, ("<|python_start|>", "<|python_end|>"), None, (_PYTHON, _NAME_AND_JSON), untagged=True),
+    "<|python_start|>": OutputFormat(
+        call=("<|python_start|>", "<|python_end|>"), shapes=(_PYTHON, _NAME_AND_JSON), untagged=True),
     "<|python_tag|>": dataclasses.replace(HERMES, call=("<|python_tag|>", ""), untagged=True),
 }
 
@@ -1428,9 +1428,9 @@ def _unescape(text: str) -> str:
 def _spell(text: str, missing: str, quote: str) -> Any:
     """The value that `text` spells, if need be with the closing brackets it is `missing`; else `text` itself."""
     for source in (text, text + missing):
-        if quote != '"':
-            strings = rf"{re.escape(quote)}(.*?){re.escape(quote)}|(?<=[{{,])\s*([^\s{{}}\[\]:,]+)\s*:"
-            source = re.sub(strings, lambda found: json.dumps(found[2] or found[1]) + (":" if found[2] else ""), source, flags=re.DOTALL)
+        if quote != '"':  # then keys stand without any
+            token = re.compile(rf"{re.escape(quote)}(.*?){re.escape(quote)}|(?<=[{{,])\s*([^\s{{}}\[\]:,]+)\s*:", re.DOTALL)
+            source = token.sub(lambda found: json.dumps(found[2] or found[1]) + ":" * bool(found[2]), source)
         for read in (lambda: read_json(source), lambda: (ast.literal_eval(source.strip()), "")):
             try:
                 value, rest = read()
@@ -1476,7 +1476,8 @@ class CallReader:
         self._start, self._end = call
         self._tools = _declared(tools)
         self._names = {name.lower(): name for name in self._tools} | {name: name for name in self._tools}
-        self._begins = {begin.replace("NAME", name) for shape in format.shapes for begin in shape.begins for name in self._tools}
+        self._begins = {begin.replace("NAME", name)
+                        for shape in format.shapes for begin in shape.begins for name in self._tools}
         self._last = False
         self._events: list[Event] = []
         self._written: list[str] = []  # of the open call's arguments
@@ -1496,6 +1497,8 @@ class CallReader:
         while True:
             if shape:
                 self.text = self.text[shape.over.match(self.text).end():]
+                if not self._end and not self._may_begin():
+                    return
             if head := self._take_head():
                 shape, searched = head[0], 0
                 yield from self._read_call(*head)
@@ -1507,8 +1510,6 @@ class CallReader:
                 if self._read_rest(end, searched):
                     return
                 searched = end + len(self._end)
-            elif shape and not self._end and not self._may_begin():
-                return
             else:
                 searched = max(searched, len(self.text) - len(self._end) + 1)
                 yield False
@@ -1756,7 +1757,7 @@ class OutputParser:
         text: dict[str, str] = dict.fromkeys(format.noise, "nothing") | dict.fromkeys(format.final, "the end")
         thinking: dict[str, str] = dict.fromkeys(format.noise, "text") | dict.fromkeys(format.final, "the end")
         if format.thinking:
-            text |= {format.thinking[1]: "nothing" if format.thinking[1] in text else "left over", format.thinking[0]: "thinking"}
+            text = {format.thinking[0]: "thinking", format.thinking[1]: "left over"} | text
             thinking |= {format.thinking[1]: "text", "\n" + format.thinking[1]: "text"}
         if format.call and tools:
             text |= ({format.call[1]: "left over"} if format.call[1] else {}) | dict.fromkeys(format.openers, "bare call")

@@ -374,8 +374,8 @@ def test_channels_keep_their_tokens_while_the_template_shows_them(tmp_path: Path
     for thought in ("<|channel|>analysis<|message|>Look  first.<|end|><|start|>assistant", ""):
         for spoken in ("", "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant"):
             everything, message = session.answer(
-                thought + spoken + '<|channel|>commentary to=functions.Bash <|constrain|>json<|message|>{"timeout":5000.0 ,"command":"ls"}',
-                "<|call|>")
+                thought + spoken + "<|channel|>commentary to=functions.Bash <|constrain|>json<|message|>"
+                '{"timeout":5000.0 ,"command":"ls"}', "<|call|>")
             call = message["content"][-1]
             message = {**message, "content": REWRITES[rewrite](message["content"])}
             after = session.ask(message, results((call["id"], "seen")))

@@ -294,14 +294,16 @@ def test_what_is_no_call_is_plain_text(format, text):
     # an end tag that comes too soon
     (HERMES, '<tool_call>{"name":"Bash","arguments":{"command":"ls"\n</tool_call>\nwell', [bash(), ("text", "well")]),
     (HERMES, '<tool_call>{"name":"Bash","arguments":{"command":"l</tool_call> after', [bash("l</tool_call> after")]),
-    (HERMES, '<tool_call>{"name":"Set","arguments":{"items":[1,2</tool_call>x', [("call", "Set", {"items": [1, 2]}), ("text", "x")]),
+    (HERMES, '<tool_call>{"name":"Set","arguments":{"items":[1,2</tool_call>x',
+     [("call", "Set", {"items": [1, 2]}), ("text", "x")]),
     (QWEN_CODER, "<tool_call><function=Bash><parameter=command>ls</tool_call>", [bash()]),
     (GLM, "<tool_call>Bash<arg_key>command</arg_key><arg_value>ls</tool_call>", [bash()]),
     # what is no JSON
     (HERMES, '<tool_call>{"name":"Bash","arguments":{"timeout":NaN}}</tool_call>', [("call", "Bash", {"timeout": "NaN"})]),
     (HERMES, '<tool_call>{"name":"Bash","arguments":{"timeout":1e400}}</tool_call>', [("call", "Bash", {"timeout": "1e400"})]),
     (HERMES, '<tool_call>{"name":"Bash","arguments":{"command":"\\ud83d"}}</tool_call>', [bash("?")]),
-    (HERMES, r'<tool_call>{"name":"Bash","arguments":{"command":"grep \d \' \\n \u00e9"}}</tool_call>', [bash("grep \\d ' \\n é")]),
+    (HERMES, r'<tool_call>{"name":"Bash","arguments":{"command":"grep \d \' \\n \u00e9"}}</tool_call>',
+     [bash("grep \\d ' \\n é")]),
     (HERMES, '<tool_call>{"name":"Bash","arguments":{"command":"echo "hi", you"}}</tool_call>', [bash('echo "hi", you')]),
     (HERMES, '<tool_call>{"name":"Set","arguments":{"items":[1,],"options":{\'a\': None}}}</tool_call>',
      [("call", "Set", {"items": [1], "options": {"a": None}})]),
@@ -471,7 +473,8 @@ def test_json_arguments_are_coerced_and_strings_are_not():
     ("mistral", '[TOOL_CALLS]{"name": "Bash", "arguments": {"command": "ls"}}', [bash()]),
     ("mistral", '[TOOL_CALLS]Bash{"command": "ls"}', [bash()]),
     ("mistral", '[TOOL_CALLS]Bash[ARGS]{"command": "ls"}[TOOL_CALLS]get_time[ARGS]{}', [bash(), ("call", "get_time", {})]),
-    ("mistral", '[TOOL_CALLS][{"name": "Bash", "arguments": {"command": "ls"}, "id": "12345678a"}] Done.', [bash(), ("text", "Done.")]),
+    ("mistral", '[TOOL_CALLS][{"name": "Bash", "arguments": {"command": "ls"}, "id": "12345678a"}] Done.',
+     [bash(), ("text", "Done.")]),
     ("mistral", '[TOOL_CALLS]Bash[ARGS]{"command": "ls"}\nBash runs it.', [bash(), ("text", "Bash runs it.")]),
     ("mistral", '[TOOL_CALLS]Bash[ARGS]{"comm', None),
     ("gemma4", '<|tool_call>call:Bash{command:<|"|>ls<|"|>}<tool_call|>', [bash()]),
@@ -490,7 +493,8 @@ def test_json_arguments_are_coerced_and_strings_are_not():
     ("pythonic", "<|tool_call_start|>[Bash(command={1, 2})]<|tool_call_end|>", [bash("{1, 2}")]),
     ("pythonic", r"<|tool_call_start|>Set(flag=True, options={'a': [None, 'x']}, maybe='it\'s')<|tool_call_end|>",
      [("call", "Set", {"flag": True, "options": {"a": [None, "x"]}, "maybe": "it's"})]),
-    ("pythonic", '<|tool_call_start|>[Set(options={"a": [null]})]<|tool_call_end|>', [("call", "Set", {"options": {"a": [None]}})]),
+    ("pythonic", '<|tool_call_start|>[Set(options={"a": [null]})]<|tool_call_end|>',
+     [("call", "Set", {"options": {"a": [None]}})]),
     ("longcat", "<longcat_tool_call>prose</longcat_tool_call>", None),
     ("longcat", "<longcat_tool_call>Bash<longcat_arg_key>command</longcat_arg_key><longcat_arg_value>ls"
      "</longcat_arg_value>", [bash()]),
@@ -515,11 +519,13 @@ def marked(*marks):
 
 
 NASTY = {
-    "command": "\n  \tdef f(x):\n\treturn \"a\\n\" + '\\\\' # </parameter> </arg_value> <x> [/] }{ \"}\" 🙂 \u2028 é\n\n", "timeout": 5000,
-    "flag": True, "ratio": -0.5, "items": ["a \"b\"", {"c": [1, None]}], "options": {"k-1.x": "}, {\n"}, "maybe": "null",
-    "count": None, "digits": "123", "empty": "", "blank": " \n", "truth": "true", "list": "[1, 2]", "tag": "</tool_call> no </function> no"}
-NASTY_TOOL = tool("Nasty", **{key: {"type": {str: "string", int: "integer", bool: "boolean", float: "number", list: "array",
-                                             dict: "object", type(None): ["integer", "null"]}[type(value)]} for key, value in NASTY.items()})
+    "command": "\n  \tdef f(x):\n\treturn \"a\\n\" + '\\\\' # </parameter> </arg_value> <x> [/] }{ \"}\" 🙂 \u2028 é\n\n",
+    "timeout": 5000, "flag": True, "ratio": -0.5, "items": ["a \"b\"", {"c": [1, None]}], "options": {"k-1.x": "}, {\n"},
+    "maybe": "null", "count": None, "digits": "123", "empty": "", "blank": " \n", "truth": "true", "list": "[1, 2]",
+    "tag": "</tool_call> no </function> no"}
+TYPES = {str: "string", int: "integer", bool: "boolean", float: "number", list: "array", dict: "object",
+         type(None): ["integer", "null"]}
+NASTY_TOOL = tool("Nasty", **{key: {"type": TYPES[type(value)]} for key, value in NASTY.items()})
 
 
 def plain(value):
@@ -535,8 +541,12 @@ def gemma(value, quote):
 
 
 def tags(call, argument, end, type_of=lambda value: ""):
-    return lambda name, arguments: call.replace("N", name, 1) + "".join(
-        argument.replace("TYPE", type_of(value)).replace("KEY", key).replace("VALUE", plain(value)) for key, value in arguments.items()) + end
+    def write(name, arguments):
+        return call.replace("N", name, 1) + "".join(
+            argument.replace("TYPE", type_of(value)).replace("KEY", key).replace("VALUE", plain(value))
+            for key, value in arguments.items()) + end
+
+    return write
 
 
 def named_json(head, end, ascii=False):
@@ -547,66 +557,90 @@ def truth(value):
     return str(isinstance(value, str)).lower()
 
 
-INVOKE = ('<invoke name="N">\n', '<parameter name="KEY">VALUE</parameter>\n', "</invoke>\n")
+JSON = named_json('{"name": "NAME", "arguments": ', "}")
+PARAMETERS = named_json('{"type": "function", "name": "NAME", "parameters": ', "}")
+FUNCTION = tags("<function=N>\n", "<parameter=KEY>\nVALUE\n</parameter>\n", "</function>")
+PAIRS = ("N\n", "<PREarg_key>KEY</PREarg_key>\n<PREarg_value>VALUE</PREarg_value>\n", "")
+INVOKE = ('<PREinvoke name="N">\n', '<PREparameter name="KEY">VALUE</PREparameter>\n', "</PREinvoke>\n")
+DSML = (INVOKE[0], '<PREparameter name="KEY" string="TYPE">VALUE</PREparameter>\n', INVOKE[2])
 M3 = "]<]minimax[>["
-FAMILIES = {  # format, what opens a block, how one call is written, what separates calls, what closes the block
-    "hermes": (HERMES, "<tool_call>\n", named_json('{"name": "NAME", "arguments": ', "}"), "\n</tool_call>\n<tool_call>\n", "\n</tool_call>"),
-    "hermes, ascii": (HERMES, "<tool_call>", named_json('{"name":"NAME","arguments":', "}", True), "\n", "</tool_call>"),
-    "qwen coder": (QWEN_CODER, "<tool_call>\n", tags("<function=N>\n", "<parameter=KEY>\nVALUE\n</parameter>\n", "</function>"),
-                   "\n</tool_call>\n<tool_call>\n", "\n</tool_call>"),
-    "seed": (marked("<seed:tool_call>"), "<seed:tool_call>\n", tags("<function=N>\n", "<parameter=KEY>\nVALUE\n</parameter>\n", "</function>"),
-             "\n", "\n</seed:tool_call>"),
-    "glm": (GLM, "<tool_call>", tags("N\n", "<arg_key>KEY</arg_key>\n<arg_value>VALUE</arg_value>\n", ""), "</tool_call>\n<tool_call>", "</tool_call>"),
-    "longcat": (of_kind("longcat"), "<longcat_tool_call>", tags(
-        "N\n", "<longcat_arg_key>KEY</longcat_arg_key>\n<longcat_arg_value>VALUE</longcat_arg_value>\n", ""),
-        "</longcat_tool_call>\n<longcat_tool_call>", "</longcat_tool_call>"),
-    "minimax m2": (MINIMAX, "<minimax:tool_call>\n", tags(*INVOKE), "", "</minimax:tool_call>"),
-    "minimax m3": (marked(M3), f"{M3}<tool_call>\n", tags(f'{M3}<invoke name="N">', f"{M3}<KEY>VALUE{M3}</KEY>", f"{M3}</invoke>\n"),
-                   "", f"{M3}</tool_call>"),
-    "muse": (of_kind("muse_spark"), "<atem:function_calls>\n", tags(*(part.replace("<", "<atem:").replace("<atem:/", "</atem:") for part in INVOKE)),
-             "", "</atem:function_calls>"),
-    "deepseek r1": (marked("<｜tool▁calls▁begin｜>"), "<｜tool▁calls▁begin｜>", named_json(
-        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME\n```json\n", "\n```<｜tool▁call▁end｜>"), "\n", "<｜tool▁calls▁end｜>"),
-    "deepseek v3.1": (marked("<｜tool▁calls▁begin｜>"), "<｜tool▁calls▁begin｜>", named_json(
-        "<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>", "<｜tool▁call▁end｜>"), "", "<｜tool▁calls▁end｜>"),
-    **{f"deepseek {block.strip()}": (OutputFormat.of(found), f"<｜DSML｜{block}>\n", tags(
-        f'<｜DSML｜{gap}invoke name="N">\n', f'<｜DSML｜{gap}parameter name="KEY" string="TYPE">VALUE</｜DSML｜{gap}parameter>\n',
-        f"</｜DSML｜{gap}invoke>\n", truth), "", f"</｜DSML｜{block}>") for block, gap, found in [
-            ("function_calls", "", tokenizer(tokens=["｜DSML｜"])), ("tool_calls", "", tokenizer("<｜DSML｜tool_calls>")),
-            (" calls", " ", tokenizer("<｜DSML｜ calls>"))]},
-    "mistral": (of_kind("mistral"), "[TOOL_CALLS]", named_json("NAME[ARGS]", ""), "[TOOL_CALLS]", ""),
-    "mistral, ids": (of_kind("mistral"), "[TOOL_CALLS]", named_json("NAME[CALL_ID]abcdefg12[ARGS]", ""), "", ""),
-    "mistral, list": (of_kind("mistral"), "[TOOL_CALLS][", named_json('{"name": "NAME", "arguments": ', ', "id": "123456789"}'), ", ", "]"),
-    "llama": (marked("<|python_tag|>"), "<|python_tag|>", named_json('{"name": "NAME", "parameters": ', "}"), "; ", ""),
-    "llama, untagged": (OutputFormat.of(tokenizer(tokens=["<|python_tag|>"])), "", named_json(
-        '{"type": "function", "name": "NAME", "parameters": ', "}"), "; ", ""),
-    "llama 4": (marked("<|python_start|>"), "<|python_start|>[", lambda name, arguments: python(name, arguments), ", ", "]<|python_end|>"),
-    "llama 4, untagged": (marked("<|python_start|>"), "[", lambda name, arguments: python(name, arguments), ", ", "]"),
-    "lfm": (of_kind("pythonic"), "<|tool_call_start|>[", lambda name, arguments: python(name, arguments), ", ", "]<|tool_call_end|>"),
-    "gemma 4": (of_kind("gemma4"), "<|tool_call>", lambda name, arguments: f"call:{name}" + gemma(arguments, '<|"|>'),
-                "<tool_call|><|tool_call>", "<tool_call|>"),
-    "function gemma": (of_kind("function_gemma"), "<start_function_call>", lambda name, arguments: f"call:{name}" + gemma(arguments, "<escape>"),
-                       "<end_function_call><start_function_call>", "<end_function_call>"),
-    "kimi k2": (of_kind("kimi_k2"), "<|tool_calls_section_begin|>", named_json(
-        "<|tool_call_begin|>functions.NAME:0<|tool_call_argument_begin|>", "<|tool_call_end|>"), "", "<|tool_calls_section_end|>"),
-    "kimi k3": (of_kind("kimi_k3"), "<|open|>tools<|sep|>", tags(
-        '<|open|>call tool="N" index="1"<|sep|>', '<|open|>argument key="KEY" type="TYPE"<|sep|>VALUE<|close|>argument<|sep|>',
-        "<|close|>call<|sep|>", lambda value: "string" if isinstance(value, str) else "object"), "", "<|close|>tools<|sep|>"),
-    "kimi k3, json": (of_kind("kimi_k3"), "<|open|>tools<|sep|>", named_json(
-        '<|open|>call tool="NAME" index="1"<|sep|><|open|>json type="object"<|sep|>', "<|close|>json<|sep|><|close|>call<|sep|>"),
-        "", "<|close|>tools<|sep|>"),
-    "granite": (marked("<|tool_call|>"), "<|tool_call|>[", named_json('{"name": "NAME", "arguments": ', "}"), ", ", "]"),
-    "phi 4": (OutputFormat.of(tokenizer(tokens=["<|tool_call|>", "<|/tool_call|>"])), "<|tool_call|>[", named_json(
-        '{"name": "NAME", "arguments": ', "}"), ", ", "]<|/tool_call|>"),
-    "phi 4, functools": (marked("functools["), "functools[", named_json('{"name": "NAME", "arguments": ', "}"), ", ", "]"),
-    "nemotron": (marked("<TOOLCALL>"), "<TOOLCALL>[", named_json('{"name": "NAME", "arguments": ', "}"), ", ", "]</TOOLCALL>"),
-    "harmony": (marked("<|channel|>"), "", named_json("<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>", ""), None, "<|call|>"),
-    "harmony, recipient first": (marked("<|channel|>"), "", named_json(" to=functions.NAME<|channel|>commentary json<|message|>", ""), None, "<|call|>"),
-}
+
+
+def prefixed(parts, prefix, *type_of):
+    return tags(*(part.replace("PRE", prefix) for part in parts), *type_of)
+
+
+def truth(value):
+    return str(isinstance(value, str)).lower()
+
+
+def kimi_type(value):
+    return "string" if isinstance(value, str) else "object"
 
 
 def python(name, arguments):
     return f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
+
+
+def gemma_call(quote):
+    return lambda name, arguments: f"call:{name}" + gemma(arguments, quote)
+
+
+FAMILIES = {  # format, what opens a block, how one call is written, what separates calls, what closes the block
+    "hermes": (HERMES, "<tool_call>\n", JSON, "\n</tool_call>\n<tool_call>\n", "\n</tool_call>"),
+    "hermes, ascii": (
+        HERMES, "<tool_call>", named_json('{"name":"NAME","arguments":', "}", True), "\n", "</tool_call>"),
+    "qwen coder": (QWEN_CODER, "<tool_call>\n", FUNCTION, "\n</tool_call>\n<tool_call>\n", "\n</tool_call>"),
+    "seed": (marked("<seed:tool_call>"), "<seed:tool_call>\n", FUNCTION, "\n", "\n</seed:tool_call>"),
+    "glm": (GLM, "<tool_call>", prefixed(PAIRS, ""), "</tool_call>\n<tool_call>", "</tool_call>"),
+    "longcat": (of_kind("longcat"), "<longcat_tool_call>", prefixed(PAIRS, "longcat_"),
+                "</longcat_tool_call>\n<longcat_tool_call>", "</longcat_tool_call>"),
+    "minimax m2": (MINIMAX, "<minimax:tool_call>\n", prefixed(INVOKE, ""), "", "</minimax:tool_call>"),
+    "minimax m3": (marked(M3), f"{M3}<tool_call>\n", tags(
+        f'{M3}<invoke name="N">', f"{M3}<KEY>VALUE{M3}</KEY>", f"{M3}</invoke>\n"), "", f"{M3}</tool_call>"),
+    "muse": (of_kind("muse_spark"), "<atem:function_calls>\n", prefixed(INVOKE, "atem:"), "", "</atem:function_calls>"),
+    "deepseek r1": (marked("<｜tool▁calls▁begin｜>"), "<｜tool▁calls▁begin｜>", named_json(
+        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME\n```json\n", "\n```<｜tool▁call▁end｜>"), "\n", "<｜tool▁calls▁end｜>"),
+    "deepseek v3.1": (marked("<｜tool▁calls▁begin｜>"), "<｜tool▁calls▁begin｜>", named_json(
+        "<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>", "<｜tool▁call▁end｜>"), "", "<｜tool▁calls▁end｜>"),
+    "deepseek v3.2": (OutputFormat.of(tokenizer(tokens=["｜DSML｜"])), "<｜DSML｜function_calls>\n",
+                      prefixed(DSML, "｜DSML｜", truth), "", "</｜DSML｜function_calls>"),
+    "deepseek v4": (marked("<｜DSML｜tool_calls>"), "<｜DSML｜tool_calls>\n",
+                    prefixed(DSML, "｜DSML｜", truth), "", "</｜DSML｜tool_calls>"),
+    "deepseek v4.1": (marked("<｜DSML｜ calls>"), "<｜DSML｜ calls>\n",
+                      prefixed(DSML, "｜DSML｜ ", truth), "", "</｜DSML｜ calls>"),
+    "mistral": (of_kind("mistral"), "[TOOL_CALLS]", named_json("NAME[ARGS]", ""), "[TOOL_CALLS]", ""),
+    "mistral, ids": (of_kind("mistral"), "[TOOL_CALLS]", named_json("NAME[CALL_ID]abcdefg12[ARGS]", ""), "", ""),
+    "mistral, list": (of_kind("mistral"), "[TOOL_CALLS][", named_json(
+        '{"name": "NAME", "arguments": ', ', "id": "123456789"}'), ", ", "]"),
+    "llama": (marked("<|python_tag|>"), "<|python_tag|>", PARAMETERS, "; ", ""),
+    "llama, untagged": (OutputFormat.of(tokenizer(tokens=["<|python_tag|>"])), "", PARAMETERS, "; ", ""),
+    "llama 4": (marked("<|python_start|>"), "<|python_start|>[", python, ", ", "]<|python_end|>"),
+    "llama 4, untagged": (marked("<|python_start|>"), "[", python, ", ", "]"),
+    "lfm": (of_kind("pythonic"), "<|tool_call_start|>[", python, ", ", "]<|tool_call_end|>"),
+    "gemma 4": (of_kind("gemma4"), "<|tool_call>", gemma_call('<|"|>'), "<tool_call|><|tool_call>", "<tool_call|>"),
+    "function gemma": (of_kind("function_gemma"), "<start_function_call>", gemma_call("<escape>"),
+                       "<end_function_call><start_function_call>", "<end_function_call>"),
+    "kimi k2": (of_kind("kimi_k2"), "<|tool_calls_section_begin|>", named_json(
+        "<|tool_call_begin|>functions.NAME:0<|tool_call_argument_begin|>", "<|tool_call_end|>"),
+        "", "<|tool_calls_section_end|>"),
+    "kimi k3": (of_kind("kimi_k3"), "<|open|>tools<|sep|>", tags(
+        '<|open|>call tool="N" index="1"<|sep|>',
+        '<|open|>argument key="KEY" type="TYPE"<|sep|>VALUE<|close|>argument<|sep|>',
+        "<|close|>call<|sep|>", kimi_type), "", "<|close|>tools<|sep|>"),
+    "kimi k3, json": (of_kind("kimi_k3"), "<|open|>tools<|sep|>", named_json(
+        '<|open|>call tool="NAME" index="1"<|sep|><|open|>json type="object"<|sep|>',
+        "<|close|>json<|sep|><|close|>call<|sep|>"), "", "<|close|>tools<|sep|>"),
+    "granite": (marked("<|tool_call|>"), "<|tool_call|>[", JSON, ", ", "]"),
+    "phi 4": (OutputFormat.of(tokenizer(tokens=["<|tool_call|>", "<|/tool_call|>"])),
+              "<|tool_call|>[", JSON, ", ", "]<|/tool_call|>"),
+    "phi 4, functools": (marked("functools["), "functools[", JSON, ", ", "]"),
+    "nemotron": (marked("<TOOLCALL>"), "<TOOLCALL>[", JSON, ", ", "]</TOOLCALL>"),
+    "harmony": (marked("<|channel|>"), "", named_json(
+        "<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>", ""), None, "<|call|>"),
+    "harmony, recipient first": (marked("<|channel|>"), "", named_json(
+        " to=functions.NAME<|channel|>commentary json<|message|>", ""), None, "<|call|>"),
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -648,9 +682,11 @@ HARMONY = marked("<|channel|>")
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>Hi<|return|>", [("thinking", "hm"), ("text", "Hi")]),
+    ("<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>Hi<|return|>",
+     [("thinking", "hm"), ("text", "Hi")]),
     ("<|channel|>final<|message|>Hi", [("text", "Hi")]),
-    ("<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>commentary to=functions.Bash <|constrain|>json<|message|>"
+    ("<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
+     "<|channel|>commentary to=functions.Bash <|constrain|>json<|message|>"
      '{"command":"ls"}<|call|>', [("thinking", "hm"), bash()]),
     ("<|channel|>analysis<|message|>hm<|end|><|start|>assistant to=functions.Bash<|channel|>commentary json<|message|>"
      '{"command":"ls"}', [("thinking", "hm"), bash()]),
