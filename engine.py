@@ -136,7 +136,7 @@ class ToolInput:
 
 @dataclass
 class ToolEnd:
-    """The open call is complete; `arguments` is the object its pieces spell."""
+    """The open call is over; `arguments` is the object its pieces spell. Of a call that was cut off it holds what arrived."""
 
     arguments: dict[str, Any]
 
@@ -1493,6 +1493,7 @@ class CallReader:
     # -- the grammar: each generator reads one part of it and yields when it needs more text
 
     def _read_block(self) -> Iterator[bool]:
+        """Calls up to the end tag or, where there is none, to what can be no call."""
         shape, searched = None, 0
         while True:
             if shape:
@@ -1518,14 +1519,12 @@ class CallReader:
         """The beginning of a call to a declared tool; the end tag of the call before it may be missing."""
         text = self.text.removeprefix(self._start) if self.calls and self._end else self.text
         for shape in self._format.shapes:
-            if head := shape.head.match(text):
-                if name := self._name(head[1].strip()):
-                    self.text = text[head.end():]
-                    return shape, name
+            head = shape.head.match(text)
+            name = head[1].strip() if head else ""
+            if name := self._names.get(name) or self._names.get(name.lower()):
+                self.text = text[head.end():]
+                return shape, name
         return None
-
-    def _name(self, name: str) -> str | None:
-        return self._names.get(name) or self._names.get(name.lower())
 
     def _may_begin(self) -> bool:
         """Whether what follows a call can be the beginning of another."""
@@ -1579,6 +1578,7 @@ class CallReader:
                 for name, properties in self._tools.items()]
 
     def _read_call(self, shape: Shape, name: str) -> Iterator[bool]:
+        """One call from its arguments to the end of the object they stand in, if that ends."""
         self._open(name)
         complete = yield from (self._read_tags if shape.close else self._read_object)(shape, self._tools[name])
         self._close()
@@ -1808,7 +1808,7 @@ class OutputParser:
 
     def _read_text(self, last: bool) -> bool:
         if self._may_be_bare and self._buffer.strip() and self._read_bare_calls(last):
-            return self.state == "call" and last
+            return self._reader is None
         mark = self._take_until_mark(self._show, last)
         if mark is None or self.finished:
             return False

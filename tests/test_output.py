@@ -671,6 +671,20 @@ def test_long_strings_stream_in_every_family(family):
     assert started < text.index("line") and seen.startswith('{"content": "line\\nline') and json.loads(seen)["file_path"] == "a"
 
 
+LLAMA = OutputFormat.of(tokenizer(tokens=["<|python_tag|>"]))
+
+
+@pytest.mark.parametrize("text, expected", [
+    ('{"name": "Bash", "parameters": {"command": "ls"}} and text', [bash(), ("text", "and text")]),
+    ('{"name": "Bash", "parameters": {"command": "l', [bash("l")]),
+    ('{"name": "Bash"} is how', [("text", '{"name": "Bash"} is how')]),
+    ('{"name": "Other", "parameters": {}}', [("text", '{"name": "Other", "parameters": {}}')]),
+    ("<|python_tag|>print(1)", [("text", "<|python_tag|>print(1)")]),
+])
+def test_a_model_that_writes_calls_without_tags(text, expected):
+    assert parse(text, LLAMA) == expected
+
+
 def test_values_that_the_schema_may_change_wait():
     parser = OutputParser(HERMES, TOOLS)
     parser.feed('<tool_call>{"name": "Bash", "arguments": {"timeout": "50')
@@ -750,3 +764,17 @@ def test_events_depend_on_the_text_alone(seed):
         out = parse(text, format, dice.choice([TOOLS, []]), ["STOP"] if dice.random() < 0.7 else [],
                     in_thinking=dice.random() < 0.3, parallel=dice.random() < 0.8)
         assert "STOP" not in "".join(piece for kind, piece, *_ in out if kind == "text") or not parse.parser._stops
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_damaged_calls_depend_on_the_text_alone(family):
+    """Calls of each family with pieces cut out, put in or moved: any cutting gives the same valid events."""
+    dice = random.Random(family)
+    format, start, write, _, end = FAMILIES[family]
+    parts = ['"', "{", "}", "]", ",", "\\", "\n", "x", "</tool_call>", "<tool_call>", "</parameter>", start, end]
+    for _ in range(12):
+        text = start + write("Nasty", dict(dice.sample(list(NASTY.items()), 3))) + end + start + write("Bash", {"command": "ls"}) + end
+        for _ in range(dice.randrange(1, 4)):
+            at, other = dice.randrange(len(text)), dice.randrange(len(text))
+            text = text[:at] + dice.choice([dice.choice(parts), "", text[other:other + 20]]) + text[at + dice.randrange(9):]
+        parse(text, format, [NASTY_TOOL, *TOOLS])
