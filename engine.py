@@ -11,6 +11,7 @@ during MLX work, tokenisation or I/O.
 
 from __future__ import annotations
 
+import ast
 import bisect
 import collections
 import copy
@@ -135,7 +136,7 @@ class ToolInput:
 
 @dataclass
 class ToolEnd:
-    """The open call is complete; `arguments` is the object its pieces spell."""
+    """The open call is over; `arguments` is the object its pieces spell. Of a call that was cut off it holds what arrived."""
 
     arguments: dict[str, Any]
 
@@ -668,14 +669,15 @@ class Template:
         self.has_tools = renders([ask], "probe_tool", tools) and renders([ask, call, result], "0815 4711", tools)
         self.user_after_tool = renders([ask, call, result, ask], "4711", tools)
         self.assistant_first = renders([{"role": "assistant", "content": "4711"}, ask], "4711")
-        pair = {**call, "tool_calls": [_probe_call("call00001"), _probe_call("call00002")]}
-        self.parallel_calls = renders([ask, pair, result, {**result, "tool_call_id": "call00002"}], "4711", tools)
+        pair = {**call, "tool_calls": [_probe_call("call00001"), _probe_call("call00002", "1516")]}
+        self.parallel_calls = renders([ask, pair, result, {**result, "tool_call_id": "call00002"}], "0815 1516 4711", tools)
         long_id = "toolu_0123456789abcdefghijkl"
         long_call = {**call, "tool_calls": [_probe_call(long_id)]}
         self.short_ids = self.has_tools and not renders([ask, long_call, {**result, "tool_call_id": long_id}], "4711", tools)
         self.reasoning_field = "thinking" if (
             "reasoning_content" not in self._source and re.search(r"\.thinking\b|\[['\"]thinking['\"]\]", self._source)
         ) else "reasoning_content"
+        self.text_beside_thought = renders([ask, {**call, "content": "1", self.reasoning_field: "2"}, result], "0815", tools)
 
     def render(self, messages: list[Message], tools: list[dict], options: dict[str, Any], *, generation: bool) -> str:
         """The prompt's text. `generation` opens the assistant's turn; a final assistant message is left open instead.
@@ -748,6 +750,8 @@ class Template:
                 continue
             if message.get("reasoning_content") and self.reasoning_field == "thinking":
                 message = {**message, "thinking": message["reasoning_content"]}
+                if message["content"] and message.get("tool_calls") and not self.text_beside_thought:
+                    message |= {"content": "", "thinking": f"{message['thinking']}\n\n{message['content']}"}
             out.append(message)
         if not self.parallel_calls:
             out = _one_call_a_turn(out)
@@ -764,8 +768,8 @@ To call one, write only this, once per call:
 </tool_call>"""
 
 
-def _probe_call(call_id: str) -> dict:
-    return {"id": call_id, "type": "function", "function": {"name": "probe_tool", "arguments": {"number": "0815"}}}
+def _probe_call(call_id: str, number: str = "0815") -> dict:
+    return {"id": call_id, "type": "function", "function": {"name": "probe_tool", "arguments": {"number": number}}}
 
 
 def _tools_as_text(messages: list[Message], tools: list[dict]) -> list[Message]:
@@ -856,9 +860,14 @@ class Tongue:
         self.template = Template(self.tokenizer) if self.tokenizer.has_chat_template else None
         self.format = OutputFormat.of(self.tokenizer)
         if self.template and not self.template.has_tools:
-            self.format = dataclasses.replace(self.format, call=("<tool_call>", "</tool_call>"), parse=parse_json_calls)
+            self.format = dataclasses.replace(HERMES, thinking=self.format.thinking, noise=self.format.noise)
         self.defaults = _generation_defaults(local.path)
-        self._ends = [text for text in map(self.tokenizer.decode, self.tokenizer.eos_token_ids) if text]
+        self._noise = _any_of(self.format.noise)
+        ends = [text for text in map(self.tokenizer.decode, self.tokenizer.eos_token_ids) if text]
+        pattern = _any_of(ends).pattern
+        if self.format.thinking and self.format.thinking[1] in self.format.noise:  # it may end the turn, too
+            pattern += f"|{re.escape(self.format.thinking[1])}(?!{self._noise.pattern})"
+        self._turn_end = re.compile(pattern)
         self._answers: dict[str, Answer] = {}
         self._roots: dict[str, int] = {}
         self._openers: dict[str, str] = {}
@@ -896,8 +905,8 @@ class Tongue:
         options = self._options(request)
         messages, answers = self._recall(request.messages)
         text = self.template.render(messages, tools, options, generation=True)
-        if any(mark not in text for mark in answers):  # a template that drops text beside calls
-            messages, answers = request.messages, {}
+        if lost := {mark for mark in answers if mark not in text}:  # a template that drops text beside calls
+            messages, answers = self._recall(request.messages, lost)
             text = self.template.render(messages, tools, options, generation=True)
         opener = self._opener(messages, tools, options, text)
         opening = self.format.opening(request.tool_choice) if tools else ""
@@ -938,6 +947,8 @@ class Tongue:
             tokens = tokens[:-1]
         visible = job._raw.rpartition(self.format.thinking[1])[2] if job._thinking else opening + job._raw
         key = _answer_key(job._parser.call_ids, job._visible, job.request.messages)
+        while mark := self._noise.match(visible):
+            visible = visible[mark.end():]
         self.learn({key: Answer(tokens, visible.lstrip("\n"), job._thinking)})
         return key
 
@@ -950,16 +961,16 @@ class Tongue:
         """A remembered answer."""
         return self._answers.get(key)
 
-    def _recall(self, messages: list[Message]) -> tuple[list[Message], dict[str, Answer]]:
-        """The conversation with a mark for the text of every remembered answer, and the answers by their marks. Their thinking
-        is put back where the client left it out: whether it is shown is the template's decision."""
+    def _recall(self, messages: list[Message], lost: Iterable[str] = ()) -> tuple[list[Message], dict[str, Answer]]:
+        """The conversation with a mark for the text of every remembered answer, and the answers by their marks, apart from
+        `lost` ones. Their thinking is put back where the client left it out: whether it is shown is the template's decision."""
         marked, answers = list(messages), {}
         for at, message in enumerate(messages[:-1]):
             if message["role"] == "assistant":
                 ids = [call.get("id", "") for call in message.get("tool_calls") or []]
                 answer = self._answers.get(_answer_key(ids, message["content"], messages[:at]))
-                if answer is not None:
-                    mark = f"{_MARK}{at}{_MARK}"
+                mark = f"{_MARK}{at}{_MARK}"
+                if answer is not None and mark not in lost:
                     answers[mark] = answer
                     marked[at] = {**message, "content": mark}
                     if answer.thinking and not message.get("reasoning_content"):
@@ -973,10 +984,11 @@ class Tongue:
         tokens: list[int] = []
         for mark, answer in answers.items():
             before, _, text = text.partition(mark)
-            ends = [at for at in map(text.find, self._ends) if at >= 0]
-            text = text[min(ends):] if ends else ""
+            end = self._turn_end.search(text)
+            text = text[end.start():] if end else ""
             turn = before.rfind(header) + len(header) if header else -1
-            if answer.thinking and turn >= 0 and before[turn:].strip():
+            shown = self._noise.sub("", before[turn:]).strip()
+            if turn >= 0 and (shown if answer.thinking else self.format.noise):  # the answer has its own markup around text
                 before = before[:turn] + (opener[len(header):] if opener.rstrip().endswith(self.format.thinking[0]) else "")
                 tokens += self.encode(before) + answer.tokens
             elif answer.thinking:
@@ -1052,6 +1064,10 @@ def _answer_key(call_ids: list[str], text: str, before: list[Message]) -> str:
     return " ".join(call_ids) if call_ids else hashlib.sha256(f"{asked}\0{text.strip()}".encode()).hexdigest()
 
 
+def _any_of(texts: Iterable[str]) -> re.Pattern:
+    return re.compile("|".join(map(re.escape, texts)) or "(?!)")
+
+
 def _keep(memory: dict, key: str, value: Any, most: int) -> Any:
     """Puts a value into a memory that forgets the oldest of too many; returns it."""
     memory.pop(key, None)
@@ -1085,11 +1101,12 @@ def _first_line(error: Exception) -> str:
 # ------------------------------------------------------------------ output: decoded text -> events
 #
 #   feed(text) -> [state machine] -> thinking ------------------------------------> Thinking
-#                                 -> call: buffered, parsed, checked -------------> ToolStart, ToolInput, ToolEnd
+#                                 -> call: CallReader, by the family's Shape -----> ToolStart, ToolInput, ToolEnd
 #                                 -> visible text -> blanks at edges -> stops ----> Text
 #
 # Every decision waits until no further text can change it, so events do not depend on how the text was cut into pieces.
-# A call that fails is only its opening tag turned into text: what follows the tag is read again.
+# Until a call's name and the form of its arguments are certain, a failure turns only its opening tag into text: what
+# follows the tag is read again. From then on it is a call, and whatever comes is made into arguments.
 
 Calls = list[tuple[str, Any]]
 ParseCalls = Callable[[str, list[dict]], Calls]
@@ -1122,7 +1139,7 @@ def read_json(text: str) -> tuple[Any, str]:
 
 
 def parse_json_calls(text: str, tools: list[dict]) -> Calls:
-    """`{"name": N, "arguments": {…}}` (Hermes, Qwen), once or several times; text after the objects is ignored."""
+    """`{"name": N, "arguments": {…}}` in any order of keys, once or several times; text after the objects is ignored."""
     calls: Calls = []
     while gap := _BEFORE_OBJECT.match(text):
         try:
@@ -1139,47 +1156,6 @@ def parse_json_calls(text: str, tools: list[dict]) -> Calls:
     return calls
 
 
-def _xml_parser(function: str, end: str, parameter: str, newlines: bool) -> ParseCalls:
-    """A parser for calls of named tags, given the patterns of the tags. Values are kept to the byte, but for the one
-    newline after and before their tags that the format adds when `newlines` is set."""
-    # A closing tag counts only where markup can follow it; elsewhere it is part of a value.
-    call = re.compile(rf"\s*{function}((?:\s*{parameter}.*?</parameter>)?\s*)(?:{end}|\Z|(?={function}))", re.DOTALL)
-    argument = re.compile(rf"{parameter}(.*?)</parameter>(?=\s*(?:{parameter}|\Z))", re.DOTALL)
-
-    def parse(text: str, tools: list[dict]) -> Calls:
-        if text.lstrip().startswith("{"):  # models trained on several formats fall back to JSON
-            return parse_json_calls(text, tools)
-        calls: Calls = []
-        while found := call.match(text):
-            pairs = ((pair[1].strip(), pair[2]) for pair in argument.finditer(found[2]))
-            calls.append((found[1].strip(), {
-                key: value.removeprefix("\n").removesuffix("\n") if newlines else value for key, value in pairs}))
-            text = text[found.end():]
-        if not calls:
-            raise CutShort("unfinished call") if re.match(rf"\s*{function}", text) else ValueError("no call")
-        return calls
-
-    return parse
-
-
-parse_qwen3_coder_calls = _xml_parser(r"<function=([^>\n]+)>", "</function>", r"<parameter=([^>\n]+)>", True)
-parse_minimax_calls = _xml_parser(
-    r"""<invoke name=["']?([^"'>\n]+)["']?>""", "</invoke>", r"""<parameter name=["']?([^"'>\n]+)["']?>""", False)
-
-_GLM_ARGUMENT = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>\s*(?=<arg_key>|\Z)", re.DOTALL)
-
-
-def parse_glm_calls(text: str, tools: list[dict]) -> Calls:
-    """`N\\n<arg_key>K</arg_key>\\n<arg_value>V</arg_value>…`; values are kept to the byte."""
-    name, tag, rest = text.partition("<arg_key>")
-    rest, arguments = tag + rest, {}
-    while pair := _GLM_ARGUMENT.match(rest):
-        arguments[pair[1].strip()], rest = pair[2], rest[pair.end():]
-    if rest:
-        raise CutShort("unfinished argument")
-    return [(name.strip(), arguments)]
-
-
 def _wrap(parse: Callable[[str, list[dict]], Any]) -> ParseCalls:
     """An mlx-lm parser in our form. The ids some of them return are not unique and are left behind."""
 
@@ -1190,47 +1166,184 @@ def _wrap(parse: Callable[[str, list[dict]], Any]) -> ParseCalls:
     return parse_calls
 
 
+@dataclass(frozen=True)
+class Shape:
+    """How a family writes one call: `head`, the arguments, and what `over` skips behind them.
+
+    `head` matches up to the arguments and captures the tool's name. `key` matches what precedes an argument's value and
+    captures its name and, where the markup has it, its type. Without `close` the arguments are an object in JSON or much
+    like it, its strings in one of `quotes`, and `outer` tells that it stands in an object of its own. With `close`
+    (KEY for the argument's name) values are plain text that ends there; with `newlines` one newline behind and one before
+    the value belong to its tags. `after` is what follows a value: the object's end and its next argument, or the next
+    argument's tag and the tags that end the call. `begins` is how another call may begin where no end tag would tell, and
+    `opening` what follows the call tag, both with NAME for the tool's name.
+    """
+
+    head: re.Pattern
+    key: re.Pattern
+    over: re.Pattern
+    after: tuple[str, ...]
+    begins: tuple[str, ...] = ()
+    opening: str = ""
+    quotes: tuple[str, ...] = ('"',)
+    outer: bool = False
+    close: str = ""
+    newlines: bool = False
+
+
+# A call counts only when its first argument has begun: more than a name is needed to be sure. No name holds a "<", so that
+# none reaches over an end tag.
+_JSON_KEY = r'"((?:[^"\\<]|\\.){0,200})"\s*:\s*'
+_JSON_START = rf"\{{(?=\s*(?:\}}|{_JSON_KEY}))"
+
+
+def _shape(head: str, over: str, after: tuple[str, ...] = ("}", ',"', ",}"), key: str = _JSON_KEY + r"(?=\S)",
+           **more: Any) -> Shape:
+    return Shape(re.compile(head, re.DOTALL), re.compile(key, re.DOTALL), re.compile(over), after, **more)
+
+
+def _pairs(prefix: str = "") -> Shape:
+    """`N<arg_key>K</arg_key><arg_value>V</arg_value>…` (GLM)."""
+    key, value = f"{prefix}arg_key", f"{prefix}arg_value"
+    return _shape(rf"\s*([^<>\n{{]+?)\s*(?=<{key}>|</{prefix}tool_call>)", r"\s*", (f"<{key}>",),
+                  rf"\s*<{key}>([^<]*)</{key}>\s*<{value}>", close=f"</{value}>")
+
+
+def _invokes(prefix: str = "") -> Shape:
+    """`<invoke name="N"><parameter name="K">V</parameter></invoke>` (MiniMax, DeepSeek), with a prefix in each tag."""
+    name = r"""\bname=["']?([^"'<>\n]+)["']?"""
+    return _shape(rf"\s*<{prefix}invoke [^<>]*?{name}[^<>]*>(?=\s*<(?:{prefix}parameter|/{prefix}invoke))",
+                  rf"\s*(?:</{prefix}invoke>)?\s*", (f"<{prefix}parameter ", f"</{prefix}invoke>", f"<{prefix}invoke "),
+                  rf"""\s*<{prefix}parameter [^<>]*?{name}(?: string="(\w+)")?[^<>]*>""", close=f"</{prefix}parameter>",
+                  opening=f'\n<{prefix}invoke name="NAME">\n')
+
+
+_NAME_AND_JSON = _shape(
+    r'\s*(?:```(?:json)?)?[\s,;{}\[\]]*\{\s*(?:"(?:type|id|index)"\s*:\s*(?:"[^"\\<]*"|\d+)\s*,\s*){0,3}'
+    r'(?:"function"\s*:\s*\{\s*)?"name"\s*:\s*"([^"\\]+)"\s*,\s*(?:"id"\s*:\s*"[^"\\<]*"\s*,\s*)?'
+    r'"(?:arguments|parameters)"\s*:\s*' + _JSON_START,
+    r"[\s,;}\]`]*", outer=True, begins=("{",), opening='\n{"name": "NAME", "arguments": ')
+_FUNCTIONS = _shape(
+    r"\s*<function=([^<>\n]+)>(?=\s*<(?:parameter=|/function>|function=|/(?:seed:)?tool_call>))", r"\s*(?:</function>)?\s*",
+    ("<parameter=", "</function>", "<function="), r"\s*<parameter=([^<>\n]+)>(?:\n|(?=[^\n]))", close="</parameter>",
+    newlines=True, begins=("<function=",), opening="\n<function=NAME>\n")
+_MISTRAL = _shape(r"[\s,;]*(?:\[TOOL_CALLS\]\s*)?([\w.-]+)(?:\[CALL_ID\][\w-]*)?(?:\[ARGS\]\s*)?" + _JSON_START,
+                  r"[\s,;\]]*", begins=("NAME[", "NAME{", "[TOOL_CALLS]"))
+_PYTHON = _shape(r"[\s,\[]*([\w.-]+)\((?=\s*(?:\)|\w+\s*=))", r"[\s,\]]*", (")", ","), r"(\w+)\s*=\s*(?=\S)",
+                 quotes=('"', "'"), begins=("NAME(", "["))
+_KIMI_K2 = _shape(r"\s*<\|tool_call_begin\|>\s*(?:functions\.)?([^:<\s]+)(?::\d*)?\s*<\|tool_call_argument_begin\|>\s*"
+                  + _JSON_START, r"\s*(?:<\|tool_call_end\|>)?\s*")
+_KIMI_K3_HEAD = r'\s*<\|open\|>call [^<]*?\btool="([^"<]+)"[^<]*<\|sep\|>\s*'
+_KIMI_K3_OVER = r"(?:\s*<\|close\|>(?:json|call)<\|sep\|>)*\s*"
+_KIMI_K3 = (
+    _shape(_KIMI_K3_HEAD + r"<\|open\|>json[^<]*<\|sep\|>\s*" + _JSON_START, _KIMI_K3_OVER),
+    _shape(_KIMI_K3_HEAD + r"(?=<\|(?:open\|>argument|close\|>call))", _KIMI_K3_OVER,
+           ("<|open|>argument ", "<|close|>call<|sep|>"),
+           r'\s*<\|open\|>argument [^<]*?\bkey="([^"<]*)"(?:[^<]*?\btype="(\w+)")?[^<]*<\|sep\|>',
+           close="<|close|>argument<|sep|>"))
+_DEEPSEEK = _shape(  # V3 and R1 name a type first and fence the JSON, V3.1 does not
+    r"\s*<｜tool▁call▁begin｜>\s*(?:function<｜tool▁sep｜>)?\s*([^\s<`]+)\s*(?:<｜tool▁sep｜>)?\s*(?:```(?:json)?)?\s*"
+    + _JSON_START, r"(?:[\s`]*<｜tool▁call▁end｜>)?\s*")
+_HARMONY = _shape(r"(?:[^{]{0,40}?to=)?(?:functions\.)?([\w.-]+)[^{]*?<\|message\|>\s*" + _JSON_START, r"\s*",
+                  opening="functions.NAME <|constrain|>json<|message|>")
+_NS = "]<]minimax[>["
+_MINIMAX_M3 = _shape(
+    rf"""\s*{re.escape(_NS)}<invoke name=["']?([^"'<>\n]+)["']?>(?=\s*{re.escape(_NS)}<)""",
+    rf"\s*(?:{re.escape(_NS)}</invoke>)?\s*", (_NS + "<", _NS + "</invoke>", _NS + "<invoke "),
+    rf"\s*{re.escape(_NS)}<(?!invoke|/)([^<>\s]+)>", close=_NS + "</KEY>", opening=f'\n{_NS}<invoke name="NAME">\n')
+
+
+def _gemma(quote: str) -> Shape:
+    """`call:N{k:<|"|>v<|"|>,n:1}`."""
+    return _shape(r"[\s,]*call:([\w.-]+)\s*\{(?=\s*(?:\}|[^\s{}:,<]+\s*:))", r"[\s,}]*", ("}", ","),
+                  rf"([^\s{{}}:,<]+)\s*:\s*(?=[^\s<]|{re.escape(quote)})", quotes=(quote,), begins=("call:",))
+
+
 @dataclass
 class OutputFormat:
     """How one model writes its thinking and its tool calls; built once per model.
 
-    `parse` turns the text between the `call` tags into names and arguments and raises ValueError when it is no call.
-    `complete` is how a whole call text ends, which forgives a missing end tag ("": `parse` can tell by itself, None:
-    nobody can). `bare` are the tags of a call whose outer tags the model forgot.
+    Calls stand between the `call` tags in one of `shapes` or else in a text that `parse` turns into names and arguments
+    (it raises ValueError when it is no call); `untagged` models leave the tags out. `openers` begin a call, too, at the
+    beginning of a line. `noise` is markup around visible text, `final` are the tags after which nothing follows.
     """
 
     thinking: tuple[str, str] | None = None
-    call: tuple[str, str] | None = None  # an empty end tag: the call lasts to the end of the turn
+    call: tuple[str, str] | None = None  # an empty end tag: the call lasts as long as its text makes sense
     parse: ParseCalls | None = None
-    complete: str | None = ""
-    bare: tuple[str, str] | None = None
+    shapes: tuple[Shape, ...] = ()
+    openers: tuple[str, ...] = ()
+    untagged: bool = False
+    noise: tuple[str, ...] = ()
+    final: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, tokenizer: Any) -> OutputFormat:
-        """The format of an mlx-lm TokenizerWrapper: our parser where we have one, otherwise mlx-lm's."""
-        format = cls((tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else None)
-        if tokenizer.has_tool_calling:
-            ours: dict[str, tuple] = {
-                "json_tools": (parse_json_calls, ""),
-                "qwen3_coder": (parse_qwen3_coder_calls, "</function>", ("<function=", "</function>")),
-                "glm47": (parse_glm_calls, None),
-                "minimax_m2": (parse_minimax_calls, "</invoke>"),
-            }
-            kind = tokenizer.tool_parser.__module__.rpartition(".")[2]
-            format = cls(format.thinking, (tokenizer.tool_call_start, tokenizer.tool_call_end),
-                         *ours.get(kind, (_wrap(tokenizer.tool_parser), None)))
-        return format
+        """The format of an mlx-lm TokenizerWrapper. What mlx-lm found in the chat template decides; where it finds
+        nothing or the wrong thing, the tags that the template or else the vocabulary knows."""
+        template = getattr(tokenizer, "chat_template", None)
+        template = template if isinstance(template, str) else ""
+        vocabulary = " ".join(token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values())
+        thinking = (tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else next(
+            (tags for tags in (("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]")) if tags[0] in template), None)
+        if tokenizer.has_tool_calling and _NS not in template:
+            parser = tokenizer.tool_parser
+            format = _FAMILIES.get(parser.__module__.rpartition(".")[2]) or cls(parse=_wrap(parser))
+            return dataclasses.replace(format, thinking=thinking, call=(tokenizer.tool_call_start, tokenizer.tool_call_end),
+                                       noise=tuple(getattr(tokenizer, "_structural_markers", ())))
+        format = next((format for known in (template, vocabulary) for mark, format in _MARKED.items() if mark in known), cls())
+        return format if format.thinking else dataclasses.replace(format, thinking=thinking)
 
     def opening(self, choice: str) -> str:
         """What begins the answer when a call is demanded: `choice` is "any" or a tool's name; "" for "auto" and "none",
         or when this format has no call tag."""
         if choice in ("auto", "none") or self.call is None:
             return ""
-        if choice != "any" and self.parse is parse_json_calls:
-            return f'{self.call[0]}\n{{"name": {json.dumps(choice)}, "arguments": '
-        if choice != "any" and self.parse is parse_qwen3_coder_calls:
-            return f"{self.call[0]}\n<function={choice}>\n"
-        return self.call[0]
+        named = self.shapes[0].opening.replace("NAME", choice) if choice != "any" and self.shapes else ""
+        return self.call[0] + named
+
+
+HERMES = OutputFormat(None, ("<tool_call>", "</tool_call>"), parse_json_calls, (_NAME_AND_JSON,))
+"""`<tool_call>{"name": N, "arguments": {…}}</tool_call>`: the form for models that have none of their own."""
+
+_FAMILIES = {  # by the name of mlx-lm's parser; some models fall back to JSON
+    "json_tools": HERMES,
+    "qwen3_coder": OutputFormat(parse=parse_json_calls, shapes=(_FUNCTIONS, _NAME_AND_JSON), openers=("<function=",)),
+    "glm47": OutputFormat(parse=parse_json_calls, shapes=(_pairs(), _NAME_AND_JSON)),
+    "laguna": OutputFormat(parse=parse_json_calls, shapes=(_pairs(), _NAME_AND_JSON)),
+    "longcat": OutputFormat(parse=parse_json_calls, shapes=(_pairs("longcat_"), _NAME_AND_JSON)),
+    "minimax_m2": OutputFormat(shapes=(_invokes(),)),
+    "muse_spark": OutputFormat(shapes=(_invokes("atem:"),)),
+    "mistral": OutputFormat(parse=parse_json_calls, shapes=(_MISTRAL, _NAME_AND_JSON)),
+    "gemma4": OutputFormat(shapes=(_gemma('<|"|>'),)),
+    "function_gemma": OutputFormat(shapes=(_gemma("<escape>"),)),
+    "kimi_k2": OutputFormat(shapes=(_KIMI_K2,)),
+    "kimi_k3": OutputFormat(shapes=_KIMI_K3),
+    "pythonic": OutputFormat(shapes=(_PYTHON,)),
+}
+_MARKED = {  # by a tag, the surest first
+    _NS: OutputFormat(call=(_NS + "<tool_call>", _NS + "</tool_call>"), shapes=(_MINIMAX_M3,)),
+    # https://cookbook.openai.com/articles/openai-harmony
+    "<|channel|>": OutputFormat(
+        ("<|channel|>analysis<|message|>", "<|end|>"), ("<|channel|>commentary to=", ""), shapes=(_HARMONY,),
+        openers=(" to=functions.", "<|channel|>analysis to="),
+        noise=("<|channel|>final<|message|>", "<|channel|>commentary<|message|>", "<|start|>assistant", "<|end|>"),
+        final=("<|call|>", "<|return|>")),
+    "<｜DSML｜ calls>": OutputFormat(call=("<｜DSML｜ calls>", "</｜DSML｜ calls>"), shapes=(_invokes("｜DSML｜ "),)),
+    "<｜DSML｜tool_calls>": OutputFormat(call=("<｜DSML｜tool_calls>", "</｜DSML｜tool_calls>"), shapes=(_invokes("｜DSML｜"),)),
+    "｜DSML｜": OutputFormat(call=("<｜DSML｜function_calls>", "</｜DSML｜function_calls>"), shapes=(_invokes("｜DSML｜"),)),
+    "<｜tool▁calls▁begin｜>": OutputFormat(call=("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"), shapes=(_DEEPSEEK,)),
+    "<seed:tool_call>": OutputFormat(
+        call=("<seed:tool_call>", "</seed:tool_call>"), shapes=(_FUNCTIONS,), openers=("<function=",)),
+    "<TOOLCALL>": dataclasses.replace(HERMES, call=("<TOOLCALL>", "</TOOLCALL>")),
+    "<tool_call>": HERMES,
+    "functools[": dataclasses.replace(HERMES, call=("functools", "")),
+    "<|/tool_call|>": dataclasses.replace(HERMES, call=("<|tool_call|>", "<|/tool_call|>"), openers=("functools[",)),
+    "<|tool_call|>": dataclasses.replace(HERMES, call=("<|tool_call|>", "")),
+    "<|python_start|>": OutputFormat(
+        call=("<|python_start|>", "<|python_end|>"), shapes=(_PYTHON, _NAME_AND_JSON), untagged=True),
+    "<|python_tag|>": dataclasses.replace(HERMES, call=("<|python_tag|>", ""), untagged=True),
+}
 
 
 _KINDS = {bool: {"boolean"}, int: {"integer", "number"}, float: {"number"}, str: {"string"}, list: {"array"},
@@ -1295,7 +1408,330 @@ def _held(text: str, marks: Iterable[str]) -> int:
                 if text.endswith(mark[:n])), default=0)
 
 
-_FENCE = re.compile(r"```(?:json)?\s*")
+_ESCAPE = r'\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\.'
+_HALF_ESCAPE = r'\\(?:u[0-9a-fA-F]{0,3}|u[dD][89abAB][0-9a-fA-F]{2}(?:\\(?:u[0-9a-fA-F]{0,3})?)?)?\Z'
+_BRACKETS = {"{": "}", "[": "]", "(": ")"}
+
+
+def _unescape(text: str) -> str:
+    """What stands in a quoted string; a backslash that begins no escape is one."""
+
+    def spelled(escape: re.Match) -> str:
+        try:
+            return json.loads(f'"{escape[0]}"')
+        except ValueError:
+            return "'" if escape[0] == "\\'" else escape[0]
+
+    return re.sub(_ESCAPE, spelled, text, flags=re.DOTALL)
+
+
+def _spell(text: str, missing: str, quote: str) -> Any:
+    """The value that `text` spells, if need be with the closing brackets it is `missing`; else `text` itself."""
+    for source in (text, text + missing):
+        if quote != '"':  # then keys stand without any
+            token = re.compile(rf"{re.escape(quote)}(.*?){re.escape(quote)}|(?<=[{{,])\s*([^\s{{}}\[\]:,]+)\s*:", re.DOTALL)
+            source = token.sub(lambda found: json.dumps(found[2] or found[1]) + ":" * bool(found[2]), source)
+        for read in (lambda: read_json(source), lambda: (ast.literal_eval(source.strip()), "")):
+            try:
+                value, rest = read()
+                if not rest.strip():
+                    return value
+            except Exception:  # literal_eval fails with almost any type of exception
+                pass
+    return text
+
+
+def _comes_next(text: str, marks: Iterable[str], last: bool) -> bool | None:
+    """Whether, blanks aside, one of `marks` or the end comes next; None while that is open."""
+    text = "".join(text.lstrip()[:100].split())
+    marks = ["".join(mark.split()) for mark in marks if mark]
+    if any(text.startswith(mark) for mark in marks):
+        return True
+    return (last or None) if not text or any(mark.startswith(text) for mark in marks) else False
+
+
+@functools.lru_cache(256)
+def _stretch(marks: tuple[str, ...], escapes: bool) -> re.Pattern:
+    """Matches text up to a mark, half an escape or its end."""
+    ends = "|".join([re.escape(mark) for mark in marks] + [_HALF_ESCAPE] * escapes + [r"\Z"])
+    return re.compile(rf"((?:[^\\]|{_ESCAPE})*?)({ends})" if escapes else f"(.*?)({ends})", re.DOTALL)
+
+
+class CallReader:
+    """Reads the text behind a call tag, in pieces of any size, into the events of one or several calls.
+
+    Arguments leave as soon as they are certain: text of a string as it comes, other values, and strings that the tool's
+    schema may turn into something else, when they are complete. Together they are exactly one JSON object. A call that is
+    cut off (by `max_tokens`, say) or malformed in the middle ends there: its object holds all that has arrived, the last
+    value as far as it goes, and `cut` is set. A value that is no JSON becomes the string of its text.
+
+    `text` is what was not understood yet; when the calls are over it is what follows them.
+    """
+
+    LIMIT = 1000  # characters within which an argument must have begun
+
+    def __init__(self, format: OutputFormat, call: tuple[str, str], tools: Sequence[dict], parallel: bool = True):
+        self.text, self.cut, self.calls = "", False, 0
+        self._format, self._parallel = format, parallel
+        self._start, self._end = call
+        self._tools = _declared(tools)
+        self._names = {name.lower(): name for name in self._tools} | {name: name for name in self._tools}
+        self._begins = {begin.replace("NAME", name)
+                        for shape in format.shapes for begin in shape.begins for name in self._tools}
+        self._last = False
+        self._events: list[Event] = []
+        self._written: list[str] = []  # of the open call's arguments
+        self._steps = self._read_block()
+
+    def read(self, text: str, last: bool) -> tuple[list[Event], bool]:
+        """Takes the next piece of text; returns what has become certain and whether the calls are over. Raises ValueError,
+        with everything in `text`, when it is no call."""
+        self.text, self._last, self._events = self.text + text, last, []
+        over = next(self._steps, True)
+        return self._events, over or last
+
+    # -- the grammar: each generator reads one part of it and yields when it needs more text
+
+    def _read_block(self) -> Iterator[bool]:
+        """Calls up to the end tag or, where there is none, to what can be no call."""
+        shape, searched = None, 0
+        while True:
+            if shape:
+                self.text = self.text[shape.over.match(self.text).end():]
+                if not self._end and not self._may_begin():
+                    return
+            if head := self._take_head():
+                shape, searched = head[0], 0
+                yield from self._read_call(*head)
+                if not self._parallel or self.cut and not (self._end and self.text.startswith(self._end)):
+                    return
+                continue
+            end = self.text.find(self._end, searched) if self._end else -1
+            if end >= 0 or self._last:
+                if self._read_rest(end, searched):
+                    return
+                searched = end + len(self._end)
+            else:
+                searched = max(searched, len(self.text) - len(self._end) + 1)
+                yield False
+
+    def _take_head(self) -> tuple[Shape, str] | None:
+        """The beginning of a call to a declared tool; the end tag of the call before it may be missing."""
+        text = self.text.removeprefix(self._start) if self.calls and self._end else self.text
+        for shape in self._format.shapes:
+            head = shape.head.match(text)
+            name = head[1].strip() if head else ""
+            if name := self._names.get(name) or self._names.get(name.lower()):
+                self.text = text[head.end():]
+                return shape, name
+        return None
+
+    def _may_begin(self) -> bool:
+        """Whether what follows a call can be the beginning of another."""
+        return not self.text or any(begin.startswith(self.text) or self.text.startswith(begin) for begin in self._begins)
+
+    def _read_rest(self, end: int, searched: int) -> bool:
+        """The block is over, at an end tag or (`end` below 0) with the turn: what is left may be calls in a form that is not
+        read bit by bit. False when that tag is part of a value."""
+        text, behind = (self.text[:end], end + len(self._end)) if end >= 0 else (self.text, len(self.text))
+        try:
+            if searched and re.search(re.escape(self._end) + r"\s*" + re.escape(self._start), text):
+                raise ValueError("the end tag that was skipped did end a call: the next one begins behind it")
+            if end < 0 and self._end and self._format.parse is not parse_json_calls:
+                raise ValueError("cut off")
+            self._emit(text)
+        except ValueError as error:
+            if not self.calls and end >= 0 and isinstance(error, CutShort):
+                return False
+            if not self.calls:
+                raise
+            if "{" in text or "<" in text or end < 0 and not _comes_next(text, [self._end], last=True):
+                return True
+        self.text = self.text[behind:]
+        return True
+
+    def _emit(self, text: str) -> None:
+        """Emit the calls in `text`. Raises ValueError, having emitted nothing, unless all of them are right."""
+        calls = []
+        try:
+            for name, arguments in self._format.parse(text, self._described()):
+                if isinstance(arguments, str) and arguments.strip():
+                    arguments = read_json(arguments.strip())[0]
+                arguments = dict((arguments or {}).items())
+                json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode()  # half a surrogate pair cannot be sent
+                calls.append((self._names[name if name in self._names else name.lower()], arguments))
+        except CutShort:
+            raise
+        except Exception as error:  # mlx-lm's parsers fail with almost any type of exception
+            raise ValueError("not a call") from error
+        if not calls:
+            raise ValueError("no call")
+        for name, arguments in calls if self._parallel else calls[:1]:
+            self._open(name)
+            for key, value in arguments.items():
+                self._write_key(key)
+                self._write_value(coerce(value, self._tools[name].get(key)), value)
+            self._close()
+
+    def _described(self) -> list[dict]:
+        return [{"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
+                for name, properties in self._tools.items()]
+
+    def _read_call(self, shape: Shape, name: str) -> Iterator[bool]:
+        """One call from its arguments to the end of the object they stand in, if that ends."""
+        self._open(name)
+        complete = yield from (self._read_tags if shape.close else self._read_object)(shape, self._tools[name])
+        self._close()
+        self.cut = self.cut or not complete
+        if complete and shape.outer:
+            end, missing = yield from self._scan(shape, ["}"])
+            self.text = self.text if missing else self.text[end:]
+
+    def _read_object(self, shape: Shape, properties: dict[str, dict]) -> Iterator[bool]:
+        """The arguments up to the closing brace; returns whether that came."""
+        brace = shape.after[0]
+        while True:
+            self.text = self.text.lstrip(" \t\r\n,")
+            if self.text.startswith(brace):
+                self.text = self.text[len(brace):]
+                return True
+            argument = shape.key.match(self.text)
+            if argument is None:
+                if self._gives_up(('"',)):
+                    return False
+                yield False
+                continue
+            key, self.text = _unescape(argument[1]), self.text[argument.end():]
+            self._write_key(key)
+            if quote := next((quote for quote in shape.quotes if self.text.startswith(quote)), ""):
+                self.text = self.text[len(quote):]
+                yield from self._read_text((quote,), shape.after, properties.get(key), escapes=len(quote) == 1)
+            else:
+                end, missing = yield from self._scan(shape, [])
+                text, self.text = self.text[:end].strip(), self.text[end:]
+                self._write_value(_spell(text, missing, shape.quotes[0]), text)
+
+    def _read_tags(self, shape: Shape, properties: dict[str, dict]) -> Iterator[bool]:
+        """The arguments up to what ends the call, which is left; returns whether that came."""
+        while True:
+            argument = shape.key.match(self.text)
+            if argument is None:
+                if _comes_next(self.text, (*shape.after[1:], self._end), last=False):
+                    return True
+                if self._gives_up(shape.after):
+                    return False
+                yield False
+                continue
+            key, self.text = argument[1].strip(), self.text[argument.end():]
+            self._write_key(key)
+            close = shape.close.replace("KEY", key)
+            closes = (f"\n{close}", close) if shape.newlines else (close,)
+            typed = argument.re.groups > 1 and argument[2] not in (None, "true", "string")
+            yield from self._read_text(closes, shape.after, properties.get(key), typed=typed)
+
+    def _gives_up(self, begins: tuple[str, ...]) -> bool:
+        """Whether what should be the next argument never will be: what is left is text, but a mere beginning is nothing."""
+        if self._last and _comes_next(self.text, begins, last=True):
+            self.text = ""
+        return self._last or len(self.text) > self.LIMIT or bool(self._end) and self._end in self.text
+
+    def _read_text(self, closes: tuple[str, ...], after: tuple[str, ...], schema: Any, *, escapes: bool = False,
+                   typed: bool = False) -> Iterator[bool]:
+        """A value of text. What closes it counts only where the markup can go on; elsewhere it is part of the value. An end
+        tag within the value counts when nothing or another call follows."""
+        parts: list[str] = []
+        types = _types(schema)
+        streams = not typed and (not types or "string" in types)
+        say = self._write_text if streams else parts.append
+        self._write('"' * streams)
+        marks = (*closes, self._end) if self._end else closes
+        stretch, going_on = _stretch(marks, escapes), (*after, self._end)
+        while True:
+            text, mark = stretch.match(self.text).groups()
+            if not mark and not self._last:
+                text = text[:len(text) - _held(text, marks)]
+            say(_unescape(text) if escapes else text)
+            self.text = self.text[len(text):]
+            behind = self.text[len(mark):]
+            if mark in marks:
+                over = _comes_next(behind, going_on if mark in closes else (self._start,), self._last)
+                if over:
+                    self.text = behind if mark in closes else self.text
+                    break
+                if over is False:
+                    say(mark)
+                    self.text = behind
+                    continue
+            elif self._last:  # perhaps half an escape is left
+                self.text = ""
+                break
+            yield False
+        self._write('"' * streams)
+        if not streams:
+            text = "".join(parts)
+            self._write_value(_spell(text, "", '"') if typed else coerce(text, schema), text)
+
+    def _scan(self, shape: Shape, closers: list[str]) -> Iterator[bool]:
+        """Where a value ends that is not just text, or the object of which `closers` is the closing bracket, and which
+        brackets are missing there because of an end tag or the end."""
+        outside = re.compile("|".join(re.escape(mark) for mark in (*shape.quotes, *"{}[](),", self._end) if mark))
+        at = 0
+        while True:
+            inside = bool(closers) and closers[-1] in shape.quotes
+            found = (re.compile(rf"\\.|{re.escape(closers[-1])}", re.DOTALL) if inside else outside).search(self.text, at)
+            if found is None:
+                if self._last:
+                    return len(self.text), "".join(reversed(closers))
+                at = max(at, len(self.text) - max(1, _held(self.text, (*shape.quotes, self._end))))
+                yield False
+                continue
+            mark = found[0]
+            if not inside and (mark == self._end or not closers and mark in "}]),"):
+                return found.start(), "".join(reversed(closers))
+            at = found.end()
+            if not inside and mark in _BRACKETS:
+                closers.append(_BRACKETS[mark])
+            elif not inside and mark in shape.quotes:
+                closers.append(mark)
+            elif mark != "," and not mark.startswith("\\"):
+                closers.pop()
+                if not closers:
+                    return at, ""
+
+    # -- the events
+
+    def _open(self, name: str) -> None:
+        self.calls += 1
+        self._events.append(ToolStart(_tool_id(), name))
+        self._written = []
+        self._write("{")
+
+    def _close(self) -> None:
+        self._write("}")
+        self._events.append(ToolEnd(json.loads("".join(self._written))))
+
+    def _write_key(self, key: str) -> None:
+        self._write((", " if len(self._written) > 1 else "") + json.dumps(key, ensure_ascii=False) + ": ")
+
+    def _write_text(self, text: str) -> None:
+        self._write(json.dumps(text, ensure_ascii=False)[1:-1])
+
+    def _write_value(self, value: Any, text: Any) -> None:
+        """Write `value` or, if JSON has no such value, its `text`."""
+        try:
+            written = json.dumps(value, ensure_ascii=False, allow_nan=False)
+            json.loads(f"[[{written}]]")
+        except (TypeError, ValueError, RecursionError):
+            written = json.dumps(text, ensure_ascii=False)
+        self._write(written)
+
+    def _write(self, text: str) -> None:
+        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be sent
+        self._written.append(text)
+        if text and self._events and isinstance(self._events[-1], ToolInput):
+            self._events[-1].json += text
+        elif text:
+            self._events.append(ToolInput(text))
 
 
 class OutputParser:
@@ -1303,9 +1739,9 @@ class OutputParser:
 
     Feed it until `finished` or until the turn ends, then call `finish`. `state` says what the text last fed belongs to;
     `called` whether a tool call came out, `call_ids` the ids of all; `stop_sequence` which stop string fired: the one
-    that completes first, and of several that complete together the longest. `finished` is set by a stop string and,
-    without `parallel`, by the first call; nothing comes out afterwards. `tools` are in OpenAI form; without any, call
-    markup is plain text.
+    that completes first, and of several that complete together the longest. `finished` is set by a stop string, by a tag
+    after which nothing follows and, without `parallel`, by the first call; nothing comes out afterwards. `tools` are in
+    OpenAI form; without any, call markup is plain text.
     """
 
     def __init__(self, format: OutputFormat, tools: Sequence[dict] = (), stop: Sequence[str] = (), *,
@@ -1314,29 +1750,29 @@ class OutputParser:
         self.called = self.finished = False
         self.call_ids: list[str] = []
         self.stop_sequence: str | None = None
-        self._format, self._parallel = format, parallel
+        self._format, self._parallel, self._tools = format, parallel, tools
         self._stops = [text for text in stop if text]
-        self._declared = _declared(tools)
-        self._tools = [{"type": "function", "function": {"name": name, "parameters": {
-            "type": "object", "properties": properties}}} for name, properties in self._declared.items()]
-        self._names = {name.lower(): name for name in self._declared} | {name: name for name in self._declared}
 
         # The tags to find in each state and what each begins. A "left over" end tag is markup only right after a call.
-        self._marks: dict[str, dict[str, str]] = {"text": {}, "thinking": {}}
+        text: dict[str, str] = dict.fromkeys(format.noise, "nothing") | dict.fromkeys(format.final, "the end")
+        thinking: dict[str, str] = dict.fromkeys(format.noise, "text") | dict.fromkeys(format.final, "the end")
         if format.thinking:
-            self._marks["text"] |= {format.thinking[0]: "thinking", format.thinking[1]: "left over"}
-            self._marks["thinking"] |= {format.thinking[1]: "text", "\n" + format.thinking[1]: "text"}
+            text = {format.thinking[0]: "thinking", format.thinking[1]: "left over"} | text
+            thinking |= {format.thinking[1]: "text", "\n" + format.thinking[1]: "text"}
         if format.call and tools:
-            self._marks["text"] |= {format.call[0]: "call"} | ({format.call[1]: "left over"} if format.call[1] else {})
-            self._marks["thinking"] |= {format.call[0]: "call", "\n" + format.call[0]: "call"}
-            if format.bare:
-                self._marks["text"][format.bare[0]] = "bare call"
-        self._opening, self._ending, self._opened_in = "", "", "text"  # of the call being read
-        self._tried = 0  # so far into the buffer, end tags were found to be part of a value
+            text |= ({format.call[1]: "left over"} if format.call[1] else {}) | dict.fromkeys(format.openers, "bare call")
+            text[format.call[0]] = "call"
+            thinking |= {format.call[0]: "call", "\n" + format.call[0]: "call"}
+        self._marks = {"text": text, "thinking": thinking}
+        self._reader: CallReader | None = None  # of the call that is being read
+        self._opening, self._opened_in = "", "text"
+        self._heard, self._withheld = 0, []  # how much of a possible bare call it has read, and what came of that
 
         # A bare call to a declared tool begins like this, blanks aside.
-        self._heads = [
-            f'{fence}{{"name":"{name.lower()}"' for name in self._declared for fence in ("", "```", "```json")]
+        names = [tool["function"]["name"].lower() for tool in tools]
+        self._heads = [f'{fence}{{{kind}"name":"{name}"' for name in names for fence in ("", "```", "```json")
+                       for kind in ("", '"type":"function",')]
+        self._heads += [f"[{name}(" for name in names if _PYTHON in format.shapes]
         self._may_be_bare = bool(tools)  # nothing was said yet that rules out a bare call
 
         self._events: list[Event] = []
@@ -1371,22 +1807,20 @@ class OutputParser:
     # -- the states: each step takes what is certain from the buffer and tells whether another step may follow
 
     def _read_text(self, last: bool) -> bool:
-        message = self._buffer.lstrip()
-        if self._may_be_bare and message and self._may_become_call(message):
-            if not last:
-                return False
-            if self._take_bare_call(message):
-                return False
+        if self._may_be_bare and self._buffer.strip() and self._read_bare_calls(last):
+            return self._reader is None
         mark = self._take_until_mark(self._show, last)
         if mark is None or self.finished:
             return False
         following = self._marks["text"][mark]
         if following == "thinking":
             self._enter("thinking")
-        elif following == "call":
-            self._open(mark, self._format.call[1])
-        elif following == "bare call" and self._line_start:
-            self._open(mark, self._format.bare[1])
+        elif following == "the end":
+            self._end_here()
+        elif following == "call" or following == "bare call" and self._line_start:
+            self._open(mark)
+        elif following == "nothing":
+            self._line_start = True
         elif following == "bare call" or not (self.called and self._blanks is not None):
             self._show(mark)
         return True
@@ -1395,36 +1829,52 @@ class OutputParser:
         mark = self._take_until_mark(self._think, last)
         if mark is None:
             return False
-        if self._marks["thinking"][mark] == "call":
-            self._open(mark, self._format.call[1])
+        following = self._marks["thinking"][mark]
+        if following == "call":
+            self._open(mark)
+        elif following == "the end":
+            self._end_here()
         else:
             self._enter("text")
         return True
 
     def _read_call(self, last: bool) -> bool:
-        end = self._buffer.find(self._ending, self._tried) if self._ending else -1
-        if end < 0 and not last:
-            return False
-        after = end + len(self._ending) if end >= 0 else len(self._buffer)
-        text = self._buffer[:end] if end >= 0 else self._buffer
-        bare = self._format.bare is not None and self._opening == self._format.bare[0]
-        if bare:
-            text = self._opening + self._buffer[:after]
+        text, self._buffer = self._buffer, ""
         try:
-            if end < 0 and self._ending and not self._is_complete(text):
-                raise ValueError("cut off")
-            if self._tried and re.search(re.escape(self._ending) + r"\s*" + re.escape(self._opening.lstrip()), text):
-                raise ValueError("the end tag that was skipped did end a call: the next one begins behind it")
-            self._call(self._format.parse, text)
-        except CutShort:
-            if end >= 0:
-                self._tried = after
-                return True
-            self._reopen()
+            events, over = self._reader.read(text, last)
+        except ValueError:  # it was no call: its opening tag is text, the rest is read again
+            self.state = self._opened_in
+            bare = self._marks["text"].get(self._opening) == "bare call"
+            self._buffer = self._reader.text[len(self._opening) * bare:]
+            (self._show if self.state == "text" else self._think)(self._opening)
+            return True
+        self._take(events, over)
+        return over
+
+    def _read_bare_calls(self, last: bool) -> bool:
+        """Whether the visible text so far may be nothing but calls without tags. They are taken when it has ended, or at
+        once if this model writes them so."""
+        head = "".join(self._buffer.lstrip()[:256].split()).lower()
+        if not any(head.startswith(known) or known.startswith(head) for known in self._heads):
+            return False
+        if self._reader is None:
+            shapes = self._format.shapes if self._format.untagged else (_NAME_AND_JSON,)
+            self._reader = CallReader(OutputFormat(shapes=shapes), ("", ""), self._tools, self._parallel)
+            self._opening, self._heard, self._withheld = "", 0, []
+        try:
+            events, over = self._reader.read(self._buffer[self._heard:], last)
         except ValueError:
-            self._reopen()
-        else:
-            self._buffer = self._buffer[after:]
+            self._reader = None
+            return False
+        self._heard = len(self._buffer)
+        self._withheld += events
+        rest = self._reader.text.strip("`,;}] \n\t\r")
+        if self._withheld and (self._format.untagged or last and not rest and not self._reader.cut):
+            self.state, self._buffer, self._opened_in = "call", "", "text"
+            self._take(self._withheld, over)
+        elif over and (rest or last):
+            self._reader = None
+            return False
         return True
 
     # -- moving between states
@@ -1447,68 +1897,28 @@ class OutputParser:
         self._pending, self.state = "", state
         self._blanks, self._drop_blanks, self._line_start = "", True, True
 
-    def _open(self, opening: str, ending: str) -> None:
-        self._opening, self._ending, self._opened_in, self._tried = opening, ending, self.state, 0
-        self.state = "call"
+    def _open(self, mark: str) -> None:
+        self._opening, self._opened_in, self.state = mark, self.state, "call"
+        tags = self._format.call
+        if mark in self._format.openers:
+            tags, self._buffer = (tags[0], ""), mark + self._buffer
+        self._reader = CallReader(self._format, tags, self._tools, self._parallel)
 
-    def _reopen(self) -> None:
-        """It was no call: its opening tag is text, the rest is read again."""
-        self.state = self._opened_in
-        (self._show if self.state == "text" else self._think)(self._opening)
+    def _take(self, events: list[Event], over: bool) -> None:
+        """Emit what the reader has read of its calls; with them over, go on behind them."""
+        if events:
+            self._enter(self.state)
+            self._events += events
+            self.call_ids += [event.id for event in events if isinstance(event, ToolStart)]
+            self.called, self._may_be_bare = True, False
+        if over:
+            self._buffer, self._reader = self._reader.text, None
+            self.finished = not self._parallel
+            self._enter("text")
 
-    # -- calls
-
-    def _call(self, parse: ParseCalls, text: str) -> None:
-        """Emit the calls in `text`. Raises ValueError, having emitted nothing, unless all of them are right."""
-        events: list[Event] = []
-        try:
-            for name, arguments in parse(text, self._tools):
-                name = self._names[name if name in self._names else name.lower()]
-                if isinstance(arguments, str) and arguments.strip():
-                    arguments = read_json(arguments.strip())[0]
-                properties = self._declared[name]
-                arguments = {key: coerce(value, properties.get(key)) for key, value in (arguments or {}).items()}
-                written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-                written.encode()  # half a surrogate pair cannot be sent
-                events += [ToolStart(_tool_id(), name), ToolInput(written), ToolEnd(json.loads(written))]
-        except CutShort:
-            raise
-        except Exception as error:  # mlx-lm's parsers fail with almost any type of exception
-            raise ValueError("not a call") from error
-        if not events:
-            raise ValueError("no call")
+    def _end_here(self) -> None:
         self._enter("text")
-        events = events if self._parallel else events[:3]
-        self._events += events
-        self.call_ids += [event.id for event in events if isinstance(event, ToolStart)]
-        self.called, self.finished, self._may_be_bare = True, not self._parallel, False
-
-    def _is_complete(self, text: str) -> bool:
-        return self._format.complete is not None and text.rstrip().endswith(self._format.complete)
-
-    def _may_become_call(self, message: str) -> bool:
-        """Whether `message`, all the visible text there is, can be (the beginning of) one bare or fenced JSON call."""
-        head = "".join(message[:256].split()).lower()
-        if not any(head.startswith(known) or known.startswith(head) for known in self._heads):
-            return False
-        fence = _FENCE.match(message)
-        try:
-            _, rest = read_json(message[fence.end():] if fence else message)
-        except ValueError:
-            return True
-        return ("```" if fence else "").startswith(rest.strip())
-
-    def _take_bare_call(self, message: str) -> bool:
-        self._may_be_bare = False
-        text = _FENCE.sub("", message, 1)
-        try:
-            if not {"arguments", "parameters"} & read_json(text)[0].keys():
-                return False
-            self._call(parse_json_calls, text)
-        except ValueError:
-            return False
-        self._buffer = ""
-        return True
+        self.finished = True
 
     # -- thinking and visible text
 

@@ -251,14 +251,14 @@ class Session:
                 written += f'<tool_call>\n{json.dumps({"arguments": arguments, "name": name}, separators=(" ,", ":"))}\n</tool_call>\n'
         return written.rstrip("\n") if calls else written
 
-    def answer(self, written: str) -> tuple[list[int], dict]:
+    def answer(self, written: str, end: str = "<|im_end|>") -> tuple[list[int], dict]:
         """All tokens up to the end of this answer, and the message that a client gets."""
         # In other tokens than any tokenizer would choose: models do that.
         cuts = [*range(0, len(written), 7), len(written)]
         tokens = [t for start, end in zip(cuts, cuts[1:]) for t in self.voice.tokenizer.encode(written[start:end], add_special_tokens=False)]
         if "<" in written:
             tokens = self.voice.encode(written)  # tags are single tokens
-        everything = [*self.prompt.tokens, *tokens, *self.voice.tokenizer.eos_token_ids]
+        everything = [*self.prompt.tokens, *tokens, *self.voice.encode(end)]
         job = Generation(self.reply.request, None, self.voice, self.prompt, 100, False, threading.RLock())
         self.reply.open(job)
         job._line, job._raw = Line(everything, []), written
@@ -339,6 +339,59 @@ def test_a_date_in_the_prompt_stays_that_of_the_conversation(tmp_path: Path):
     assert goes_on(before, session.ask(assistant("yes"), user("go on")))
     other = Session(session.voice, "dated").ask(user("another conversation"))
     assert common_prefix(other.tokens, before.tokens) < len(session.voice.encode("<|im_start|>system\nToday is 01 January 2000, 123456"))
+
+
+HARMONY_TOKENS = ["<|return|>", "<|call|>", "<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|constrain|>"]
+HARMONY = """<|start|>system<|message|>Channels: analysis, commentary, final.<|end|>{% for m in messages %}
+{%- if m.role == 'tool' %}<|start|>functions.tool to=assistant<|channel|>commentary<|message|>{{ m.content | tojson }}<|end|>
+{%- elif m.role != 'assistant' %}<|start|>{{ m.role }}<|message|>{{ m.content }}{% if loop.first %}{{ tools | tojson }}{% endif %}<|end|>
+{%- elif m.tool_calls %}{% if m.content and m.thinking %}{{ raise_exception('one or the other') }}{% endif %}
+{%- set later = messages[loop.index:] | selectattr('role', 'eq', 'assistant') | rejectattr('tool_calls', 'defined') | list %}
+{%- if (m.content or m.thinking) and not later %}<|start|>assistant<|channel|>analysis<|message|>{{ m.content or m.thinking }}<|end|>
+{%- endif %}{% set call = m.tool_calls[0].function %}<|start|>assistant to=functions.{{ call.name }}
+{{- '' }}<|channel|>commentary json<|message|>{{ call.arguments | tojson }}<|call|>
+{%- else %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}
+{%- if add_generation_prompt %}<|start|>assistant{% endif %}"""
+
+
+def build_harmony(path: Path) -> Session:
+    from tokenizers import Tokenizer
+
+    build_tokenizer(path, HARMONY)
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.add_special_tokens(HARMONY_TOKENS)
+    tokenizer.save(str(path / "tokenizer.json"))
+    ends = [tokenizer.token_to_id(token) for token in HARMONY_TOKENS[:2]]
+    (path / "config.json").write_text(json.dumps({"model_type": "qwen2", "eos_token_id": ends}))
+    shutil.copy(ROOT / "tests/demo/model.safetensors", path)
+    return Session(Tongue(describe("m", path)), "harmony")
+
+
+@pytest.mark.parametrize("rewrite", ["nothing", "inputs", "thinking omitted"])
+def test_channels_keep_their_tokens_while_the_template_shows_them(tmp_path: Path, rewrite: str):
+    session = build_harmony(tmp_path)
+    turn = session.ask(user("begin"))
+    for thought in ("<|channel|>analysis<|message|>Look  first.<|end|><|start|>assistant", ""):
+        for spoken in ("", "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant"):
+            everything, message = session.answer(
+                thought + spoken + "<|channel|>commentary to=functions.Bash <|constrain|>json<|message|>"
+                '{"timeout":5000.0 ,"command":"ls"}', "<|call|>")
+            call = message["content"][-1]
+            message = {**message, "content": REWRITES[rewrite](message["content"])}
+            after = session.ask(message, results((call["id"], "seen")))
+            assert after.tokens[:len(everything)] == everything
+    thought = "<|channel|>analysis<|message|>So.<|end|><|start|>assistant"
+    _, message = session.answer(thought + "<|channel|>final<|message|>It is done.", "<|return|>")
+    assert message["content"][-1] == {"type": "text", "text": "It is done."}
+    after = session.ask(message, user("next"))
+    assert after.tokens[:turn.body] == turn.tokens[:turn.body]
+    text = session.voice.tokenizer.decode(after.tokens)
+    assert "analysis<|message|>" not in text and text.endswith(
+        "<|start|>assistant<|channel|>final<|message|>It is done.<|end|><|start|>user<|message|>next<|end|><|start|>assistant")
+    assert text.count('"command": "ls"') == 4
+    everything, message = session.answer("<|channel|>final<|message|>Yes.", "<|return|>")
+    after = session.ask(message, user("more"))  # in which the answer ends with another tag
+    assert common_prefix(everything, after.tokens) == len(everything) - 1
 
 
 # ------------------------------------------------------------------ closed loops with the built-in model

@@ -270,7 +270,8 @@ def answer(ask: type, *events: object, **fields) -> tuple[list[dict], dict]:
 
 def test_chat_stream() -> None:
     objects, whole = answer(
-        OllamaChat, Thinking("hmm"), Tick(), Text("Hel"), Text("lo"), ToolStart("toolu_1", "f"), ToolInput('{"x": 1}'),
+        OllamaChat, Thinking("hmm"), Tick(), Text("Hel"), Text("lo"), ToolStart("toolu_1", "f"),
+        ToolInput('{"x": '), ToolInput("1}"),
         ToolEnd({"x": 1}), ToolStart("toolu_2", "g"), ToolInput("{}"), ToolEnd({}), Done("tool_calls", USAGE))
     calls = whole["message"]["tool_calls"]
     assert [one["function"] for one in calls] == [

@@ -247,9 +247,8 @@ def test_calls(format, text, expected):
     (HERMES, "<tool_call>\nnot a call\n</tool_call> after"),
     (HERMES, "<tool_call></tool_call>"),
     (HERMES, "<tool_call>"),
-    (HERMES, '<tool_call>{"name":"Bash","arguments":{"command":"l'),
-    (HERMES, '<tool_call>{"name":"Bash","arguments":{"command":"ls"}'),
-    (HERMES, '<tool_call>{"name":"Bash","arguments":{"command":"l</tool_call> after'),
+    (HERMES, '<tool_call>{"name":"Bash","arguments":{"comm'),
+    (HERMES, '<tool_call>{"name":"Bash","arg</tool_call> after'),
     (HERMES, '<tool_call>{"name":"Unknown","arguments":{}}</tool_call>'),
     (HERMES, '<tool_call>{"name":["Bash"],"arguments":{}}</tool_call>'),
     (HERMES, '<tool_call>{"name":null,"arguments":{}}</tool_call>'),
@@ -259,22 +258,17 @@ def test_calls(format, text, expected):
     (HERMES, '<tool_call>{"name":"Bash","arguments":[1]}</tool_call>'),
     (HERMES, '<tool_call>{"name":"Bash","arguments":"ls"}</tool_call>'),
     (HERMES, "<tool_call>{'name':'Bash','arguments':{'command':'ls'}}</tool_call>"),
-    (HERMES, '<tool_call>{"name":"Bash","arguments":{"timeout":NaN}}</tool_call>'),
-    (HERMES, '<tool_call>{"name":"Bash","arguments":{"timeout":1e400}}</tool_call>'),
-    (HERMES, '<tool_call>{"name":"Bash","arguments":{"command":"\\ud83d"}}</tool_call>'),
-    (HERMES, '<tool_call>{"name":"Bash","arguments":' + '{"a":' * 100_000 + "</tool_call>"),
     (HERMES, "nothing was <tool_call> here </tool_call> <tool_call>"),
-    (QWEN_CODER, "<tool_call><function=Bash><parameter=command>ls</tool_call>"),
-    (QWEN_CODER, "<tool_call><function=Bash><parameter=command>ls</parameter>"),
+    (QWEN_CODER, "<tool_call><function=Bash>"),
+    (QWEN_CODER, "<tool_call><function=Bash>\n<para"),
     (QWEN_CODER, "<tool_call>prose</tool_call>"),
     (QWEN_CODER, "<tool_call><function=Other></function></tool_call>"),
-    (QWEN_CODER, "<function=Bash><parameter=command>ls</parameter>"),
+    (QWEN_CODER, "<function=Bash>ls"),
     (GLM, "<tool_call>I think so</tool_call>"),
     (GLM, "<tool_call></tool_call>"),
     (GLM, "<tool_call>Bash"),
-    (GLM, "<tool_call>Bash<arg_key>command</arg_key><arg_value>ls</arg_value>"),
-    (GLM, "<tool_call>Bash<arg_key>command</arg_key><arg_value>ls</tool_call>"),
-    (MINIMAX, '<minimax:tool_call><invoke name="Bash"><parameter name="command">ls</parameter>'),
+    (GLM, "<tool_call>Bash<arg_ke"),
+    (MINIMAX, '<minimax:tool_call><invoke name="Bash">'),
     (MINIMAX, "<minimax:tool_call>prose</minimax:tool_call>"),
 ])
 def test_what_is_no_call_is_plain_text(format, text):
@@ -283,14 +277,60 @@ def test_what_is_no_call_is_plain_text(format, text):
     assert not parse.parser.called
 
 
-def test_a_failed_call_does_not_swallow_its_neighbours():
-    broken = '<tool_call>{"name":"Bash","arguments":{"command":"ls</tool_call>\n'
+@pytest.mark.parametrize("format, text, expected", [
+    # cut off
+    (HERMES, '<tool_call>{"name":"Bash","arguments":{"command":"l', [bash("l")]),
+    (HERMES, '<tool_call>{"name":"Bash","arguments":{"command":"l\\', [bash("l")]),
+    (HERMES, '<tool_call>{"name":"Bash","arguments":{"command":"l\\ud83d\\ude', [bash("l")]),
+    (HERMES, '<tool_call>{"name":"Bash","arguments":{"command":"ls"}', [bash()]),
+    (HERMES, '<tool_call>{"name":"Bash","arguments":{"command":"ls", "timeo', [bash()]),
+    (HERMES, '<tool_call>{"name":"Set","arguments":{"items":[1,{"a":"b', [("call", "Set", {"items": [1, {"a": "b"}]})]),
+    (HERMES, '<tool_call>{"name":"Set","arguments":{"items":[1,tr', [("call", "Set", {"items": "[1,tr"})]),
+    (QWEN_CODER, "<tool_call><function=Bash><parameter=command>ls</parameter>\n<para", [bash()]),
+    (QWEN_CODER, "<tool_call><function=Bash><parameter=command>\n l\n", [bash(" l\n")]),
+    (QWEN_CODER, "<function=Bash><parameter=command>ls</parameter>", [bash()]),
+    (GLM, "<tool_call>Bash<arg_key>command</arg_key><arg_value>ls</arg_value>", [bash()]),
+    (MINIMAX, '<minimax:tool_call><invoke name="Bash"><parameter name="command">ls</parameter>', [bash()]),
+    # an end tag that comes too soon
+    (HERMES, '<tool_call>{"name":"Bash","arguments":{"command":"ls"\n</tool_call>\nwell', [bash(), ("text", "well")]),
+    (HERMES, '<tool_call>{"name":"Bash","arguments":{"command":"l</tool_call> after', [bash("l</tool_call> after")]),
+    (HERMES, '<tool_call>{"name":"Set","arguments":{"items":[1,2</tool_call>x',
+     [("call", "Set", {"items": [1, 2]}), ("text", "x")]),
+    (QWEN_CODER, "<tool_call><function=Bash><parameter=command>ls</tool_call>", [bash()]),
+    (GLM, "<tool_call>Bash<arg_key>command</arg_key><arg_value>ls</tool_call>", [bash()]),
+    # what is no JSON
+    (HERMES, '<tool_call>{"name":"Bash","arguments":{"timeout":NaN}}</tool_call>', [("call", "Bash", {"timeout": "NaN"})]),
+    (HERMES, '<tool_call>{"name":"Bash","arguments":{"timeout":1e400}}</tool_call>', [("call", "Bash", {"timeout": "1e400"})]),
+    (HERMES, '<tool_call>{"name":"Bash","arguments":{"command":"\\ud83d"}}</tool_call>', [bash("?")]),
+    (HERMES, r'<tool_call>{"name":"Bash","arguments":{"command":"grep \d \' \\n \u00e9"}}</tool_call>',
+     [bash("grep \\d ' \\n é")]),
+    (HERMES, '<tool_call>{"name":"Bash","arguments":{"command":"echo "hi", you"}}</tool_call>', [bash('echo "hi", you')]),
+    (HERMES, '<tool_call>{"name":"Set","arguments":{"items":[1,],"options":{\'a\': None}}}</tool_call>',
+     [("call", "Set", {"items": [1], "options": {"a": None}})]),
+    (HERMES, '<tool_call>{"name":"Set","arguments":{"flag":true, oops}}</tool_call>x',
+     [("call", "Set", {"flag": True}), ("text", "oops}}</tool_call>x")]),
+])
+def test_a_call_that_has_begun_keeps_what_arrives(format, text, expected):
+    assert parse(text, format) == expected
+
+
+def test_values_nested_too_deeply_are_text():
+    nested = '{"a":' * 100_000
+    text = f'<tool_call>{{"name":"Bash","arguments":{{"b":{nested}</tool_call>'
+    assert parse(text, chunks=pieces(text, range(0, len(text), 60_000))) == [("call", "Bash", {"b": nested})]
+
+
+def test_a_broken_call_does_not_swallow_its_neighbours():
+    broken = '<tool_call>{"name":"Bash","arguments":{"command":"pwd</tool_call>\n'
+    assert parse(broken + LS) == [bash("pwd"), bash()]
+    broken = '<tool_call>{"name":"Bash","arguments":["pwd</tool_call>\n'
     assert parse(broken + LS) == [("text", broken), bash()]
     broken = "<tool_call><function=Bash><parameter=command>ls</tool_call>\n"
     call = "<tool_call><function=get_time></function></tool_call>"
-    assert parse(broken + call, QWEN_CODER) == [("text", broken), ("call", "get_time", {})]
-    whole = "<tool_call><function=Bash><parameter=command>ls</parameter></function></tool_call>"
-    assert parse(broken + whole, QWEN_CODER) == [("text", broken), bash()]
+    assert parse(broken + call, QWEN_CODER) == [bash(), ("call", "get_time", {})]
+    assert parse(LS[:-len("</tool_call>")] + LS) == [bash(), bash()]  # one that only forgets its end tag
+    other = '{"name":"Other","arguments":{}}'
+    assert parse(LS[:-len("</tool_call>")] + other + "</tool_call>") == [bash(), ("text", other + "</tool_call>")]
 
 
 def test_a_tag_that_thinking_only_mentions_leaves_it_thinking():
@@ -429,28 +469,261 @@ def test_json_arguments_are_coerced_and_strings_are_not():
 @pytest.mark.parametrize("kind, text, expected", [
     ("mistral", '[TOOL_CALLS]Bash[ARGS]{"command": "ls"}get_time[ARGS]{}', [bash(), ("call", "get_time", {})]),
     ("mistral", '[TOOL_CALLS][{"name": "Bash", "arguments": {"command": "ls"}}]', [bash()]),
-    ("mistral", "[TOOL_CALLS]prose", None), ("mistral", "[TOOL_CALLS]Bash[CALL_ID]x[ARGS]{}", None),
+    ("mistral", "[TOOL_CALLS]prose", None), ("mistral", "[TOOL_CALLS]Bash[CALL_ID]x[ARGS]{}", [("call", "Bash", {})]),
+    ("mistral", '[TOOL_CALLS]{"name": "Bash", "arguments": {"command": "ls"}}', [bash()]),
+    ("mistral", '[TOOL_CALLS]Bash{"command": "ls"}', [bash()]),
+    ("mistral", '[TOOL_CALLS]Bash[ARGS]{"command": "ls"}[TOOL_CALLS]get_time[ARGS]{}', [bash(), ("call", "get_time", {})]),
+    ("mistral", '[TOOL_CALLS][{"name": "Bash", "arguments": {"command": "ls"}, "id": "12345678a"}] Done.',
+     [bash(), ("text", "Done.")]),
+    ("mistral", '[TOOL_CALLS]Bash[ARGS]{"command": "ls"}\nBash runs it.', [bash(), ("text", "Bash runs it.")]),
     ("mistral", '[TOOL_CALLS]Bash[ARGS]{"comm', None),
     ("gemma4", '<|tool_call>call:Bash{command:<|"|>ls<|"|>}<tool_call|>', [bash()]),
-    ("gemma4", "<|tool_call>call:Bash{command:ls}<tool_call|>", None),
+    ("gemma4", "<|tool_call>call:Bash{command:ls}<tool_call|>", [bash()]),
+    ("gemma4", '<|tool_call>call:Set{options:{a-b.c:[<|"|>{,x:<|"|>,true]},ratio:0.5}<tool_call|>',
+     [("call", "Set", {"options": {"a-b.c": ["{,x:", True]}, "ratio": 0.5})]),
     ("function_gemma", "<start_function_call>call:Bash{command:<escape>ls<escape>}<end_function_call>", [bash()]),
-    ("function_gemma", "<start_function_call>call:Bash{a:{b:1}}<end_function_call>", [("call", "Bash", {"a": "{b:1"})]),
+    ("function_gemma", "<start_function_call>call:Bash{a:{b:1}}<end_function_call>", [("call", "Bash", {"a": {"b": 1}})]),
     ("kimi_k2", '<|tool_calls_section_begin|><|tool_call_begin|>functions.Bash:0<|tool_call_argument_begin|>'
      '{"command": "ls"}<|tool_call_end|><|tool_calls_section_end|>', [bash()]),
     ("kimi_k2", '<|tool_calls_section_begin|><|tool_call_begin|>functions.Bash:0<|tool_call_argument_begin|>'
-     '{"command": "l<|tool_call_end|><|tool_calls_section_end|>', None),
+     '{"command": "l<|tool_call_end|><|tool_calls_section_end|>', [bash("l<|tool_call_end|>")]),
     ("pythonic", '<|tool_call_start|>[Bash(command="ls"), get_time()]<|tool_call_end|>',
      [bash(), ("call", "get_time", {})]),
     ("pythonic", "<|tool_call_start|>Bash('ls')<|tool_call_end|>", None),
-    ("pythonic", "<|tool_call_start|>[Bash(command={1, 2})]<|tool_call_end|>", None),
+    ("pythonic", "<|tool_call_start|>[Bash(command={1, 2})]<|tool_call_end|>", [bash("{1, 2}")]),
+    ("pythonic", r"<|tool_call_start|>Set(flag=True, options={'a': [None, 'x']}, maybe='it\'s')<|tool_call_end|>",
+     [("call", "Set", {"flag": True, "options": {"a": [None, "x"]}, "maybe": "it's"})]),
+    ("pythonic", '<|tool_call_start|>[Set(options={"a": [null]})]<|tool_call_end|>',
+     [("call", "Set", {"options": {"a": [None]}})]),
     ("longcat", "<longcat_tool_call>prose</longcat_tool_call>", None),
     ("longcat", "<longcat_tool_call>Bash<longcat_arg_key>command</longcat_arg_key><longcat_arg_value>ls"
-     "</longcat_arg_value>", None),
+     "</longcat_arg_value>", [bash()]),
     ("minicpm5", '<function name="Bash"><param name="command">ls</param></function>', [bash()]),
     ("minicpm5", '<function name="Bash"><param name="command">ls</par', None),
 ])
 def test_parsers_of_mlx_lm(kind, text, expected):
     assert parse(text, of_kind(kind)) == (expected or [("text", text)])
+
+
+# ------------------------------------------------------------------ each family's own way to write a call
+
+
+def tokenizer(template="", tokens=(), **more):
+    """A tokenizer of which only the chat template's text or the special tokens are known."""
+    return SimpleNamespace(has_thinking=False, has_tool_calling=False, chat_template=template,
+                           added_tokens_decoder={n: SimpleNamespace(content=token) for n, token in enumerate(tokens)}, **more)
+
+
+def marked(*marks):
+    return OutputFormat.of(tokenizer(" ".join(marks)))
+
+
+NASTY = {
+    "command": "\n  \tdef f(x):\n\treturn \"a\\n\" + '\\\\' # </parameter> </arg_value> <x> [/] }{ \"}\" 🙂 \u2028 é\n\n",
+    "timeout": 5000, "flag": True, "ratio": -0.5, "items": ["a \"b\"", {"c": [1, None]}], "options": {"k-1.x": "}, {\n"},
+    "maybe": "null", "count": None, "digits": "123", "empty": "", "blank": " \n", "truth": "true", "list": "[1, 2]",
+    "tag": "</tool_call> no </function> no"}
+TYPES = {str: "string", int: "integer", bool: "boolean", float: "number", list: "array", dict: "object",
+         type(None): ["integer", "null"]}
+NASTY_TOOL = tool("Nasty", **{key: {"type": TYPES[type(value)]} for key, value in NASTY.items()})
+
+
+def plain(value):
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def gemma(value, quote):
+    if isinstance(value, str):
+        return f"{quote}{value}{quote}"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{gemma(item, quote)}" for key, item in value.items()) + "}"
+    return "[" + ",".join(gemma(item, quote) for item in value) + "]" if isinstance(value, list) else json.dumps(value)
+
+
+def tags(call, argument, end, type_of=lambda value: ""):
+    def write(name, arguments):
+        return call.replace("N", name, 1) + "".join(
+            argument.replace("TYPE", type_of(value)).replace("KEY", key).replace("VALUE", plain(value))
+            for key, value in arguments.items()) + end
+
+    return write
+
+
+def named_json(head, end, ascii=False):
+    return lambda name, arguments: head.replace("NAME", name) + json.dumps(arguments, ensure_ascii=ascii) + end
+
+
+def truth(value):
+    return str(isinstance(value, str)).lower()
+
+
+JSON = named_json('{"name": "NAME", "arguments": ', "}")
+PARAMETERS = named_json('{"type": "function", "name": "NAME", "parameters": ', "}")
+FUNCTION = tags("<function=N>\n", "<parameter=KEY>\nVALUE\n</parameter>\n", "</function>")
+PAIRS = ("N\n", "<PREarg_key>KEY</PREarg_key>\n<PREarg_value>VALUE</PREarg_value>\n", "")
+INVOKE = ('<PREinvoke name="N">\n', '<PREparameter name="KEY">VALUE</PREparameter>\n', "</PREinvoke>\n")
+DSML = (INVOKE[0], '<PREparameter name="KEY" string="TYPE">VALUE</PREparameter>\n', INVOKE[2])
+M3 = "]<]minimax[>["
+
+
+def prefixed(parts, prefix, *type_of):
+    return tags(*(part.replace("PRE", prefix) for part in parts), *type_of)
+
+
+def truth(value):
+    return str(isinstance(value, str)).lower()
+
+
+def kimi_type(value):
+    return "string" if isinstance(value, str) else "object"
+
+
+def python(name, arguments):
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
+
+
+def gemma_call(quote):
+    return lambda name, arguments: f"call:{name}" + gemma(arguments, quote)
+
+
+FAMILIES = {  # format, what opens a block, how one call is written, what separates calls, what closes the block
+    "hermes": (HERMES, "<tool_call>\n", JSON, "\n</tool_call>\n<tool_call>\n", "\n</tool_call>"),
+    "hermes, ascii": (
+        HERMES, "<tool_call>", named_json('{"name":"NAME","arguments":', "}", True), "\n", "</tool_call>"),
+    "qwen coder": (QWEN_CODER, "<tool_call>\n", FUNCTION, "\n</tool_call>\n<tool_call>\n", "\n</tool_call>"),
+    "seed": (marked("<seed:tool_call>"), "<seed:tool_call>\n", FUNCTION, "\n", "\n</seed:tool_call>"),
+    "glm": (GLM, "<tool_call>", prefixed(PAIRS, ""), "</tool_call>\n<tool_call>", "</tool_call>"),
+    "longcat": (of_kind("longcat"), "<longcat_tool_call>", prefixed(PAIRS, "longcat_"),
+                "</longcat_tool_call>\n<longcat_tool_call>", "</longcat_tool_call>"),
+    "minimax m2": (MINIMAX, "<minimax:tool_call>\n", prefixed(INVOKE, ""), "", "</minimax:tool_call>"),
+    "minimax m3": (marked(M3), f"{M3}<tool_call>\n", tags(
+        f'{M3}<invoke name="N">', f"{M3}<KEY>VALUE{M3}</KEY>", f"{M3}</invoke>\n"), "", f"{M3}</tool_call>"),
+    "muse": (of_kind("muse_spark"), "<atem:function_calls>\n", prefixed(INVOKE, "atem:"), "", "</atem:function_calls>"),
+    "deepseek r1": (marked("<｜tool▁calls▁begin｜>"), "<｜tool▁calls▁begin｜>", named_json(
+        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME\n```json\n", "\n```<｜tool▁call▁end｜>"), "\n", "<｜tool▁calls▁end｜>"),
+    "deepseek v3.1": (marked("<｜tool▁calls▁begin｜>"), "<｜tool▁calls▁begin｜>", named_json(
+        "<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>", "<｜tool▁call▁end｜>"), "", "<｜tool▁calls▁end｜>"),
+    "deepseek v3.2": (OutputFormat.of(tokenizer(tokens=["｜DSML｜"])), "<｜DSML｜function_calls>\n",
+                      prefixed(DSML, "｜DSML｜", truth), "", "</｜DSML｜function_calls>"),
+    "deepseek v4": (marked("<｜DSML｜tool_calls>"), "<｜DSML｜tool_calls>\n",
+                    prefixed(DSML, "｜DSML｜", truth), "", "</｜DSML｜tool_calls>"),
+    "deepseek v4.1": (marked("<｜DSML｜ calls>"), "<｜DSML｜ calls>\n",
+                      prefixed(DSML, "｜DSML｜ ", truth), "", "</｜DSML｜ calls>"),
+    "mistral": (of_kind("mistral"), "[TOOL_CALLS]", named_json("NAME[ARGS]", ""), "[TOOL_CALLS]", ""),
+    "mistral, ids": (of_kind("mistral"), "[TOOL_CALLS]", named_json("NAME[CALL_ID]abcdefg12[ARGS]", ""), "", ""),
+    "mistral, list": (of_kind("mistral"), "[TOOL_CALLS][", named_json(
+        '{"name": "NAME", "arguments": ', ', "id": "123456789"}'), ", ", "]"),
+    "llama": (marked("<|python_tag|>"), "<|python_tag|>", PARAMETERS, "; ", ""),
+    "llama, untagged": (OutputFormat.of(tokenizer(tokens=["<|python_tag|>"])), "", PARAMETERS, "; ", ""),
+    "llama 4": (marked("<|python_start|>"), "<|python_start|>[", python, ", ", "]<|python_end|>"),
+    "llama 4, untagged": (marked("<|python_start|>"), "[", python, ", ", "]"),
+    "lfm": (of_kind("pythonic"), "<|tool_call_start|>[", python, ", ", "]<|tool_call_end|>"),
+    "gemma 4": (of_kind("gemma4"), "<|tool_call>", gemma_call('<|"|>'), "<tool_call|><|tool_call>", "<tool_call|>"),
+    "function gemma": (of_kind("function_gemma"), "<start_function_call>", gemma_call("<escape>"),
+                       "<end_function_call><start_function_call>", "<end_function_call>"),
+    "kimi k2": (of_kind("kimi_k2"), "<|tool_calls_section_begin|>", named_json(
+        "<|tool_call_begin|>functions.NAME:0<|tool_call_argument_begin|>", "<|tool_call_end|>"),
+        "", "<|tool_calls_section_end|>"),
+    "kimi k3": (of_kind("kimi_k3"), "<|open|>tools<|sep|>", tags(
+        '<|open|>call tool="N" index="1"<|sep|>',
+        '<|open|>argument key="KEY" type="TYPE"<|sep|>VALUE<|close|>argument<|sep|>',
+        "<|close|>call<|sep|>", kimi_type), "", "<|close|>tools<|sep|>"),
+    "kimi k3, json": (of_kind("kimi_k3"), "<|open|>tools<|sep|>", named_json(
+        '<|open|>call tool="NAME" index="1"<|sep|><|open|>json type="object"<|sep|>',
+        "<|close|>json<|sep|><|close|>call<|sep|>"), "", "<|close|>tools<|sep|>"),
+    "granite": (marked("<|tool_call|>"), "<|tool_call|>[", JSON, ", ", "]"),
+    "phi 4": (OutputFormat.of(tokenizer(tokens=["<|tool_call|>", "<|/tool_call|>"])),
+              "<|tool_call|>[", JSON, ", ", "]<|/tool_call|>"),
+    "phi 4, functools": (marked("functools["), "functools[", JSON, ", ", "]"),
+    "nemotron": (marked("<TOOLCALL>"), "<TOOLCALL>[", JSON, ", ", "]</TOOLCALL>"),
+    "harmony": (marked("<|channel|>"), "", named_json(
+        "<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>", ""), None, "<|call|>"),
+    "harmony, recipient first": (marked("<|channel|>"), "", named_json(
+        " to=functions.NAME<|channel|>commentary json<|message|>", ""), None, "<|call|>"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_gets_its_own_calls_back(family):
+    format, start, write, between, end = FAMILIES[family]
+    tools = [NASTY_TOOL, *TOOLS]
+    one = start + write("Nasty", NASTY) + end
+    assert parse(one, format, tools) == [("call", "Nasty", NASTY)]
+    assert parse(start + write("get_time", {}) + end, format, tools) == [("call", "get_time", {})]
+    if between is not None:
+        both = start + write("Nasty", NASTY) + between + write("Bash", {"command": "ls"}) + end
+        assert parse(both, format, tools) == [("call", "Nasty", NASTY), bash()]
+        assert parse(both, format, tools, parallel=False) == [("call", "Nasty", NASTY)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_long_strings_stream_in_every_family(family):
+    format, start, write, _, end = FAMILIES[family]
+    text = start + write("Write", {"content": "line\n" * 50, "file_path": "a"}) + end
+    parser, started, seen = OutputParser(format, TOOLS), None, ""
+    for at, letter in enumerate(text):
+        for event in parser.feed(letter):
+            started = at if isinstance(event, ToolStart) else started
+            seen += event.json if isinstance(event, ToolInput) else ""
+        arrived = text[:at + 1].rpartition("line")[0]
+        if started and arrived.endswith(("line\n", "line\\n")):  # at most a few characters wait for what may end the value
+            assert seen.count("line") >= arrived.count("line") - 1
+    assert started < text.index("line") and seen.startswith('{"content": "line\\nline') and json.loads(seen)["file_path"] == "a"
+
+
+LLAMA = OutputFormat.of(tokenizer(tokens=["<|python_tag|>"]))
+
+
+@pytest.mark.parametrize("text, expected", [
+    ('{"name": "Bash", "parameters": {"command": "ls"}} and text', [bash(), ("text", "and text")]),
+    ('{"name": "Bash", "parameters": {"command": "l', [bash("l")]),
+    ('{"name": "Bash"} is how', [("text", '{"name": "Bash"} is how')]),
+    ('{"name": "Other", "parameters": {}}', [("text", '{"name": "Other", "parameters": {}}')]),
+    ("<|python_tag|>print(1)", [("text", "<|python_tag|>print(1)")]),
+])
+def test_a_model_that_writes_calls_without_tags(text, expected):
+    assert parse(text, LLAMA) == expected
+
+
+def test_values_that_the_schema_may_change_wait():
+    parser = OutputParser(HERMES, TOOLS)
+    parser.feed('<tool_call>{"name": "Bash", "arguments": {"timeout": "50')
+    assert joined(parser.feed("00")) == []
+    assert [event.json for event in parser.feed('", "command": "l')] == ['5000, "command": "l']
+
+
+HARMONY = marked("<|channel|>")
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>Hi<|return|>",
+     [("thinking", "hm"), ("text", "Hi")]),
+    ("<|channel|>final<|message|>Hi", [("text", "Hi")]),
+    ("<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
+     "<|channel|>commentary to=functions.Bash <|constrain|>json<|message|>"
+     '{"command":"ls"}<|call|>', [("thinking", "hm"), bash()]),
+    ("<|channel|>analysis<|message|>hm<|end|><|start|>assistant to=functions.Bash<|channel|>commentary json<|message|>"
+     '{"command":"ls"}', [("thinking", "hm"), bash()]),
+    ("<|channel|>commentary<|message|>I look.<|end|><|start|>assistant<|channel|>analysis to=functions.Bash code<|message|>"
+     '{"command":"ls"}<|call|>', [("text", "I look."), bash()]),
+    ("<|channel|>analysis<|message|>hm<|channel|>final<|message|>Hi", [("thinking", "hm"), ("text", "Hi")]),
+    ("<|channel|>final<|message|>Hi<|return|>and more", [("text", "Hi")]),
+    ("<|channel|>commentary to=python <|message|>1", [("text", "<|channel|>commentary to=python <|message|>1")]),
+])
+def test_harmony(text, expected):
+    assert parse(text, HARMONY) == expected
+
+
+def test_what_tells_a_format():
+    hermes = OutputFormat.of(tokenizer("... <tool_call> ..."))
+    assert hermes.call == ("<tool_call>", "</tool_call>") and OutputFormat.of(tokenizer(tokens=["<tool_call>"])) == hermes
+    # the template knows better than the vocabulary of the model it was made for
+    assert OutputFormat.of(tokenizer("<tool_call>", ["<|python_tag|>"])) == hermes
+    # mlx-lm takes MiniMax-M3 for a Hermes model
+    found = OutputFormat.of(SimpleNamespace(**{**vars(tokenizer(M3)), "has_tool_calling": True, "tool_parser": parse}))
+    assert found.call == (M3 + "<tool_call>", M3 + "</tool_call>")
+    assert marked("<seed:think>").thinking == ("<seed:think>", "</seed:think>")
+    assert marked("[THINK]").thinking == ("[THINK]", "[/THINK]")
 
 
 @pytest.mark.parametrize("error", [AttributeError, KeyError, OverflowError, RecursionError, TypeError])
@@ -491,3 +764,17 @@ def test_events_depend_on_the_text_alone(seed):
         out = parse(text, format, dice.choice([TOOLS, []]), ["STOP"] if dice.random() < 0.7 else [],
                     in_thinking=dice.random() < 0.3, parallel=dice.random() < 0.8)
         assert "STOP" not in "".join(piece for kind, piece, *_ in out if kind == "text") or not parse.parser._stops
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_damaged_calls_depend_on_the_text_alone(family):
+    """Calls of each family with pieces cut out, put in or moved: any cutting gives the same valid events."""
+    dice = random.Random(family)
+    format, start, write, _, end = FAMILIES[family]
+    parts = ['"', "{", "}", "]", ",", "\\", "\n", "x", "</tool_call>", "<tool_call>", "</parameter>", start, end]
+    for _ in range(12):
+        text = start + write("Nasty", dict(dice.sample(list(NASTY.items()), 3))) + end + start + write("Bash", {"command": "ls"}) + end
+        for _ in range(dice.randrange(1, 4)):
+            at, other = dice.randrange(len(text)), dice.randrange(len(text))
+            text = text[:at] + dice.choice([dice.choice(parts), "", text[other:other + 20]]) + text[at + dice.randrange(9):]
+        parse(text, format, [NASTY_TOOL, *TOOLS])
