@@ -83,6 +83,11 @@ class Request:
     `deferred_tools` are not rendered but may be called. `tool_choice` is "auto", "none", "any" or a tool's name.
     `max_tokens` None means up to the context's end; 0 only fills the prompt cache. `keep_alive` is in seconds
     (negative: for ever, 0: unload afterwards, None: the model's current setting).
+
+    `format` is what the visible answer must be: "json" (any JSON object) or a JSON schema, here the schema's dict; with
+    `tools` the model may call one instead. Thinking stays free. A forced call (`tool_choice` "any" or a name) is held to
+    the tools' names and, as far as the model's call syntax allows, their schemas. Both need the package llguidance;
+    without it a `format` is refused and a forced call only begun.
     """
 
     model: str
@@ -97,6 +102,7 @@ class Request:
     max_tokens: int | None = None
     thinking: bool | None = None
     effort: str | None = None
+    format: dict[str, Any] | str | None = None
     keep_alive: float | None = None
     priority: Priority = Priority.NORMAL
 
@@ -912,6 +918,77 @@ class Tongue:
             in_thinking=bool(start) and not opening and text.rstrip().endswith(start),
         )
 
+    def constraint(self, request: Request, prompt: Prompt) -> Constraint | None:
+        """What holds the answer to the format or the call that the request demands; None if it demands neither, or a call
+        that cannot be enforced. Raises InvalidRequest for a format that cannot be."""
+        if prompt.opening:
+            try:
+                return self._forced_call(request, prompt.opening)
+            except InvalidRequest as error:
+                log.warning("the call is begun but not enforced: %s", error)
+        elif request.format is not None:
+            return self._formatted(request, prompt)
+        return None
+
+    def _forced_call(self, request: Request, opening: str) -> Constraint | None:
+        tools = [tool for tool in [*request.tools, *request.deferred_tools]
+                 if request.tool_choice in ("any", tool["function"]["name"])]
+        grammar = self.format.grammar(tools, request.parallel_tool_calls, self._literal)
+        if not grammar:
+            return None
+        matcher = self._matcher(grammar)
+        if not matcher.consume_tokens(self._encode_whole(opening)):
+            raise InvalidRequest(_grammar_error(matcher))
+        for warning in matcher.get_grammar_warnings():
+            log.warning("the call's arguments are not held to all of their schema: %s", warning)
+        return Constraint(matcher)
+
+    def _formatted(self, request: Request, prompt: Prompt) -> Constraint:
+        schema = {"type": "object"} if request.format == "json" else request.format
+        start, end = self.format.thinking or ("", "")
+        begun = request.messages[-1] if request.prompt is None else {"role": "user"}
+        thought = begun["role"] == "assistant" or self.tokenizer.decode(prompt.tokens[-8:]).rstrip().endswith(end)
+        exits = {}
+        if request.thinking is not False and not prompt.in_thinking and not thought:
+            exits[self._encode_whole(start)[0]] = True
+        lead = r'("\n" | "\n\n")? ' if exits or prompt.in_thinking else ""  # what models put behind their thinking
+        matcher = self._matcher(f"start: {lead}value\nvalue: {json_rule(schema)}")
+        if matcher.is_error():
+            raise InvalidRequest(f"the output format cannot be enforced: {_grammar_error(matcher)}")
+        for warning in matcher.get_grammar_warnings():
+            if not warning.startswith("Unknown format"):  # which JSON Schema itself takes for no more than a note
+                raise InvalidRequest(f"the output format cannot be enforced: {warning.partition(', falling back')[0]}")
+        if begun["role"] == "assistant" and not matcher.consume_tokens(self._grammar_tokenizer.tokenize_str(begun["content"])):
+            raise InvalidRequest("the assistant message to be continued does not fit the output format")
+        if self.format.call and request.tools and request.tool_choice != "none":
+            exits[self._encode_whole(self.format.call[0])[0]] = False
+        return Constraint(matcher, None if prompt.in_thinking else 0, exits, self._encode_whole(end))
+
+    @functools.cached_property
+    def _grammar_tokenizer(self) -> Any:
+        try:
+            from llguidance import LLTokenizer
+
+            return LLTokenizer(self.tokenizer.backend_tokenizer.to_str(), eos_token=sorted(self.tokenizer.eos_token_ids))
+        except ImportError:
+            raise InvalidRequest('structured output needs one more package: pip install "mlx-server[constrained]"') from None
+        except (AttributeError, ValueError) as error:
+            raise InvalidRequest(f"this model's tokenizer does not allow structured output: {_first_line(error)}") from error
+
+    def _matcher(self, grammar: str) -> Any:
+        tokenizer = self._grammar_tokenizer
+        from llguidance import LLMatcher
+
+        # Forced text would be tokenised as a whole, and what it spells might become a special token.
+        return LLMatcher(tokenizer, LLMatcher.grammar_from_lark('%llguidance {"no_forcing": true}\n' + grammar), log_level=0)
+
+    def _literal(self, text: str) -> str:
+        """A text in a grammar, where special tokens are told from text that only looks like them."""
+        special = self._grammar_tokenizer.is_special_token
+        names = {token.content: f"<[{id}]>" for id, token in self.tokenizer.added_tokens_decoder.items() if special(id)}
+        pieces = re.split(f"({'|'.join(re.escape(name) for name in sorted(names, key=len, reverse=True))})", text)
+        return " ".join(names.get(piece) or json.dumps(piece, ensure_ascii=False) for piece in pieces if piece)
+
     def locate(self, request: Request, before: str) -> tuple[int, str] | None:
         """The index and the role of the message in which the prompt's text goes beyond `before`; None where the template
         does not tell."""
@@ -1232,6 +1309,61 @@ class OutputFormat:
             return f"{self.call[0]}\n<function={choice}>\n"
         return self.call[0]
 
+    def grammar(self, tools: Sequence[dict], parallel: bool, literal: Callable[[str], str]) -> str:
+        """The grammar of an answer that is one call to one of `tools`, or several calls if `parallel`; "" when it is not known
+        how this format writes its calls. `literal` makes an expression of a text."""
+        shape = _CALL_SHAPES.get(self.parse)
+        if shape is None or self.call is None:
+            return ""
+        calls, rules = [], []
+        for number, tool in enumerate(tools):
+            name, schema = tool["function"]["name"], tool["function"].get("parameters") or _EMPTY_SCHEMA
+            head, *parameter, tail = shape
+            arguments = _parameter_rules(f"p{number}", schema, *parameter, literal) if parameter else [json_rule(schema)]
+            calls.append(f"{literal(head.replace('{}', name))} a{number} {literal(tail)}")
+            rules += [f"a{number}: {arguments[0]}", *arguments[1:]]
+        more = f" ({literal(chr(10))} call)*" if parallel else ""
+        return "\n".join([f"start: call{more}", f"call: {literal(self.call[0])} ({' | '.join(calls)}) {literal(self.call[1])}", *rules])
+
+
+# How a call is written between its tags, {} being the names: what precedes the arguments and what follows them, and for
+# arguments that are no JSON object also what precedes and follows the value of each.
+_CALL_SHAPES: dict[ParseCalls | None, tuple[str, ...]] = {
+    parse_json_calls: ('\n{"name": "{}", "arguments": ', "}\n"),
+    parse_qwen3_coder_calls: ("\n<function={}>\n", "<parameter={}>\n", "\n</parameter>\n", "</function>\n"),
+    parse_minimax_calls: ('\n<invoke name="{}">\n', '<parameter name="{}">', "</parameter>\n", "</invoke>\n"),
+    parse_glm_calls: ("{}\n", "<arg_key>{}</arg_key>\n<arg_value>", "</arg_value>\n", ""),
+}
+# One blank, or a new line with its indentation: a model cannot go on writing nothing but blanks.
+_JSON_OPTIONS = {"whitespace_pattern": r" |\n {0,16}", "lenient": True}
+
+
+def json_rule(schema: dict) -> str:
+    """The grammar of JSON text that matches a schema."""
+    return f"%json {json.dumps({**schema, 'x-guidance': _JSON_OPTIONS})}"
+
+
+def _parameter_rules(prefix: str, schema: dict, before: str, after: str, literal: Callable[[str], str]) -> list[str]:
+    """The grammar of arguments that stand in tags of their own, in the schema's order: one expression for all of them, then the
+    rules it needs. Strings are free up to their end tag unless there is a list of them; other values are JSON."""
+    properties = schema.get("properties") or {}
+    definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    end = literal(after)
+    uses, rules = [], []
+    for number, (key, value) in enumerate(properties.items()):
+        rule, types = f"{prefix}_{number}", _types(value)
+        if types and "string" not in types:
+            text = f"{rule}_v {end}\n{rule}_v: {json_rule({**definitions, **value})}"
+        elif types and value.get("enum"):
+            text = f"({' | '.join(literal(one) for one in value['enum'] if isinstance(one, str))}) {end}"
+        elif end.startswith('"'):
+            text = f"{rule}_v\n{rule}_v[suffix={end}]: /(?s:.*)/"
+        else:
+            text = f"/(?s:.*)/ {end}"
+        rules.append(f"{rule}: {literal(before.replace('{}', key))} {text}")
+        uses.append(rule if key in (schema.get("required") or ()) else f"{rule}?")
+    return [" ".join(uses) or '""', *rules]
+
 
 _KINDS = {bool: {"boolean"}, int: {"integer", "number"}, float: {"number"}, str: {"string"}, list: {"array"},
           dict: {"object"}, type(None): {"null"}}
@@ -1367,6 +1499,10 @@ class OutputParser:
             self._say(Text, self._pending)
             self._blanks, self._pending = None, ""
         return self._events
+
+    def verbatim(self) -> None:
+        """From here on there is no markup: all that follows is text, whatever it looks like."""
+        self._marks["text"], self._may_be_bare = {}, False
 
     # -- the states: each step takes what is certain from the buffer and tells whether another step may follow
 
@@ -2038,6 +2174,65 @@ def make_penalties(sampling: Sampling) -> list[Callable[[Any, Any], Any]]:
         sampling.presence_penalty, window, sampling.frequency_penalty, window)
 
 
+# ------------------------------------------------------------------ constrained output
+
+
+class Constraint:
+    """A logits processor that keeps one answer within a grammar; after the grammar's end only the turn's end is left.
+
+    `begins` is how many of the answer's tokens precede the text that is held: None as long as the model thinks, and for
+    calls. `exits` are tokens that lead out of the grammar when the answer begins with one: into thinking, which ends with
+    the tokens `thinking_end`, if True, else to where nothing is held any more. On the MLX thread.
+    """
+
+    def __init__(self, matcher: Any, begins: int | None = None, exits: dict[int, bool] | None = None,
+                 thinking_end: Sequence[int] = ()):
+        self.begins = begins
+        self._matcher, self._exits, self._thinking_end = matcher, exits or {}, list(thinking_end)
+        self._state = "thinking" if begins is None and thinking_end else "held"
+        self._length = -1  # of the answer so far; the first call comes after the prompt's last token
+        self._latest: list[int] = []
+
+    @property
+    def error(self) -> str:
+        """What made the matcher give up, which ends the turn: a grammar may outgrow llguidance's limits. Or ""."""
+        return _grammar_error(self._matcher) if self._matcher.is_error() else ""
+
+    def __call__(self, context: Any, logits: Any) -> Any:
+        import mlx.core as mx
+
+        self._length += 1
+        if self._length and self._state != "free":
+            token = context[-1:]
+            mx.async_eval(token)
+            mx.async_eval(logits)  # the model computes while the mask is made
+            self._read(token.item())
+        if self._state != "held":
+            return logits
+        vocabulary = logits.shape[-1]
+        mask = bytearray(self._matcher.compute_bitmask().ljust(vocabulary // 8 + 1, b"\0"))
+        for token in self._exits if not self._length else ():
+            mask[token // 8] |= 1 << token % 8
+        bits = mx.array(memoryview(mask))[:, None] >> mx.arange(8, dtype=mx.uint8) & 1
+        return mx.where(bits.reshape(1, -1)[:, :vocabulary], logits, -math.inf)
+
+    def _read(self, token: int) -> None:
+        if self._state == "thinking":
+            self._latest = [*self._latest, token][-len(self._thinking_end):]
+            if self._latest == self._thinking_end:
+                self._state, self.begins = "held", self._length
+        elif self._length == 1 and token in self._exits:
+            self._state, self.begins = "thinking" if self._exits[token] else "free", None
+        else:
+            self._matcher.consume_token(token)
+
+
+def _grammar_error(matcher: Any) -> str:
+    """llguidance's reason in one line, without its dump of the grammar and the parser's state."""
+    reason = matcher.get_error().rpartition("failed to compile JSON schema: ")[2]
+    return " ".join(re.split(r"\n +\d+ \||\n<state>", reason)[0].split())
+
+
 # ------------------------------------------------------------------ one running request
 
 
@@ -2093,6 +2288,7 @@ class Generation:
         self._detokenizer: Any = None
         self._raw, self._visible, self._thinking = "", "", ""  # what the model wrote, and what of it is text and thinking
         callable_tools = [*request.tools, *request.deferred_tools] if request.tool_choice != "none" else []
+        self._constraint = tongue.constraint(request, prompt) if prompt.tokens else None
         self._parser = OutputParser(tongue.format, callable_tools, request.stop, in_thinking=prompt.in_thinking,
                                     parallel=request.parallel_tool_calls)
         self._born = self._mark = time.perf_counter()
@@ -2180,15 +2376,15 @@ class Decoder:
         """Whether a request with this cache can decode beside those that already do."""
         return not len(self) or all(hasattr(layer, "merge") for layer in cache)
 
-    def insert(self, line: Line, token: int, limit: int, sampler: Any, penalties: list[Any]) -> int:
+    def insert(self, line: Line, token: int, limit: int, sampler: Any, processors: list[Any]) -> int:
         """Starts a request that has read `line` and reads `token` next; returns its number. The line's caches are the
-        decoder's from here on."""
+        decoder's from here on. `processors` are mlx-lm's logits processors."""
         import mlx.core as mx
         from mlx_lm.generate import GenerationBatch
 
         self._count += 1
         batch = GenerationBatch(self._model, [self._count], mx.array([token]), line.cache, [list(line.tokens)], [sampler],
-                                sampler, [tuple(penalties)], [self._ends], [limit])
+                                sampler, [tuple(processors)], [self._ends], [limit])
         batch.extract_cache = lambda _: list(batch.prompt_cache)  # nobody else's rows are in there
         if len(self):
             _share(self._batch)
@@ -2854,7 +3050,8 @@ class Engine:
 
     def submit(self, request: Request) -> Generation:
         """Queues a request. What can be wrong with it is raised here: ModelNotFound, ModelLoadError (no tokenizer),
-        InvalidRequest (the template refuses it), PromptTooLong, EngineBusy, EngineClosed."""
+        InvalidRequest (the template refuses it, or its format cannot be enforced), PromptTooLong, EngineBusy,
+        EngineClosed."""
         local = self.resolve(request.model)
         self._check_open()
         tongue = self._tongue(local)
