@@ -951,8 +951,9 @@ class Tongue:
         exits = {}
         if request.thinking is not False and not prompt.in_thinking and not thought:
             exits[self._encode_whole(start)[0]] = True
-        lead = r'("\n" | "\n\n")? ' if exits or prompt.in_thinking else ""  # what models put behind their thinking
-        matcher = self._matcher(f"start: {lead}value\nvalue: {json_rule(schema)}")
+        blanks = ["\n", "\n\n"] if exits or prompt.in_thinking else []  # what models put behind their thinking
+        lead = f"({' | '.join(map(json.dumps, blanks))})?" if blanks else ""
+        matcher = self._matcher(f"start: {lead} value\nvalue: {json_rule(schema)}")
         if matcher.is_error():
             raise InvalidRequest(f"the output format cannot be enforced: {_grammar_error(matcher)}")
         for warning in matcher.get_grammar_warnings():
@@ -962,7 +963,8 @@ class Tongue:
             raise InvalidRequest("the assistant message to be continued does not fit the output format")
         if self.format.call and request.tools and request.tool_choice != "none":
             exits[self._encode_whole(self.format.call[0])[0]] = False
-        return Constraint(matcher, None if prompt.in_thinking else 0, exits, self._encode_whole(end))
+        return Constraint(matcher, None if prompt.in_thinking else 0, exits, self._encode_whole(end),
+                          [token for text in blanks for token in self._encode_whole(text)])
 
     @functools.cached_property
     def _grammar_tokenizer(self) -> Any:
@@ -987,7 +989,7 @@ class Tongue:
         special = self._grammar_tokenizer.is_special_token
         names = {token.content: f"<[{id}]>" for id, token in self.tokenizer.added_tokens_decoder.items() if special(id)}
         pieces = re.split(f"({'|'.join(re.escape(name) for name in sorted(names, key=len, reverse=True))})", text)
-        return " ".join(names.get(piece) or json.dumps(piece, ensure_ascii=False) for piece in pieces if piece)
+        return " ".join(names.get(piece) or json.dumps(piece, ensure_ascii=False) for piece in pieces if piece) or '""'
 
     def locate(self, request: Request, before: str) -> tuple[int, str] | None:
         """The index and the role of the message in which the prompt's text goes beyond `before`; None where the template
@@ -1304,7 +1306,7 @@ class OutputFormat:
         if choice in ("auto", "none") or self.call is None:
             return ""
         if choice != "any" and self.parse is parse_json_calls:
-            return f'{self.call[0]}\n{{"name": {json.dumps(choice)}, "arguments": '
+            return f'{self.call[0]}\n{{"name": {json.dumps(choice, ensure_ascii=False)}, "arguments": '
         if choice != "any" and self.parse is parse_qwen3_coder_calls:
             return f"{self.call[0]}\n<function={choice}>\n"
         return self.call[0]
@@ -1312,24 +1314,24 @@ class OutputFormat:
     def grammar(self, tools: Sequence[dict], parallel: bool, literal: Callable[[str], str]) -> str:
         """The grammar of an answer that is one call to one of `tools`, or several calls if `parallel`; "" when it is not known
         how this format writes its calls. `literal` makes an expression of a text."""
-        shape = _CALL_SHAPES.get(self.parse)
-        if shape is None or self.call is None:
+        if self.call is None or self.parse not in _CALL_SHAPES:
             return ""
-        calls, rules = [], []
+        head, *parameter, tail = _CALL_SHAPES[self.parse]
+        newline, calls, rules = literal("\n"), [], []
         for number, tool in enumerate(tools):
             name, schema = tool["function"]["name"], tool["function"].get("parameters") or _EMPTY_SCHEMA
-            head, *parameter, tail = shape
-            arguments = _parameter_rules(f"p{number}", schema, *parameter, literal) if parameter else [json_rule(schema)]
-            calls.append(f"{literal(head.replace('{}', name))} a{number} {literal(tail)}")
+            arguments = _parameter_rules(f"a{number}", schema, *parameter, literal) if parameter else [json_rule(schema)]
+            named = head.replace("{}", name if parameter else json.dumps(name, ensure_ascii=False))
+            calls.append(f"{literal(named)} a{number} {literal(tail)}")
             rules += [f"a{number}: {arguments[0]}", *arguments[1:]]
-        more = f" ({literal(chr(10))} call)*" if parallel else ""
-        return "\n".join([f"start: call{more}", f"call: {literal(self.call[0])} ({' | '.join(calls)}) {literal(self.call[1])}", *rules])
+        return "\n".join([f"start: call ({newline} call)*" if parallel else "start: call",
+                          f"call: {literal(self.call[0])} ({' | '.join(calls)}) {literal(self.call[1])}", *rules])
 
 
 # How a call is written between its tags, {} being the names: what precedes the arguments and what follows them, and for
 # arguments that are no JSON object also what precedes and follows the value of each.
 _CALL_SHAPES: dict[ParseCalls | None, tuple[str, ...]] = {
-    parse_json_calls: ('\n{"name": "{}", "arguments": ', "}\n"),
+    parse_json_calls: ('\n{"name": {}, "arguments": ', "}\n"),
     parse_qwen3_coder_calls: ("\n<function={}>\n", "<parameter={}>\n", "\n</parameter>\n", "</function>\n"),
     parse_minimax_calls: ('\n<invoke name="{}">\n', '<parameter name="{}">', "</parameter>\n", "</invoke>\n"),
     parse_glm_calls: ("{}\n", "<arg_key>{}</arg_key>\n<arg_value>", "</arg_value>\n", ""),
@@ -2181,50 +2183,70 @@ class Constraint:
     """A logits processor that keeps one answer within a grammar; after the grammar's end only the turn's end is left.
 
     `begins` is how many of the answer's tokens precede the text that is held: None as long as the model thinks, and for
-    calls. `exits` are tokens that lead out of the grammar when the answer begins with one: into thinking, which ends with
-    the tokens `thinking_end`, if True, else to where nothing is held any more. On the MLX thread.
+    calls. `exits` are tokens that lead out of the grammar where that text could begin: into thinking (if True), which ends
+    with the tokens `thinking_end`, or to where nothing is held any more. `blanks` may precede the text.
     """
 
     def __init__(self, matcher: Any, begins: int | None = None, exits: dict[int, bool] | None = None,
-                 thinking_end: Sequence[int] = ()):
-        self.begins = begins
-        self._matcher, self._exits, self._thinking_end = matcher, exits or {}, list(thinking_end)
+                 thinking_end: Sequence[int] = (), blanks: Sequence[int] = ()):
+        self._matcher, self._begins, self._exits = matcher, begins, exits or {}
+        self._thinking_end, self._blanks = list(thinking_end), blanks
         self._state = "thinking" if begins is None and thinking_end else "held"
-        self._length = -1  # of the answer so far; the first call comes after the prompt's last token
+        self._length = 0  # of the answer so far
         self._latest: list[int] = []
+        self._started = False
+
+    def after(self, answer: Sequence[int]) -> Constraint:
+        """A copy to go on with behind what is already written of the answer."""
+        new = copy.copy(self)
+        new._matcher = self._matcher.deep_copy()
+        for token in answer:
+            new._read(token)
+        return new
 
     @property
     def error(self) -> str:
         """What made the matcher give up, which ends the turn: a grammar may outgrow llguidance's limits. Or ""."""
         return _grammar_error(self._matcher) if self._matcher.is_error() else ""
 
+    def opens(self, token: int, before: int) -> bool:
+        """Whether the text that is held opens with `token`, which `before` tokens of the answer precede."""
+        return self._begins == before and token not in self._exits and token not in self._blanks
+
     def __call__(self, context: Any, logits: Any) -> Any:
+        """The logits (1, vocabulary) with all tokens ruled out that may not follow the tokens `context`. On the MLX thread."""
         import mlx.core as mx
 
-        self._length += 1
-        if self._length and self._state != "free":
+        if self._started and self._state != "free":
             token = context[-1:]
             mx.async_eval(token)
             mx.async_eval(logits)  # the model computes while the mask is made
             self._read(token.item())
+        self._started = True
         if self._state != "held":
             return logits
         vocabulary = logits.shape[-1]
         mask = bytearray(self._matcher.compute_bitmask().ljust(vocabulary // 8 + 1, b"\0"))
-        for token in self._exits if not self._length else ():
-            mask[token // 8] |= 1 << token % 8
+        for token, thinks in self._exits.items() if self._length == self._begins else ():
+            if not thinks or token == mx.argmax(logits).item():  # not merely because all else is ruled out
+                mask[token // 8] |= 1 << token % 8
         bits = mx.array(memoryview(mask))[:, None] >> mx.arange(8, dtype=mx.uint8) & 1
         return mx.where(bits.reshape(1, -1)[:, :vocabulary], logits, -math.inf)
 
     def _read(self, token: int) -> None:
+        beginning = self._begins == self._length
+        self._length += 1
         if self._state == "thinking":
             self._latest = [*self._latest, token][-len(self._thinking_end):]
             if self._latest == self._thinking_end:
-                self._state, self.begins = "held", self._length
-        elif self._length == 1 and token in self._exits:
-            self._state, self.begins = "thinking" if self._exits[token] else "free", None
-        else:
+                self._state, self._begins = "held", self._length
+                self._exits = {token: thinks for token, thinks in self._exits.items() if not thinks}
+        elif beginning and token in self._exits:
+            self._state, self._begins = "thinking" if self._exits[token] else "free", None
+        elif self._state == "held":
             self._matcher.consume_token(token)
+            if beginning and token in self._blanks:
+                self._begins = self._length
 
 
 def _grammar_error(matcher: Any) -> str:
@@ -2288,7 +2310,8 @@ class Generation:
         self._detokenizer: Any = None
         self._raw, self._visible, self._thinking = "", "", ""  # what the model wrote, and what of it is text and thinking
         callable_tools = [*request.tools, *request.deferred_tools] if request.tool_choice != "none" else []
-        self._constraint = tongue.constraint(request, prompt) if prompt.tokens else None
+        self._grammar = tongue.constraint(request, prompt) if prompt.tokens else None
+        self._constraint: Constraint | None = None  # the grammar at work
         self._parser = OutputParser(tongue.format, callable_tools, request.stop, in_thinking=prompt.in_thinking,
                                     parallel=request.parallel_tool_calls)
         self._born = self._mark = time.perf_counter()
@@ -2595,8 +2618,12 @@ class Runtime:
             return self._end(job, "length")
         sampling = job.request.sampling
         job._sampler = job._sampler or make_sampler(sampling, len(self.tongue.tokenizer))
+        processors = make_penalties(sampling)
+        if job._grammar is not None:
+            job._constraint = job._grammar.after(job._prompt.tokens[job.prompt_tokens:])
+            processors.append(job._constraint)
         job._number = self._decoder.insert(job._line, job._prompt.tokens[-1], job._limit - job.usage.completion_tokens,
-                                           job._sampler, make_penalties(sampling))
+                                           job._sampler, processors)
         job._line.cache = []  # the decoder gives it back at the end
         job._phase = Phase.DECODE
 
@@ -2638,6 +2665,8 @@ class Runtime:
         if response.token == 0 or usage.completion_tokens % self.INSPECTED == 0:
             if math.isnan(response.logprobs[0].item()):
                 raise ArithmeticError("the model's output is not a number")
+        if job._constraint is not None and job._constraint.opens(response.token, usage.completion_tokens):
+            parser.verbatim()
         usage.completion_tokens += 1
         usage.thinking_tokens += parser.state == "thinking"
         if response.finish_reason != "stop":
@@ -2712,6 +2741,8 @@ class Runtime:
         if job._line is not None:
             self.prefixes.put(job._line)
             job._line = None
+        if job._constraint is not None and job._constraint.error:
+            return job._fail(InvalidRequest(f"the output format asks too much: {job._constraint.error}"))
         job._finish(reason)
 
     def _drop(self, job: Generation, error: Exception) -> None:
