@@ -17,7 +17,7 @@ from jsonschema import Draft202012Validator
 from models import CHATML, CONFIGS, build_model
 
 from dialects import AnthropicMessages, OllamaChat
-from engine import Done, Engine, Generation, InvalidRequest, Request, Sampling, Text, Thinking, ToolEnd, ToolStart
+from engine import Done, Engine, Generation, InvalidRequest, Request, Runtime, Sampling, Text, Thinking, ToolEnd, ToolStart
 
 HI = [{"role": "user", "content": "hi"}]
 # A template that only mentions a family's tags is taken for one of that family.
@@ -87,7 +87,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(folder: Path):
-    with Engine(models_dirs=[folder]) as engine:
+    with Engine(models_dirs=[folder], max_queue=len(SCHEMAS)) as engine:
         yield engine
 
 
@@ -162,6 +162,28 @@ def test_a_seed_gives_the_same_answer_alone_and_in_company(engine: Engine):
     assert said(ask(engine, 5, format=LIKE_CLAUDE_CODE[2])) == alone
     for generation in company:
         generation.cancel()
+
+
+def test_an_answer_that_waits_for_memory_goes_on_where_it_was(
+        folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(Runtime, "EXPECTED", 8)
+    long = rows(text(8, minLength=8), 20, minItems=20)
+
+    def answers(engine: Engine) -> list[tuple[str, str]]:
+        return [said(generation) for generation in [ask(engine, seed, format=long) for seed in range(4)]]
+
+    with Engine(str(folder / "hermes")) as engine:
+        alone = [said(ask(engine, seed, format=long)) for seed in range(4)]
+        runtime = engine._pool.runtimes[engine._default.name]
+        memory = runtime.size + runtime.state.nbytes(500)
+    with Engine(str(folder / "hermes"), memory=memory) as engine:
+        said(ask(engine, max_tokens=1))  # loads the model
+        assert answers(engine) == alone
+    assert "one waits after" in caplog.text
+    for answer, reason in alone:
+        assert reason == "stop"
+        check(answer, long)
 
 
 def test_what_looks_like_markup_is_text_inside_the_answer(engine: Engine):
