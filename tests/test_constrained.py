@@ -224,6 +224,16 @@ def test_a_call_may_follow_the_thinking_when_there_are_tools(engine: Engine):
     assert call not in allowed(newline, brace) and constraint.opens(brace, 4)
 
 
+def test_a_matcher_that_gives_up_ends_the_turn_and_says_why(engine: Engine):
+    tongue = engine._tongue(engine.resolve("hermes"))
+    request = Request("hermes", HI, format=TITLE, thinking=False)
+    constraint = tongue.constraint(request, tongue.prompt(request))
+    constraint(mx.array([1]), mx.zeros((1, 512)))
+    logits = constraint(mx.array([1, tongue.encode("x")[0]]), mx.zeros((1, 512)))
+    assert [token for token, logit in enumerate(logits[0].tolist()) if logit == 0] == sorted(tongue.tokenizer.eos_token_ids)
+    assert "doesn't satisfy the grammar" in constraint.error and "\n" not in constraint.error
+
+
 TOOLS = [tool("Todo_Write", obj(todos=rows(TODO, 1))), tool("set", obj(["on"], on={"type": "boolean"}, level={
     "type": "integer", "minimum": 0, "maximum": 9})), tool("Farbe-ändern", obj(["c"], c={"enum": ["rot", "grün"]}, n={"type": "null"})),
     tool("nothing", obj())]
