@@ -1312,8 +1312,9 @@ class OutputFormat:
         return self.call[0]
 
     def grammar(self, tools: Sequence[dict], parallel: bool, literal: Callable[[str], str]) -> str:
-        """The grammar of an answer that is one call to one of `tools`, or several calls if `parallel`; "" when it is not known
-        how this format writes its calls. `literal` makes an expression of a text."""
+        """The grammar (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md) of an answer that is one call to one
+        of `tools`, or several calls if `parallel`; "" when it is not known how this format writes its calls. `literal` makes
+        an expression of a text."""
         if self.call is None or self.parse not in _CALL_SHAPES:
             return ""
         head, *parameter, tail = _CALL_SHAPES[self.parse]
