@@ -245,16 +245,17 @@ def _between(calls: list[Object], turns: Iterable[Turn]) -> list[Message]:
     return messages
 
 
-def ask_for_json(messages: list[Message], schema: Object | None) -> None:
-    """Asks for a JSON answer in words, at the end of the last user message: a request's output format is honoured by
-    the prompt, which a model follows as well as it can."""
+def ask_for_json(request: Request, schema: Object | None) -> None:
+    """Demands an answer in JSON, of any object or of what matches a schema. The engine sees to it; the words at the end of
+    the last user message let the model know beforehand."""
+    request.format = "json" if schema is None else schema
     demand = f", matching this schema: {json.dumps(schema, ensure_ascii=False)}" if schema else "."
     demand = f"Answer with JSON only{demand}"
-    for message in reversed(messages):
+    for message in reversed(request.messages):
         if message["role"] == "user":
             message["content"] += f"\n\n{demand}"
             return
-    messages.append({"role": "user", "content": demand})
+    request.messages.append({"role": "user", "content": demand})
 
 
 # ================================================================== Anthropic
@@ -307,7 +308,7 @@ def anthropic_count(body: Object) -> Request:
 
 
 def _anthropic_request(body: Object, counting: bool = False) -> Request:
-    """A messages body as a `Request`. An output format becomes a sentence at the end of the last user message.
+    """A messages body as a `Request`.
 
     Raises WireError 400 with the path of what is wrong. Unknown keys and betas are ignored, and so is all that only
     steers Anthropic's own caches and billing.
@@ -330,15 +331,16 @@ def _anthropic_request(body: Object, counting: bool = False) -> Request:
     if not any(turn.says_something for turn in turns):
         raise WireError(400, "messages: at least one message is required")
     messages = canonical([Turn("system", _system_text(body.get("system") or "", "system")), *turns])
-    if schema is not None:
-        ask_for_json(messages, schema)
-    return Request(
+    request = Request(
         model, messages, tools=tools, deferred_tools=deferred, tool_choice=choice, parallel_tool_calls=parallel,
         sampling=Sampling(
             temperature=take(body, "temperature", float, low=0, high=2),
             top_p=take(body, "top_p", float, low=0, high=1), top_k=take(body, "top_k", int, low=0)),
         stop=[text for text in items(body, "stop_sequences", str) if text], max_tokens=max_tokens,
         thinking=_THINKING.get(thinking.get("type")), effort=take(output, "effort", str, "output_config."))
+    if schema is not None:
+        ask_for_json(request, schema)
+    return request
 
 
 def _refuse_what_cannot_be_honoured(body: Object) -> None:
@@ -898,6 +900,8 @@ class _OllamaReply(Reply):
                 return [self._object(piece) for piece in _pieces(text)]
             case ToolStart():
                 self._calling = event
+            case ToolEnd(cut=True):
+                log.info("a call of %s was cut off and left out", self._calling.name)
             case ToolEnd(arguments):
                 # The id is made from the engine's, so that both always name the same call.
                 id = f"call_{hashlib.sha256(self._calling.id.encode()).hexdigest()[:8]}"
@@ -945,7 +949,7 @@ class OllamaChat(_OllamaReply):
             return self._only_load()
         self.request.messages = canonical(_ollama_turns(messages)) or [{"role": "user", "content": ""}]
         if self._format:
-            ask_for_json(self.request.messages, None if self._format == "json" else self._format)
+            ask_for_json(self.request, None if self._format == "json" else self._format)
 
     def _said(self, text: str, more: Object) -> Object:
         return {"message": {"role": "assistant", "content": text, **more}}
@@ -980,7 +984,7 @@ class OllamaGenerate(_OllamaReply):
             return
         self.request.messages = canonical([Turn("system", system), Turn("user", "\n".join([*images, prompt]))])
         if self._format:
-            ask_for_json(self.request.messages, None if self._format == "json" else self._format)
+            ask_for_json(self.request, None if self._format == "json" else self._format)
 
     def _said(self, text: str, more: Object) -> Object:
         return {"response": text, **more}

@@ -84,6 +84,11 @@ class Request:
     `deferred_tools` are not rendered but may be called. `tool_choice` is "auto", "none", "any" or a tool's name.
     `max_tokens` None means up to the context's end; 0 only fills the prompt cache. `keep_alive` is in seconds
     (negative: for ever, 0: unload afterwards, None: the model's current setting).
+
+    `format` is what the visible answer must be: "json" (any JSON object) or a JSON schema, here the schema's dict; with
+    `tools` the model may call one instead. Thinking stays free. A forced call (`tool_choice` "any" or a name) is held to
+    the tools' names and, as far as the model's call syntax allows, their schemas. Both need the package llguidance;
+    without it a `format` is refused and a forced call only begun.
     """
 
     model: str
@@ -98,6 +103,7 @@ class Request:
     max_tokens: int | None = None
     thinking: bool | None = None
     effort: str | None = None
+    format: dict[str, Any] | str | None = None
     keep_alive: float | None = None
     priority: Priority = Priority.NORMAL
 
@@ -129,16 +135,18 @@ class ToolStart:
 
 @dataclass
 class ToolInput:
-    """A piece of the open call's arguments as JSON text; all pieces together are exactly one JSON object."""
+    """A piece of the open call's arguments as JSON text; all pieces together are exactly one JSON object, or its beginning."""
 
     json: str
 
 
 @dataclass
 class ToolEnd:
-    """The open call is over; `arguments` is the object its pieces spell. Of a call that was cut off it holds what arrived."""
+    """The open call is over; `arguments` is the object its pieces spell. With `cut` the answer's end came before the call's:
+    the pieces are no whole object, `arguments` is empty, and the call must not be made."""
 
     arguments: dict[str, Any]
+    cut: bool = False
 
 
 @dataclass
@@ -850,7 +858,8 @@ class Tongue:
         from transformers import CONFIG_MAPPING, PreTrainedConfig
 
         try:
-            # A type that only mlx-lm knows would be checked, and maybe refused, by rules for others; the tokenizer does not need it.
+            # A type that only mlx-lm knows would be checked, and maybe refused, by rules for others; the tokenizer does not
+            # need it.
             known = local.config.get("model_type") in CONFIG_MAPPING
             self.tokenizer = load_tokenizer(local.path, None if known else {"config": PreTrainedConfig()},
                                             eos_token_ids=local.config.get("eos_token_id"))
@@ -920,6 +929,79 @@ class Tongue:
             opening=opening,
             in_thinking=bool(start) and not opening and text.rstrip().endswith(start),
         )
+
+    def constraint(self, request: Request, prompt: Prompt) -> Constraint | None:
+        """What holds the answer to the format or the call that the request demands; None if it demands neither, or a call
+        that cannot be enforced. Raises InvalidRequest for a format that cannot be."""
+        if prompt.opening:
+            try:
+                return self._forced_call(request, prompt.opening)
+            except InvalidRequest as error:
+                log.warning("the call is begun but not enforced: %s", error)
+        elif request.format is not None:
+            return self._formatted(request, prompt)
+        return None
+
+    def _forced_call(self, request: Request, opening: str) -> Constraint | None:
+        tools = [tool for tool in [*request.tools, *request.deferred_tools]
+                 if request.tool_choice in ("any", tool["function"]["name"])]
+        grammar = self.format.grammar(tools, request.parallel_tool_calls, self._literal)
+        if not grammar:
+            return None
+        matcher = self._matcher(grammar)
+        if not matcher.consume_tokens(self._encode_whole(opening)):
+            raise InvalidRequest(_grammar_error(matcher))
+        for warning in matcher.get_grammar_warnings():
+            log.warning("the call's arguments are not held to all of their schema: %s", warning)
+        return Constraint(matcher)
+
+    def _formatted(self, request: Request, prompt: Prompt) -> Constraint:
+        schema = {"type": "object"} if request.format == "json" else request.format
+        start, end = self.format.thinking or ("", "")
+        begun = request.messages[-1] if request.prompt is None else {"role": "user"}
+        thought = begun["role"] == "assistant" or self.tokenizer.decode(prompt.tokens[-8:]).rstrip().endswith(end)
+        exits = {}
+        if request.thinking is not False and not prompt.in_thinking and not thought:
+            exits[self._encode_whole(start)[0]] = True
+        blanks = ["\n", "\n\n"] if exits or prompt.in_thinking else []  # what models put behind their thinking
+        lead = f"({' | '.join(map(json.dumps, blanks))})?" if blanks else ""
+        matcher = self._matcher(f"start: {lead} value\nvalue: {json_rule(schema)}")
+        if matcher.is_error():
+            raise InvalidRequest(f"the output format cannot be enforced: {_grammar_error(matcher)}")
+        for warning in matcher.get_grammar_warnings():
+            if not warning.startswith("Unknown format"):  # which JSON Schema itself takes for no more than a note
+                raise InvalidRequest(f"the output format cannot be enforced: {warning.partition(', falling back')[0]}")
+        if begun["role"] == "assistant" and not matcher.consume_tokens(self._grammar_tokenizer.tokenize_str(begun["content"])):
+            raise InvalidRequest("the assistant message to be continued does not fit the output format")
+        if self.format.call and request.tools and request.tool_choice != "none":
+            exits[self._encode_whole(self.format.call[0])[0]] = False
+        return Constraint(matcher, None if prompt.in_thinking else 0, exits, self._encode_whole(end),
+                          [token for text in blanks for token in self._encode_whole(text)])
+
+    @functools.cached_property
+    def _grammar_tokenizer(self) -> Any:
+        try:
+            from llguidance import LLTokenizer
+
+            return LLTokenizer(self.tokenizer.backend_tokenizer.to_str(), eos_token=sorted(self.tokenizer.eos_token_ids))
+        except ImportError:
+            raise InvalidRequest('structured output needs one more package: pip install "mlx-server[constrained]"') from None
+        except (AttributeError, ValueError) as error:
+            raise InvalidRequest(f"this model's tokenizer does not allow structured output: {_first_line(error)}") from error
+
+    def _matcher(self, grammar: str) -> Any:
+        tokenizer = self._grammar_tokenizer
+        from llguidance import LLMatcher
+
+        # Forced text would be tokenised as a whole, and what it spells might become a special token.
+        return LLMatcher(tokenizer, LLMatcher.grammar_from_lark('%llguidance {"no_forcing": true}\n' + grammar), log_level=0)
+
+    def _literal(self, text: str) -> str:
+        """A text in a grammar, where special tokens are told from text that only looks like them."""
+        special = self._grammar_tokenizer.is_special_token
+        names = {token.content: f"<[{id}]>" for id, token in self.tokenizer.added_tokens_decoder.items() if special(id)}
+        pieces = re.split(f"({'|'.join(re.escape(name) for name in sorted(names, key=len, reverse=True))})", text)
+        return " ".join(names.get(piece) or json.dumps(piece, ensure_ascii=False) for piece in pieces if piece) or '""'
 
     def locate(self, request: Request, before: str) -> tuple[int, str] | None:
         """The index and the role of the message in which the prompt's text goes beyond `before`; None where the template
@@ -1176,7 +1258,8 @@ class Shape:
     (KEY for the argument's name) values are plain text that ends there; with `newlines` one newline behind and one before
     the value belong to its tags. `after` is what follows a value: the object's end and its next argument, or the next
     argument's tag and the tags that end the call. `begins` is how another call may begin where no end tag would tell, and
-    `opening` what follows the call tag, both with NAME for the tool's name.
+    `opening` what follows the call tag, both with NAME for the tool's name. `written` is how the rest is written where that
+    is to be enforced: what precedes and what follows each value, for arguments that are no JSON object, and the call's end.
     """
 
     head: re.Pattern
@@ -1185,10 +1268,15 @@ class Shape:
     after: tuple[str, ...]
     begins: tuple[str, ...] = ()
     opening: str = ""
+    written: tuple[str, ...] = ()
     quotes: tuple[str, ...] = ('"',)
     outer: bool = False
     close: str = ""
     newlines: bool = False
+
+    def opens(self, name: str) -> str:
+        """What follows the call tag in a call of a tool."""
+        return self.opening.replace("NAME", json.dumps(name, ensure_ascii=False)[1:-1] if self.outer else name)
 
 
 # A call counts only when its first argument has begun: more than a name is needed to be sure. No name holds a "<", so that
@@ -1206,7 +1294,8 @@ def _pairs(prefix: str = "") -> Shape:
     """`N<arg_key>K</arg_key><arg_value>V</arg_value>…` (GLM)."""
     key, value = f"{prefix}arg_key", f"{prefix}arg_value"
     return _shape(rf"\s*([^<>\n{{]+?)\s*(?=<{key}>|</{prefix}tool_call>)", r"\s*", (f"<{key}>",),
-                  rf"\s*<{key}>([^<]*)</{key}>\s*<{value}>", close=f"</{value}>")
+                  rf"\s*<{key}>([^<]*)</{key}>\s*<{value}>", close=f"</{value}>", opening="NAME\n",
+                  written=(f"<{key}>KEY</{key}>\n<{value}>", f"</{value}>\n", ""))
 
 
 def _invokes(prefix: str = "") -> Shape:
@@ -1215,18 +1304,20 @@ def _invokes(prefix: str = "") -> Shape:
     return _shape(rf"\s*<{prefix}invoke [^<>]*?{name}[^<>]*>(?=\s*<(?:{prefix}parameter|/{prefix}invoke))",
                   rf"\s*(?:</{prefix}invoke>)?\s*", (f"<{prefix}parameter ", f"</{prefix}invoke>", f"<{prefix}invoke "),
                   rf"""\s*<{prefix}parameter [^<>]*?{name}(?: string="(\w+)")?[^<>]*>""", close=f"</{prefix}parameter>",
-                  opening=f'\n<{prefix}invoke name="NAME">\n')
+                  opening=f'\n<{prefix}invoke name="NAME">\n',
+                  written=() if prefix else ('<parameter name="KEY">', "</parameter>\n", "</invoke>\n"))
 
 
 _NAME_AND_JSON = _shape(
     r'\s*(?:```(?:json)?)?[\s,;{}\[\]]*\{\s*(?:"(?:type|id|index)"\s*:\s*(?:"[^"\\<]*"|\d+)\s*,\s*){0,3}'
     r'(?:"function"\s*:\s*\{\s*)?"name"\s*:\s*"([^"\\]+)"\s*,\s*(?:"id"\s*:\s*"[^"\\<]*"\s*,\s*)?'
     r'"(?:arguments|parameters)"\s*:\s*' + _JSON_START,
-    r"[\s,;}\]`]*", outer=True, begins=("{",), opening='\n{"name": "NAME", "arguments": ')
+    r"[\s,;}\]`]*", outer=True, begins=("{",), opening='\n{"name": "NAME", "arguments": ', written=("}\n",))
 _FUNCTIONS = _shape(
     r"\s*<function=([^<>\n]+)>(?=\s*<(?:parameter=|/function>|function=|/(?:seed:)?tool_call>))", r"\s*(?:</function>)?\s*",
     ("<parameter=", "</function>", "<function="), r"\s*<parameter=([^<>\n]+)>(?:\n|(?=[^\n]))", close="</parameter>",
-    newlines=True, begins=("<function=",), opening="\n<function=NAME>\n")
+    newlines=True, begins=("<function=",), opening="\n<function=NAME>\n",
+    written=("<parameter=KEY>\n", "\n</parameter>\n", "</function>\n"))
 _MISTRAL = _shape(r"[\s,;]*(?:\[TOOL_CALLS\]\s*)?([\w.-]+)(?:\[CALL_ID\][\w-]*)?(?:\[ARGS\]\s*)?" + _JSON_START,
                   r"[\s,;\]]*", begins=("NAME[", "NAME{", "[TOOL_CALLS]"))
 _PYTHON = _shape(r"[\s,\[]*([\w.-]+)\((?=\s*(?:\)|\w+\s*=))", r"[\s,\]]*", (")", ","), r"(\w+)\s*=\s*(?=\S)",
@@ -1299,8 +1390,24 @@ class OutputFormat:
         or when this format has no call tag."""
         if choice in ("auto", "none") or self.call is None:
             return ""
-        named = self.shapes[0].opening.replace("NAME", choice) if choice != "any" and self.shapes else ""
-        return self.call[0] + named
+        return self.call[0] + (self.shapes[0].opens(choice) if choice != "any" and self.shapes else "")
+
+    def grammar(self, tools: Sequence[dict], parallel: bool, literal: Callable[[str], str]) -> str:
+        """The grammar (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md) of an answer that is one call to one
+        of `tools`, or several calls if `parallel`; "" when it is not known how this format writes its calls. `literal` makes
+        an expression of a text."""
+        if self.call is None or not self.shapes or not self.shapes[0].written:
+            return ""
+        shape = self.shapes[0]
+        *parameter, tail = shape.written
+        newline, calls, rules = literal("\n"), [], []
+        for number, tool in enumerate(tools):
+            name, schema = tool["function"]["name"], tool["function"].get("parameters") or _EMPTY_SCHEMA
+            arguments = _parameter_rules(f"a{number}", schema, *parameter, literal) if parameter else [json_rule(schema)]
+            calls.append(f"{literal(shape.opens(name))} a{number} {literal(tail)}")
+            rules += [f"a{number}: {arguments[0]}", *arguments[1:]]
+        return "\n".join([f"start: call ({newline} call)*" if parallel else "start: call",
+                          f"call: {literal(self.call[0])} ({' | '.join(calls)}) {literal(self.call[1])}", *rules])
 
 
 HERMES = OutputFormat(None, ("<tool_call>", "</tool_call>"), parse_json_calls, (_NAME_AND_JSON,))
@@ -1344,6 +1451,37 @@ _MARKED = {  # by a tag, the surest first
         call=("<|python_start|>", "<|python_end|>"), shapes=(_PYTHON, _NAME_AND_JSON), untagged=True),
     "<|python_tag|>": dataclasses.replace(HERMES, call=("<|python_tag|>", ""), untagged=True),
 }
+
+
+# One blank, or a new line with its indentation: a model cannot go on writing nothing but blanks.
+_JSON_OPTIONS = {"whitespace_pattern": r" |\n {0,16}", "lenient": True}
+
+
+def json_rule(schema: dict) -> str:
+    """The grammar of JSON text that matches a schema."""
+    return f"%json {json.dumps({**schema, 'x-guidance': _JSON_OPTIONS})}"
+
+
+def _parameter_rules(prefix: str, schema: dict, before: str, after: str, literal: Callable[[str], str]) -> list[str]:
+    """The grammar of arguments that stand in tags of their own, in the schema's order: one expression for all of them, then the
+    rules it needs. Strings are free up to their end tag unless there is a list of them; other values are JSON."""
+    properties = schema.get("properties") or {}
+    definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    end = literal(after)
+    uses, rules = [], []
+    for number, (key, value) in enumerate(properties.items()):
+        rule, types = f"{prefix}_{number}", _types(value)
+        if types and "string" not in types:
+            text = f"{rule}_v {end}\n{rule}_v: {json_rule({**definitions, **value})}"
+        elif types and value.get("enum"):
+            text = f"({' | '.join(literal(one) for one in value['enum'] if isinstance(one, str))}) {end}"
+        elif end.startswith('"'):
+            text = f"{rule}_v\n{rule}_v[suffix={end}]: /(?s:.*)/"
+        else:
+            text = f"/(?s:.*)/ {end}"
+        rules.append(f"{rule}: {literal(before.replace('KEY', key))} {text}")
+        uses.append(rule if key in (schema.get("required") or ()) else f"{rule}?")
+    return [" ".join(uses) or '""', *rules]
 
 
 _KINDS = {bool: {"boolean"}, int: {"integer", "number"}, float: {"number"}, str: {"string"}, list: {"array"},
@@ -1787,9 +1925,15 @@ class OutputParser:
         """Take the next piece of decoded text; returns what has become certain."""
         return self._read(text, last=False)
 
-    def finish(self) -> list[Event]:
-        """The turn has ended: returns what was held back."""
-        return self._read("", last=True)
+    def finish(self, cut: bool = False) -> list[Event]:
+        """The turn has ended, or was `cut` (by `max_tokens`, say): returns what was held back. A call that is not complete is
+        made so as well as can be, but not if it was cut: half a command must not be run."""
+        reader = self._reader
+        events = self._read("", last=True)
+        if cut and reader is not None and reader.cut and isinstance(events[-1], ToolEnd):
+            closing = 2 if isinstance(events[-2:][0], ToolInput) else 1
+            events[-closing:] = [ToolEnd({}, cut=True)]
+        return events
 
     def _read(self, text: str, last: bool) -> list[Event]:
         self._events = []
@@ -1803,6 +1947,10 @@ class OutputParser:
             self._say(Text, self._pending)
             self._blanks, self._pending = None, ""
         return self._events
+
+    def verbatim(self) -> None:
+        """From here on there is no markup: all that follows is text, whatever it looks like."""
+        self._marks["text"], self._may_be_bare = {}, False
 
     # -- the states: each step takes what is certain from the buffer and tells whether another step may follow
 
@@ -2303,7 +2451,8 @@ class Shelf:
         end = next(at for at in sorted({*marks, len(line.tokens)}) if at > start and line.restorable(at) == at)
         tokens = line.tokens[start:end]
         node = _node(parent, tokens)
-        answers = {key: dataclasses.astuple(answer(key)) for key, at in line.answers.items() if start < at <= end and answer(key)}
+        answers = {key: dataclasses.astuple(answer(key)) for key, at in line.answers.items()
+                   if start < at <= end and answer(key)}
         layers = line.layers(start, end)
         notes = {"parent": parent, "tokens": json.dumps(tokens), "answers": json.dumps(answers),
                  "cuttable": json.dumps(line.cuttable)}
@@ -2357,7 +2506,7 @@ class Shelf:
         path.unlink(missing_ok=True)
 
     def _make_room(self, size: int, spared: set[str]) -> bool:
-        """Removes segments until `size` bytes fit beside the spared ones; returns whether they do, and if not removes nothing."""
+        """Removes segments until `size` bytes fit beside the spared ones; returns whether they do. If not, none is removed."""
         if sum(self._segments[node].nbytes for node in spared) + size > self.limit:
             return False
         while self.nbytes + size > self.limit:
@@ -2448,6 +2597,85 @@ def make_penalties(sampling: Sampling) -> list[Callable[[Any, Any], Any]]:
         sampling.presence_penalty, window, sampling.frequency_penalty, window)
 
 
+# ------------------------------------------------------------------ constrained output
+
+
+class Constraint:
+    """A logits processor that keeps one answer within a grammar; after the grammar's end only the turn's end is left.
+
+    `begins` is how many of the answer's tokens precede the text that is held: None as long as the model thinks, and for
+    calls. `exits` are tokens that lead out of the grammar where that text could begin: into thinking (if True), which ends
+    with the tokens `thinking_end`, or to where nothing is held any more. `blanks` may precede the text.
+    """
+
+    def __init__(self, matcher: Any, begins: int | None = None, exits: dict[int, bool] | None = None,
+                 thinking_end: Sequence[int] = (), blanks: Sequence[int] = ()):
+        self._matcher, self._begins, self._exits = matcher, begins, exits or {}
+        self._thinking_end, self._blanks = list(thinking_end), blanks
+        self._state = "thinking" if begins is None and thinking_end else "held"
+        self._length = 0  # of the answer so far
+        self._latest: list[int] = []
+        self._started = False
+
+    def after(self, answer: Sequence[int]) -> Constraint:
+        """A copy to go on with behind what is already written of the answer."""
+        new = copy.copy(self)
+        new._matcher = self._matcher.deep_copy()
+        for token in answer:
+            new._read(token)
+        return new
+
+    @property
+    def error(self) -> str:
+        """What made the matcher give up, which ends the turn: a grammar may outgrow llguidance's limits. Or ""."""
+        return _grammar_error(self._matcher) if self._matcher.is_error() else ""
+
+    def opens(self, token: int, before: int) -> bool:
+        """Whether the text that is held opens with `token`, which `before` tokens of the answer precede."""
+        return self._begins == before and token not in self._exits and token not in self._blanks
+
+    def __call__(self, context: Any, logits: Any) -> Any:
+        """The logits (1, vocabulary) with all tokens ruled out that may not follow the tokens `context`. On the MLX thread."""
+        import mlx.core as mx
+
+        if self._started and self._state != "free":
+            token = context[-1:]
+            mx.async_eval(token)
+            mx.async_eval(logits)  # the model computes while the mask is made
+            self._read(token.item())
+        self._started = True
+        if self._state != "held":
+            return logits
+        vocabulary = logits.shape[-1]
+        mask = bytearray(self._matcher.compute_bitmask().ljust(vocabulary // 8 + 1, b"\0"))
+        for token, thinks in self._exits.items() if self._length == self._begins else ():
+            if not thinks or token == mx.argmax(logits).item():  # not merely because all else is ruled out
+                mask[token // 8] |= 1 << token % 8
+        bits = mx.array(memoryview(mask))[:, None] >> mx.arange(8, dtype=mx.uint8) & 1
+        return mx.where(bits.reshape(1, -1)[:, :vocabulary], logits, -math.inf)
+
+    def _read(self, token: int) -> None:
+        beginning = self._begins == self._length
+        self._length += 1
+        if self._state == "thinking":
+            self._latest = [*self._latest, token][-len(self._thinking_end):]
+            if self._latest == self._thinking_end:
+                self._state, self._begins = "held", self._length
+                self._exits = {token: thinks for token, thinks in self._exits.items() if not thinks}
+        elif beginning and token in self._exits:
+            self._state, self._begins = "thinking" if self._exits[token] else "free", None
+        elif self._state == "held":
+            self._matcher.consume_token(token)
+            if beginning and token in self._blanks:
+                self._begins = self._length
+
+
+def _grammar_error(matcher: Any) -> str:
+    """llguidance's reason in one line, without its dump of the grammar and the parser's state."""
+    reason = matcher.get_error().rpartition("failed to compile JSON schema: ")[2]
+    return " ".join(re.split(r"\n +\d+ \||\n<state>", reason)[0].split())
+
+
 # ------------------------------------------------------------------ one running request
 
 
@@ -2503,6 +2731,8 @@ class Generation:
         self._detokenizer: Any = None
         self._raw, self._visible, self._thinking = "", "", ""  # what the model wrote, and what of it is text and thinking
         callable_tools = [*request.tools, *request.deferred_tools] if request.tool_choice != "none" else []
+        self._grammar = tongue.constraint(request, prompt) if prompt.tokens else None
+        self._constraint: Constraint | None = None  # the grammar at work
         self._parser = OutputParser(tongue.format, callable_tools, request.stop, in_thinking=prompt.in_thinking,
                                     parallel=request.parallel_tool_calls)
         self._born = self._mark = time.perf_counter()
@@ -2590,15 +2820,15 @@ class Decoder:
         """Whether a request with this cache can decode beside those that already do."""
         return not len(self) or all(hasattr(layer, "merge") for layer in cache)
 
-    def insert(self, line: Line, token: int, limit: int, sampler: Any, penalties: list[Any]) -> int:
+    def insert(self, line: Line, token: int, limit: int, sampler: Any, processors: list[Any]) -> int:
         """Starts a request that has read `line` and reads `token` next; returns its number. The line's caches are the
-        decoder's from here on."""
+        decoder's from here on. `processors` are mlx-lm's logits processors."""
         import mlx.core as mx
         from mlx_lm.generate import GenerationBatch
 
         self._count += 1
         batch = GenerationBatch(self._model, [self._count], mx.array([token]), line.cache, [list(line.tokens)], [sampler],
-                                sampler, [tuple(penalties)], [self._ends], [limit])
+                                sampler, [tuple(processors)], [self._ends], [limit])
         batch.extract_cache = lambda _: list(batch.prompt_cache)  # nobody else's rows are in there
         if len(self):
             _share(self._batch)
@@ -2809,8 +3039,12 @@ class Runtime:
             return self._end(job, "length")
         sampling = job.request.sampling
         job._sampler = job._sampler or make_sampler(sampling, len(self.tongue.tokenizer))
+        processors = make_penalties(sampling)
+        if job._grammar is not None:
+            job._constraint = job._grammar.after(job._prompt.tokens[job.prompt_tokens:])
+            processors.append(job._constraint)
         job._number = self._decoder.insert(job._line, job._prompt.tokens[-1], job._limit - job.usage.completion_tokens,
-                                           job._sampler, make_penalties(sampling))
+                                           job._sampler, processors)
         job._line.cache = []  # the decoder gives it back at the end
         job._phase = Phase.DECODE
 
@@ -2852,6 +3086,8 @@ class Runtime:
         if response.token == 0 or usage.completion_tokens % self.INSPECTED == 0:
             if math.isnan(response.logprobs[0].item()):
                 raise ArithmeticError("the model's output is not a number")
+        if job._constraint is not None and job._constraint.opens(response.token, usage.completion_tokens):
+            parser.verbatim()
         usage.completion_tokens += 1
         usage.thinking_tokens += parser.state == "thinking"
         if response.finish_reason != "stop":
@@ -2920,12 +3156,14 @@ class Runtime:
     def _end(self, job: Generation, reason: str) -> None:
         job.usage.decode_seconds += job._lap() if job._phase is Phase.DECODE else 0.0
         self._release(job)
-        job._emit(*job._parser.finish())
+        job._emit(*job._parser.finish(cut=reason == "length"))
         if job._phase is Phase.DECODE:
             job._line.answers[self.tongue.remember(job)] = len(job._line.tokens)
         if job._line is not None:
             self.prefixes.put(job._line)
             job._line = None
+        if job._constraint is not None and job._constraint.error:
+            return job._fail(InvalidRequest(f"the output format asks too much: {job._constraint.error}"))
         job._finish(reason)
 
     def _drop(self, job: Generation, error: Exception) -> None:
@@ -3264,7 +3502,8 @@ class Engine:
 
     def submit(self, request: Request) -> Generation:
         """Queues a request. What can be wrong with it is raised here: ModelNotFound, ModelLoadError (no tokenizer),
-        InvalidRequest (the template refuses it), PromptTooLong, EngineBusy, EngineClosed."""
+        InvalidRequest (the template refuses it, or its format cannot be enforced), PromptTooLong, EngineBusy,
+        EngineClosed."""
         local = self.resolve(request.model)
         self._check_open()
         tongue = self._tongue(local)

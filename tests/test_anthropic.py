@@ -284,6 +284,7 @@ def test_an_output_format_is_asked_for(field: str) -> None:
     request = ask([*HI, said("assistant", use("1")), said("user", result("1"))],
                   **{field: {"format": form} if field == "output_config" else form})
     assert request.messages[0]["content"] == 'hi\n\nAnswer with JSON only, matching this schema: {"type": "object"}'
+    assert request.format == form["schema"]
 
 
 def test_count_tokens_sees_the_same_request() -> None:

@@ -112,7 +112,8 @@ SCHEMA = {"type": "object"}
     ("json", "Answer with JSON only."), (SCHEMA, 'Answer with JSON only, matching this schema: {"type": "object"}')])
 @pytest.mark.parametrize("ask", [chat, generate])
 def test_a_format_is_asked_for(ask, form: object, demand: str) -> None:
-    assert brief(ask(format=form).messages) == [("user", f"hi\n\n{demand}")]
+    request = ask(format=form)
+    assert brief(request.messages) == [("user", f"hi\n\n{demand}")] and request.format == form
 
 
 def test_tools() -> None:

@@ -359,7 +359,7 @@ def test_one_call_only():
     (HERMES, "any", "<tool_call>", LS[len("<tool_call>"):]),
     (QWEN_CODER, "Bash", "<tool_call>\n<function=Bash>\n",
      "<parameter=command>\nls\n</parameter>\n</function>\n</tool_call>"),
-    (GLM, "Bash", "<tool_call>", "Bash<arg_key>command</arg_key><arg_value>ls</arg_value></tool_call>"),
+    (GLM, "Bash", "<tool_call>Bash\n", "<arg_key>command</arg_key><arg_value>ls</arg_value></tool_call>"),
     (PLAIN, "Bash", "", '{"name": "Bash", "arguments": {"command": "ls"}}'),
     (HERMES, "auto", "", LS), (HERMES, "none", "", LS)])
 def test_the_opening_of_a_demanded_call(format, choice, opening, rest):
@@ -778,3 +778,30 @@ def test_damaged_calls_depend_on_the_text_alone(family):
             at, other = dice.randrange(len(text)), dice.randrange(len(text))
             text = text[:at] + dice.choice([dice.choice(parts), "", text[other:other + 20]]) + text[at + dice.randrange(9):]
         parse(text, format, [NASTY_TOOL, *TOOLS])
+
+
+@pytest.mark.parametrize("format, text", [
+    (HERMES, '<tool_call>\n{"name": "Bash", "arguments": {"command": "rm -rf /tmp/'),
+    (QWEN_CODER, "<tool_call>\n<function=Bash>\n<parameter=command>\nrm -rf /tmp/"),
+    (HERMES, '<tool_call>\n{"name": "Bash", "arguments": {"command": "rm -rf /tmp/"'),
+])
+def test_half_a_command_is_never_run(format, text):
+    parser = OutputParser(format, TOOLS)
+    events = parser.feed(text) + parser.finish(cut=True)
+    assert events[-1] == ToolEnd({}, cut=True)
+    pieces = "".join(event.json for event in events if isinstance(event, ToolInput))
+    assert pieces.startswith('{"command": "') and '{"command": "rm -rf /tmp/"'.startswith(pieces)
+
+
+def test_a_whole_call_before_the_cut_one_is_kept():
+    parser = OutputParser(HERMES, TOOLS)
+    one = '<tool_call>\n{"name": "Bash", "arguments": {"command": "ls"}}\n</tool_call>'
+    events = parser.feed(one + '\n<tool_call>\n{"name": "Bash", "arguments": {"comm') + parser.finish(cut=True)
+    ends = [event for event in events if isinstance(event, ToolEnd)]
+    assert ends[0] == ToolEnd({"command": "ls"}) and all(end.cut for end in ends[1:])
+
+
+def test_a_call_that_lacks_only_its_end_tag_is_whole():
+    parser = OutputParser(HERMES, TOOLS)
+    events = parser.feed('<tool_call>\n{"name": "Bash", "arguments": {"command": "ls"}}') + parser.finish(cut=True)
+    assert events[-1] == ToolEnd({"command": "ls"})

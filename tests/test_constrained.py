@@ -1,0 +1,366 @@
+"""Constrained output: what a model without skill writes at temperature 1 is valid all the same, and harms nobody beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import anthropic
+import mlx.core as mx
+import ollama
+import pytest
+from conftest import ROOT, Server
+from jsonschema import Draft202012Validator
+from models import CHATML, CONFIGS, build_model
+
+from dialects import AnthropicMessages, OllamaChat
+from engine import Done, Engine, Generation, InvalidRequest, Request, Runtime, Sampling, Text, Thinking, ToolEnd, ToolStart
+
+HI = [{"role": "user", "content": "hi"}]
+# A template that only mentions a family's tags is taken for one of that family.
+FAMILIES = {"hermes": "{# tool_call.name #}", "qwen_coder": "{# <tool_call>\n<function= #}", "glm": "{# <arg_key> #}",
+            "minimax": "{# <minimax:tool_call> #}", "mistral": "{# [TOOL_CALLS] #}"}
+
+
+def obj(required: list[str] | None = None, **properties: dict) -> dict:
+    return {"type": "object", "properties": properties, "additionalProperties": False,
+            "required": list(properties) if required is None else required}
+
+
+def text(most: int, **more) -> dict:
+    return {"type": "string", "maxLength": most, **more}
+
+
+def rows(items: dict, most: int = 2, **more) -> dict:
+    return {"type": "array", "items": items, "maxItems": most, **more}
+
+
+def tool(name: str, schema: dict) -> dict:
+    return {"type": "function", "function": {"name": name, "description": "", "parameters": schema}}
+
+
+PARTS = [
+    {"type": "boolean"}, {"type": "null"}, {"type": ["boolean", "null"]}, text(6), text(6, minLength=3), {"const": "fixed"},
+    {"const": 17}, {"const": {"a": [1, None]}}, {"enum": ["red", "green", "blue"]}, {"enum": [1, "two", None, 3.5, False]},
+    {"enum": [f"a rather long value, number {n}" for n in range(300)]}, {"enum": ["grün", "日本", "\"quoted\"", "a\\b", "\n"]},
+    {"type": "integer", "minimum": 0, "maximum": 9}, {"type": "integer", "minimum": -120, "maximum": 35},
+    {"type": "integer", "exclusiveMinimum": 10, "exclusiveMaximum": 12}, {"type": "integer", "multipleOf": 5, "minimum": 0, "maximum": 99},
+    {"type": "number", "minimum": 0, "maximum": 1}, {"type": "string", "pattern": "^[a-z]{2,5}$"},
+    {"type": "string", "pattern": r"^\d{3}-[A-F]{2}$"}, {"type": "string", "format": "date"}, {"type": "string", "format": "uuid"},
+    {"anyOf": [{"type": "boolean"}, text(4)]}, {"oneOf": [obj(kind={"const": "a"}), obj(kind={"const": "b"}, n={"type": "null"})]},
+    {"allOf": [{"type": "integer", "minimum": 3}, {"maximum": 8}]}, obj(), obj(a=text(3), b={"type": "boolean"}), rows(text(3)),
+    {"$ref": "#/$defs/part"},
+]
+WRAPS = [
+    lambda part: part, lambda part: obj(value=part), lambda part: obj([], value=part, other=part),
+    lambda part: obj(["größe"], **{"größe": part, "Ключ 键": {"type": "boolean"}}), lambda part: rows(part, 3, minItems=1),
+    lambda part: obj(outer=obj(inner=rows(obj(["value"], value=part, note=text(4))))), lambda part: {"anyOf": [part, {"type": "null"}]},
+    lambda part: {"type": "array", "prefixItems": [part, {"type": "boolean"}], "items": False, "minItems": 2},
+]
+TITLE = {"$schema": "https://json-schema.org/draft/2020-12/schema", **obj(title=text(20, description="3 to 7 words"))}
+TODO = obj(content=text(8, minLength=1), status={"type": "string", "enum": ["pending", "in_progress", "completed"]},
+           activeForm=text(8, minLength=1))
+LIKE_CLAUDE_CODE = [
+    TITLE, {**TITLE, **obj(isNewTopic={"type": "boolean"}, title={"anyOf": [text(20), {"type": "null"}]})},
+    obj(todos=rows(TODO, 3)), obj(["command"], command=text(12), timeout={"type": "number", "maximum": 600000, "minimum": 1000},
+                                  run_in_background={"type": "boolean"}, description=text(5)),
+    obj(["file_path", "old_string"], file_path=text(9, pattern="^/[a-z/]{1,8}$"), old_string=text(9), replace_all={
+        "default": False, "type": "boolean"}),
+    obj(questions=rows(obj(question=text(9), header=text(5), multiSelect={"type": "boolean"}, options=rows(
+        obj(label=text(4), description=text(4)), 3, minItems=2)), 2, minItems=1)),
+    obj(ok={"type": "boolean"}, reason=text(10)), obj(url={"type": "string", "format": "ipv4"}, prompt=text(5)),
+]
+SCHEMAS = [{**wrap(part), **({"$defs": {"part": text(3)}} if "$ref" in part else {})} for part in PARTS for wrap in WRAPS]
+SCHEMAS += LIKE_CLAUDE_CODE
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models")
+    for family, mention in FAMILIES.items():
+        build_model("", path / family, template=CHATML + mention, config={**CONFIGS["qwen2"], "num_hidden_layers": 1})
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path):
+    with Engine(models_dirs=[folder], max_queue=len(SCHEMAS)) as engine:
+        yield engine
+
+
+def ask(engine: Engine, seed: int = 1, model: str = "hermes", **fields) -> Generation:
+    return engine.chat(fields.pop("messages", HI), model=model, **{
+        "max_tokens": 900, "sampling": Sampling(temperature=1.0, seed=seed), "thinking": False, **fields})
+
+
+def said(generation: Generation) -> tuple[str, str]:
+    """The visible text and why it ended."""
+    events = list(generation)
+    return "".join(event.text for event in events if isinstance(event, Text)), events[-1].reason
+
+
+def calls(generation: Generation) -> tuple[list[tuple[str, dict]], str]:
+    """Names and arguments of all whole calls, and why the turn ended; unless it was cut there is no text beside them."""
+    events = list(generation)
+    assert events[-1].reason == "length" or not [event for event in events if isinstance(event, Text)]
+    names = [event.name for event in events if isinstance(event, ToolStart)]
+    ends = [event for event in events if isinstance(event, ToolEnd)]
+    return [(name, end.arguments) for name, end in zip(names, ends, strict=True) if not end.cut], events[-1].reason
+
+
+def check(answer: str, schema: dict) -> None:
+    Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER).validate(json.loads(answer))
+
+
+def test_a_model_without_skill_answers_every_schema_at_temperature_1(engine: Engine):
+    assert len(SCHEMAS) > 200
+    answers = [ask(engine, seed, format=schema) for seed, schema in enumerate(SCHEMAS)]
+    for schema, generation in zip(SCHEMAS, answers):
+        answer, reason = said(generation)
+        assert reason == "stop", (schema, answer)
+        check(answer, schema)
+
+
+@pytest.mark.parametrize("sampling", [
+    Sampling(temperature=0), Sampling(temperature=2.0, top_p=0.5), Sampling(temperature=1.0, top_k=1), Sampling(
+        temperature=1.0, min_p=0.3, repetition_penalty=1.5, presence_penalty=1.0, frequency_penalty=1.0)])
+def test_every_sampler_stays_within_the_format(engine: Engine, sampling: Sampling):
+    answer, reason = said(ask(engine, format=LIKE_CLAUDE_CODE[2], sampling=sampling))
+    assert reason == "stop"
+    check(answer, LIKE_CLAUDE_CODE[2])
+
+
+def test_json_without_a_schema_is_an_object(engine: Engine):
+    answers = [said(generation) for generation in [ask(engine, seed, format="json", max_tokens=200) for seed in range(8)]]
+    whole = [json.loads(answer) for answer, reason in answers if reason == "stop"]
+    assert whole and all(isinstance(value, dict) for value in whole)
+    assert all(answer.startswith("{") for answer, _ in answers)
+
+
+def test_a_cut_answer_says_so(engine: Engine):
+    answer, reason = said(ask(engine, format=LIKE_CLAUDE_CODE[2], max_tokens=9))
+    assert reason == "length" and answer.startswith("{")
+
+
+def test_the_free_answers_beside_it_stay_what_they_are(engine: Engine):
+    def free() -> list[Generation]:
+        return [engine.chat(f"free {n}", model="hermes", max_tokens=40, sampling=Sampling(temperature=0)) for n in range(3)]
+
+    alone = [said(generation) for generation in free()]
+    held = [ask(engine, seed, format=TITLE) for seed in range(3)]
+    beside = [said(generation) for generation in free()]
+    for generation in held:
+        check(said(generation)[0], TITLE)
+    assert beside == alone
+
+
+def test_a_seed_gives_the_same_answer_alone_and_in_company(engine: Engine):
+    alone = said(ask(engine, 5, format=LIKE_CLAUDE_CODE[2]))
+    company = [ask(engine, seed, format=schema) for seed, schema in enumerate(LIKE_CLAUDE_CODE)]
+    assert said(ask(engine, 5, format=LIKE_CLAUDE_CODE[2])) == alone
+    for generation in company:
+        generation.cancel()
+
+
+def test_an_answer_that_waits_for_memory_goes_on_where_it_was(
+        folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(Runtime, "EXPECTED", 8)
+    long = rows(text(8, minLength=8), 20, minItems=20)
+
+    def answers(engine: Engine) -> list[tuple[str, str]]:
+        return [said(generation) for generation in [ask(engine, seed, format=long) for seed in range(4)]]
+
+    with Engine(str(folder / "hermes")) as engine:
+        alone = [said(ask(engine, seed, format=long)) for seed in range(4)]
+        runtime = engine._pool.runtimes[engine._default.name]
+        memory = runtime.size + runtime.state.nbytes(500)
+    with Engine(str(folder / "hermes"), memory=memory) as engine:
+        said(ask(engine, max_tokens=1))  # loads the model
+        assert answers(engine) == alone
+    assert "one waits after" in caplog.text
+    for answer, reason in alone:
+        assert reason == "stop"
+        check(answer, long)
+
+
+def test_what_looks_like_markup_is_text_inside_the_answer(engine: Engine):
+    const = "a <think> b </think> c <tool_call> {"
+    answer, _ = said(ask(engine, format={"const": const}, tools=[tool("a", obj())]))
+    assert json.loads(answer) == const
+
+
+def test_a_begun_answer_is_continued(engine: Engine):
+    begun = '{"title": "A'
+    answer, _ = said(ask(engine, format=TITLE, messages=[*HI, {"role": "assistant", "content": begun}]))
+    check(begun + answer, TITLE)
+    with pytest.raises(InvalidRequest, match="does not fit the output format"):
+        ask(engine, format=TITLE, messages=[*HI, {"role": "assistant", "content": "Well,"}])
+
+
+def test_the_format_begins_behind_the_thinking():
+    with Engine("demo") as engine:
+        events = list(engine.chat("think then say hello", format=TITLE, max_tokens=200))
+        assert "".join(event.text for event in events if isinstance(event, Thinking)).startswith("The user wants me to think")
+        assert isinstance(events[-1], Done) and events[-1].reason == "stop"
+        check("".join(event.text for event in events if isinstance(event, Text)), TITLE)
+
+
+def test_a_call_may_follow_the_thinking_when_there_are_tools(engine: Engine):
+    request = Request("hermes", HI, tools=TOOLS, format=TITLE)
+    tongue = engine._tongue(engine.resolve("hermes"))
+    constraint = tongue.constraint(request, dataclasses.replace(tongue.prompt(request), in_thinking=True))
+    think, end, call, brace, newline = (tongue.encode(text)[0] for text in ("x", "</think>", "<tool_call>", "{", "\n"))
+
+    def allowed(*context: int) -> list[int]:
+        logits = constraint(mx.array(context), mx.zeros((1, 520)))  # some models have more rows than there are tokens
+        return [token for token, logit in enumerate(logits[0].tolist()) if logit == 0]
+
+    assert len(allowed(1)) == len(allowed(1, think)) == 520
+    assert {call, brace, newline} < set(allowed(think, end)) and think not in allowed(end, newline)
+    assert {call, brace} < set(allowed(end, newline, newline)) and constraint.opens(brace, 4) and not constraint.opens(call, 4)
+    assert call not in allowed(newline, brace) and constraint.opens(brace, 4)
+
+
+def test_a_matcher_that_gives_up_ends_the_turn_and_says_why(engine: Engine):
+    tongue = engine._tongue(engine.resolve("hermes"))
+    request = Request("hermes", HI, format=TITLE, thinking=False)
+    constraint = tongue.constraint(request, tongue.prompt(request))
+    constraint(mx.array([1]), mx.zeros((1, 512)))
+    logits = constraint(mx.array([1, tongue.encode("x")[0]]), mx.zeros((1, 512)))
+    assert [token for token, logit in enumerate(logits[0].tolist()) if logit == 0] == sorted(tongue.tokenizer.eos_token_ids)
+    assert "doesn't satisfy the grammar" in constraint.error and "\n" not in constraint.error
+
+
+TOOLS = [tool("Todo_Write", obj(todos=rows(TODO, 1))), tool("set", obj(["on"], on={"type": "boolean"}, level={
+    "type": "integer", "minimum": 0, "maximum": 9})), tool("Farbe-ändern", obj(["c"], c={"enum": ["rot", "grün"]}, n={"type": "null"})),
+    tool("nothing", obj())]
+ARGUMENTS = {one["function"]["name"]: one["function"]["parameters"] for one in TOOLS}
+
+
+@pytest.mark.parametrize("family", ["hermes", "qwen_coder", "glm", "minimax"])
+def test_a_forced_call_is_a_valid_call(engine: Engine, family: str):
+    asked = [(choice, parallel) for choice in ["any", *ARGUMENTS] for parallel in (True, False)]
+    answers = [ask(engine, seed, family, tools=TOOLS, tool_choice=choice, parallel_tool_calls=parallel, max_tokens=500)
+               for seed, (choice, parallel) in enumerate(asked)]
+    for (choice, parallel), generation in zip(asked, answers):
+        made, reason = calls(generation)
+        assert made and (parallel or (reason, len(made)) == ("tool_calls", 1))  # without skill, several may be any number
+        for name, arguments in made:
+            assert choice in ("any", name)
+            Draft202012Validator(ARGUMENTS[name]).validate(arguments)
+
+
+def test_free_strings_stay_free_in_tags_of_their_own(engine: Engine):
+    schema = obj(["number"], words={"type": "string"}, number={"type": "integer", "maximum": 99, "minimum": 0})
+    generation = ask(engine, model="qwen_coder", tools=[tool("put", schema)], tool_choice="put", max_tokens=1200,
+                     sampling=Sampling(temperature=0.7, seed=3))
+    list(generation)
+    assert generation._raw.startswith(("<parameter=words>\n", "<parameter=number>\n"))
+
+
+def test_a_format_beside_tools_leaves_the_choice_to_the_model(engine: Engine):
+    answers = [ask(engine, seed, format=TITLE, tools=TOOLS, max_tokens=40) for seed in range(16)]
+    kinds = set()
+    for generation in answers:
+        answer, reason = said(generation)
+        opened = generation._raw.startswith("<tool_call>")
+        kinds.add(opened)
+        if reason == "stop" and not opened:
+            check(answer, TITLE)
+    assert kinds == {True, False}
+
+
+def test_without_a_choice_no_call_is_made(engine: Engine):
+    events = list(ask(engine, format={"const": '{"name": "set", "arguments": {}}'}, tools=TOOLS, tool_choice="none"))
+    assert not [event for event in events if isinstance(event, ToolStart)]
+
+
+def test_a_family_whose_calls_are_not_known_keeps_its_opener(engine: Engine):
+    generation = ask(engine, model="mistral", tools=TOOLS, tool_choice="any", max_tokens=4)
+    assert generation._prompt.opening == "[TOOL_CALLS]" and said(generation)[1] == "length"
+
+
+@pytest.mark.parametrize("schema, why", [
+    ({"type": "array", "uniqueItems": True}, "uniqueItems"), ({"not": {"type": "null"}}, "not"),
+    ({"type": "strnig"}, "Invalid type: strnig"), ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
+    ({"type": "integer", "minimum": 5, "maximum": 3}, "Unsatisfiable"), ({"$ref": "http://example.org/x"}, "example.org"),
+    ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf not fully supported$")])
+def test_a_format_that_cannot_be_enforced_is_refused_and_the_reason_named(engine: Engine, schema: dict, why: str):
+    with pytest.raises(InvalidRequest, match=why) as refused:
+        ask(engine, format=schema)
+    assert "\n" not in str(refused.value) and str(refused.value).startswith("the output format cannot be enforced: ")
+
+
+@pytest.mark.parametrize("schema", [
+    obj(a={"type": "boolean"}, b={"type": "array", "uniqueItems": True, "items": {"type": "null"}, "maxItems": 1}),
+    {"type": "object", "properties": {"location": "garbage"}}, {"properties": {"a": {"type": "nonsense"}}}])
+def test_no_schema_of_a_tool_breaks_a_forced_call(engine: Engine, schema: dict):
+    assert said(ask(engine, tools=[tool("odd", schema)], tool_choice="odd", max_tokens=40))[1] in ("tool_calls", "length", "stop")
+
+
+@pytest.mark.parametrize("make", [
+    lambda: OllamaChat({"model": "hermes", "messages": HI, "format": TITLE, "think": False, "options": {"temperature": 1}}),
+    lambda: AnthropicMessages({"model": "hermes", "max_tokens": 900, "messages": HI, "thinking": {"type": "disabled"}, "output_config": {
+        "format": {"type": "json_schema", "schema": TITLE}}})])
+def test_what_is_streamed_is_the_whole_answer(engine: Engine, make):
+    reply = make()
+    generation = engine.submit(reply.request)
+    objects = [*reply.open(generation), *(one for event in generation for one in reply.event(event))]
+    if isinstance(reply, OllamaChat):
+        pieces, whole = [one["message"]["content"] for one in objects], reply.whole()["message"]["content"]
+    else:
+        pieces = [one["delta"]["text"] for one in objects if one["type"] == "content_block_delta"]
+        whole = reply.whole()["content"][0]["text"]
+    assert "".join(pieces) == whole and len(pieces) > 3
+    check(whole, TITLE)
+
+
+def test_the_official_clients_get_what_they_ask_for(server: Server):
+    claude = anthropic.Anthropic(base_url=server.url, api_key="any", max_retries=0)
+    asked = {"model": "demo", "max_tokens": 400, "messages": HI, "extra_body": {"temperature": 1}}
+    message = claude.messages.create(**asked, output_config={"format": {"type": "json_schema", "schema": TITLE}})
+    check(message.content[-1].text, TITLE)
+    call = claude.messages.create(**asked, tool_choice={"type": "any"}, tools=[
+        {"name": name, "input_schema": schema} for name, schema in ARGUMENTS.items() if name.isascii()]).content[0]
+    Draft202012Validator(ARGUMENTS[call.name]).validate(call.input)
+    llama = ollama.Client(host=server.url)
+    check(llama.chat(model="demo", messages=HI, format=TITLE, options={"temperature": 1}).message.content, TITLE)
+    check(llama.generate(model="demo", prompt="hi", format=TITLE, options={"temperature": 1}).response, TITLE)
+    with pytest.raises(anthropic.BadRequestError, match="uniqueItems"):
+        claude.messages.create(**asked, output_config={"format": {"type": "json_schema", "schema": {"uniqueItems": True}}})
+    with pytest.raises(ollama.ResponseError, match="uniqueItems"):
+        llama.chat(model="demo", messages=HI, format={"uniqueItems": True})
+
+
+WITHOUT = """
+import sys
+sys.modules["llguidance"] = None  # what makes an import fail as if the package were not there
+from dialects import AnthropicMessages, OllamaChat, anthropic_error, ollama_error
+from engine import Engine, InvalidRequest, ToolEnd
+
+hi = [{"role": "user", "content": "run echo hi"}]
+bash = {"type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}
+with Engine("demo") as engine:
+    form = {"type": "json_schema", "schema": {"type": "object"}}
+    for reply, error in ((AnthropicMessages({"model": "demo", "max_tokens": 9, "messages": hi, "output_config": {"format": form}}),
+                          lambda e: anthropic_error(e, "")), (OllamaChat({"model": "demo", "messages": hi, "format": "json"}), ollama_error)):
+        try:
+            engine.submit(reply.request)
+        except InvalidRequest as refused:
+            print(error(refused))
+    reply = AnthropicMessages({"model": "demo", "max_tokens": 99, "messages": hi, "tools": [
+        {"name": "Bash", "input_schema": bash}], "tool_choice": {"type": "tool", "name": "Bash"}})
+    print([event.arguments for event in engine.submit(reply.request) if isinstance(event, ToolEnd)])
+"""
+
+
+def test_without_the_package_a_format_is_refused_and_a_forced_call_still_begun():
+    run = subprocess.run([sys.executable, "-c", WITHOUT], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    claude, llama, call = run.stdout.splitlines()
+    for line in (claude, llama):
+        assert line.startswith("(400, ") and 'pip install "mlx-server[constrained]"' in line
+    assert "'invalid_request_error'" in claude and call == "[{'command': 'echo hi'}]"
