@@ -1930,7 +1930,7 @@ class OutputParser:
         made so as well as can be, but not if it was cut: half a command must not be run."""
         reader = self._reader
         events = self._read("", last=True)
-        if cut and reader is not None and reader.cut and isinstance(events[-1], ToolEnd):
+        if cut and events and reader is not None and reader.cut and isinstance(events[-1], ToolEnd):
             closing = 2 if isinstance(events[-2:][0], ToolInput) else 1
             events[-closing:] = [ToolEnd({}, cut=True)]
         return events
