@@ -1,8 +1,8 @@
 """The interpreters: vendors' JSON on one side, the engine's `Request` and `Event`s on the other.
 
 Plain functions and small classes from dict to dict. They know no socket and no MLX array, so every rule of a wire is
-testable without a server. Three districts: what all dialects share, above all the one way into the canonical
-conversation; then Anthropic; then Ollama.
+testable without a server. Four districts: what all dialects share, above all the one way into the canonical
+conversation; then Anthropic; then Ollama; then OpenAI.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import json
 import logging
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from typing import Any, Iterable
+from typing import Any, Callable, Iterable
 
 from engine import (
     Done, EngineBusy, EngineClosed, EngineError, Event, InvalidRequest, Loaded, LocalModel, Message, ModelLoadError,
-    ModelNotFound, PromptTooLong, Request, Sampling, Text, Thinking, ToolEnd, ToolInput, ToolStart, Usage,
+    ModelNotFound, PromptTooLong, Request, Sampling, Text, Thinking, Token, ToolEnd, ToolInput, ToolStart, Usage,
 )
 
 log = logging.getLogger("mlx_server")
@@ -46,8 +46,9 @@ class Reply:
     """One request's answer in one dialect. One instance per HTTP request, made from the request's body.
 
     `dialect` is its name, `stream` says what the client asked for, `framing` how objects are framed then: "events"
-    (server-sent events, named by the object's "type") or "lines" (NDJSON). With `unload` set the model is to be unloaded, not asked, and `whole`
-    is the answer. Streaming or not, every event of the generation goes through `event`.
+    (server-sent events, named by the object's "type"), "data" (the same without names) or "lines" (NDJSON); what is text
+    already goes out as a frame of its own. With `unload` set the model is to be unloaded, not asked, and `whole` is the
+    answer. Streaming or not, every event of the generations goes through `event`.
     """
 
     request: Request
@@ -56,6 +57,11 @@ class Reply:
     framing: str
     unload = False
 
+    @property
+    def requests(self) -> list[Request]:
+        """What is to be generated. The events of one follow those of the other in this order."""
+        return [self.request]
+
     def check(self, model: LocalModel) -> None:
         """Called with the resolved model before anything is queued. Raises WireError if the model cannot do this."""
 
@@ -63,11 +69,11 @@ class Reply:
         """Objects to send at once when the engine has accepted the request."""
         return []
 
-    def event(self, event: Event) -> list[Object]:
+    def event(self, event: Event) -> list[Object | str]:
         """Objects for one event; for `Done` the closing ones."""
         raise NotImplementedError
 
-    def ping(self, lull: float = 0.0) -> list[Object]:
+    def ping(self, lull: float = 0.0) -> list[Object | str]:
         """Objects that mean nothing but that the server is alive, when for `lull` seconds nothing else was to be said."""
         return []
 
@@ -121,12 +127,69 @@ def items(body: Object, key: str, kind: type, path: str = "", *, required: bool 
     return values
 
 
+def model_name(body: Any) -> str:
+    """The model that a body asks for. Raises WireError if it names none."""
+    if not isinstance(body, dict):
+        raise WireError(400, "Input should be an object")
+    name = take(body, "model", str, required=True)
+    if not name:
+        raise WireError(400, "model: String should have at least 1 character")
+    return name
+
+
+def content_blocks(content: Any, path: str) -> list[Object]:
+    """Content as blocks; a string is one text block."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        raise WireError(400, f"{path}: Input should be a valid string or list")
+    for number, block in enumerate(content):
+        if not isinstance(block, dict):
+            raise WireError(400, f"{path}.{number}: Input should be an object")
+    return content
+
+
 def tool_form(name: str, description: str, schema: Object) -> Object:
     """A tool in the form chat templates know. The schema always says `object` and has properties."""
     schema = {**schema, "type": "object"} if "type" in schema else {"type": "object", **schema}
     if not isinstance(schema.get("properties"), dict):
         schema["properties"] = {}
     return {"type": "function", "function": {"name": name, "description": description, "parameters": schema}}
+
+
+def function_tools(body: Object, key: str = "tools", path: str = "") -> list[Object]:
+    """A body's tools as OpenAI's chat and Ollama write them, or, flat, OpenAI's responses. Tools of other types are left
+    out. Raises WireError when nothing is left then."""
+    tools, others = [], []
+    for number, tool in enumerate(items(body, key, dict, path)):
+        at = f"{path}{key}.{number}."
+        kind = take(tool, "type", str, at, default="function")
+        if kind != "function" and "function" not in tool:
+            others.append(kind)
+            continue
+        function, at = nested(tool, "function", at)
+        tools.append(tool_form(take(function, "name", str, at, required=True),
+                               take(function, "description", str, at, default=""),
+                               take(function, "parameters", dict, at, default={})))
+    if others and not tools:
+        raise WireError(400, f"tools: tools of type '{others[0]}' are not supported by this server")
+    if others:
+        log.warning("tools of these types were left out: %s", ", ".join(others))
+    return tools
+
+
+def nested(value: Object, key: str, path: str) -> tuple[Object, str]:
+    """What one API writes into an object of its own and the other beside it, and the path to it."""
+    return (value[key], f"{path}{key}.") if isinstance(value.get(key), dict) else (value, path)
+
+
+def forced_choice(kind: str, name: str | None, tools: list[Object], path: str) -> str:
+    """`Request.tool_choice` for the demand of a call, of the tool `name` if there is one. Raises WireError if that cannot be."""
+    if not tools:
+        raise WireError(400, f"tool_choice: '{kind}' needs tools to choose from")
+    if name is not None and name not in [tool["function"]["name"] for tool in tools]:
+        raise WireError(400, f"{path}name: Tool '{name}' not found in provided tools")
+    return "any" if name is None else name
 
 
 def call_arguments(value: Any) -> Object:
@@ -146,6 +209,14 @@ def timestamp(seconds: float) -> str:
 
 def now() -> str:
     return timestamp(datetime.now(timezone.utc).timestamp())
+
+
+def token_objects(tokens: list[Token]) -> list[Object]:
+    """Log probabilities as OpenAI and Ollama write them."""
+    def weight(token: Token) -> Object:
+        return {"token": token.text, "logprob": token.logprob, "bytes": list(token.bytes)}
+
+    return [{**weight(token), "top_logprobs": [weight(one) for one in token.top]} for token in tokens]
 
 
 # ------------------------------------------------------------------ the canonical conversation
@@ -245,6 +316,43 @@ def _between(calls: list[Object], turns: Iterable[Turn]) -> list[Message]:
     return messages
 
 
+def chat_turns(messages: list[Object], text_of: Callable[[Object, str], str]) -> list[Turn]:
+    """The turns of a chat of OpenAI's or Ollama's; `text_of` reads a message's content. A result without an id belongs to
+    the first open call of its name, or else to the first."""
+    turns: list[Turn] = []
+    waiting: list[tuple[str, str]] = []  # (id, name) of the last calls, while they have no result
+    for number, message in enumerate(messages):
+        path = f"messages.{number}."
+        role, text = take(message, "role", str, path, required=True).lower(), text_of(message, path)
+        if role == "assistant":
+            calls = list(_past_calls(message, number))
+            follows = turns and turns[-1].role == "assistant"
+            waiting = [*(waiting if follows else []), *((id, name) for id, name, _ in calls)]
+            thoughts = (take(message, key, str, path) for key in ("reasoning_content", "reasoning", "thinking"))
+            turns.append(Turn("assistant", text, next(filter(None, thoughts), ""), calls))
+        elif role in ("tool", "function"):
+            id, *names = (take(message, key, str, path) for key in ("tool_call_id", "tool_name", "name"))
+            by_id = [call for call in waiting if call[0] == id]
+            by_name = [call for call in waiting if call[1] in names]
+            found = next(iter([*by_id, *by_name, *waiting]), None)
+            if found:
+                waiting.remove(found)
+            turns.append(Turn("tool", text, call_id=found[0] if found else next(filter(None, [id, *names]), "unknown")))
+        else:
+            turns.append(Turn("system" if role in ("system", "developer") else "user", text))
+    return turns
+
+
+def _past_calls(message: Object, number: int) -> Iterable[tuple[str, str, Object]]:
+    """The calls of an assistant's message; those without ids get one."""
+    path = f"messages.{number}."
+    for place, call in enumerate(items(message, "tool_calls", dict, path)):
+        at = f"{path}tool_calls.{place}."
+        function = take(call, "function", dict, at, required=True)
+        name = take(function, "name", str, f"{at}function.", required=True)
+        yield take(call, "id", str, at) or f"call_{number}_{place}", name, call_arguments(function.get("arguments"))
+
+
 def ask_for_json(messages: list[Message], schema: Object | None) -> None:
     """Asks for a JSON answer in words, at the end of the last user message: a request's output format is honoured by
     the prompt, which a model follows as well as it can."""
@@ -312,11 +420,7 @@ def _anthropic_request(body: Object, counting: bool = False) -> Request:
     Raises WireError 400 with the path of what is wrong. Unknown keys and betas are ignored, and so is all that only
     steers Anthropic's own caches and billing.
     """
-    if not isinstance(body, dict):
-        raise WireError(400, "Input should be an object")
-    model = take(body, "model", str, required=True)
-    if not model:
-        raise WireError(400, "model: String should have at least 1 character")
+    model = model_name(body)
     max_tokens = take(body, "max_tokens", int, required=not counting, low=0)
     _refuse_what_cannot_be_honoured(body)
     tools, deferred = _anthropic_tools(items(body, "tools", dict))
@@ -402,30 +506,15 @@ def _anthropic_tool_choice(choice: Object, tools: list[Object]) -> tuple[str, bo
     kind = choice.get("type", "auto")
     if kind not in ("auto", "any", "tool", "none"):
         raise WireError(400, "tool_choice.type: Input should be 'auto', 'any', 'tool' or 'none'")
-    if kind in ("any", "tool") and not tools:
-        raise WireError(400, f"tool_choice: '{kind}' needs tools to choose from")
-    if kind == "tool":
-        kind = take(choice, "name", str, "tool_choice.", required=True)
-        if kind not in [tool["function"]["name"] for tool in tools]:
-            raise WireError(400, f"tool_choice.name: Tool '{kind}' not found in provided tools")
+    if kind in ("any", "tool"):
+        name = take(choice, "name", str, "tool_choice.", required=True) if kind == "tool" else None
+        kind = forced_choice(kind, name, tools, "tool_choice.")
     return kind, not take(choice, "disable_parallel_tool_use", bool, "tool_choice.", default=False)
-
-
-def _blocks(content: Any, path: str) -> list[Object]:
-    """Content as blocks; a string is one text block."""
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    if not isinstance(content, list):
-        raise WireError(400, f"{path}: Input should be a valid string or list")
-    for number, block in enumerate(content):
-        if not isinstance(block, dict):
-            raise WireError(400, f"{path}.{number}: Input should be an object")
-    return content
 
 
 def _system_text(content: Any, path: str) -> str:
     """A system prompt or message without the client's billing line."""
-    texts = (_block_text(block, f"{path}.{number}") for number, block in enumerate(_blocks(content, path)))
+    texts = (_block_text(block, f"{path}.{number}") for number, block in enumerate(content_blocks(content, path)))
     texts = [_BILLING.sub("", text) for text in texts if text]
     return "\n\n".join(text.rstrip("\n") for text in texts if text.strip())
 
@@ -445,7 +534,7 @@ def _anthropic_turns(messages: list[Object], deferred: list[Object]) -> list[Tur
             turns.append(Turn("system", _system_text(message["content"], f"{path}.content")))
         else:
             path = f"{path}.content"
-            turns += _message_turns(role, _blocks(message["content"], path), path, definitions)
+            turns += _message_turns(role, content_blocks(message["content"], path), path, definitions)
     last = next((turn for turn in reversed(turns) if turn.role != "system"), Turn("user"))
     if last.calls:
         raise WireError(400, (
@@ -480,7 +569,7 @@ def _message_turns(role: str, blocks: list[Object], path: str, definitions: dict
 
 def _joined(content: Any, path: str, definitions: dict[str, str] | None = None) -> str:
     """The text of content inside a block."""
-    blocks = [] if content is None else _blocks(content, path)
+    blocks = [] if content is None else content_blocks(content, path)
     texts = (_block_text(block, f"{path}.{number}", definitions) for number, block in enumerate(blocks))
     return "\n".join(filter(None, texts))
 
@@ -796,48 +885,9 @@ def _ollama_images(body: Object, path: str = "") -> list[str]:
     return [IMAGE_NOTE] * len(body.get("images") or [])
 
 
-def _ollama_turns(messages: list[Object]) -> list[Turn]:
-    """The turns of a chat. A result without an id belongs to the first open call of its name, or else to the first."""
-    turns: list[Turn] = []
-    waiting: list[tuple[str, str]] = []  # (id, name) of the last calls, while they have no result
-    for number, message in enumerate(messages):
-        path = f"messages.{number}."
-        role = take(message, "role", str, path, required=True).lower()
-        said = take(message, "content", str, path, default="")
-        text = "\n".join(filter(None, [*_ollama_images(message, path), said]))
-        if role == "assistant":
-            calls = []
-            for place, call in enumerate(items(message, "tool_calls", dict, path)):
-                at = f"{path}tool_calls.{place}."
-                function = take(call, "function", dict, at, required=True)
-                name = take(function, "name", str, f"{at}function.", required=True)
-                id = take(call, "id", str, at) or f"call_{number}_{place}"
-                calls.append((id, name, call_arguments(function.get("arguments"))))
-            follows = turns and turns[-1].role == "assistant"
-            waiting = [*(waiting if follows else []), *((id, name) for id, name, _ in calls)]
-            turns.append(Turn("assistant", text, take(message, "thinking", str, path, default=""), calls))
-        elif role == "tool":
-            id, name = (take(message, key, str, path) for key in ("tool_call_id", "tool_name"))
-            by_id = [call for call in waiting if call[0] == id]
-            by_name = [call for call in waiting if call[1] == name]
-            found = next(iter([*by_id, *by_name, *waiting]), None)
-            if found:
-                waiting.remove(found)
-            turns.append(Turn("tool", text, call_id=found[0] if found else id or name or "unknown"))
-        else:
-            turns.append(Turn("system" if role == "system" else "user", text))
-    return turns
-
-
-def _ollama_tools(body: Object) -> list[Object]:
-    tools = []
-    for number, tool in enumerate(items(body, "tools", dict)):
-        path = f"tools.{number}.function"
-        function = take(tool, "function", dict, f"tools.{number}.", required=True)
-        tools.append(tool_form(take(function, "name", str, f"{path}.", required=True),
-                               take(function, "description", str, f"{path}.", default=""),
-                               take(function, "parameters", dict, f"{path}.", default={})))
-    return tools
+def _ollama_text(message: Object, path: str) -> str:
+    said = take(message, "content", str, path, default="")
+    return "\n".join(filter(None, [*_ollama_images(message, path), said]))
 
 
 # ------------------------------------------------------------------ Ollama: the answer
@@ -872,12 +922,14 @@ class _OllamaReply(Reply):
         self.request = Request(
             name, sampling=_ollama_sampling(options), stop=[text for text in options["stop"] if text],
             max_tokens=limit if limit >= 0 else None, thinking=thinking, effort=effort,
+            logprobs=count if take(body, "logprobs", bool, default=False) else None,
             keep_alive=parse_keep_alive(body.get("keep_alive")))
         self._format = body.get("format") or None
         if self._format not in (None, "json") and not isinstance(self._format, dict):
             raise WireError(400, f"invalid format: {json.dumps(self._format, ensure_ascii=False)}; "
                                  'expected "json" or a valid JSON Schema object')
         self._text = self._thoughts = ""
+        self._tokens: list[Object] = []
         self._calling: ToolStart | None = None
         self._calls: list[Object] = []
         self._ending: Object = {"done_reason": "unload"}
@@ -893,9 +945,11 @@ class _OllamaReply(Reply):
             case Thinking(text):
                 self._thoughts += text
                 return [self._object("", thinking=piece) for piece in _pieces(text)]
-            case Text(text):
+            case Text(text, tokens):
                 self._text += text
-                return [self._object(piece) for piece in _pieces(text)]
+                self._tokens += token_objects(tokens)
+                out = [self._object(piece) for piece in _pieces(text)]
+                return [out[0] | _weighed(token_objects(tokens)), *out[1:]]
             case ToolStart():
                 self._calling = event
             case ToolEnd(arguments):
@@ -916,7 +970,8 @@ class _OllamaReply(Reply):
         return [ollama_error(error)[2]]
 
     def whole(self) -> Object:
-        return self._object(self._text, done=True, thinking=self._thoughts, tool_calls=self._calls) | self._ending
+        said = self._object(self._text, done=True, thinking=self._thoughts, tool_calls=self._calls)
+        return said | _weighed(self._tokens) | self._ending
 
     def _object(self, text: str, done: bool = False, **more: str | list[Object]) -> Object:
         said = self._said(text, {key: value for key, value in more.items() if value})
@@ -940,10 +995,10 @@ class OllamaChat(_OllamaReply):
     def __init__(self, body: Object):
         super().__init__(body)
         messages = items(body, "messages", dict)
-        self.request.tools = _ollama_tools(body)
+        self.request.tools = function_tools(body)
         if not messages:
             return self._only_load()
-        self.request.messages = canonical(_ollama_turns(messages)) or [{"role": "user", "content": ""}]
+        self.request.messages = canonical(chat_turns(messages, _ollama_text)) or [{"role": "user", "content": ""}]
         if self._format:
             ask_for_json(self.request.messages, None if self._format == "json" else self._format)
 
@@ -988,6 +1043,10 @@ class OllamaGenerate(_OllamaReply):
 
 def _pieces(text: str) -> list[str]:
     return [text[at:at + _PIECE] for at in range(0, len(text), _PIECE)]
+
+
+def _weighed(tokens: list[Object]) -> Object:
+    return {"logprobs": tokens} if tokens else {}
 
 
 def _ollama_ending(done: Done) -> Object:
