@@ -1582,7 +1582,7 @@ class OpenAIResponses(Reply):
         where = _PARTS[self._open][2] if self._open in _PARTS else {}
         return {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1, **where}
 
-    def _event(self, name: str, **fields: Any) -> Object:
+    def _event(self, name: str, /, **fields: Any) -> Object:
         self._count += 1
         return {"type": f"response.{name}", "sequence_number": self._count - 1, **fields}
 

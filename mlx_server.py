@@ -407,8 +407,8 @@ class Handler(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the standard library found wrong with the request line or the headers."""
         self.request_id, self.anthropic, self.answered, self.body_read, self.origin = "", False, False, True, ""
-        self.openai, self.headers, self.command, self.route, self.request_version = False, {}, self.command or "GET", "", self.protocol_version
-        self.close_connection = True
+        self.headers, self.command, self.route, self.request_version = {}, self.command or "GET", "", self.protocol_version
+        self.openai, self.close_connection = False, True
         self.fail(WireError(int(code), message or "bad request"))
 
     def drain(self) -> None:
