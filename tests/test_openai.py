@@ -143,6 +143,7 @@ class Numbers:
     id, prompt_tokens, cached_tokens = "0123456789abcdef01234567", 100, 60
 
 
+STREAM_EVENTS = TypeAdapter(ResponseStreamEvent)
 EVENTS = [Thinking("h"), Thinking("m"), Text("Hel"), Text("lo"), ToolStart("toolu_1", "f"), ToolInput('{"x":'), ToolInput(" 1}"),
           ToolEnd({"x": 1}), ToolStart("toolu_2", "ns__g"), ToolInput("{}"), ToolEnd({}), Done("tool_calls", Usage(100, 60, 20, 7))]
 
@@ -189,7 +190,7 @@ def test_responses_events_make_the_whole():
     reply = OpenAIResponses({"model": "m", "input": "hi", "tools": [flat(READ), NAMESPACE]})
     objects, whole = answer(reply, *EVENTS)
     for one in objects:
-        TypeAdapter(ResponseStreamEvent).validate_python(one, strict=True)
+        STREAM_EVENTS.validate_python(one, strict=True)
     Response.model_validate_json(json.dumps(whole), strict=True)
     names = [one["type"].removeprefix("response.") for one in objects]
     around = ["output_item.added", "function_call_arguments.delta", "function_call_arguments.done", "output_item.done"]
@@ -238,7 +239,7 @@ def test_failures_in_a_stream():
     reply = OpenAIResponses({"model": "m", "input": "hi"})
     reply.open(Numbers())
     (event,) = reply.failure(EngineError("odd"))
-    TypeAdapter(ResponseStreamEvent).validate_python(event, strict=True)
+    STREAM_EVENTS.validate_python(event, strict=True)
     assert event["response"]["error"] == {"code": "server_error", "message": "odd"}
 
 
