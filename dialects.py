@@ -158,25 +158,25 @@ def tool_form(name: str, description: str, schema: Object) -> Object:
     return {"type": "function", "function": {"name": name, "description": description, "parameters": schema}}
 
 
-def function_tools(body: Object, key: str = "tools", path: str = "") -> list[Object]:
-    """A body's tools as OpenAI's chat and Ollama write them, or, flat, OpenAI's responses. Tools of other types are left
-    out. Raises WireError when nothing is left then."""
-    tools, others = [], []
-    for number, tool in enumerate(items(body, key, dict, path)):
-        at = f"{path}{key}.{number}."
+def function_tools(tools: list[Object]) -> list[Object]:
+    """The tools of a body, which are written as OpenAI's chat and Ollama do it or, flat, as OpenAI's responses do. Those of
+    other types are left out. Raises WireError when nothing is left then."""
+    functions, others = [], []
+    for number, tool in enumerate(tools):
+        at = f"tools.{number}."
         kind = take(tool, "type", str, at, default="function")
         if kind != "function" and "function" not in tool:
             others.append(kind)
             continue
         function, at = nested(tool, "function", at)
-        tools.append(tool_form(take(function, "name", str, at, required=True),
-                               take(function, "description", str, at, default=""),
-                               take(function, "parameters", dict, at, default={})))
-    if others and not tools:
+        functions.append(tool_form(take(function, "name", str, at, required=True),
+                                   take(function, "description", str, at, default=""),
+                                   take(function, "parameters", dict, at, default={})))
+    if others and not functions:
         raise WireError(400, f"tools: tools of type '{others[0]}' are not supported by this server")
     if others:
         log.warning("tools of these types were left out: %s", ", ".join(others))
-    return tools
+    return functions
 
 
 def nested(value: Object, key: str, path: str) -> tuple[Object, str]:
@@ -241,6 +241,13 @@ class Turn:
         if self.role == "assistant":
             return bool(self.text.strip() or self.reasoning.strip() or self.calls)
         return bool(self.text) or self.role == "tool"
+
+
+def not_silent(turns: list[Turn], key: str = "messages") -> list[Turn]:
+    """The turns found at `key`. Raises WireError if nothing is said in them."""
+    if not any(turn.says_something for turn in turns):
+        raise WireError(400, f"{key}: at least one message is required")
+    return turns
 
 
 def canonical(turns: Iterable[Turn]) -> list[Message]:
@@ -434,9 +441,7 @@ def _anthropic_request(body: Object, counting: bool = False) -> Request:
         raise WireError(400, "thinking.type: Input should be 'enabled', 'adaptive', 'disabled' or 'between_tools'")
     output = take(body, "output_config", dict, default={})
     schema = _anthropic_schema(body, output)
-    turns = _anthropic_turns(items(body, "messages", dict, required=True), deferred)
-    if not any(turn.says_something for turn in turns):
-        raise WireError(400, "messages: at least one message is required")
+    turns = not_silent(_anthropic_turns(items(body, "messages", dict, required=True), deferred))
     messages = canonical([Turn("system", _system_text(body.get("system") or "", "system")), *turns])
     if schema is not None:
         ask_for_json(messages, schema)
@@ -999,7 +1004,7 @@ class OllamaChat(_OllamaReply):
     def __init__(self, body: Object):
         super().__init__(body)
         messages = items(body, "messages", dict)
-        self.request.tools = function_tools(body)
+        self.request.tools = function_tools(items(body, "tools", dict))
         if not messages:
             return self._only_load()
         self.request.messages = canonical(chat_turns(messages, _ollama_text)) or [{"role": "user", "content": ""}]
@@ -1197,8 +1202,6 @@ def _logit_bias(given: Object) -> dict[int, float] | None:
 
 def _converse(request: Request, body: Object, turns: list[Turn], effort: str | None, form: Object, path: str) -> None:
     """Fills in what belongs to a conversation; `form` is the demanded output format, found at `path`."""
-    if not any(turn.says_something for turn in turns):
-        raise WireError(400, "messages: at least one message is required")
     request.messages = canonical(turns)
     request.tool_choice, request.tools = _openai_tool_choice(body, request.tools)
     request.parallel_tool_calls = take(body, "parallel_tool_calls", bool, default=True)
@@ -1361,8 +1364,8 @@ class OpenAIChat(_Completions):
         super().__init__(body, "max_completion_tokens", "max_tokens")
         top = take(body, "top_logprobs", int, default=0, low=0, high=20)
         self.request.logprobs = top if take(body, "logprobs", bool, default=False) else None
-        self.request.tools = function_tools(body)
-        turns = chat_turns(items(body, "messages", dict, required=True), _openai_text)
+        self.request.tools = function_tools(items(body, "tools", dict))
+        turns = not_silent(chat_turns(items(body, "messages", dict, required=True), _openai_text))
         form = take(body, "response_format", dict, default={})
         _converse(self.request, body, turns, take(body, "reasoning_effort", str), form, "response_format.")
 
@@ -1472,8 +1475,8 @@ class OpenAIResponses(Reply):
             if body.get(key):
                 raise WireError(400, f"{key}: not supported by this server; send the whole conversation as input")
         self._spaces: dict[str, tuple[str, str]] = {}  # (namespace, name) by the name that the model sees
-        self.request.tools = function_tools({"tools": self._flat_tools(items(body, "tools", dict))})
-        turns = [Turn("system", take(body, "instructions", str, default="")), *_responses_turns(body)]
+        self.request.tools = function_tools(self._flat_tools(items(body, "tools", dict)))
+        turns = [Turn("system", take(body, "instructions", str, default="")), *not_silent(_responses_turns(body), "input")]
         effort = take(take(body, "reasoning", dict, default={}), "effort", str, "reasoning.")
         form = take(take(body, "text", dict, default={}), "format", dict, "text.", default={})
         _converse(self.request, body, turns, effort, form, "text.format.")

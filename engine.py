@@ -3339,7 +3339,7 @@ class Engine:
 
     def submit(self, request: Request) -> Generation:
         """Queues a request. What can be wrong with it is raised here: ModelNotFound, ModelLoadError (no tokenizer),
-        InvalidRequest (the template refuses it, or it names a token that there is not), PromptTooLong, EngineBusy, EngineClosed."""
+        InvalidRequest (the template refuses it, or there is no such token), PromptTooLong, EngineBusy, EngineClosed."""
         local = self.resolve(request.model)
         self._check_open()
         tongue = self._tongue(local)

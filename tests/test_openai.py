@@ -296,7 +296,7 @@ BAD = [  # path, what differs from a good body, the parameter that is blamed
         ({"prompt": [1, "x"]}, "prompt"), ({"prompt": [10**6]}, None), ({"prompt": [-1]}, None), ({"prompt": ["x"] * 99}, "prompt"),
         ({"echo": True}, "echo"), ({"suffix": "x"}, "suffix"), ({"best_of": 2}, "best_of"), ({"logprobs": 21}, "logprobs")]),
     *((RESPONSES, fields, param) for fields, param in [
-        ({"input": None}, "input"), ({"input": []}, "messages"), ({"input": [{"type": "message", "content": "x"}]}, "input.0.role"),
+        ({"input": None}, "input"), ({"input": []}, "input"), ({"input": [{"type": "message", "content": "x"}]}, "input.0.role"),
         ({"input": [{"type": "function_call", "name": "f"}]}, "input.0.call_id"), ({"input": [{"type": "item_reference"}]}, "input.0.type"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"), ({"background": True}, "background"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"), ({"tools": [{"type": "web_search"}]}, "tools")]),
