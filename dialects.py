@@ -1,8 +1,8 @@
 """The interpreters: vendors' JSON on one side, the engine's `Request` and `Event`s on the other.
 
 Plain functions and small classes from dict to dict. They know no socket and no MLX array, so every rule of a wire is
-testable without a server. Three districts: what all dialects share, above all the one way into the canonical
-conversation; then Anthropic; then Ollama.
+testable without a server. Four districts: what all dialects share, above all the one way into the canonical
+conversation; then Anthropic; then Ollama; then OpenAI.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import json
 import logging
 import math
 import re
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from typing import Any, Iterable
+from typing import Any, Callable, Iterable
 
 from engine import (
     Done, EngineBusy, EngineClosed, EngineError, Event, InvalidRequest, Loaded, LocalModel, Message, ModelLoadError,
-    ModelNotFound, PromptTooLong, Request, Sampling, Text, Thinking, ToolEnd, ToolInput, ToolStart, Usage,
+    ModelNotFound, PromptTooLong, Request, Sampling, Text, Thinking, Token, ToolEnd, ToolInput, ToolStart, Usage,
 )
 
 log = logging.getLogger("mlx_server")
@@ -46,8 +47,9 @@ class Reply:
     """One request's answer in one dialect. One instance per HTTP request, made from the request's body.
 
     `dialect` is its name, `stream` says what the client asked for, `framing` how objects are framed then: "events"
-    (server-sent events, named by the object's "type") or "lines" (NDJSON). With `unload` set the model is to be unloaded, not asked, and `whole`
-    is the answer. Streaming or not, every event of the generation goes through `event`.
+    (server-sent events, named by the object's "type"), "data" (the same without names) or "lines" (NDJSON); what is text
+    already goes out as a frame of its own. With `unload` set the model is to be unloaded, not asked, and `whole` is the
+    answer. Streaming or not, every event of the generations goes through `event`.
     """
 
     request: Request
@@ -56,6 +58,11 @@ class Reply:
     framing: str
     unload = False
 
+    @property
+    def requests(self) -> list[Request]:
+        """What is to be generated. The events of one follow those of the other in this order."""
+        return [self.request]
+
     def check(self, model: LocalModel) -> None:
         """Called with the resolved model before anything is queued. Raises WireError if the model cannot do this."""
 
@@ -63,11 +70,11 @@ class Reply:
         """Objects to send at once when the engine has accepted the request."""
         return []
 
-    def event(self, event: Event) -> list[Object]:
+    def event(self, event: Event) -> list[Object | str]:
         """Objects for one event; for `Done` the closing ones."""
         raise NotImplementedError
 
-    def ping(self, lull: float = 0.0) -> list[Object]:
+    def ping(self, lull: float = 0.0) -> list[Object | str]:
         """Objects that mean nothing but that the server is alive, when for `lull` seconds nothing else was to be said."""
         return []
 
@@ -121,12 +128,69 @@ def items(body: Object, key: str, kind: type, path: str = "", *, required: bool 
     return values
 
 
+def model_name(body: Any) -> str:
+    """The model that a body asks for. Raises WireError if it names none."""
+    if not isinstance(body, dict):
+        raise WireError(400, "Input should be an object")
+    name = take(body, "model", str, required=True)
+    if not name:
+        raise WireError(400, "model: String should have at least 1 character")
+    return name
+
+
+def content_blocks(content: Any, path: str) -> list[Object]:
+    """Content as blocks; a string is one text block."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        raise WireError(400, f"{path}: Input should be a valid string or list")
+    for number, block in enumerate(content):
+        if not isinstance(block, dict):
+            raise WireError(400, f"{path}.{number}: Input should be an object")
+    return content
+
+
 def tool_form(name: str, description: str, schema: Object) -> Object:
     """A tool in the form chat templates know. The schema always says `object` and has properties."""
     schema = {**schema, "type": "object"} if "type" in schema else {"type": "object", **schema}
     if not isinstance(schema.get("properties"), dict):
         schema["properties"] = {}
     return {"type": "function", "function": {"name": name, "description": description, "parameters": schema}}
+
+
+def function_tools(tools: list[Object]) -> list[Object]:
+    """The tools of a body, which are written as OpenAI's chat and Ollama do it or, flat, as OpenAI's responses do. Those of
+    other types are left out. Raises WireError when nothing is left then."""
+    functions, others = [], []
+    for number, tool in enumerate(tools):
+        at = f"tools.{number}."
+        kind = take(tool, "type", str, at, default="function")
+        if kind != "function" and "function" not in tool:
+            others.append(kind)
+            continue
+        function, at = nested(tool, "function", at)
+        functions.append(tool_form(take(function, "name", str, at, required=True),
+                                   take(function, "description", str, at, default=""),
+                                   take(function, "parameters", dict, at, default={})))
+    if others and not functions:
+        raise WireError(400, f"tools: tools of type '{others[0]}' are not supported by this server")
+    if others:
+        log.warning("tools of these types were left out: %s", ", ".join(others))
+    return functions
+
+
+def nested(value: Object, key: str, path: str) -> tuple[Object, str]:
+    """What one API writes into an object of its own and the other beside it, and the path to it."""
+    return (value[key], f"{path}{key}.") if isinstance(value.get(key), dict) else (value, path)
+
+
+def forced_choice(kind: str, name: str | None, tools: list[Object], path: str) -> str:
+    """`Request.tool_choice` for the demand of a call, of the tool `name` if there is one. Raises WireError if that cannot be."""
+    if not tools:
+        raise WireError(400, f"tool_choice: '{kind}' needs tools to choose from")
+    if name is not None and name not in [tool["function"]["name"] for tool in tools]:
+        raise WireError(400, f"{path}name: Tool '{name}' not found in provided tools")
+    return "any" if name is None else name
 
 
 def call_arguments(value: Any) -> Object:
@@ -146,6 +210,14 @@ def timestamp(seconds: float) -> str:
 
 def now() -> str:
     return timestamp(datetime.now(timezone.utc).timestamp())
+
+
+def token_objects(tokens: list[Token]) -> list[Object]:
+    """Log probabilities as OpenAI and Ollama write them."""
+    def weight(token: Token) -> Object:
+        return {"token": token.text, "logprob": token.logprob, "bytes": list(token.bytes)}
+
+    return [{**weight(token), "top_logprobs": [weight(one) for one in token.top]} for token in tokens]
 
 
 # ------------------------------------------------------------------ the canonical conversation
@@ -169,6 +241,13 @@ class Turn:
         if self.role == "assistant":
             return bool(self.text.strip() or self.reasoning.strip() or self.calls)
         return bool(self.text) or self.role == "tool"
+
+
+def not_silent(turns: list[Turn], key: str = "messages") -> list[Turn]:
+    """The turns found at `key`. Raises WireError if nothing is said in them."""
+    if not any(turn.says_something for turn in turns):
+        raise WireError(400, f"{key}: at least one message is required")
+    return turns
 
 
 def canonical(turns: Iterable[Turn]) -> list[Message]:
@@ -245,6 +324,46 @@ def _between(calls: list[Object], turns: Iterable[Turn]) -> list[Message]:
     return messages
 
 
+def chat_turns(messages: list[Object], text_of: Callable[[Object, str], str]) -> list[Turn]:
+    """The turns of a chat of OpenAI's or Ollama's; `text_of` reads a message's content. A result without an id belongs to
+    the first open call of its name, or else to the first."""
+    turns: list[Turn] = []
+    waiting: list[tuple[str, str]] = []  # (id, name) of the last calls, while they have no result
+    for number, message in enumerate(messages):
+        path = f"messages.{number}."
+        role, text = take(message, "role", str, path, required=True).lower(), text_of(message, path)
+        if role == "assistant":
+            calls = list(_past_calls(message, number))
+            follows = turns and turns[-1].role == "assistant"
+            waiting = [*(waiting if follows else []), *((id, name) for id, name, _ in calls)]
+            thoughts = (take(message, key, str, path) for key in ("reasoning_content", "reasoning", "thinking"))
+            turns.append(Turn("assistant", text, next(filter(None, thoughts), ""), calls))
+        elif role in ("tool", "function"):
+            id, *names = (take(message, key, str, path) for key in ("tool_call_id", "tool_name", "name"))
+            by_id = [call for call in waiting if call[0] == id]
+            by_name = [call for call in waiting if call[1] in names]
+            found = next(iter([*by_id, *by_name, *waiting]), None)
+            if found:
+                waiting.remove(found)
+            turns.append(Turn("tool", text, call_id=found[0] if found else next(filter(None, [id, *names]), "unknown")))
+        else:
+            turns.append(Turn(_CHAT_ROLES.get(role, "user"), text))
+    return turns
+
+
+_CHAT_ROLES = {"system": "system", "developer": "system", "assistant": "assistant"}  # all others are the user's
+
+
+def _past_calls(message: Object, number: int) -> Iterable[tuple[str, str, Object]]:
+    """The calls of an assistant's message; those without ids get one."""
+    path = f"messages.{number}."
+    for place, call in enumerate(items(message, "tool_calls", dict, path)):
+        at = f"{path}tool_calls.{place}."
+        function = take(call, "function", dict, at, required=True)
+        name = take(function, "name", str, f"{at}function.", required=True)
+        yield take(call, "id", str, at) or f"call_{number}_{place}", name, call_arguments(function.get("arguments"))
+
+
 def ask_for_json(request: Request, schema: Object | None) -> None:
     """Demands an answer in JSON, of any object or of what matches a schema. The engine sees to it; the words at the end of
     the last user message let the model know beforehand."""
@@ -313,11 +432,7 @@ def _anthropic_request(body: Object, counting: bool = False) -> Request:
     Raises WireError 400 with the path of what is wrong. Unknown keys and betas are ignored, and so is all that only
     steers Anthropic's own caches and billing.
     """
-    if not isinstance(body, dict):
-        raise WireError(400, "Input should be an object")
-    model = take(body, "model", str, required=True)
-    if not model:
-        raise WireError(400, "model: String should have at least 1 character")
+    model = model_name(body)
     max_tokens = take(body, "max_tokens", int, required=not counting, low=0)
     _refuse_what_cannot_be_honoured(body)
     tools, deferred = _anthropic_tools(items(body, "tools", dict))
@@ -327,9 +442,7 @@ def _anthropic_request(body: Object, counting: bool = False) -> Request:
         raise WireError(400, "thinking.type: Input should be 'enabled', 'adaptive', 'disabled' or 'between_tools'")
     output = take(body, "output_config", dict, default={})
     schema = _anthropic_schema(body, output)
-    turns = _anthropic_turns(items(body, "messages", dict, required=True), deferred)
-    if not any(turn.says_something for turn in turns):
-        raise WireError(400, "messages: at least one message is required")
+    turns = not_silent(_anthropic_turns(items(body, "messages", dict, required=True), deferred))
     messages = canonical([Turn("system", _system_text(body.get("system") or "", "system")), *turns])
     request = Request(
         model, messages, tools=tools, deferred_tools=deferred, tool_choice=choice, parallel_tool_calls=parallel,
@@ -404,30 +517,15 @@ def _anthropic_tool_choice(choice: Object, tools: list[Object]) -> tuple[str, bo
     kind = choice.get("type", "auto")
     if kind not in ("auto", "any", "tool", "none"):
         raise WireError(400, "tool_choice.type: Input should be 'auto', 'any', 'tool' or 'none'")
-    if kind in ("any", "tool") and not tools:
-        raise WireError(400, f"tool_choice: '{kind}' needs tools to choose from")
-    if kind == "tool":
-        kind = take(choice, "name", str, "tool_choice.", required=True)
-        if kind not in [tool["function"]["name"] for tool in tools]:
-            raise WireError(400, f"tool_choice.name: Tool '{kind}' not found in provided tools")
+    if kind in ("any", "tool"):
+        name = take(choice, "name", str, "tool_choice.", required=True) if kind == "tool" else None
+        kind = forced_choice(kind, name, tools, "tool_choice.")
     return kind, not take(choice, "disable_parallel_tool_use", bool, "tool_choice.", default=False)
-
-
-def _blocks(content: Any, path: str) -> list[Object]:
-    """Content as blocks; a string is one text block."""
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    if not isinstance(content, list):
-        raise WireError(400, f"{path}: Input should be a valid string or list")
-    for number, block in enumerate(content):
-        if not isinstance(block, dict):
-            raise WireError(400, f"{path}.{number}: Input should be an object")
-    return content
 
 
 def _system_text(content: Any, path: str) -> str:
     """A system prompt or message without the client's billing line."""
-    texts = (_block_text(block, f"{path}.{number}") for number, block in enumerate(_blocks(content, path)))
+    texts = (_block_text(block, f"{path}.{number}") for number, block in enumerate(content_blocks(content, path)))
     texts = [_BILLING.sub("", text) for text in texts if text]
     return "\n\n".join(text.rstrip("\n") for text in texts if text.strip())
 
@@ -447,7 +545,7 @@ def _anthropic_turns(messages: list[Object], deferred: list[Object]) -> list[Tur
             turns.append(Turn("system", _system_text(message["content"], f"{path}.content")))
         else:
             path = f"{path}.content"
-            turns += _message_turns(role, _blocks(message["content"], path), path, definitions)
+            turns += _message_turns(role, content_blocks(message["content"], path), path, definitions)
     last = next((turn for turn in reversed(turns) if turn.role != "system"), Turn("user"))
     if last.calls:
         raise WireError(400, (
@@ -482,7 +580,7 @@ def _message_turns(role: str, blocks: list[Object], path: str, definitions: dict
 
 def _joined(content: Any, path: str, definitions: dict[str, str] | None = None) -> str:
     """The text of content inside a block."""
-    blocks = [] if content is None else _blocks(content, path)
+    blocks = [] if content is None else content_blocks(content, path)
     texts = (_block_text(block, f"{path}.{number}", definitions) for number, block in enumerate(blocks))
     return "\n".join(filter(None, texts))
 
@@ -798,48 +896,9 @@ def _ollama_images(body: Object, path: str = "") -> list[str]:
     return [IMAGE_NOTE] * len(body.get("images") or [])
 
 
-def _ollama_turns(messages: list[Object]) -> list[Turn]:
-    """The turns of a chat. A result without an id belongs to the first open call of its name, or else to the first."""
-    turns: list[Turn] = []
-    waiting: list[tuple[str, str]] = []  # (id, name) of the last calls, while they have no result
-    for number, message in enumerate(messages):
-        path = f"messages.{number}."
-        role = take(message, "role", str, path, required=True).lower()
-        said = take(message, "content", str, path, default="")
-        text = "\n".join(filter(None, [*_ollama_images(message, path), said]))
-        if role == "assistant":
-            calls = []
-            for place, call in enumerate(items(message, "tool_calls", dict, path)):
-                at = f"{path}tool_calls.{place}."
-                function = take(call, "function", dict, at, required=True)
-                name = take(function, "name", str, f"{at}function.", required=True)
-                id = take(call, "id", str, at) or f"call_{number}_{place}"
-                calls.append((id, name, call_arguments(function.get("arguments"))))
-            follows = turns and turns[-1].role == "assistant"
-            waiting = [*(waiting if follows else []), *((id, name) for id, name, _ in calls)]
-            turns.append(Turn("assistant", text, take(message, "thinking", str, path, default=""), calls))
-        elif role == "tool":
-            id, name = (take(message, key, str, path) for key in ("tool_call_id", "tool_name"))
-            by_id = [call for call in waiting if call[0] == id]
-            by_name = [call for call in waiting if call[1] == name]
-            found = next(iter([*by_id, *by_name, *waiting]), None)
-            if found:
-                waiting.remove(found)
-            turns.append(Turn("tool", text, call_id=found[0] if found else id or name or "unknown"))
-        else:
-            turns.append(Turn("system" if role == "system" else "user", text))
-    return turns
-
-
-def _ollama_tools(body: Object) -> list[Object]:
-    tools = []
-    for number, tool in enumerate(items(body, "tools", dict)):
-        path = f"tools.{number}.function"
-        function = take(tool, "function", dict, f"tools.{number}.", required=True)
-        tools.append(tool_form(take(function, "name", str, f"{path}.", required=True),
-                               take(function, "description", str, f"{path}.", default=""),
-                               take(function, "parameters", dict, f"{path}.", default={})))
-    return tools
+def _ollama_text(message: Object, path: str) -> str:
+    said = take(message, "content", str, path, default="")
+    return "\n".join(filter(None, [*_ollama_images(message, path), said]))
 
 
 # ------------------------------------------------------------------ Ollama: the answer
@@ -874,12 +933,14 @@ class _OllamaReply(Reply):
         self.request = Request(
             name, sampling=_ollama_sampling(options), stop=[text for text in options["stop"] if text],
             max_tokens=limit if limit >= 0 else None, thinking=thinking, effort=effort,
+            logprobs=count if take(body, "logprobs", bool, default=False) else None,
             keep_alive=parse_keep_alive(body.get("keep_alive")))
         self._format = body.get("format") or None
         if self._format not in (None, "json") and not isinstance(self._format, dict):
             raise WireError(400, f"invalid format: {json.dumps(self._format, ensure_ascii=False)}; "
                                  'expected "json" or a valid JSON Schema object')
         self._text = self._thoughts = ""
+        self._tokens: list[Object] = []
         self._calling: ToolStart | None = None
         self._calls: list[Object] = []
         self._ending: Object = {"done_reason": "unload"}
@@ -895,9 +956,11 @@ class _OllamaReply(Reply):
             case Thinking(text):
                 self._thoughts += text
                 return [self._object("", thinking=piece) for piece in _pieces(text)]
-            case Text(text):
+            case Text(text, tokens):
                 self._text += text
-                return [self._object(piece) for piece in _pieces(text)]
+                self._tokens += token_objects(tokens)
+                out = [self._object(piece) for piece in _pieces(text)]
+                return [out[0] | _weighed(token_objects(tokens)), *out[1:]]
             case ToolStart():
                 self._calling = event
             case ToolEnd(cut=True):
@@ -920,7 +983,8 @@ class _OllamaReply(Reply):
         return [ollama_error(error)[2]]
 
     def whole(self) -> Object:
-        return self._object(self._text, done=True, thinking=self._thoughts, tool_calls=self._calls) | self._ending
+        said = self._object(self._text, done=True, thinking=self._thoughts, tool_calls=self._calls)
+        return said | _weighed(self._tokens) | self._ending
 
     def _object(self, text: str, done: bool = False, **more: str | list[Object]) -> Object:
         said = self._said(text, {key: value for key, value in more.items() if value})
@@ -944,10 +1008,10 @@ class OllamaChat(_OllamaReply):
     def __init__(self, body: Object):
         super().__init__(body)
         messages = items(body, "messages", dict)
-        self.request.tools = _ollama_tools(body)
+        self.request.tools = function_tools(items(body, "tools", dict))
         if not messages:
             return self._only_load()
-        self.request.messages = canonical(_ollama_turns(messages)) or [{"role": "user", "content": ""}]
+        self.request.messages = canonical(chat_turns(messages, _ollama_text)) or [{"role": "user", "content": ""}]
         if self._format:
             ask_for_json(self.request, None if self._format == "json" else self._format)
 
@@ -992,6 +1056,10 @@ class OllamaGenerate(_OllamaReply):
 
 def _pieces(text: str) -> list[str]:
     return [text[at:at + _PIECE] for at in range(0, len(text), _PIECE)]
+
+
+def _weighed(tokens: list[Object]) -> Object:
+    return {"logprobs": tokens} if tokens else {}
 
 
 def _ollama_ending(done: Done) -> Object:
@@ -1092,3 +1160,487 @@ def ollama_ps(loaded: list[Loaded]) -> Object:
     lasting = sorted(loaded, key=lambda one: math.inf if one.expires is None else one.expires, reverse=True)
     return {"models": [{**_listed(one.model, one.size), "size_vram": one.size, "context_length": one.context_length,
                         "expires_at": _NEVER if one.expires is None else timestamp(one.expires)} for one in lasting]}
+
+
+# ================================================================== OpenAI
+#
+# Chat completions, completions and responses: https://platform.openai.com/docs/api-reference
+
+_FINISH_REASONS = {"length": "length", "context": "length", "tool_calls": "tool_calls"}  # otherwise "stop"
+_MOST_CHOICES = 32  # of one request
+_CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
+_NOT_KEPT = ("previous_response_id", "conversation", "prompt", "background")  # what a server would have to remember
+
+
+# ------------------------------------------------------------------ OpenAI: the request
+
+
+def _openai_request(body: Object, *limits: str) -> Request:
+    """What all three bodies have in common. `limits` are the names of the bound on the answer's tokens; -1 is none.
+
+    Raises WireError 400 with the path of what is wrong. Unknown keys are ignored, and so is all that only steers OpenAI's
+    own caches, storage and billing.
+    """
+    model = model_name(body)
+    bounds = [take(body, key, int, low=-1) for key in limits]
+    bound = next((bound for bound in bounds if bound is not None), None)
+    stop = [body["stop"]] if isinstance(body.get("stop"), str) else items(body, "stop", str)
+    top_k = take(body, "top_k", int, low=-1)
+    return Request(
+        model, stop=[text for text in stop if text], max_tokens=None if bound == -1 else bound,
+        sampling=Sampling(
+            temperature=take(body, "temperature", float, low=0, high=2), top_p=take(body, "top_p", float, low=0, high=1),
+            top_k=None if top_k is None else max(0, top_k), min_p=take(body, "min_p", float, low=0, high=1),
+            repetition_penalty=take(body, "repetition_penalty", float, low=0),
+            presence_penalty=take(body, "presence_penalty", float, low=-2, high=2),
+            frequency_penalty=take(body, "frequency_penalty", float, low=-2, high=2),
+            seed=take(body, "seed", int), logit_bias=_logit_bias(take(body, "logit_bias", dict, default={}))))
+
+
+def _logit_bias(given: Object) -> dict[int, float] | None:
+    for key in given:
+        if not re.fullmatch(r"\d{1,9}", key, re.ASCII):
+            raise WireError(400, f"logit_bias: '{key}' should be the id of a token")
+    return {int(key): take(given, key, float, "logit_bias.", default=0, low=-100, high=100) for key in given} or None
+
+
+def _converse(request: Request, body: Object, turns: list[Turn], effort: str | None, form: Object, path: str) -> None:
+    """Fills in what belongs to a conversation; `form` is the demanded output format, found at `path`."""
+    request.messages = canonical(turns)
+    request.tool_choice, request.tools = _openai_tool_choice(body, request.tools)
+    request.parallel_tool_calls = take(body, "parallel_tool_calls", bool, default=True)
+    asked = take(take(body, "chat_template_kwargs", dict, default={}), "enable_thinking", bool, "chat_template_kwargs.")
+    request.thinking = effort != "none" if asked is None and effort else asked
+    request.effort = effort if effort != "none" else None
+    kind = take(form, "type", str, path, default="text")
+    if kind == "json_schema":
+        inner, path = nested(form, "json_schema", path)
+        ask_for_json(request, take(inner, "schema", dict, path, default={}))
+    elif kind == "json_object":
+        ask_for_json(request, None)
+    elif kind != "text":
+        raise WireError(400, f"{path}type: Input should be 'text', 'json_object' or 'json_schema'")
+
+
+def _openai_tool_choice(body: Object, tools: list[Object]) -> tuple[str, list[Object]]:
+    """`Request.tool_choice`, and the tools there are to choose from."""
+    given = body.get("tool_choice")
+    choice = {"type": given} if isinstance(given, str) else take(body, "tool_choice", dict, default={})
+    kind, name = take(choice, "type", str, "tool_choice.", default="auto"), None
+    inner, path = nested(choice, kind, "tool_choice.")
+    if kind == "allowed_tools":
+        allowed = [nested(tool, "function", path)[0].get("name") for tool in items(inner, "tools", dict, path, required=True)]
+        tools = [tool for tool in tools if tool["function"]["name"] in allowed]
+        kind = take(inner, "mode", str, path, default="auto")
+    elif kind == "function":
+        name = take(inner, "name", str, path, required=True)
+    if kind in ("required", "function"):
+        return forced_choice(kind, name, tools, path), tools
+    if kind not in ("auto", "none"):
+        raise WireError(400, "tool_choice: Input should be 'none', 'auto', 'required', a function or allowed tools")
+    return kind, tools
+
+
+def _openai_text(message: Object, path: str, key: str = "content") -> str:
+    """The text of a message's content, or of a tool's output: a string or parts of any of the APIs."""
+    content = message.get(key)
+    parts = [] if content is None else content_blocks(content, f"{path}{key}")
+    return "\n".join(filter(None, (_part_text(part, f"{path}{key}.{number}.") for number, part in enumerate(parts))))
+
+
+def _part_text(part: Object, path: str) -> str:
+    kind = take(part, "type", str, path, required=True)
+    if kind in ("text", "input_text", "output_text", "summary_text", "reasoning_text"):
+        return take(part, "text", str, path, required=True)
+    if kind == "refusal":
+        return take(part, "refusal", str, path, default="")
+    if kind in ("image_url", "input_image"):
+        return IMAGE_NOTE
+    if kind in ("input_audio", "file", "input_file"):
+        raise WireError(400, f"{path}type: '{kind}' is not supported by this server; send its text")
+    log.info("%s left out a part of type %s", path, kind)
+    return ""
+
+
+# ------------------------------------------------------------------ OpenAI: chat completions and completions
+
+
+class _Completions(Reply):
+    """What the two have in common. Choices come one after the other: `Done` ends one, the last one ends the answer."""
+
+    dialect = "openai"
+    framing = "data"
+    prefix: str  # of the answer's id
+    kinds: tuple[str, str]  # what the object is called when it comes whole, and in pieces
+
+    def __init__(self, body: Object, *limits: str):
+        self.request = _openai_request(body, *limits)
+        self.stream = take(body, "stream", bool, default=False)
+        options = take(body, "stream_options", dict, default={})
+        self._counts = take(options, "include_usage", bool, "stream_options.", default=False)
+        self._n = take(body, "n", int, default=1, low=1, high=_MOST_CHOICES)
+        self._prompts: list[str | list[int] | None] = [None]
+        self._head: Object = {}
+        self._choices: list[Object] = []  # those that have ended
+        self._usages: list[Usage] = []
+        self._begin()
+
+    @property
+    def requests(self) -> list[Request]:
+        """One for each choice: all those of a prompt, then those of the next. Each has a seed of its own."""
+        def seed(number: int) -> Sampling:
+            sampling = self.request.sampling
+            return replace(sampling, seed=None if sampling.seed is None else sampling.seed + number)
+
+        return [replace(self.request, prompt=prompt, sampling=seed(number))
+                for prompt in self._prompts for number in range(self._n)]
+
+    def open(self, generation: Any) -> list[Object]:
+        self._head = {"id": f"{self.prefix}-{generation.id}", "created": int(time.time()), "model": self.request.model}
+        return []
+
+    def event(self, event: Event) -> list[Object | str]:
+        match event:
+            case Text(text, tokens):
+                piece = self._piece(text, tokens)
+                self._text += text
+                self._tokens += tokens
+                return [self._chunk(piece)]
+            case Done():
+                return self._done(event)
+        return []
+
+    def ping(self, lull: float = 0.0) -> list[Object | str]:
+        return [": ping"]
+
+    def failure(self, error: Exception) -> list[Object]:
+        return [openai_error(error)[2]]
+
+    def whole(self) -> Object:
+        return {**self._head, "object": self.kinds[0], "choices": self._choices, "usage": self._usage()}
+
+    def _begin(self) -> None:
+        """Before each choice."""
+        self._text = ""
+        self._tokens: list[Token] = []
+
+    def _done(self, done: Done) -> list[Object | str]:
+        finish = _FINISH_REASONS.get(done.reason, "stop")
+        out: list[Object | str] = [self._chunk(self._piece("", []), finish)]
+        self._choices.append({"index": len(self._choices), **self._choice(), "finish_reason": finish})
+        self._usages.append(done.usage)
+        self._begin()
+        if len(self._choices) < len(self._prompts) * self._n:
+            return out
+        usage = [{**out[0], "choices": [], "usage": self._usage()}] if self._counts else []
+        return [*out, *usage, "data: [DONE]"]
+
+    def _chunk(self, piece: Object, finish: str | None = None, index: int | None = None) -> Object:
+        choice = {"index": len(self._choices) if index is None else index, "logprobs": None, **piece, "finish_reason": finish}
+        return {**self._head, "object": self.kinds[1], "choices": [choice], **({"usage": None} if self._counts else {})}
+
+    def _usage(self) -> Object:
+        """A prompt counts once, however many choices it has."""
+        prompt, cached = (sum(getattr(usage, key) for usage in self._usages[::self._n])
+                          for key in ("prompt_tokens", "cached_tokens"))
+        written, thought = (sum(getattr(usage, key) for usage in self._usages)
+                            for key in ("completion_tokens", "thinking_tokens"))
+        return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written,
+                "prompt_tokens_details": {"cached_tokens": cached},
+                "completion_tokens_details": {"reasoning_tokens": thought}}
+
+    def _piece(self, text: str, tokens: list[Token]) -> Object:
+        """The part of a chunk's choice that carries text."""
+        raise NotImplementedError
+
+    def _choice(self) -> Object:
+        """The part of a whole choice that carries all of it."""
+        raise NotImplementedError
+
+
+class OpenAIChat(_Completions):
+    """POST /v1/chat/completions. Reasoning goes by both names it has among local servers and their clients. The ids of
+    calls are the engine's, by which it finds what it has generated when they come back."""
+
+    prefix, kinds = "chatcmpl", ("chat.completion", "chat.completion.chunk")
+
+    def __init__(self, body: Object):
+        super().__init__(body, "max_completion_tokens", "max_tokens")
+        top = take(body, "top_logprobs", int, default=0, low=0, high=20)
+        self.request.logprobs = top if take(body, "logprobs", bool, default=False) else None
+        self.request.tools = function_tools(items(body, "tools", dict))
+        turns = not_silent(chat_turns(items(body, "messages", dict, required=True), _openai_text))
+        form = take(body, "response_format", dict, default={})
+        _converse(self.request, body, turns, take(body, "reasoning_effort", str), form, "response_format.")
+
+    def open(self, generation: Any) -> list[Object]:
+        super().open(generation)
+        return [self._chunk({"delta": {"role": "assistant", "content": ""}}, index=index) for index in range(self._n)]
+
+    def event(self, event: Event) -> list[Object | str]:
+        match event:
+            case Thinking(text):
+                self._thoughts += text
+                return [self._chunk({"delta": _reasoning(text)})]
+            case ToolStart(id, name):
+                self._calls.append({"id": id, "type": "function", "function": {"name": name, "arguments": ""}})
+                return [self._call({**self._calls[-1], "function": {"name": name, "arguments": ""}})]
+            case ToolInput(piece):
+                self._calls[-1]["function"]["arguments"] += piece
+                return [self._call({"function": {"arguments": piece}})]
+        return super().event(event)
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._thoughts = ""
+        self._calls: list[Object] = []
+
+    def _call(self, piece: Object) -> Object:
+        return self._chunk({"delta": {"tool_calls": [{"index": len(self._calls) - 1, **piece}]}})
+
+    def _piece(self, text: str, tokens: list[Token]) -> Object:
+        return {"delta": {"content": text} if text else {}, "logprobs": self._logprobs(tokens) if text else None}
+
+    def _choice(self) -> Object:
+        message = {"role": "assistant", "content": self._text or (None if self._calls else ""), "refusal": None,
+                   **(_reasoning(self._thoughts) if self._thoughts else {}),
+                   **({"tool_calls": self._calls} if self._calls else {})}
+        return {"message": message, "logprobs": self._logprobs(self._tokens)}
+
+    def _logprobs(self, tokens: list[Token]) -> Object | None:
+        return None if self.request.logprobs is None else {"content": token_objects(tokens), "refusal": None}
+
+
+def _reasoning(text: str) -> Object:
+    return {"reasoning_content": text, "reasoning": text}
+
+
+class OpenAICompletion(_Completions):
+    """POST /v1/completions: raw text in, raw text out."""
+
+    prefix, kinds = "cmpl", ("text_completion", "text_completion")
+
+    def __init__(self, body: Object):
+        super().__init__(body, "max_tokens")
+        for key, harmless in (("echo", False), ("suffix", ""), ("best_of", 1)):
+            if body.get(key) not in (None, harmless):
+                raise WireError(400, f"{key}: not supported by this server")
+        self.request.max_tokens = 16 if body.get("max_tokens") is None else self.request.max_tokens  # as OpenAI has it
+        self.request.logprobs = take(body, "logprobs", int, low=0, high=20)
+        given = body.get("prompt")
+        prompts = given if isinstance(given, list) and not all(is_a(one, int) for one in given) else [given]
+        for prompt in prompts:
+            tokens = isinstance(prompt, list) and all(is_a(token, int) for token in prompt)
+            if not (prompt and (tokens or isinstance(prompt, str))):
+                raise WireError(400, "prompt: Input should be text, token ids, or a list of such, and not empty")
+        if len(prompts) * self._n > _MOST_CHOICES:
+            raise WireError(400, f"prompt: more than {_MOST_CHOICES} choices are not supported by this server")
+        self._prompts = prompts
+
+    def _piece(self, text: str, tokens: list[Token]) -> Object:
+        return {"text": text, "logprobs": self._logprobs(tokens, len(self._text)) if text else None}
+
+    def _choice(self) -> Object:
+        return {"text": self._text, "logprobs": self._logprobs(self._tokens, 0)}
+
+    def _logprobs(self, tokens: list[Token], offset: int) -> Object | None:
+        if self.request.logprobs is None:
+            return None
+        ends = itertools.accumulate((len(token.text) for token in tokens), initial=offset)
+        return {"tokens": [token.text for token in tokens], "token_logprobs": [token.logprob for token in tokens],
+                "top_logprobs": [{one.text: one.logprob for one in token.top} for token in tokens],
+                "text_offset": list(ends)[:len(tokens)]}
+
+
+# ------------------------------------------------------------------ OpenAI: responses
+
+
+_ITEMS = {"reasoning": "rs", "message": "msg", "function_call": "fc"}  # what their ids begin with
+_PARTS = {  # by the item's type: the key of its parts, a part, what its events say beside it, and the names of those
+    "reasoning": ("summary", {"type": "summary_text"}, {"summary_index": 0}, "reasoning_summary_part",
+                  "reasoning_summary_text"),
+    "message": ("content", {"type": "output_text", "annotations": [], "logprobs": []},
+                {"content_index": 0, "logprobs": []}, "content_part", "output_text"),
+}
+
+
+class OpenAIResponses(Reply):
+    """POST /v1/responses, without a memory of earlier ones. Items come strictly one after the other, so `_output` is what
+    was streamed and what `whole` returns. Reasoning goes by the name of a summary, which is what clients show and send back.
+    """
+
+    dialect = "openai"
+    framing = "events"
+
+    def __init__(self, body: Object):
+        self.request = _openai_request(body, "max_output_tokens")
+        self.stream = take(body, "stream", bool, default=False)
+        for key in _NOT_KEPT:
+            if body.get(key):
+                raise WireError(400, f"{key}: not supported by this server; send the whole conversation as input")
+        self._spaces: dict[str, tuple[str, str]] = {}  # (namespace, name) by the name that the model sees
+        self.request.tools = function_tools(self._flat_tools(items(body, "tools", dict)))
+        turns = [Turn("system", take(body, "instructions", str, default="")), *not_silent(_responses_turns(body), "input")]
+        effort = take(take(body, "reasoning", dict, default={}), "effort", str, "reasoning.")
+        form = take(take(body, "text", dict, default={}), "format", dict, "text.", default={})
+        _converse(self.request, body, turns, effort, form, "text.format.")
+        self._response: Object = {
+            "object": "response", "model": self.request.model, "status": "in_progress", "output": [], "error": None,
+            "incomplete_details": None, "instructions": body.get("instructions"), "usage": None,
+            "tools": [{"type": "function", "strict": None, **tool["function"]} for tool in self.request.tools],
+            "tool_choice": body.get("tool_choice") or "auto", "parallel_tool_calls": self.request.parallel_tool_calls}
+        self._output: list[Object] = []
+        self._open = ""  # the type of the item being written
+        self._count = 0  # of events
+
+    def open(self, generation: Any) -> list[Object]:
+        self._response |= {"id": f"resp_{generation.id}", "created_at": int(time.time())}
+        return [self._event("created", response=self._response), *self.ping()]
+
+    def event(self, event: Event) -> list[Object]:
+        match event:
+            case Thinking(text):
+                return self._say("reasoning", text)
+            case Text(text):
+                return self._say("message", text)
+            case ToolStart(id, name):
+                space, name = self._spaces.get(name, (None, name))
+                return self._start("function_call", call_id=id, name=name, arguments="",
+                                   **({"namespace": space} if space else {}))
+            case ToolInput(piece):
+                self._output[-1]["arguments"] += piece
+                return [self._event("function_call_arguments.delta", **self._place(), delta=piece)]
+            case ToolEnd(cut=cut):
+                return self._stop("incomplete" if cut else "completed")
+            case Done():
+                return self._done(event)
+        return []
+
+    def ping(self, lull: float = 0.0) -> list[Object]:
+        return [self._event("in_progress", response=self._response)]
+
+    def failure(self, error: Exception) -> list[Object]:
+        said = {"code": "server_error", "message": openai_error(error)[2]["error"]["message"]}
+        return [self._event("failed", response={**self._response, "status": "failed", "error": said})]
+
+    def whole(self) -> Object:
+        return self._response
+
+    def _flat_tools(self, tools: list[Object]) -> list[Object]:
+        """The tools with those of namespaces among them."""
+        flat = []
+        for number, tool in enumerate(tools):
+            if tool.get("type") != "namespace":
+                flat.append(tool)
+                continue
+            at = f"tools.{number}."
+            space = take(tool, "name", str, at, required=True)
+            for inner in items(tool, "tools", dict, at):
+                name = take(inner, "name", str, f"{at}tools.", required=True)
+                self._spaces[_in_space(space, name)] = (space, name)
+                flat.append({**inner, "name": _in_space(space, name)})
+        return flat
+
+    def _say(self, kind: str, text: str) -> list[Object]:
+        key, part, _, part_name, text_name = _PARTS[kind]
+        out = []
+        if self._open != kind:
+            out = self._start(kind, **{key: []}, **({"role": "assistant"} if kind == "message" else {}))
+            self._output[-1][key] = [{**part, "text": ""}]
+            out.append(self._event(f"{part_name}.added", **self._place(), part={**part, "text": ""}))
+        self._output[-1][key][0]["text"] += text
+        return [*out, self._event(f"{text_name}.delta", **self._place(), delta=text)]
+
+    def _start(self, kind: str, **fields: Any) -> list[Object]:
+        out = self._stop()
+        self._open = kind
+        id = f"{_ITEMS[kind]}_{self._response['id'].removeprefix('resp_')}{len(self._output):02}"
+        self._output.append({"id": id, "type": kind, "status": "in_progress", **fields})
+        return [*out, self._event("output_item.added", output_index=len(self._output) - 1, item=dict(self._output[-1]))]
+
+    def _stop(self, status: str = "completed") -> list[Object]:
+        if not self._open:
+            return []
+        item, where = self._output[-1], self._place()
+        item["status"] = status
+        if self._open in _PARTS:
+            key, _, _, part_name, text_name = _PARTS[self._open]
+            out = [self._event(f"{text_name}.done", **where, text=item[key][0]["text"]),
+                   self._event(f"{part_name}.done", **where, part=item[key][0])]
+        else:
+            out = [self._event("function_call_arguments.done", **where, name=item["name"], arguments=item["arguments"])]
+        self._open = ""
+        return [*out, self._event("output_item.done", output_index=len(self._output) - 1, item=item)]
+
+    def _done(self, done: Done) -> list[Object]:
+        status = "incomplete" if done.reason in ("length", "context") else "completed"
+        out, usage = self._stop(status), done.usage
+        self._response |= {
+            "status": status, "output": self._output,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "usage": {"input_tokens": usage.prompt_tokens, "output_tokens": usage.completion_tokens,
+                      "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+                      "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
+                      "output_tokens_details": {"reasoning_tokens": usage.thinking_tokens}}}
+        return [*out, self._event(status, response=self._response)]
+
+    def _place(self) -> Object:
+        """Where in the output an event belongs."""
+        where = _PARTS[self._open][2] if self._open in _PARTS else {}
+        return {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1, **where}
+
+    def _event(self, name: str, /, **fields: Any) -> Object:
+        self._count += 1
+        return {"type": f"response.{name}", "sequence_number": self._count - 1, **fields}
+
+
+def _in_space(space: str | None, name: str) -> str:
+    """The name by which the model knows a tool of a namespace."""
+    return f"{space}__{name}" if space else name
+
+
+def _responses_turns(body: Object) -> list[Turn]:
+    """The turns of an input: a text, or items of which one assistant's turn may have several."""
+    if isinstance(body.get("input"), str):
+        return [Turn("user", body["input"])]
+    turns = []
+    for number, item in enumerate(items(body, "input", dict, required=True)):
+        at = f"input.{number}."
+        kind = take(item, "type", str, at, default="message")
+        if kind == "message":
+            role = take(item, "role", str, at, required=True)
+            turns.append(Turn(_CHAT_ROLES.get(role, "user"), _openai_text(item, at)))
+        elif kind in ("function_call", "custom_tool_call"):
+            id, name = (take(item, key, str, at, required=True) for key in ("call_id", "name"))
+            arguments = call_arguments(item.get("arguments", item.get("input")))
+            turns.append(Turn("assistant", calls=[(id, _in_space(take(item, "namespace", str, at), name), arguments)]))
+        elif kind in ("function_call_output", "custom_tool_call_output"):
+            id = take(item, "call_id", str, at, required=True)
+            turns.append(Turn("tool", _openai_text(item, at, "output"), call_id=id))
+        elif kind == "reasoning":
+            turns.append(Turn("assistant", reasoning=_openai_text(item, at) or _openai_text(item, at, "summary")))
+        elif kind == "item_reference":
+            raise WireError(400, f"{at}type: '{kind}' is not supported by this server; send the item")
+        else:
+            log.info("%s left out an item of type %s", at, kind)
+    return turns
+
+
+# ------------------------------------------------------------------ OpenAI: errors
+
+
+def openai_error(error: Exception) -> tuple[int, dict[str, str], Object]:
+    """Status, extra headers and body for any exception. Both vendors' clients try again by the same rules; only 529 is
+    Anthropic's own."""
+    status, headers, body = anthropic_error(error, "")
+    status, message, code, param = 503 if status == 529 else status, body["error"]["message"], _CODES.get(status), None
+    match error:
+        case WireError() if at := re.match(r"[a-z_]\w*(\.\w+)*(?=: )", message):
+            param = at[0]
+        case ModelNotFound():
+            message, code = str(error), "model_not_found"
+        case PromptTooLong():
+            message, code = (f"This model's maximum context length is {error.maximum} tokens. However, your messages "
+                             f"resulted in {error.tokens} tokens."), "context_length_exceeded"
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return status, headers, {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -66,6 +66,7 @@ class Sampling:
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: int | None = None
+    logit_bias: dict[int, float] | None = None  # what is added to the logits of tokens
 
 
 class Priority(enum.IntEnum):
@@ -80,9 +81,11 @@ class Priority(enum.IntEnum):
 class Request:
     """One generation, in no vendor's words. With neither `messages` nor `prompt` it only loads the model.
 
-    `prompt` (raw text, no chat template) replaces `messages` when given. `tools` are in OpenAI form and are rendered;
-    `deferred_tools` are not rendered but may be called. `tool_choice` is "auto", "none", "any" or a tool's name.
-    `max_tokens` None means up to the context's end; 0 only fills the prompt cache. `keep_alive` is in seconds
+    `prompt` (raw text or token ids: no chat template, no markup in the answer) replaces `messages` when given. `tools` are
+    in OpenAI form and are rendered; `deferred_tools` are not rendered but may be called. `tool_choice` is "auto", "none",
+    "any" or a tool's name.
+    `max_tokens` None means up to the context's end; 0 only fills the prompt cache. `logprobs` asks for the visible answer's
+    tokens with their probabilities, and for so many of the likeliest ones beside each. `keep_alive` is in seconds
     (negative: for ever, 0: unload afterwards, None: the model's current setting).
 
     `format` is what the visible answer must be: "json" (any JSON object) or a JSON schema, here the schema's dict; with
@@ -93,7 +96,7 @@ class Request:
 
     model: str
     messages: list[Message] = field(default_factory=list)
-    prompt: str | None = None
+    prompt: str | list[int] | None = None
     tools: list[dict[str, Any]] = field(default_factory=list)
     deferred_tools: list[dict[str, Any]] = field(default_factory=list)
     tool_choice: str = "auto"
@@ -104,6 +107,7 @@ class Request:
     thinking: bool | None = None
     effort: str | None = None
     format: dict[str, Any] | str | None = None
+    logprobs: int | None = None
     keep_alive: float | None = None
     priority: Priority = Priority.NORMAL
 
@@ -119,10 +123,23 @@ class Thinking:
 
 
 @dataclass
-class Text:
-    """A piece of the visible answer. Never holds part of a stop string or half a character."""
+class Token:
+    """A token that was generated, or could have been: its bytes, which need not be whole characters, the text they make by
+    themselves, and the natural logarithm of its probability before temperature and the like. `top` are the likeliest."""
 
     text: str
+    bytes: bytes
+    logprob: float
+    top: list[Token] = field(default_factory=list)
+
+
+@dataclass
+class Text:
+    """A piece of the visible answer. Never holds part of a stop string or half a character. `tokens` are those that begin
+    in it, if the request wants `logprobs`."""
+
+    text: str
+    tokens: list[Token] = field(default_factory=list)
 
 
 @dataclass
@@ -908,8 +925,8 @@ class Tongue:
     def prompt(self, request: Request) -> Prompt:
         """Renders and tokenises a request. Raises InvalidRequest when the template refuses it."""
         if request.prompt is not None or self.template is None:
-            text = request.prompt if request.prompt is not None else _untemplated(request.messages)
-            return Prompt(self.tokenizer.encode(text))
+            raw = request.prompt if request.prompt is not None else _untemplated(request.messages)
+            return Prompt(self.tokenizer.encode(raw) if isinstance(raw, str) else raw)
         tools = request.tools if request.tool_choice != "none" else []
         options = self._options(request)
         messages, answers = self._recall(request.messages)
@@ -1002,6 +1019,22 @@ class Tongue:
         names = {token.content: f"<[{id}]>" for id, token in self.tokenizer.added_tokens_decoder.items() if special(id)}
         pieces = re.split(f"({'|'.join(re.escape(name) for name in sorted(names, key=len, reverse=True))})", text)
         return " ".join(names.get(piece) or json.dumps(piece, ensure_ascii=False) for piece in pieces if piece) or '""'
+
+    def spell(self, token: int) -> bytes:
+        """The bytes of a token, from the table that mlx-lm's detokenizer has for most models."""
+        table = getattr(self.tokenizer.detokenizer, "tokenmap", None)
+        if table is None:
+            return self.tokenizer.decode([token]).encode()
+        written = table[token] if token < len(table) else ""  # some models have more logits than tokens
+        if isinstance(written, bytes):  # SentencePiece
+            return written.replace("\u2581".encode(), b" ")
+        return b"".join(_byte_letters().get(letter) or letter.encode() for letter in written)
+
+    def check_tokens(self, tokens: Iterable[int]) -> None:
+        """Raises InvalidRequest for ids that no token has."""
+        for token in tokens:
+            if not 0 <= token < len(self.tokenizer):
+                raise InvalidRequest(f"the model has no token {token}")
 
     def locate(self, request: Request, before: str) -> tuple[int, str] | None:
         """The index and the role of the message in which the prompt's text goes beyond `before`; None where the template
@@ -1138,6 +1171,14 @@ class Tongue:
 
 
 _EFFORTS = {"minimal": "low", "xhigh": "high", "max": "high"}  # for templates that do not name the finer ones
+
+
+@functools.cache
+def _byte_letters() -> dict[str, bytes]:
+    """The letters by which byte-level vocabularies write bytes."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {letter: bytes([byte]) for byte, letter in bytes_to_unicode().items()}
 
 
 def _answer_key(call_ids: list[str], text: str, before: list[Message]) -> str:
@@ -2587,13 +2628,13 @@ def make_sampler(sampling: Sampling, vocabulary: int) -> Callable[[Any], Any]:
 
 
 def make_penalties(sampling: Sampling) -> list[Callable[[Any, Any], Any]]:
-    """mlx-lm's logits processors for the penalties that are set. On the MLX thread."""
+    """mlx-lm's logits processors for the penalties and biases that are set. On the MLX thread."""
     from mlx_lm.sample_utils import make_logits_processors
 
     window = sampling.repetition_context or 64
     repetition = sampling.repetition_penalty
     return make_logits_processors(
-        None, repetition if repetition not in (None, 1.0) and repetition > 0 else None, window,
+        sampling.logit_bias, repetition if repetition not in (None, 1.0) and repetition > 0 else None, window,
         sampling.presence_penalty, window, sampling.frequency_penalty, window)
 
 
@@ -2676,6 +2717,21 @@ def _grammar_error(matcher: Any) -> str:
     return " ".join(re.split(r"\n +\d+ \||\n<state>", reason)[0].split())
 
 
+def weigh(token: int, logprobs: Any, top: int, spell: Callable[[int], bytes]) -> Token:
+    """A token among all there are, with the `top` likeliest beside it; `spell` tells their bytes. On the MLX thread."""
+    import mlx.core as mx
+
+    def weighed(token: int) -> Token:
+        written = spell(token)
+        return Token(written.decode("utf-8", "replace"), written, max(logprobs[token].item(), _IMPOSSIBLE))
+
+    best = mx.argpartition(-logprobs, top)[:top].tolist() if top else []
+    return dataclasses.replace(weighed(token), top=sorted(map(weighed, best), key=lambda one: -one.logprob))
+
+
+_IMPOSSIBLE = -9999.0  # of what cannot be sampled at all: JSON has no infinity
+
+
 # ------------------------------------------------------------------ one running request
 
 
@@ -2733,8 +2789,10 @@ class Generation:
         callable_tools = [*request.tools, *request.deferred_tools] if request.tool_choice != "none" else []
         self._grammar = tongue.constraint(request, prompt) if prompt.tokens else None
         self._constraint: Constraint | None = None  # the grammar at work
-        self._parser = OutputParser(tongue.format, callable_tools, request.stop, in_thinking=prompt.in_thinking,
+        format = tongue.format if request.prompt is None else OutputFormat()
+        self._parser = OutputParser(format, callable_tools, request.stop, in_thinking=prompt.in_thinking,
                                     parallel=request.parallel_tool_calls)
+        self._untold: list[Token] = []  # tokens that may turn out to be visible
         self._born = self._mark = time.perf_counter()
 
     def __iter__(self) -> Iterator[Event]:
@@ -2763,7 +2821,12 @@ class Generation:
             self._outbox.clear()
 
     def _emit(self, *events: Event | EngineError) -> None:
-        self._visible += "".join(event.text for event in events if isinstance(event, Text))
+        for event in events:
+            if isinstance(event, Text):
+                self._visible += event.text
+                event.tokens = self._tell(event.text) if self._untold else []
+            else:
+                self._untold = []
         self._thinking += "".join(event.text for event in events if isinstance(event, Thinking))
         if events:
             with self._news:
@@ -2773,6 +2836,16 @@ class Generation:
     def _left(self) -> int:
         """Tokens of the prompt that are still to be prefilled, as far as one can tell. The last one is the decoder's."""
         return len(self._prompt.tokens) - 1 - (len(self._line.tokens) if self._line else self.cached_tokens)
+
+    def _tell(self, text: str) -> list[Token]:
+        """Takes the tokens that a piece of visible text was made of; what lies before them was markup or blanks. All of them
+        where the text is not made of their bytes, as with half a character."""
+        wanted, told = text.encode(), self._untold
+        start = b"".join(token.bytes for token in told).find(wanted)
+        ends = list(itertools.accumulate(len(token.bytes) for token in told))
+        last = bisect.bisect_left(ends, start + len(wanted)) + 1 if start >= 0 else len(told)
+        self._untold = told[last:]
+        return told[bisect.bisect_right(ends, start):last]
 
     def _lap(self) -> float:
         """Seconds since the last lap."""
@@ -3092,6 +3165,8 @@ class Runtime:
         usage.thinking_tokens += parser.state == "thinking"
         if response.finish_reason != "stop":
             detokenizer.add_token(response.token)
+            if job.request.logprobs is not None:
+                job._untold.append(weigh(response.token, response.logprobs, job.request.logprobs, self.tongue.spell))
         if response.finish_reason:
             detokenizer.finalize()
         piece = detokenizer.last_segment
@@ -3502,12 +3577,13 @@ class Engine:
 
     def submit(self, request: Request) -> Generation:
         """Queues a request. What can be wrong with it is raised here: ModelNotFound, ModelLoadError (no tokenizer),
-        InvalidRequest (the template refuses it, or its format cannot be enforced), PromptTooLong, EngineBusy,
-        EngineClosed."""
+        InvalidRequest (the template refuses it, its format cannot be enforced, or there is no such token), PromptTooLong,
+        EngineBusy, EngineClosed."""
         local = self.resolve(request.model)
         self._check_open()
         tongue = self._tongue(local)
         request.sampling = _filled(request.sampling, tongue.defaults)
+        tongue.check_tokens([*(request.sampling.logit_bias or ()), *(request.prompt if isinstance(request.prompt, list) else ())])
         prompt = tongue.prompt(request) if request.messages or request.prompt else Prompt([])
         limit, by_context = self._room(local, request, len(prompt.tokens))
         job = Generation(request, local, tongue, prompt, limit, by_context, self._mutex)

@@ -190,6 +190,7 @@ class Handler(BaseHTTPRequestHandler):
         self.route, _, query = self.path.partition("?")
         self.route, self.query = unquote(self.route), dict(parse_qsl(query))
         self.anthropic = self.route.startswith("/v1/")
+        self.openai = self.route in OPENAI
         try:
             self.check_origin()
             if self.command == "OPTIONS":
@@ -368,11 +369,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send(status, _encode(body), "application/json" if self.anthropic else "application/json; charset=utf-8", headers)
 
     def start(self, status: int, headers: dict[str, str]) -> None:
-        self.server.metrics.answered("anthropic" if self.anthropic else "ollama", status)
+        self.server.metrics.answered("openai" if self.openai else "anthropic" if self.anthropic else "ollama", status)
         self.send_response_only(status)
         self.send_header("Date", self.date_time_string())
         if self.anthropic:
-            self.send_header("request-id", self.request_id)
+            self.send_header("x-request-id" if self.openai else "request-id", self.request_id)
         if self.origin:
             headers = {**headers, "Access-Control-Allow-Origin": self.origin, "Vary": "Origin"}
         if self.command == "OPTIONS":
@@ -391,7 +392,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.answered:
             self.close_connection = True
             return
-        if self.anthropic:
+        if self.openai:
+            status, headers, body = dialects.openai_error(error)
+        elif self.anthropic:
             status, headers, body = dialects.anthropic_error(error, self.request_id)
         else:
             status, headers, body = dialects.ollama_error(error)
@@ -405,7 +408,7 @@ class Handler(BaseHTTPRequestHandler):
         """What the standard library found wrong with the request line or the headers."""
         self.request_id, self.anthropic, self.answered, self.body_read, self.origin = "", False, False, True, ""
         self.headers, self.command, self.route, self.request_version = {}, self.command or "GET", "", self.protocol_version
-        self.close_connection = True
+        self.openai, self.close_connection = False, True
         self.fail(WireError(int(code), message or "bad request"))
 
     def drain(self) -> None:
@@ -428,13 +431,16 @@ class Handler(BaseHTTPRequestHandler):
             engine.unload(reply.request.model)
             return self.send_json(reply.whole())
         started, first, ending = time.monotonic(), None, "client went away"
-        generation = engine.submit(reply.request)
-        stream = Stream(self, reply.framing, _reuse(generation)) if reply.stream else None
+        generations: list[Any] = []
+        stream = None
         thread = threading.current_thread()
         self.server.talking.add(thread)
         try:
-            objects = reply.open(generation)
-            for event in _after(generation):
+            for request in reply.requests:
+                generations.append(engine.submit(request))
+            stream = Stream(self, reply.framing, _reuse(generations[0])) if reply.stream else None
+            objects = reply.open(generations[0])
+            for event in _after(generations):
                 if event is not None:
                     if isinstance(event, Tick):
                         objects = reply.ping(stream.lull) if stream and stream.silence >= PING_AFTER else []
@@ -450,7 +456,7 @@ class Handler(BaseHTTPRequestHandler):
             if stream:
                 stream.end()
             else:
-                self.send_json(reply.whole(), headers=_reuse(generation, generation.usage.cached_tokens))
+                self.send_json(reply.whole(), headers=_reuse(generations[0], generations[0].usage.cached_tokens))
         except EngineError as error:
             ending = f"failed: {error}"
             if not stream:
@@ -458,11 +464,12 @@ class Handler(BaseHTTPRequestHandler):
             stream.write(reply.failure(error))
             stream.end()
         finally:
-            generation.cancel()
             self.server.talking.discard(thread)
             if first:
                 self.server.metrics.began(first - started)
-            self.log_generation(generation, started, first, ending)
+            for generation in generations:
+                generation.cancel()
+                self.log_generation(generation, started, first, ending)
 
     def hung_up(self) -> bool:
         # Asked first: a socket with a timeout would wait that long in recv, whatever the flags say.
@@ -579,6 +586,15 @@ class Handler(BaseHTTPRequestHandler):
             model = dialects.upstream_model(tag)
         self.send_json(model)
 
+    def post_chat_completions(self) -> None:
+        self.converse(dialects.OpenAIChat(self.read_json()))
+
+    def post_completions(self) -> None:
+        self.converse(dialects.OpenAICompletion(self.read_json()))
+
+    def post_responses(self) -> None:
+        self.converse(dialects.OpenAIResponses(self.read_json()))
+
     def post_generate(self) -> None:
         self.converse(dialects.OllamaGenerate(self.read_json()))
 
@@ -616,6 +632,9 @@ ROUTES: dict[str, dict[str, Callable[[Handler], None]]] = {
     "/v1/messages": {"POST": Handler.post_messages},
     "/v1/messages/count_tokens": {"POST": Handler.post_count_tokens},
     "/v1/models": {"GET": Handler.get_models},
+    "/v1/chat/completions": {"POST": Handler.post_chat_completions},
+    "/v1/completions": {"POST": Handler.post_completions},
+    "/v1/responses": {"POST": Handler.post_responses},
     "/api/hello": {"GET": Handler.get_hello},
     "/api/generate": {"POST": Handler.post_generate},
     "/api/chat": {"POST": Handler.post_chat},
@@ -625,9 +644,12 @@ ROUTES: dict[str, dict[str, Callable[[Handler], None]]] = {
     "/api/version": {"GET": Handler.get_version},
 }
 
+OPENAI = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+
 
 class Stream:
-    """A streamed answer: objects as server-sent events or NDJSON lines, each sent at once, chunked for HTTP/1.1."""
+    """A streamed answer: objects as server-sent events or NDJSON lines, each sent at once, chunked for HTTP/1.1. A string is
+    a server-sent event already."""
 
     def __init__(self, handler: Handler, framing: str, headers: dict[str, str]):
         self._handler, self._file = handler, handler.wfile
@@ -655,7 +677,7 @@ class Stream:
         """Seconds since something was sent that meant something."""
         return time.monotonic() - self._last_meant
 
-    def write(self, objects: list[Object], means_something: bool = True) -> None:
+    def write(self, objects: list[Object | str], means_something: bool = True) -> None:
         if objects:
             self._send(b"".join(map(self._frame, objects)))
             self._last_meant = self._last if means_something else self._last_meant
@@ -668,7 +690,9 @@ class Stream:
         self._file.write(_chunk(data) if self._chunked else data)
         self._last = time.monotonic()
 
-    def _frame(self, body: Object) -> bytes:
+    def _frame(self, body: Object | str) -> bytes:
+        if isinstance(body, str):
+            return body.encode() + b"\n\n"
         if self._framing == "lines":
             return _encode(body) + b"\n"
         name = b"event: " + body["type"].encode() + b"\n" if self._framing == "events" else b""
@@ -699,10 +723,11 @@ def _readable(connection: socket.socket, seconds: float) -> bool:
     return bool(poll.poll(seconds * 1000))
 
 
-def _after(generation: Iterable) -> Iterable:
-    """Nothing, for what is to be sent at once, then the generation's events."""
+def _after(generations: list[Iterable]) -> Iterable:
+    """Nothing, for what is to be sent at once, then the generations' events."""
     yield None
-    yield from generation
+    for generation in generations:
+        yield from generation
 
 
 def _encode(body: Object) -> bytes:

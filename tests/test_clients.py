@@ -115,6 +115,27 @@ def test_anthropic_0_60(server: Server):
     assert out.stdout.strip() == "0.60.0 ok", out.stderr
 
 
+def test_codex(server: Server, tmp_path: Path):
+    """The real CLI: an answer, and a second turn that reuses the first one's prompt."""
+    cli = os.environ.get("CODEX_CLI")
+    if not cli:
+        pytest.skip("CODEX_CLI does not name Codex's program; .ci/run does")
+    provider = f'model_providers.mlx={{name="mlx", base_url="{server.url}/v1", wire_api="responses"}}'
+
+    def codex(*words: str) -> str:
+        out = subprocess.run([cli, "exec", "--skip-git-repo-check", "--model", "demo", "-c", provider, "-c", 'model_provider="mlx"', *words],
+                             cwd=tmp_path, env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)}, stdin=subprocess.DEVNULL,
+                             capture_output=True, text=True, timeout=300)
+        assert out.returncode == 0, out.stdout + out.stderr
+        return out.stdout
+
+    assert codex("say hello from codex").strip() == "hello from codex"
+    seen = len(server.lines)
+    assert codex("resume", "--last", "say goodbye").strip() == "goodbye"
+    prompt, reused = map(int, server.wait_for(r"/v1/responses demo: prompt (\d+), reused (\d+)", since=seen).groups())
+    assert reused > 0.95 * prompt
+
+
 def test_ollama_chat(llama: ollama.Client):
     parts = list(llama.chat(model="demo", messages=user("Привет!"), stream=True))
     assert "".join(part.message.content for part in parts) == PRIVET

@@ -14,7 +14,7 @@ from conftest import ROOT, Server
 
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"## ([^\n]+)\n(?:(?!## ).)*?```(\w+)\n(.*?)```", README, re.DOTALL)
-ANSWERS = {"Anthropic's client": "hello from the stream", "Ollama's client": "1 2 3 4 5", "In a script": "hello world"}
+ANSWERS = {"Anthropic's client": "hello from the stream", "OpenAI's client": "one two three", "Ollama's client": "1 2 3 4 5", "In a script": "hello world"}
 
 
 def test_every_example_is_known_here():
