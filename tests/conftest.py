@@ -51,6 +51,17 @@ class Server:
 
 
 @pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random-weight model of each cache class."""
+    from models import CONFIGS, build_model
+
+    path = tmp_path_factory.mktemp("models")
+    for kind in CONFIGS:
+        build_model(kind, path / kind)
+    return path
+
+
+@pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     server = Server()
     yield server

@@ -12,20 +12,12 @@ from pathlib import Path
 
 import pytest
 from conftest import Server
-from models import CONFIGS, build_model
+from models import CONFIGS
 from test_engine import REREAD, ROOT, SYSTEM, answer, cold, user
 
 from engine import Engine, EngineError, Line, Request, Runtime, Shelf
 
 LONG = [SYSTEM, user("long " * 600)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models")
-    for kind in CONFIGS:
-        build_model(kind, path / kind)
-    return path
 
 
 @pytest.fixture(params=[*CONFIGS, "quantised"])

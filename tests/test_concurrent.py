@@ -6,21 +6,13 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
-from models import CONFIGS, build_model
+from models import CONFIGS
 from test_engine import REREAD, SYSTEM, answer, cold, user
 
 from engine import (
     Done, Engine, EngineBusy, EngineError, Generation, ModelLoadError, Phase, Priority, PromptTooLong, Request, Runtime,
     Sampling, Schedule, Text,
 )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models")
-    for kind in CONFIGS:
-        build_model(kind, path / kind)
-    return path
 
 
 @pytest.fixture(scope="module", params=list(CONFIGS))

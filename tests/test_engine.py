@@ -25,14 +25,6 @@ def user(text: str) -> dict:
     return {"role": "user", "content": text}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models")
-    for kind in CONFIGS:
-        build_model(kind, path / kind)
-    return path
-
-
 @pytest.fixture(scope="module", params=list(CONFIGS))
 def engine(request: pytest.FixtureRequest, folder: Path):
     with Engine(str(folder / request.param)) as engine:

@@ -570,10 +570,6 @@ def prefixed(parts, prefix, *type_of):
     return tags(*(part.replace("PRE", prefix) for part in parts), *type_of)
 
 
-def truth(value):
-    return str(isinstance(value, str)).lower()
-
-
 def kimi_type(value):
     return "string" if isinstance(value, str) else "object"
 

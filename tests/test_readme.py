@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,15 +13,28 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Server
 
+from mlx_server import arguments
+
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"## ([^\n]+)\n(?:(?!## ).)*?```(\w+)\n(.*?)```", README, re.DOTALL)
-ANSWERS = {"Anthropic's client": "hello from the stream", "OpenAI's client": "one two three", "Ollama's client": "1 2 3 4 5", "In a script": "hello world"}
+ANSWERS = {"Anthropic's client": "hello from the stream", "OpenAI's client": "one two three",
+           "Ollama's client": "1 2 3 4 5", "In a script": "hello world"}
 
 
 def test_every_example_is_known_here():
-    assert {title for title, _, _ in BLOCKS} == {"Start", "Claude Code", "curl", *ANSWERS}
-    assert all(f"--{flag}" in README for flag in (
-        "host", "port", "model", "models-dir", "alias", "context", "max-tokens", "upstream", "overflow", "api-key", "verbose", "version"))
+    assert {title for title, _, _ in BLOCKS} == {"Start", "Claude Code", "curl", "Many clients", *ANSWERS}
+
+
+def test_every_flag_is_described():
+    flags = {option for action in arguments()._actions for option in action.option_strings} - {"-h", "--help"}
+    described = set(re.findall(r"^\| `(--[\w-]+)", README, re.M))
+    assert described == flags
+
+
+def test_the_example_for_many_clients():
+    code = next(code for name, _, code in BLOCKS if name == "Many clients")
+    server = Server(*shlex.split(code)[2:])
+    assert server.stop() == 0
 
 
 @pytest.mark.parametrize("title", ANSWERS)
