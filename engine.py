@@ -2263,8 +2263,9 @@ class PrefixCache:
 
     ONE_OFF = 600.0
 
-    def __init__(self, limit: int):
-        self._limit = limit
+    def __init__(self, room: Callable[[], int]):
+        """`room` tells how many bytes there are for it at the moment."""
+        self._room = room
         self._lines: dict[Line, int] = {}  # with their bytes, which do not change in here
 
     @property
@@ -2273,13 +2274,8 @@ class PrefixCache:
 
     @property
     def limit(self) -> int:
-        """Most bytes; lowering it makes room at once. On the MLX thread."""
-        return self._limit
-
-    @limit.setter
-    def limit(self, limit: int) -> None:
-        self._limit = limit
-        self._evict()
+        """Most bytes at the moment."""
+        return max(0, self._room())
 
     def lines(self, model: str) -> list[Line]:
         """What there is of a model. From any thread."""
@@ -2317,7 +2313,7 @@ class PrefixCache:
 
     def put(self, line: Line) -> None:
         """Files a state and makes room for it. A line that the new one continues is dropped. On the MLX thread."""
-        if line.nbytes > self._limit:
+        if line.nbytes > self.limit:
             line = self._beginning(line)
         if not line.tokens:
             return
@@ -2330,7 +2326,7 @@ class PrefixCache:
             elif shared == len(line.tokens) and old.restorable(shared) == shared:
                 return
         self._lines[line] = line.nbytes
-        self._evict()
+        self.evict()
 
     def drop(self, model: str) -> None:
         """Forgets all of a model. On the MLX thread."""
@@ -2343,16 +2339,17 @@ class PrefixCache:
 
     def _beginning(self, line: Line) -> Line:
         """The longest beginning of a line that fits."""
-        length = int(len(line.tokens) * self._limit / line.nbytes * 0.95)
+        length = int(len(line.tokens) * self.limit / line.nbytes * 0.95)
         while length := line.restorable(length):
             shorter = line.branch(length)
-            if shorter.nbytes <= self._limit:
+            if shorter.nbytes <= self.limit:
                 return shorter
             length -= 1 + length // 8
         return Line([], [])
 
-    def _evict(self) -> None:
-        while self._lines and self.nbytes > self._limit:
+    def evict(self, spare: int = 0) -> None:
+        """Keeps within its room, and so many bytes below. On the MLX thread."""
+        while self._lines and self.nbytes > self.limit - spare:
             victim = min(self._lines, key=lambda line: line.used - (0 if line.hits else self.ONE_OFF))
             del self._lines[victim]
             if 0 < victim.root < len(victim.tokens) and victim.restorable(victim.root) == victim.root:
@@ -3008,7 +3005,7 @@ class Runtime:
         return self.state.nbytes(job.prompt_tokens + max(written, min(job._limit, self.EXPECTED)))
 
     def admit(self, job: Generation) -> None:
-        """Takes a request in."""
+        """Takes a request in, with the state that it goes on from: before room is made for it by dropping states."""
         if job.request.keep_alive is not None:
             self.keep_alive = job.request.keep_alive
         waited = job._lap()
@@ -3019,6 +3016,10 @@ class Runtime:
             job.usage.load_seconds = waited
             job._detokenizer = self.tongue.tokenizer.detokenizer
             job._parser.feed(job._prompt.opening)
+        try:
+            self._restore(job)
+        except Exception as error:
+            self._drop(job, error)
 
     def decoding(self) -> list[Generation]:
         return [job for job in self.jobs if job._phase is Phase.DECODE]
@@ -3038,6 +3039,7 @@ class Runtime:
 
     def prefill(self, job: Generation) -> None:
         """One chunk of a request's prompt; behind the last one it decodes."""
+        job._phase = Phase.PREFILL
         try:
             self._restore(job)
             if job._left() > 0:
@@ -3081,13 +3083,13 @@ class Runtime:
             job.usage.cached_tokens += len(line.tokens) - len(job._line.tokens)
         elif not job.usage.completion_tokens:
             job.usage.cached_tokens = len(line.tokens)
-        job._line, job._phase = line, Phase.PREFILL
+        job._line = line
 
     def _most_like(self, job: Generation) -> tuple[int, Generation | None]:
         """The running request that has read the most of what a request has to read, and how much that is."""
         def read(other: Generation) -> int:
             shared = common_prefix(other._prompt.tokens, job._prompt.tokens)
-            return min(shared, len(other._line.tokens)) if other._phase is Phase.PREFILL else shared
+            return shared if other._phase is Phase.DECODE else min(shared, len(other._line.tokens))
 
         others = [other for other in self.jobs if other is not job and other._line is not None]
         return max(((read(other), other) for other in others), key=lambda pair: pair[0], default=(0, None))
@@ -3210,8 +3212,8 @@ class Runtime:
         self._reclaim(job)
         line = job._line
         self._begin_again(job, [*line.tokens, response.token])
-        self.prefixes.put(line)
         self.jobs.remove(job)
+        self.prefixes.put(line)
         return True
 
     def _begin_again(self, job: Generation, tokens: list[int]) -> None:
@@ -3315,7 +3317,7 @@ class Pool:
 
     def __init__(self, memory: int, cache_limit: int, max_loaded: int | None, kv_bits: int | None, shelf: Shelf | None):
         self.memory = memory
-        self.prefixes = PrefixCache(cache_limit)
+        self.prefixes = PrefixCache(self._spare)
         self.runtimes: dict[str, Runtime] = {}
         self.states: dict[str, tuple[int, StateSize]] = {}  # by model: bytes of the weights and of a state, once it was loaded
         self._cache_limit, self._max_loaded, self._kv_bits, self._shelf = cache_limit, max_loaded, kv_bits, shelf
@@ -3327,6 +3329,9 @@ class Pool:
         """Tokens of a conversation that memory can hold beside the model alone; None if that is not known or no bound."""
         weights, state = self.states.get(name, (0, None))
         return state.tokens(self.memory - weights) if state else None
+
+    def _spare(self) -> int:
+        return min(self._cache_limit, self.memory - self._committed())
 
     def _committed(self) -> int:
         return sum(r.size + sum(map(r.reserve, r.jobs)) for r in self.runtimes.values())
@@ -3341,7 +3346,7 @@ class Pool:
         while self._committed() + local.size > self.memory or len(self.runtimes) >= (self._max_loaded or math.inf):
             if not self._unload_idle():
                 return None
-        self.prefixes.limit = min(self._cache_limit, self.memory - self._committed() - local.size)
+        self.prefixes.evict(spare=local.size)
         try:
             runtime = Runtime(local, tongue, self.prefixes, self._kv_bits, self._shelf)
         finally:
@@ -3351,7 +3356,7 @@ class Pool:
         return runtime
 
     def fits(self, runtime: Runtime, job: Generation) -> bool:
-        """Whether a request can begin now; makes room for it. Raises PromptTooLong if it never can."""
+        """Whether a request can begin now, when the prefix cache makes room for it. Raises PromptTooLong if it never can."""
         need = runtime.reserve(job)
         while self._committed() + need > self.memory:
             if self._unload_idle(runtime):
@@ -3361,19 +3366,16 @@ class Pool:
             if (most := self.context(runtime.local.name)) is not None and job.prompt_tokens >= most:
                 raise PromptTooLong(job.prompt_tokens, most)
             break  # less is left for the answer than is usual
-        self.prefixes.limit = min(self._cache_limit, max(0, self.memory - self._committed() - need))
         return True
 
     def settle(self) -> Generation | None:
         """Adapts the prefix cache to what the others take. When they take too much, pauses a request and returns it."""
-        spare = self.memory - self._committed()
         running = [(job.request.priority, job._born, job, r) for r in self.runtimes.values() for job in r.decoding()]
         paused = None
-        if spare < 0 and len(self.jobs()) > 1 and running:
+        if self._committed() > self.memory and len(self.jobs()) > 1 and running:
             _, _, latest, runtime = max(running, key=lambda entry: entry[:2])
             paused = latest if runtime.pause(latest) else None
-            spare = self.memory - self._committed()
-        self.prefixes.limit = min(self._cache_limit, max(0, spare))
+        self.prefixes.evict()
         return paused
 
     def _unload_idle(self, spared: Runtime | None = None) -> bool:
@@ -3401,7 +3403,7 @@ class Pool:
     def forget(self) -> list[Generation]:
         """Drops everything, as after a failure that leaves nothing to rely on; returns the requests that ran."""
         jobs = self.jobs()
-        self.runtimes, self.prefixes = {}, PrefixCache(self._cache_limit)
+        self.runtimes, self.prefixes = {}, PrefixCache(self._spare)
         self._clean()
         return jobs
 

@@ -437,7 +437,7 @@ def render(args: argparse.Namespace) -> None:
             requests.append(Request(args.model, chat["messages"], tools=chat["tools"]))
     *_, first, second, third = requests[:-args.runs]
     Tongue(local).prompt(first)
-    tongue, prefixes = Tongue(local), PrefixCache(1 << 40)
+    tongue, prefixes = Tongue(local), PrefixCache(lambda: 1 << 40)
     cold, _ = timed(lambda: tongue.prompt(first))
     for request in (second, third):  # turns of other kinds than the first
         prefixes.put(Line(tongue.prompt(request).tokens, []))

@@ -216,6 +216,22 @@ def test_requests_that_do_not_fit_together_take_turns(folder: Path):
         assert engine._pool.prefixes.nbytes <= engine._pool.memory - size
 
 
+def test_a_conversation_that_fills_memory_goes_on_from_its_own_state(folder: Path):
+    messages = [SYSTEM, user("long " * 200)]
+    with Engine(str(folder / "qwen2")) as engine:
+        tokens = engine.count_tokens(Request(engine._default.name, messages))
+        answer(engine, "loads the model")
+        size, state = runtime(engine).size, runtime(engine).state
+    with Engine(str(folder / "qwen2"), memory=size + state.nbytes(tokens * 3 // 2), cache_limit=10**9) as engine:
+        answer(engine, [SYSTEM, user("another one")])
+        said, _ = answer(engine, messages)
+        messages += [{"role": "assistant", "content": said}, user("go on")]
+        said, generation = answer(engine, messages)
+        assert generation.usage.cached_tokens > 0.9 * tokens
+        assert engine._pool.prefixes.nbytes <= engine._pool.memory - size
+        assert said == cold(engine, messages)
+
+
 def test_a_conversation_larger_than_memory_is_refused_with_what_would_fit(folder: Path):
     with Engine(str(folder / "qwen2")) as engine:
         answer(engine, "measure")
