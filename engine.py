@@ -2827,8 +2827,21 @@ class Generation:
         self._thinking += "".join(event.text for event in events if isinstance(event, Thinking))
         if events:
             with self._news:
-                self._outbox += events
+                for event in events:
+                    self._put_out(event)
                 self._news.notify()
+
+    def _put_out(self, event: Event | EngineError) -> None:
+        """What continues a piece that nobody has taken yet joins it: who is late gets fewer and larger pieces."""
+        last = self._outbox[-1] if self._outbox else None
+        if type(event) is not type(last) or not isinstance(event, (Text, Thinking, ToolInput)):
+            self._outbox.append(event)
+        elif isinstance(event, ToolInput):
+            last.json += event.json
+        else:
+            last.text += event.text
+            if isinstance(event, Text):
+                last.tokens += event.tokens
 
     def _left(self) -> int:
         """Tokens of the prompt that are still to be prefilled, as far as one can tell. The last one is the decoder's."""

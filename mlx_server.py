@@ -48,6 +48,7 @@ log = logging.getLogger("mlx_server")
 OLLAMA_VERSION = "0.35.0"  # the API level we speak; clients parse it as numbers and refuse what is too old
 MAX_BODY = 32 * 1024 * 1024  # bytes, the Messages API's own limit
 PING_AFTER = 4.0  # seconds without a byte after which a stream says that it is alive; clients count on 5
+LOOK_AFTER = 0.1  # seconds after which an answer in the making looks again whether its client is there
 PATIENCE = 300.0  # seconds that a socket may take for one read or write
 ASKING = 2.0  # seconds that an upstream may take to accept a connection, or to say what it has
 FRESH = 5.0  # seconds for which the upstream's last word on that counts
@@ -431,6 +432,7 @@ class Handler(BaseHTTPRequestHandler):
             engine.unload(reply.request.model)
             return self.send_json(reply.whole())
         started, first, ending = time.monotonic(), None, "client went away"
+        looked = 0.0
         generations: list[Any] = []
         stream = None
         thread = threading.current_thread()
@@ -447,8 +449,10 @@ class Handler(BaseHTTPRequestHandler):
                     else:
                         first = first or time.monotonic()
                         objects = reply.event(event)
-                if self.hung_up():
-                    raise HungUp
+                if time.monotonic() - looked >= LOOK_AFTER:
+                    if self.hung_up():
+                        raise HungUp
+                    looked = time.monotonic()
                 if stream:
                     stream.write(objects, means_something=not isinstance(event, Tick))
                 if isinstance(event, Done):

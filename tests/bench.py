@@ -301,7 +301,7 @@ def prefill(args: argparse.Namespace) -> None:
 
 def concurrent(args: argparse.Namespace) -> None:
     """Tokens/s of many streams together, in turn with mlx-lm's own server on the same model."""
-    with random_model(args, busy=True) as path, target(argparse.Namespace(url=None, kind=None, model=path)) as ours:
+    with random_model(args, busy=False) as path, target(argparse.Namespace(url=None, kind=None, model=path)) as ours:
         with (peer(path) if not args.url else contextlib.nullcontext(args.url)) as theirs:
             def measure(url: str, api: str, count: int, run: str) -> float:
                 bodies = [{"model": path, "max_tokens": args.tokens, "temperature": 0, "messages": [
