@@ -2152,12 +2152,20 @@ class OutputParser:
 # ------------------------------------------------------------------ the prefix cache
 
 
+class Snapshot:
+    """The states of a model's layers at some length: of those that cannot be cut back, None for the others."""
+
+    def __init__(self, layers: list[Any]):
+        self.layers = layers
+        self.nbytes = sum(layer.nbytes for layer in layers if layer is not None)
+
+
 @dataclass(eq=False, repr=False)
 class Line:
     """The KV state of one conversation: `tokens` are exactly what `cache` (one mlx-lm cache a layer) has read.
 
     A layer with plain or quantised KV can be cut back to any length. Sliding-window and recurrent layers cannot, so
-    `snapshots` keeps their states at chosen lengths: {length: [state of a layer, or None for one that can be cut]}.
+    `snapshots` keeps their states at chosen lengths; lines that have branched share them.
     `model` is the fingerprint of what has read them, `root` the length of system and tools, `turns` are the lengths at which
     the user's latest turns ended: a template that drops old thinking goes back there. `answers` tells at which length each
     remembered answer ends.
@@ -2167,7 +2175,7 @@ class Line:
 
     tokens: list[int]
     cache: list[Any]
-    snapshots: dict[int, list[Any]] = field(default_factory=dict)
+    snapshots: dict[int, Snapshot] = field(default_factory=dict)
     root: int = 0
     turns: list[int] = field(default_factory=list)
     answers: dict[str, int] = field(default_factory=dict)
@@ -2178,8 +2186,12 @@ class Line:
 
     @property
     def nbytes(self) -> int:
-        states = (state for layers in self.snapshots.values() for state in layers if state is not None)
-        return sum(c.nbytes for c in self.cache) + sum(state.nbytes for state in states)
+        return self.cache_nbytes + sum(snapshot.nbytes for snapshot in self.snapshots.values())
+
+    @property
+    def cache_nbytes(self) -> int:
+        """Without the snapshots."""
+        return sum(layer.nbytes for layer in self.cache)
 
     @property
     def cuttable(self) -> bool:
@@ -2200,7 +2212,7 @@ class Line:
         if self.cuttable:
             return
         end = len(self.tokens)
-        self.snapshots[end] = [None if _cuttable(c) else _copy(c) for c in self.cache]
+        self.snapshots[end] = Snapshot([None if _cuttable(c) else _copy(c) for c in self.cache])
         at = sorted(self.snapshots)
         gaps = {here: (after - before) / (end - here + 1) for before, here, after in zip([0, *at], at, at[1:])
                 if here != self.root and here not in self.turns[-2:]}
@@ -2210,7 +2222,7 @@ class Line:
     def layers(self, start: int, end: int) -> list[Any]:
         """What tokens `start` to `end` (a restorable length) contribute: copies of that part of the layers that can be cut,
         and of the others' whole state at `end`. On the MLX thread."""
-        kept = self.snapshots[end] if end < len(self.tokens) and not self.cuttable else [None] * len(self.cache)
+        kept = self.snapshots[end].layers if end < len(self.tokens) and not self.cuttable else [None] * len(self.cache)
         return [_copy(layer if state is None else state, start, end) for layer, state in zip(self.cache, kept)]
 
     def branch(self, length: int) -> Line:
@@ -2234,7 +2246,18 @@ def _copy(layer: Any, start: int = 0, end: int | None = None) -> Any:
         new.keys, new.values = tree_map(lambda a: mx.contiguous(a[..., start:end, :]), (layer.keys, layer.values))
         new.offset = end - start
         return new
-    return copy.deepcopy(layer)
+    return _own(copy.deepcopy(layer))
+
+
+def _own(layer: Any) -> Any:
+    """The layer, of which no array is a window into a larger one any more: it would hold all of that in memory."""
+    import mlx.core as mx
+    from mlx.utils import tree_map
+
+    for part in getattr(layer, "caches", [layer]):
+        for name, value in vars(part).items():
+            setattr(part, name, tree_map(lambda a: mx.contiguous(a) if isinstance(a, mx.array) else a, value))
+    return layer
 
 
 def _chain(parts: list[Any]) -> Any:
@@ -2266,11 +2289,16 @@ class PrefixCache:
     def __init__(self, room: Callable[[], int]):
         """`room` tells how many bytes there are for it at the moment."""
         self._room = room
-        self._lines: dict[Line, int] = {}  # with their bytes, which do not change in here
+        self._lines: dict[Line, int] = {}  # with the bytes of their caches, which do not change in here
 
     @property
     def nbytes(self) -> int:
-        return sum(list(self._lines.values()))
+        return self._bytes(list(self._lines))
+
+    def _bytes(self, lines: list[Line]) -> int:
+        """What lines take together; what several of them share counts once."""
+        shared = {snapshot for line in lines for snapshot in line.snapshots.values()}
+        return sum(self._lines.get(line, 0) for line in lines) + sum(snapshot.nbytes for snapshot in shared)
 
     @property
     def limit(self) -> int:
@@ -2309,10 +2337,13 @@ class PrefixCache:
 
     def held(self, model: str) -> int:
         """Bytes of a model's states. From any thread."""
-        return sum(size for line, size in list(self._lines.items()) if line.model == model)
+        return self._bytes(self.lines(model))
 
     def put(self, line: Line) -> None:
         """Files a state and makes room for it. A line that the new one continues is dropped. On the MLX thread."""
+        import mlx.core as mx
+
+        mx.eval([layer.state for layer in map(_own, line.cache)])
         if line.nbytes > self.limit:
             line = self._beginning(line)
         if not line.tokens:
@@ -2325,7 +2356,7 @@ class PrefixCache:
                 line.hits = max(line.hits, old.hits)
             elif shared == len(line.tokens) and old.restorable(shared) == shared:
                 return
-        self._lines[line] = line.nbytes
+        self._lines[line] = line.cache_nbytes
         self.evict()
 
     def drop(self, model: str) -> None:
@@ -2357,7 +2388,7 @@ class PrefixCache:
                 if not any(common_prefix(victim.tokens, line.tokens) >= victim.root for line in others):
                     kept = victim.branch(victim.root)
                     kept.hits, kept.used, kept.shelved = 1, victim.used, victim.shelved
-                    self._lines[kept] = kept.nbytes
+                    self._lines[kept] = kept.cache_nbytes
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
@@ -2470,7 +2501,7 @@ class Shelf:
             parts.append(layers)
             tokens += segment.tokens
             if not segment.cuttable:
-                snapshots[len(tokens)] = [None if _cuttable(layer) else layer for layer in layers]
+                snapshots[len(tokens)] = Snapshot([None if _cuttable(layer) else layer for layer in layers])
         line = Line(tokens, [_chain(list(layers)) for layers in zip(*parts)], snapshots)
         return line if line.cuttable and length == len(tokens) else line.branch(length)  # which shares no state with snapshots
 

@@ -199,6 +199,22 @@ def test_a_warm_turn_needs_little_memory_beside_its_own_state(folder: Path):
         assert mx.get_peak_memory() - live < kept / 2  # which is what a chunk this small takes
 
 
+def test_bytes_are_counted_honestly(options: dict):
+    import mlx.core as mx
+
+    with Engine(**options) as engine:
+        name = engine._default.name
+        list(engine.submit(Request(name)))
+        empty = mx.get_active_memory()
+        turns(engine, LONG, 2)
+        guests = [engine.chat([SYSTEM, user(f"guest {n} " * (20 + 10 * n))], max_tokens=10) for n in range(8)]
+        for number, guest in enumerate(guests):
+            guest.cancel() if number % 3 == 0 else list(guest)
+        list(engine.submit(Request(name)))  # by now the cancelled ones have ended, too
+        held, counted = mx.get_active_memory() - empty, engine._pool.prefixes.nbytes
+        assert 0.9 * held < counted < 1.1 * held
+
+
 def test_side_requests_do_not_evict_the_main_line(options: dict):
     with Engine(**options) as engine:
         messages = turns(engine, LONG, 2)
