@@ -716,7 +716,8 @@ class Template:
             messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + _MARK}]
         error: Exception | None = None
         clock = {key: options[key] for key in options.keys() & {"strftime_now"}}
-        for kwargs in (options, clock):  # some templates raise on enable_thinking=False or an effort they do not know
+        effortless = {key: value for key, value in options.items() if key != "reasoning_effort"}
+        for kwargs in (options, effortless, clock):  # templates raise on efforts they do not know or enable_thinking=False
             try:
                 text = self._apply(messages, tools if self.has_tools else None, generation and not prefill, kwargs)
                 return text[: text.index(_MARK)] if prefill else text
