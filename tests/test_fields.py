@@ -41,10 +41,11 @@ IGNORED: dict[type, list[dict]] = {
     OllamaChat: [
         {"truncate": True}, {"shift": False}, {"_debug_render_only": False}, {"template": "x"}, {"system": "x"}, {"num_predict": 1},
         {"metadata": {}}, {"top_logprobs": 3}, {"format": ""}, {"tools": []}, {"max_tokens": 1},
-        *({"options": {key: 3}} for key in ("num_ctx", "num_keep", "num_batch", "num_gpu", "num_thread", "typical_p", "mirostat"))],
-    OllamaGenerate: [{"width": 1}, {"height": 1}, {"steps": 1}, {"context": [1, 2]}, {"suffix": ""}, {"template": ""}, {"images": []}],
+        *({"options": {key: 3}} for key in ("num_ctx", "num_keep", "num_batch", "num_gpu", "num_thread", "mirostat"))],
+    OllamaGenerate: [
+        {"width": 1}, {"height": 1}, {"steps": 1}, {"context": [1, 2]}, {"suffix": ""}, {"template": ""}, {"images": []}],
     OpenAIChat: [
-        *({key: "x"} for key in ("user", "store", "service_tier", "prompt_cache_key", "verbosity", "safety_identifier", "metadata")),
+        *({key: "x"} for key in ("user", "store", "service_tier", "prompt_cache_key", "verbosity", "safety_identifier")),
         {"stream_options": {"include_usage": True}}, {"response_format": {"type": "text"}}, {"tool_choice": "auto"}, {"n": 1}],
     OpenAICompletion: [{"echo": False}, {"suffix": ""}, {"best_of": 1}, {"user": "u"}],
     OpenAIResponses: [{"store": False}, {"include": ["x"]}, {"prompt_cache_key": "k"}, {"text": {"verbosity": "low"}},
@@ -61,7 +62,8 @@ HONOURED: list[tuple[type, dict, dict]] = [  # what is asked for, and the fields
     (AnthropicMessages, {"tools": [LOOK], "tool_choice": {"type": "tool", "name": "look"}}, {**TOOLS, "tool_choice": "look"}),
     (AnthropicMessages, {"tools": [LOOK], "tool_choice": {"type": "none"}}, {**TOOLS, "tool_choice": "none"}),
     *((AnthropicMessages, {"tools": [LOOK], "tool_choice": {"type": kind, "name": "look", "disable_parallel_tool_use": True}},
-       {**TOOLS, "tool_choice": choice, "parallel_tool_calls": False}) for kind, choice in (("auto", "auto"), ("any", "any"), ("tool", "look"))),
+       {**TOOLS, "tool_choice": choice, "parallel_tool_calls": False})
+      for kind, choice in (("auto", "auto"), ("any", "any"), ("tool", "look"))),
     (AnthropicMessages, {"thinking": {"type": "enabled", "budget_tokens": 7}}, {"thinking": True, "thinking_budget": 7}),
     (AnthropicMessages, {"thinking": {"type": "between_tools"}}, {"thinking": False}),
     *((AnthropicMessages, {"thinking": {"type": "adaptive", "display": display}}, {"thinking": True})
@@ -78,17 +80,20 @@ HONOURED: list[tuple[type, dict, dict]] = [  # what is asked for, and the fields
     *((ask, {"think": "low"}, {"thinking": True, "effort": "low"}) for ask in (OllamaChat, OllamaGenerate)),
     *((ask, {"keep_alive": -1}, {"keep_alive": -1}) for ask in (OllamaChat, OllamaGenerate)),
     *((ask, {"logprobs": True, "top_logprobs": 3}, {"logprobs": 3}) for ask in (OllamaChat, OllamaGenerate)),
-    *((ask, {"options": {"num_predict": 4, "stop": "x"}}, {"max_tokens": 4, "stop": ["x"]}) for ask in (OllamaChat, OllamaGenerate)),
+    *((ask, {"options": {"num_predict": 4, "stop": "x"}}, {"max_tokens": 4, "stop": ["x"]})
+      for ask in (OllamaChat, OllamaGenerate)),
     (OpenAIChat, {"max_completion_tokens": 4}, {"max_tokens": 4}), (OpenAIChat, {"stop": "x"}, {"stop": ["x"]}),
     (OpenAIChat, {**TOOLS, "tool_choice": "required"}, {**TOOLS, "tool_choice": "any"}),
     (OpenAIChat, {"parallel_tool_calls": False}, {"parallel_tool_calls": False}),
     (OpenAIChat, {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}},
      {"format": SCHEMA, "messages": DEMAND}),
-    (OpenAIChat, {"reasoning_effort": "none"}, {"thinking": False}), (OpenAIChat, {"logprobs": True, "top_logprobs": 2}, {"logprobs": 2}),
+    (OpenAIChat, {"reasoning_effort": "none"}, {"thinking": False}),
+    (OpenAIChat, {"logprobs": True, "top_logprobs": 2}, {"logprobs": 2}),
     (OpenAIChat, {"messages": [{"role": "developer", "content": "Be brief."}, *HI]}, {"messages": RULES}),
     (OpenAICompletion, {"logprobs": 2}, {"logprobs": 2}), (OpenAICompletion, {"max_tokens": 4}, {"max_tokens": 4}),
-    (OpenAIResponses, {"instructions": "Be brief."}, {"messages": RULES}), (OpenAIResponses, {"max_output_tokens": 4}, {"max_tokens": 4}),
-    (OpenAIResponses, {"tools": [FLAT]}, TOOLS), (OpenAIResponses, {"reasoning": {"effort": "high"}}, {"thinking": True, "effort": "high"}),
+    (OpenAIResponses, {"instructions": "Be brief."}, {"messages": RULES}),
+    (OpenAIResponses, {"max_output_tokens": 4}, {"max_tokens": 4}), (OpenAIResponses, {"tools": [FLAT]}, TOOLS),
+    (OpenAIResponses, {"reasoning": {"effort": "high"}}, {"thinking": True, "effort": "high"}),
     (OpenAIResponses, {"text": {"format": FORM}}, {"format": SCHEMA, "messages": DEMAND}),
 ]
 REFUSED: list[tuple[type, dict, str]] = [  # what the vendors' own tests of fields leave out

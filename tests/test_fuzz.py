@@ -67,7 +67,8 @@ ROUTES: dict[str, list[dict]] = {
     "/v1/responses": [
         {**OPENAI, "input": "hi", "instructions": "Be brief.", "max_output_tokens": 2, "reasoning": {"effort": "low"},
          "text": {"format": {"type": "json_schema", "schema": SCHEMA}}, "include": [], "store": False},
-        {"max_output_tokens": 2, "tools": [{"type": "function", **FUNCTION}, {"type": "namespace", "name": "n", "tools": [FUNCTION]}],
+        {"max_output_tokens": 2,
+         "tools": [{"type": "function", **FUNCTION}, {"type": "namespace", "name": "n", "tools": [FUNCTION]}],
          "input": [{"role": "user", "content": [{"type": "input_text", "text": "run ls"}]},
                    {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Well."}]},
                    {"type": "function_call", "call_id": "c1", "name": "Bash", "arguments": "{}"},
