@@ -36,8 +36,8 @@ IGNORED: dict[type, list[dict]] = {
         {"user_profile_id": "u"}, {"billing_policy": {}}, {"diagnostics": {"previous_message_id": "m"}}, {"fallbacks": [{}]},
         {"betas": ["b"]}, {"cache_control": {"type": "ephemeral", "ttl": "9h", "scope": "x"}}, {"container": "c"},
         {"context_management": {"edits": [{"type": "clear_thinking_20251015"}, {"type": "compact_20260112"}]}},
-        {"output_config": {"task_budget": {"type": "tokens", "total": 5}}}, {"tool_choice": {"type": "auto"}}, {"mcp_servers": []}, {"compaction": None},
-        {"thread": None}, {"of_tomorrow": {"x": [1]}}],
+        {"output_config": {"task_budget": {"type": "tokens", "total": 5}}}, {"tool_choice": {"type": "auto"}},
+        {"mcp_servers": []}, {"compaction": None}, {"thread": None}, {"of_tomorrow": {"x": [1]}}],
     OllamaChat: [
         {"truncate": True}, {"shift": False}, {"_debug_render_only": False}, {"template": "x"}, {"system": "x"}, {"num_predict": 1},
         {"metadata": {}}, {"top_logprobs": 3}, {"format": ""}, {"tools": []}, {"max_tokens": 1},

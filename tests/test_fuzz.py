@@ -14,7 +14,7 @@ from typing import Any, Iterator
 import pytest
 from conftest import Server
 
-BODIES = int(os.environ.get("FUZZ_BODIES", 60))
+BODIES = int(os.environ.get("FUZZ_BODIES", 40))
 SEED = int(os.environ.get("FUZZ_SEED", 1))
 HUGE = "<1e999>"  # written as a number
 SCHEMA = {"type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}
