@@ -999,14 +999,14 @@ class Tongue:
         return Constraint(matcher, None if prompt.in_thinking else 0, exits, self._encode_whole(end),
                           [token for text in blanks for token in self._encode_whole(text)])
 
-    def budget(self, request: Request, prompt: Prompt, written: int) -> ThinkingBudget | None:
+    def budget(self, request: Request, prompt: Prompt, begins: int) -> ThinkingBudget | None:
         """What ends the thinking when the request's budget is spent; None if it has none or nothing that could be ended.
-        `written` is the number of tokens before the answer."""
+        The answer begins behind `begins` tokens."""
         if request.thinking_budget is None or request.prompt is not None or prompt.opening or not self.format.thinking:
             return None
         start, end = map(self._encode_whole, self.format.thinking)
         call = self._encode_whole(self.format.call[0]) if self.format.call else end
-        return ThinkingBudget(request.thinking_budget, written, [] if prompt.in_thinking else start, end, call)
+        return ThinkingBudget(request.thinking_budget, begins, [] if prompt.in_thinking else start, end, call)
 
     @functools.cached_property
     def _grammar_tokenizer(self) -> Any:

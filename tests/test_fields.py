@@ -162,6 +162,14 @@ def test_every_dialect_takes_compressed_bodies(server: Server, path: str, reply:
     assert ask(server, "POST", path, packed, {"Content-Encoding": coding})[0].status == 200
 
 
+@pytest.mark.parametrize("key", ["repeat_last_n", "repeat_penalty", "frequency_penalty", "temperature", "top_k", "seed"])
+def test_the_largest_and_smallest_numbers_do_no_harm(server: Server, key: str):
+    for value in (1e308, -1e308, 1e-320):
+        options = {"num_predict": 4, "temperature": 0.5, "repeat_penalty": 1.1, key: value}
+        response, text = ask(server, "POST", "/api/chat", {"model": "demo", "stream": False, "messages": HI, "options": options})
+        assert response.status == 200, text
+
+
 def say(server: Server, messages: list[dict], **fields) -> anthropic.types.Message:
     client = anthropic.Anthropic(base_url=server.url, api_key="any", max_retries=0, _strict_response_validation=True)
     with client.messages.stream(**{"model": "demo", "max_tokens": 60, "messages": messages, **fields}) as stream:
