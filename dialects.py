@@ -440,6 +440,7 @@ def _anthropic_request(body: Object, counting: bool = False) -> Request:
     thinking = take(body, "thinking", dict, default={})
     if thinking and take(thinking, "type", str, "thinking.", required=True) not in _THINKING:
         raise WireError(400, "thinking.type: Input should be 'enabled', 'adaptive', 'disabled' or 'between_tools'")
+    budget = take(thinking, "budget_tokens", int, "thinking.", low=0) if thinking.get("type") == "enabled" else None
     output = take(body, "output_config", dict, default={})
     schema = _anthropic_schema(body, output)
     turns = not_silent(_anthropic_turns(items(body, "messages", dict, required=True), deferred))
@@ -450,7 +451,8 @@ def _anthropic_request(body: Object, counting: bool = False) -> Request:
             temperature=take(body, "temperature", float, low=0, high=2),
             top_p=take(body, "top_p", float, low=0, high=1), top_k=take(body, "top_k", int, low=0)),
         stop=[text for text in items(body, "stop_sequences", str) if text], max_tokens=max_tokens,
-        thinking=_THINKING.get(thinking.get("type")), effort=take(output, "effort", str, "output_config."))
+        thinking=_THINKING.get(thinking.get("type")), thinking_budget=budget,
+        effort=take(output, "effort", str, "output_config."))
     if schema is not None:
         ask_for_json(request, schema)
     return request

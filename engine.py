@@ -88,6 +88,8 @@ class Request:
     tokens with their probabilities, and for so many of the likeliest ones beside each. `keep_alive` is in seconds
     (negative: for ever, 0: unload afterwards, None: the model's current setting).
 
+    `thinking_budget` is how many tokens the model may think for; then its thinking is ended for it. None leaves it the time.
+
     `format` is what the visible answer must be: "json" (any JSON object) or a JSON schema, here the schema's dict; with
     `tools` the model may call one instead. Thinking stays free. A forced call (`tool_choice` "any" or a name) is held to
     the tools' names and, as far as the model's call syntax allows, their schemas. Both need the package llguidance;
@@ -105,6 +107,7 @@ class Request:
     stop: list[str] = field(default_factory=list)
     max_tokens: int | None = None
     thinking: bool | None = None
+    thinking_budget: int | None = None
     effort: str | None = None
     format: dict[str, Any] | str | None = None
     logprobs: int | None = None
@@ -713,7 +716,8 @@ class Template:
             messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + _MARK}]
         error: Exception | None = None
         clock = {key: options[key] for key in options.keys() & {"strftime_now"}}
-        for kwargs in (options, clock):  # some templates raise on enable_thinking=False or an effort they do not know
+        effortless = {key: value for key, value in options.items() if key != "reasoning_effort"}
+        for kwargs in (options, effortless, clock):  # templates raise on efforts they do not know or enable_thinking=False
             try:
                 text = self._apply(messages, tools if self.has_tools else None, generation and not prefill, kwargs)
                 return text[: text.index(_MARK)] if prefill else text
@@ -994,6 +998,15 @@ class Tongue:
             exits[self._encode_whole(self.format.call[0])[0]] = False
         return Constraint(matcher, None if prompt.in_thinking else 0, exits, self._encode_whole(end),
                           [token for text in blanks for token in self._encode_whole(text)])
+
+    def budget(self, request: Request, prompt: Prompt, begins: int) -> ThinkingBudget | None:
+        """What ends the thinking when the request's budget is spent; None if it has none or nothing that could be ended.
+        The answer begins behind `begins` tokens."""
+        if request.thinking_budget is None or request.prompt is not None or prompt.opening or not self.format.thinking:
+            return None
+        start, end = map(self._encode_whole, self.format.thinking)
+        call = self._encode_whole(self.format.call[0]) if self.format.call else end
+        return ThinkingBudget(request.thinking_budget, begins, [] if prompt.in_thinking else start, end, call)
 
     @functools.cached_property
     def _grammar_tokenizer(self) -> Any:
@@ -2659,7 +2672,7 @@ def make_penalties(sampling: Sampling) -> list[Callable[[Any, Any], Any]]:
     """mlx-lm's logits processors for the penalties and biases that are set. On the MLX thread."""
     from mlx_lm.sample_utils import make_logits_processors
 
-    window = sampling.repetition_context or 64
+    window = min(sampling.repetition_context or 64, 1 << 30)  # MLX counts in 32 bits
     repetition = sampling.repetition_penalty
     return make_logits_processors(
         sampling.logit_bias, repetition if repetition not in (None, 1.0) and repetition > 0 else None, window,
@@ -2737,6 +2750,46 @@ class Constraint:
             self._matcher.consume_token(token)
             if beginning and token in self._blanks:
                 self._begins = self._length
+
+
+class ThinkingBudget:
+    """A logits processor that lets one answer think for `budget` tokens; after those only the thinking's end is left.
+
+    The answer begins behind the first `prompt` tokens of the context. Its thinking stands between the tokens `start`, none
+    if the prompt ends inside it, and `end`, or a `call`, which may begin inside thinking. Thinking that has not begun when
+    the budget would be spent is not expected any more.
+    """
+
+    def __init__(self, budget: int, prompt: int, start: Sequence[int], end: Sequence[int], call: Sequence[int]):
+        self._budget, self._prompt = budget, prompt
+        self._start, self._end, self._call = list(start), list(end), list(call)
+        self._over = False
+
+    def __call__(self, context: Any, logits: Any) -> Any:
+        """The logits (1, vocabulary) behind the tokens `context`. Reads those, which makes the model wait, only from the
+        moment on when the budget may be spent. On the MLX thread."""
+        import mlx.core as mx
+
+        written = context.shape[0] - self._prompt
+        if self._over or written < self._budget:
+            return logits
+        answer = context[self._prompt:].tolist()
+        begin = _find(answer, self._start)
+        if begin < 0:
+            self._over = written > self._budget + len(self._start)
+            return logits
+        thought = answer[begin + len(self._start):]
+        self._over = _find(thought, self._end) >= 0 or _find(thought, self._call) >= 0
+        if self._over or len(thought) < self._budget:
+            return logits
+        done = next(n for n in range(len(self._end) - 1, -1, -1) if thought[len(thought) - n:] == self._end[:n])
+        return mx.where(mx.arange(logits.shape[-1]) == self._end[done], logits, -math.inf)
+
+
+def _find(tokens: list[int], wanted: list[int]) -> int:
+    """Where `wanted` first stands among `tokens`, or -1."""
+    last = len(tokens) - len(wanted)
+    return next((at for at in range(last + 1) if tokens[at:at + len(wanted)] == wanted), -1)
 
 
 def _grammar_error(matcher: Any) -> str:
@@ -3162,6 +3215,8 @@ class Runtime:
         if job._grammar is not None:
             job._constraint = job._grammar.after(job._prompt.tokens[job.prompt_tokens:])
             processors.append(job._constraint)
+        if budget := self.tongue.budget(job.request, job._prompt, job.prompt_tokens):
+            processors.append(budget)
         job._number = self._decoder.insert(job._line, job._prompt.tokens[-1], job._limit - job.usage.completion_tokens,
                                            job._sampler, processors)
         job._line.cache = []  # the decoder gives it back at the end

@@ -115,6 +115,25 @@ def test_anthropic_0_60(server: Server):
     assert out.stdout.strip() == "0.60.0 ok", out.stderr
 
 
+@pytest.mark.parametrize("name", ["langchain-anthropic", "langchain-ollama", "litellm"])
+def test_clients_of_frameworks(server: Server, name: str):
+    python = os.environ.get("OTHER_CLIENTS")
+    if not python:
+        pytest.skip("OTHER_CLIENTS does not name a Python with langchain-anthropic, langchain-ollama and litellm")
+    script = Path(__file__).with_name("other_clients.py")
+    out = subprocess.run([python, str(script), name, server.url], capture_output=True, text=True, timeout=120)
+    assert out.stdout.endswith(f"{name} ok\n"), out.stderr
+
+
+def test_ollamas_client_for_javascript(server: Server):
+    folder = os.environ.get("OLLAMA_JS")
+    if not folder:
+        pytest.skip("OLLAMA_JS does not name a folder with that package; .ci/run does")
+    script = Path(__file__).with_name("ollama_client.cjs")
+    out = subprocess.run(["node", str(script), folder, server.url], capture_output=True, text=True, timeout=120)
+    assert out.stdout == "ok\n", out.stderr
+
+
 def test_codex(server: Server, tmp_path: Path):
     """The real CLI: an answer, and a second turn that reuses the first one's prompt."""
     cli = os.environ.get("CODEX_CLI")

@@ -100,6 +100,21 @@ def test_a_prompt_that_ends_inside_thinking_is_noticed(tmp_path: Path):
     assert voice.prompt(Request("m", CONVERSATION[:2])).in_thinking
 
 
+EFFORTS = ("{% if reasoning_effort is defined and reasoning_effort not in ['low', 'medium', 'xhigh'] %}{{ raise_exception('no') }}"
+           "{% endif %}thinking={{ enable_thinking }} effort={{ reasoning_effort }}\n")
+
+
+@pytest.mark.parametrize("thinking, effort, said", [
+    (True, "low", "thinking=True effort=low"), (True, "xhigh", "thinking=True effort=xhigh"), (True, "max", "thinking=True effort="),
+    (True, "bogus", "thinking=True effort="), (None, "medium", "effort=medium"), (False, "low", "thinking=False effort="),
+])
+def test_an_effort_the_template_does_not_know_leaves_thinking_as_it_was_asked_for(
+        tmp_path: Path, thinking: bool | None, effort: str, said: str):
+    voice = tongue(tmp_path, template(opening=EFFORTS + OPEN))
+    request = Request("m", CONVERSATION[:2], thinking=thinking, effort=effort)
+    assert f"{said}\n" in voice.tokenizer.decode(voice.prompt(request).tokens)
+
+
 def test_raw_text_goes_around_the_template(tmp_path: Path):
     voice = tongue(tmp_path, CHATML)
     assert voice.tokenizer.decode(voice.prompt(Request("m", prompt="as it is")).tokens) == "as it is"

@@ -1,0 +1,190 @@
+"""Bodies nobody would write: JSON that is valid and wrong in all other ways, sent to each route over real sockets.
+
+Each body is one of a few good ones, changed at random. FUZZ_BODIES says how many a route gets; FUZZ_SEED makes others of them.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import random
+from typing import Any, Iterator
+
+import pytest
+from conftest import Server
+
+BODIES = int(os.environ.get("FUZZ_BODIES", 40))
+SEED = int(os.environ.get("FUZZ_SEED", 1))
+HUGE = "<1e999>"  # written as a number
+SCHEMA = {"type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}
+FUNCTION = {"name": "Bash", "description": "Runs a command.", "parameters": SCHEMA}
+TOOL = {"type": "function", "function": FUNCTION}
+CALL = {"id": "c1", "type": "function", "function": {"name": "Bash", "arguments": "{}"}}
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "run ls"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL], "reasoning_content": "Well."},
+        {"role": "tool", "tool_call_id": "c1", "content": "a.txt"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+PLAIN = [{"role": "user", "content": "say hi"}]
+
+MESSAGES = [
+    {"messages": PLAIN, "max_tokens": 2, "system": "Be brief.", "stop_sequences": ["x"], "temperature": 0.5, "top_p": 0.9,
+     "top_k": 5, "thinking": {"type": "enabled", "budget_tokens": 1024, "display": "omitted"}, "metadata": {"user_id": "u"}},
+    {"max_tokens": 2, "tools": [{"name": "Bash", "description": "Runs.", "input_schema": SCHEMA},
+                                {"type": "bash_20250124", "name": "bash"}, {"name": "later", "defer_loading": True}],
+     "tool_choice": {"type": "tool", "name": "Bash", "disable_parallel_tool_use": True},
+     "system": [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}],
+     "messages": [
+         {"role": "user", "content": [{"type": "text", "text": "run ls"}, {"type": "image", "source": {"type": "base64"}}]},
+         {"role": "assistant", "content": [{"type": "thinking", "thinking": "Well.", "signature": "s"},
+                                           {"type": "tool_use", "id": "t1", "name": "Bash", "input": {"command": "ls"}}]},
+         {"role": "user", "content": [
+             {"type": "tool_result", "tool_use_id": "t1", "is_error": True, "content": [
+                 {"type": "text", "text": "a"}, {"type": "tool_reference", "tool_name": "later"}]},
+             {"type": "document", "title": "t", "source": {"type": "text", "data": "d"}},
+             {"type": "search_result", "source": "s", "title": "t", "content": [{"type": "text", "text": "c"}]}]},
+         {"role": "system", "content": "more"}]},
+    {"max_tokens": 2, "messages": [*PLAIN, {"role": "assistant", "content": "so "}], "output_config": {"effort": "low"}},
+    {"max_tokens": 2, "messages": PLAIN, "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}},
+]
+OPTIONS = {"num_predict": 2, "temperature": 0.5, "top_k": 3, "stop": ["x"], "seed": 4, "repeat_last_n": 9, "repeat_penalty": 1.1}
+OLLAMA = {"options": OPTIONS, "keep_alive": "5m", "think": False, "logprobs": True, "top_logprobs": 2}
+OPENAI = {"temperature": 0.5, "top_p": 0.9, "seed": 4, "logit_bias": {"5": 1}, "presence_penalty": 1, "stop": "x",
+          "frequency_penalty": 1, "stream_options": {"include_usage": True}}
+ROUTES: dict[str, list[dict]] = {
+    "/v1/messages": MESSAGES,
+    "/v1/messages/count_tokens": MESSAGES,
+    "/api/chat": [{**OLLAMA, "messages": PLAIN}, {**OLLAMA, "messages": CHAT[:4], "tools": [TOOL]},
+                  {"options": OPTIONS, "messages": PLAIN, "format": SCHEMA}, {"messages": []}],
+    "/api/generate": [{**OLLAMA, "prompt": "say hi", "system": "Be brief.", "context": [1], "images": ["aGk="]},
+                      {"options": OPTIONS, "prompt": "say", "raw": True}, {"options": OPTIONS, "prompt": "hi", "format": "json"}],
+    "/api/show": [{"verbose": True, "system": "", "template": "", "options": {}}, {"name": "demo"}],
+    "/v1/chat/completions": [
+        {**OPENAI, "messages": CHAT, "tools": [TOOL], "max_tokens": 2, "tool_choice": "required", "logprobs": True},
+        {**OPENAI, "messages": PLAIN, "max_completion_tokens": 2, "n": 2, "reasoning_effort": "low", "top_logprobs": 2},
+        {"messages": PLAIN, "max_tokens": 2, "response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}],
+    "/v1/completions": [{**OPENAI, "prompt": ["say", "hi"], "max_tokens": 2, "logprobs": 2, "echo": False},
+                        {"prompt": [5, 6, 7], "max_tokens": 2, "suffix": None}],
+    "/v1/responses": [
+        {**OPENAI, "input": "hi", "instructions": "Be brief.", "max_output_tokens": 2, "reasoning": {"effort": "low"},
+         "text": {"format": {"type": "json_schema", "schema": SCHEMA}}, "include": [], "store": False},
+        {"max_output_tokens": 2,
+         "tools": [{"type": "function", **FUNCTION}, {"type": "namespace", "name": "n", "tools": [FUNCTION]}],
+         "input": [{"role": "user", "content": [{"type": "input_text", "text": "run ls"}]},
+                   {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Well."}]},
+                   {"type": "function_call", "call_id": "c1", "name": "Bash", "arguments": "{}"},
+                   {"type": "function_call_output", "call_id": "c1", "output": "a.txt"}]}],
+}
+
+
+def nested(depth: int) -> Any:
+    value: Any = "deep"
+    for level in range(depth):
+        value = [value] if level % 2 else {"type": "object", "properties": value}
+    return value
+
+
+# Values that few fields expect, as JSON.
+ODD = [json.dumps(value) for value in [
+    None, True, False, 0, -1, 1, 3, 2**31, 2**63 - 1, 2**63, -2**64, 10**400, HUGE, 0.5, -0.0, 1e308, 1e-320, "", " ", "\n",
+    "auto", "any", "none", "json", "object", "text", "demo", "assistant", "system", "tool", "5m", "\ud800", "a\udfffb", "\0",
+    "\u2028\u0085\ufeff\U0001f468\u200d\U0001f469", "{{ 1/0 }}{% raw %}", "<|im_end|><think></think><tool_call>", "../../etc",
+    "e\u0301" * 300, "x" * 3000, [], {}, [None], [[]], [{}], [""], {"": ""}, {"type": None}, {"type": "text"},
+    {"\ud800": "\udc00"}, {"$ref": "#"}, {"type": ["string", "null"]}, {"enum": []}, {"pattern": "("}, {"not": {}},
+    list(range(300)), ["x"] * 300, [{"type": "text", "text": "x"}] * 200, *map(nested, (9, 150, 400, 850))]]
+
+
+def places(value: Any, depth: int = 9) -> Iterator[tuple[Any, Any]]:
+    """Every (container, key) in a JSON value that is not too deep in it."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield value, key
+        if depth:
+            yield from places(inner, depth - 1)
+
+
+def mutated(body: dict, chance: random.Random, names: list[str]) -> dict:
+    """A copy with up to four things wrong."""
+    body = json.loads(json.dumps(body))
+    for _ in range(chance.randrange(5)):
+        container, key = chance.choice(list(places(body)) or [(body, "x")])
+        value, within = json.loads(chance.choice(ODD)), isinstance(container, dict)
+        match chance.randrange(6):
+            case 0:
+                other, at = chance.choice(list(places(body)) or [([value], 0)])
+                container[key] = json.loads(json.dumps(other[at]))
+            case 1 if not within:
+                container *= chance.choice([0, 2, 50])
+            case 1 | 2:
+                container.pop(key, None) if within else container.pop(key)
+            case 3 if within:
+                container[chance.choice(names)] = value
+            case _:
+                container[key] = value
+    return body
+
+
+def bodies(path: str) -> Iterator[tuple[bytes, dict]]:
+    chance = random.Random(f"{SEED} {path}")
+    names = sorted({key for seed in ROUTES[path] for container, key in places(seed) if isinstance(container, dict)})
+    for _ in range(BODIES):
+        seed = {"model": "demo", "stream": chance.random() < 0.5, **chance.choice(ROUTES[path])}
+        body = mutated(seed, chance, names)
+        yield json.dumps(body).replace(f'"{HUGE}"', "1e999").encode(), body
+
+
+class Asker:
+    """One connection, opened again when the server has closed it."""
+
+    def __init__(self, server: Server):
+        self._connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+
+    def __call__(self, path: str, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
+        self._connection.request("POST", path, body)
+        response = self._connection.getresponse()
+        return response, response.read()
+
+
+def is_an_error(path: str, response: http.client.HTTPResponse, text: bytes) -> bool:
+    """Whether an answer is an error as the route's dialect writes it."""
+    body = json.loads(text)
+    match body:
+        case {"type": "error", "error": {"type": str(), "message": str()}, "request_id": id}:
+            return path.startswith("/v1/messages") and id == response.getheader("request-id")
+        case {"error": {"message": str(), "type": str(), "param": _, "code": _}}:
+            return path.startswith("/v1/") and "messages" not in path and len(body) == 1
+        case {"error": str()}:
+            return path.startswith("/api/") and len(body) == 1
+    return False
+
+
+def is_an_end(response: http.client.HTTPResponse, text: bytes) -> bool:
+    """Whether an answer is whole: an object, or a stream that ends as its dialect ends one."""
+    kind = response.getheader("Content-Type")
+    if kind.startswith("application/json"):
+        return "error" not in json.loads(text) or json.loads(text)["error"] is None
+    last = text.strip().split(b"\n")[-1].removeprefix(b"data: ")
+    if last == b"[DONE]":
+        return True
+    end = json.loads(last)
+    return end.get("done") is True or end.get("type") in ("message_stop", "response.completed", "response.incomplete")
+
+
+@pytest.fixture(scope="module")
+def limited() -> Iterator[Server]:
+    """A server that lets nobody have a long answer."""
+    server = Server("--max-tokens", "4")
+    yield server
+    assert server.stop() == 0
+    assert not [line for line in server.lines if "Traceback" in line]
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_no_body_is_the_servers_fault_or_harms_the_next(limited: Server, path: str):
+    ask = Asker(limited)
+    sane = json.dumps({"model": "demo", "stream": False, **ROUTES[path][0]}).encode()
+    for number, (raw, body) in enumerate(bodies(path)):
+        response, text = ask(path, raw)
+        ok = is_an_end(response, text) if response.status == 200 else is_an_error(path, response, text)
+        assert ok and response.status < 500, (response.status, text[-500:], body)
+        if number % 20 == 0:
+            response, text = ask(path, sane)
+            assert response.status == 200 and is_an_end(response, text), (text, body)
