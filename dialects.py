@@ -7,19 +7,21 @@ conversation; then Anthropic; then Ollama; then OpenAI.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import itertools
 import json
 import logging
 import math
 import re
+import struct
 import time
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any, Callable, Iterable
 
 from engine import (
-    Done, EngineBusy, EngineClosed, EngineError, Event, InvalidRequest, Loaded, LocalModel, Message, ModelLoadError,
+    Done, Embedding, EngineBusy, EngineClosed, EngineError, Event, InvalidRequest, Loaded, LocalModel, Message, ModelLoadError,
     ModelNotFound, PromptTooLong, Request, Sampling, Text, Thinking, Token, ToolEnd, ToolInput, ToolStart, Usage,
 )
 
@@ -85,6 +87,46 @@ class Reply:
     def whole(self) -> Object:
         """The body of an answer that is not streamed."""
         raise NotImplementedError
+
+
+class Embeddings(Reply):
+    """The vectors of some texts, or token ids, one request for each; with none of them the model is only loaded. `dimensions`
+    is how many numbers of a vector are kept."""
+
+    stream = False
+
+    def __init__(self, name: str, texts: list[str] | list[list[int]], *, truncate: bool, dimensions: int | None = None,
+                 keep_alive: float | None = None):
+        if not all(texts):
+            raise WireError(400, "input: an empty text has no embedding")
+        self.request = Request(name, keep_alive=keep_alive)
+        self._requests = [Request(name, prompt=text, embed=True, truncate=truncate, max_tokens=0) for text in texts]
+        self._requests[-1:] = [replace(one, keep_alive=keep_alive) for one in self._requests[-1:]] or [self.request]
+        self.vectors: list[list[float]] = []
+        self.usages: list[Usage] = []
+        self._dimensions = dimensions
+
+    def event(self, event: Event) -> list[Object | str]:
+        match event:
+            case Embedding(vector):
+                self.vectors.append(vector)
+            case Done():
+                self.usages.append(event.usage)
+        return []
+
+    @property
+    def requests(self) -> list[Request]:
+        return self._requests
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all texts."""
+        return sum(usage.prompt_tokens for usage in self.usages)
+
+    def unit_vectors(self) -> list[list[float]]:
+        """The vectors, cut and then of length 1."""
+        cut = [vector[:self._dimensions] for vector in self.vectors]
+        return [[number / (math.hypot(*vector) or 1.0) for number in vector] for vector in cut]
 
 
 # ------------------------------------------------------------------ checking
@@ -847,6 +889,16 @@ def parse_keep_alive(value: Any) -> float | None:
     return -1.0 if seconds < 0 or seconds > 9e9 else float(seconds)  # Go counts nanoseconds in 63 bits
 
 
+def _ollama_name(body: Object, status: int, nameless: str) -> str:
+    """The model that a body asks for; `status` and `nameless` are the error when it names none. Raises WireError."""
+    name = take(body, "model", str, default="")
+    if not name:
+        raise WireError(status, nameless)
+    if re.search(r"[\s\x00-\x1f]", name):
+        raise WireError(400, "invalid model name")
+    return name
+
+
 def _ollama_options(body: Object) -> Object:
     """The options given, checked. Integers may be written as floats."""
     options = {key: value for key, value in take(body, "options", dict, default={}).items() if value is not None}
@@ -921,11 +973,7 @@ class _OllamaReply(Reply):
         count = take(body, "top_logprobs", int, default=0)
         if not 0 <= count <= 20:
             raise WireError(400, "top_logprobs must be between 0 and 20")
-        name = take(body, "model", str, default="")
-        if not name:
-            raise WireError(*self.nameless)
-        if re.search(r"[\s\x00-\x1f]", name):
-            raise WireError(400, "invalid model name")
+        name = _ollama_name(body, *self.nameless)
         self.stream = take(body, "stream", bool, default=True)
         options = _ollama_options(body)
         limit = options.get("num_predict", -1)
@@ -1052,6 +1100,44 @@ class OllamaGenerate(_OllamaReply):
 
     def _said(self, text: str, more: Object) -> Object:
         return {"response": text, **more}
+
+
+class OllamaEmbed(Embeddings):
+    """POST /api/embed."""
+
+    dialect = "ollama"
+
+    def __init__(self, body: Object):
+        given = body.get("input")
+        texts = [given] if isinstance(given, str) and given else given or []
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise WireError(400, "invalid input type")
+        _ollama_options(body)
+        super().__init__(_ollama_name(body, 404, "model '' not found"), texts,
+                         truncate=take(body, "truncate", bool, default=True),
+                         dimensions=take(body, "dimensions", int, low=0) or None,
+                         keep_alive=parse_keep_alive(body.get("keep_alive")))
+
+    def whole(self) -> Object:
+        seconds = {"total": sum(usage.total_seconds for usage in self.usages),
+                   "load": sum(usage.load_seconds for usage in self.usages[:1])}
+        return {"model": self.request.model, "embeddings": self.unit_vectors(), "prompt_eval_count": self.tokens,
+                **{f"{name}_duration": int(value * 1e9) for name, value in seconds.items()}}
+
+
+class OllamaEmbeddings(Embeddings):
+    """POST /api/embeddings, the older one: a single vector as the model gives it."""
+
+    dialect = "ollama"
+
+    def __init__(self, body: Object):
+        prompt = take(body, "prompt", str, default="")
+        _ollama_options(body)
+        super().__init__(_ollama_name(body, 400, "model is required"), [prompt] if prompt else [], truncate=True,
+                         keep_alive=parse_keep_alive(body.get("keep_alive")))
+
+    def whole(self) -> Object:
+        return {"embedding": self.vectors[0] if self.vectors else []}
 
 
 def _pieces(text: str) -> list[str]:
@@ -1624,6 +1710,37 @@ def _responses_turns(body: Object) -> list[Turn]:
         else:
             log.info("%s left out an item of type %s", at, kind)
     return turns
+
+
+# ------------------------------------------------------------------ OpenAI: embeddings
+
+
+class OpenAIEmbeddings(Embeddings):
+    """POST /v1/embeddings: https://platform.openai.com/docs/api-reference/embeddings"""
+
+    dialect = "openai"
+
+    def __init__(self, body: Object):
+        given = body.get("input")
+        texts = [given] if isinstance(given, str) or isinstance(given, list) and is_a(next(iter(given), None), int) else given
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) or isinstance(text, list) and all(
+                is_a(token, int) for token in text) for text in texts):
+            raise WireError(400, "input: Input should be a string, a list of strings, or one or more lists of token ids")
+        self._format = take(body, "encoding_format", str, default="float")
+        if self._format not in ("float", "base64"):
+            raise WireError(400, "encoding_format: Input should be 'float' or 'base64'")
+        super().__init__(model_name(body), texts, truncate=False, dimensions=take(body, "dimensions", int, low=1))
+
+    def whole(self) -> Object:
+        data = [{"object": "embedding", "index": index, "embedding": vector if self._format == "float" else _packed(vector)}
+                for index, vector in enumerate(self.unit_vectors())]
+        return {"object": "list", "data": data, "model": self.request.model,
+                "usage": {"prompt_tokens": self.tokens, "total_tokens": self.tokens}}
+
+
+def _packed(vector: list[float]) -> str:
+    """A vector as little-endian floats of 32 bits, in base64."""
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
 # ------------------------------------------------------------------ OpenAI: errors

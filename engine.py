@@ -87,6 +87,7 @@ class Request:
     `max_tokens` None means up to the context's end; 0 only fills the prompt cache. `logprobs` asks for the visible answer's
     tokens with their probabilities, and for so many of the likeliest ones beside each. `keep_alive` is in seconds
     (negative: for ever, 0: unload afterwards, None: the model's current setting).
+    `embed` asks for the prompt's `Embedding` instead of an answer, `truncate` for that of its beginning where it is too long.
 
     `format` is what the visible answer must be: "json" (any JSON object) or a JSON schema, here the schema's dict; with
     `tools` the model may call one instead. Thinking stays free. A forced call (`tool_choice` "any" or a name) is held to
@@ -110,6 +111,8 @@ class Request:
     logprobs: int | None = None
     keep_alive: float | None = None
     priority: Priority = Priority.NORMAL
+    embed: bool = False
+    truncate: bool = False
 
 
 # ------------------------------------------------------------------ what comes out
@@ -167,6 +170,13 @@ class ToolEnd:
 
 
 @dataclass
+class Embedding:
+    """What a text means to the model, as a vector of any length."""
+
+    vector: list[float]
+
+
+@dataclass
 class Tick:
     """Nothing new for `Generation.TICK` seconds: the time to look whether the caller's client still listens."""
 
@@ -197,7 +207,7 @@ class Done:
     stop_sequence: str | None = None
 
 
-Event = Union[Thinking, Text, ToolStart, ToolInput, ToolEnd, Tick, Done]
+Event = Union[Thinking, Text, ToolStart, ToolInput, ToolEnd, Embedding, Tick, Done]
 
 
 # ------------------------------------------------------------------ what goes wrong
@@ -946,6 +956,13 @@ class Tongue:
             opening=opening,
             in_thinking=bool(start) and not opening and text.rstrip().endswith(start),
         )
+
+    def truncated(self, prompt: Prompt, most: int) -> Prompt:
+        """The first tokens of a text to embed, with its end token if the tokenizer gives it one."""
+        if len(prompt.tokens) <= most:
+            return prompt
+        end = [token for token in prompt.tokens[-1:] if token in self.tokenizer.all_special_ids]
+        return Prompt(prompt.tokens[:most - len(end)] + end)
 
     def constraint(self, request: Request, prompt: Prompt) -> Constraint | None:
         """What holds the answer to the format or the call that the request demands; None if it demands neither, or a call
@@ -2790,6 +2807,7 @@ class Generation:
         self._parser = OutputParser(format, callable_tools, request.stop, in_thinking=prompt.in_thinking,
                                     parallel=request.parallel_tool_calls)
         self._untold: list[Token] = []  # tokens that may turn out to be visible
+        self._embedded: tuple[int, Any, list[Any]] | None = None  # tokens of a text read so far, their pooled states, caches
         self._born = self._mark = time.perf_counter()
 
     def __iter__(self) -> Iterator[Event]:
@@ -2845,7 +2863,8 @@ class Generation:
 
     def _left(self) -> int:
         """Tokens of the prompt that are still to be prefilled, as far as one can tell. The last one is the decoder's."""
-        return len(self._prompt.tokens) - 1 - (len(self._line.tokens) if self._line else self.cached_tokens)
+        read = len(self._line.tokens) if self._line else self._embedded[0] if self._embedded else self.cached_tokens
+        return len(self._prompt.tokens) - 1 - read
 
     def _tell(self, text: str) -> list[Token]:
         """Takes the tokens that a piece of visible text was made of; what lies before them was markup or blanks. All of them
@@ -2954,6 +2973,31 @@ def _share(batch: Any) -> None:
         batch.prompt_cache = [layer.merge([layer]) for layer in batch.prompt_cache]
 
 
+def _body(model: Any) -> Any:
+    """The part of an mlx-lm model that comes before its head; None where it has another name."""
+    model = getattr(model, "language_model", model)
+    return next((body for name in ("model", "transformer", "backbone") if (body := getattr(model, name, None))), None)
+
+
+def _headless(config: dict[str, Any]) -> tuple[type, type]:
+    """mlx-lm's classes for a config, whose weights may be those of the body alone: without its name before theirs, and
+    without a head."""
+    from mlx_lm.utils import _get_classes
+
+    model_class, args_class = _get_classes(config)
+
+    class Headless(model_class):
+        def sanitize(self, weights: dict[str, Any]) -> dict[str, Any]:
+            if not any(name.startswith(("model.", "language_model.")) for name in weights):
+                weights = {f"model.{name}": value for name, value in weights.items()}
+            weights = super().sanitize(weights) if hasattr(model_class, "sanitize") else weights
+            if not any(name.startswith("lm_head.") for name in weights):
+                self.pop("lm_head", None)
+            return weights
+
+    return Headless, args_class
+
+
 class Runtime:
     """A model's weights and its running requests. Every method runs on the MLX thread.
 
@@ -2976,9 +3020,12 @@ class Runtime:
         self.local, self.tongue, self.prefixes, self.shelf = local, tongue, prefixes, shelf
         self.fingerprint, self._kv_bits = fingerprint(local, kv_bits), kv_bits
         try:
-            self.model, _ = load_model(local.path)
+            embeds = "embedding" in local.capabilities
+            self.model, _ = load_model(local.path, **({"get_model_classes": _headless} if embeds else {}))
+            self._body = _body(self.model)
             cache = self._new_cache()
-            mx.eval(self.model(mx.array([[0]]), cache=cache))  # compiles the kernels, and shows what KV takes
+            forward = self._body if embeds else self.model
+            mx.eval(forward(mx.array([[0]]), cache=cache))  # compiles the kernels, and shows what KV takes
         except Exception as error:
             log.warning("cannot load %s", local.name, exc_info=True)
             raise ModelLoadError(f"model '{local.name}' cannot be loaded: {_first_line(error)}") from error
@@ -3054,6 +3101,8 @@ class Runtime:
         """One chunk of a request's prompt; behind the last one it decodes."""
         job._phase = Phase.PREFILL
         try:
+            if job.request.embed:
+                return self._embed(job)
             self._restore(job)
             if job._left() > 0:
                 self._read_chunk(job)
@@ -3120,6 +3169,32 @@ class Runtime:
         line.tokens = tokens[:stop]
         if stop in marks and (stop < end or not prompt.body):
             line.snapshot()
+
+    def _embed(self, job: Generation) -> None:
+        """A chunk of a text to embed; behind the last one there is its vector. The prefix cache has no part in it. An
+        embedding model puts the meaning into its last state, of others it is the mean."""
+        import mlx.core as mx
+
+        start, pooled, cache = job._embedded or (0, None, self._new_cache())
+        job._phase = Phase.PREFILL
+        tokens = job._prompt.tokens[start:start + self.CHUNK if job._left() > self.CHUNK else None]
+        states = self._body(mx.array(tokens)[None], cache=cache)[0].astype(mx.float32)
+        if "embedding" in self.local.capabilities:
+            pooled = states[-1]
+        else:
+            pooled = states.sum(0) / job.prompt_tokens + (0 if pooled is None else pooled)
+        mx.eval(pooled, [layer.state for layer in cache])
+        mx.clear_cache()
+        job._embedded = start + len(tokens), pooled, cache
+        if job._left() >= 0:
+            return
+        vector = pooled.tolist()
+        if not all(map(math.isfinite, vector)):
+            raise ArithmeticError("the model's output is not a number")
+        job._embedded = None
+        job._emit(Embedding(vector))
+        job.usage.prefill_seconds += job._lap()
+        self._end(job, "stop")
 
     def _start_decoding(self, job: Generation) -> None:
         job.usage.prefill_seconds += job._lap()
@@ -3600,9 +3675,14 @@ class Engine:
         request.sampling = _filled(request.sampling, tongue.defaults)
         tongue.check_tokens([*(request.sampling.logit_bias or ()), *(request.prompt if isinstance(request.prompt, list) else ())])
         prompt = tongue.prompt(request) if request.messages or request.prompt else Prompt([])
+        if request.embed:
+            if local.config.get("use_bidirectional_attention"):
+                raise InvalidRequest(f"model '{local.name}' reads text in both directions, which mlx-lm cannot")
+            prompt = tongue.truncated(prompt, self.context_length(local) - 1) if request.truncate else prompt
         limit, by_context = self._room(local, request, len(prompt.tokens))
         job = Generation(request, local, tongue, prompt, limit, by_context, self._mutex)
-        self._look_up(job)
+        if not request.embed:
+            self._look_up(job)
         with self._lock:
             self._check_open()
             self._last_used = local

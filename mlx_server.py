@@ -222,8 +222,6 @@ class Handler(BaseHTTPRequestHandler):
         methods = ROUTES.get(self.route)
         if methods is None and self.route.startswith("/v1/models/"):
             methods = {"GET": Handler.get_model}
-        if methods is None and self.server.upstream and self.route in RELAYED:
-            methods = {"POST": Handler.post_elsewhere}
         if methods is None:
             raise WireError(404, "404 page not found" if not self.anthropic else f"Not found: {self.route}")
         handle = methods.get("GET" if self.command == "HEAD" else self.command)
@@ -475,6 +473,26 @@ class Handler(BaseHTTPRequestHandler):
                 generation.cancel()
                 self.log_generation(generation, started, first, ending)
 
+    def embed(self, reply: dialects.Embeddings) -> None:
+        """Answers with the embeddings of texts, which are read one after the other, so that others get their turn."""
+        engine, started, thread = self.server.engine, time.monotonic(), threading.current_thread()
+        model = engine.resolve(reply.request.model)
+        self.server.talking.add(thread)
+        try:
+            for request in reply.requests:
+                request.priority = self.priority(reply, model.name)
+                generation = engine.submit(request)
+                for event in generation:
+                    reply.event(event)
+                    if self.hung_up():
+                        generation.cancel()
+                        raise HungUp
+            self.send_json(reply.whole())
+        finally:
+            self.server.talking.discard(thread)
+            log.info("%s %s: embedded %d of %d texts, %d tokens, %.2f s", self.route, model.name, len(reply.vectors),
+                     len(reply.requests), reply.tokens, time.monotonic() - started)
+
     def hung_up(self) -> bool:
         # Asked first: a socket with a timeout would wait that long in recv, whatever the flags say.
         readable = _readable(self.connection, 0)
@@ -605,6 +623,9 @@ class Handler(BaseHTTPRequestHandler):
     def post_chat(self) -> None:
         self.converse(dialects.OllamaChat(self.read_json()))
 
+    def post_embeddings(self) -> None:
+        self.embed(EMBEDDINGS[self.route](self.read_json()))
+
     def get_tags(self) -> None:
         self.send_json(dialects.ollama_tags(self.server.engine.models(), self.upstream_tags()))
 
@@ -623,11 +644,6 @@ class Handler(BaseHTTPRequestHandler):
     def get_version(self) -> None:
         self.send_json({"version": OLLAMA_VERSION})
 
-    def post_elsewhere(self) -> None:
-        """A route that only an upstream's models may have."""
-        self.read_json()
-        raise WireError(404, f"Not found: {self.route}")
-
 
 ROUTES: dict[str, dict[str, Callable[[Handler], None]]] = {
     "/": {"GET": Handler.get_root},
@@ -639,16 +655,21 @@ ROUTES: dict[str, dict[str, Callable[[Handler], None]]] = {
     "/v1/chat/completions": {"POST": Handler.post_chat_completions},
     "/v1/completions": {"POST": Handler.post_completions},
     "/v1/responses": {"POST": Handler.post_responses},
+    "/v1/embeddings": {"POST": Handler.post_embeddings},
     "/api/hello": {"GET": Handler.get_hello},
     "/api/generate": {"POST": Handler.post_generate},
     "/api/chat": {"POST": Handler.post_chat},
+    "/api/embed": {"POST": Handler.post_embeddings},
+    "/api/embeddings": {"POST": Handler.post_embeddings},
     "/api/tags": {"GET": Handler.get_tags},
     "/api/show": {"POST": Handler.post_show},
     "/api/ps": {"GET": Handler.get_ps},
     "/api/version": {"GET": Handler.get_version},
 }
 
-OPENAI = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+OPENAI = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
+EMBEDDINGS = {"/api/embed": dialects.OllamaEmbed, "/api/embeddings": dialects.OllamaEmbeddings,
+              "/v1/embeddings": dialects.OpenAIEmbeddings}
 
 
 class Stream:
