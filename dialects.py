@@ -22,7 +22,7 @@ from typing import Any, Callable, Iterable
 
 from engine import (
     Done, Embedding, EngineBusy, EngineClosed, EngineError, Event, InvalidRequest, Loaded, LocalModel, Message, ModelLoadError,
-    ModelNotFound, PromptTooLong, Request, Sampling, Text, Thinking, Token, ToolEnd, ToolInput, ToolStart, Usage,
+    ModelNotFound, Preset, PromptTooLong, Request, Sampling, Text, Thinking, Token, ToolEnd, ToolInput, ToolStart, Usage,
 )
 
 log = logging.getLogger("mlx_server")
@@ -863,6 +863,8 @@ _OPTIONS = {  # type by name; others are ignored, as Ollama does
                      "seed", "repeat_last_n", "draft_num_predict"), (float, "integer")),
     "use_mmap": (bool, "boolean"),
 }
+_SHOWN = {**{key: key for key in ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "seed")},
+          "repetition_penalty": "repeat_penalty", "repetition_context": "repeat_last_n"}  # our words, and Ollama's
 _DURATION = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h)", re.ASCII)
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
 _PIECE = 8_000  # characters of text in a line: escaped, it stays below the 128 KiB some clients can read
@@ -1221,24 +1223,60 @@ def ollama_tags(models: list[LocalModel], tags: Iterable[Object] = ()) -> Object
                         "capabilities": list(model.capabilities)} for model in newest] + _not_hidden(tags, models)}
 
 
-def ollama_show(model: LocalModel, context_length: int, template: str, generation: Object, name: str) -> Object:
-    """POST /api/show: `context_length` in tokens, the chat template's text, the model's generation_config.json and the
-    name the client asked for."""
+def ollama_show(model: LocalModel, context_length: int, template: str, generation: Object, name: str,
+                preset: Preset | None = None) -> Object:
+    """POST /api/show: `context_length` in tokens, the chat template's text, the model's generation_config.json, the name the
+    client asked for and the preset it means."""
+    preset = preset or Preset(name, model.name, model.modified)
     config = {**model.config, **(model.config.get("text_config") or {})}
     numbers = {
         "context_length": context_length, "embedding_length": model.embedding_length,
         "block_count": config.get("num_hidden_layers"), "attention.head_count": config.get("num_attention_heads"),
         "attention.head_count_kv": config.get("num_key_value_heads"),
         "feed_forward_length": config.get("intermediate_size"), "vocab_size": config.get("vocab_size")}
-    defaults = {"repeat_penalty" if key == "repetition_penalty" else key: value for key, value in generation.items()
-                if key in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty") and is_a(value, float)}
+    chosen = {key: value for key, value in vars(preset.sampling).items() if value is not None}
+    defaults = {key: value for key, value in {**generation, **chosen}.items() if key in _SHOWN and is_a(value, float)}
+    parameters = [(_SHOWN[key], value) for key, value in defaults.items()]
+    parameters += [("num_predict", preset.max_tokens)] * (preset.max_tokens is not None)
+    parameters += [("stop", json.dumps(stop, ensure_ascii=False)) for stop in preset.stop]
+    system = [f'SYSTEM """{preset.system}"""'] if preset.system else []
+    modelfile = [f"FROM {model.name}", *system, *(f"PARAMETER {key} {value}" for key, value in parameters)]
     return {
-        "license": "", "modelfile": f"FROM {model.name}\n", "template": template, "system": "",
-        "parameters": "\n".join(f"{key:<30} {value}" for key, value in defaults.items()),
-        "details": _details(model), "capabilities": list(model.capabilities), "modified_at": timestamp(model.modified),
+        "license": "", "modelfile": "\n".join(modelfile) + "\n", "template": template, "system": preset.system,
+        "parameters": "\n".join(f"{key:<30} {value}" for key, value in parameters),
+        **({"messages": preset.messages} if preset.messages else {}),
+        "details": _details(model), "capabilities": list(model.capabilities), "modified_at": timestamp(preset.modified),
         "model_info": {
             "general.architecture": model.family, "general.basename": name, "general.parameter_count": model.parameters,
             **{f"{model.family}.{key}": value for key, value in numbers.items() if is_a(value, int)}}}
+
+
+def ollama_create(body: Object, name: str, base: Preset) -> Preset:
+    """POST /api/create: a preset called `name` for the model of `base`, whose defaults it takes where it has none. Raises
+    WireError; weights and templates are not made here."""
+    for key in ("files", "adapters", "quantize", "template", "renderer", "parser"):
+        if body.get(key):
+            raise WireError(400, f"'{key}' is not supported by this server: a model can be created 'from' an installed one")
+    given = {**body, "options": take(body, "parameters", dict, default={})}
+    options = _ollama_options(given)
+    limit = options.get("num_predict", -1)
+    turns = chat_turns(items(body, "messages", dict), _ollama_text)
+    messages = canonical([Turn("system", take(body, "system", str, default="") or base.system), *turns])
+    system = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else ""
+    if messages and messages[-1]["role"] != "assistant":
+        raise WireError(400, "messages: the last one should be the assistant's")
+    sampling = _ollama_sampling(options)
+    kept = {key: value for key, value in vars(base.sampling).items() if getattr(sampling, key) is None}
+    return Preset(name, base.model, system=system, messages=messages or base.messages, sampling=replace(sampling, **kept),
+                  stop=[text for text in options["stop"] if text] or base.stop,
+                  max_tokens=limit if limit >= 0 else base.max_tokens)
+
+
+def checked_name(name: Any, said: str) -> str:
+    """A name that a model may get, by Ollama's rules. Raises WireError with what is `said` of one that is none."""
+    if not is_a(name, str) or not re.fullmatch(r"\w[\w.-]{0,79}(/\w[\w.-]{0,79}){0,2}(:\w[\w.-]{0,79})?", name, re.ASCII):
+        raise WireError(400, said)
+    return name
 
 
 def ollama_ps(loaded: list[Loaded]) -> Object:

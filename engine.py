@@ -30,6 +30,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import string
 import sys
 import threading
@@ -502,15 +503,94 @@ _REGISTRY = re.compile(r"(?:(?:registry\.ollama\.ai|hf\.co|huggingface\.co)/)?(?
 _HABIT = ["4", "5", "6", "8", "3", "16"]  # the bits to serve when a name does not say, best first
 
 
+@dataclass
+class Preset:
+    """A name of its own for the model that is called `model`, and what its requests begin with and take where they leave
+    things open: a system message, turns of a conversation, sampling, stops and the answer's length. `modified` is in unix
+    seconds."""
+
+    name: str
+    model: str
+    modified: float = field(default_factory=time.time)
+    system: str = ""
+    messages: list[Message] = field(default_factory=list)
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: list[str] = field(default_factory=list)
+    max_tokens: int | None = None
+
+    def fill(self, request: Request) -> Request:
+        """A request with these defaults."""
+        messages = request.messages
+        if messages:
+            own = messages[0]["role"] == "system"
+            head = messages[:1] if own else [{"role": "system", "content": self.system}] if self.system else []
+            messages = [*head, *self.messages, *messages[own:]]
+        return dataclasses.replace(
+            request, messages=messages, sampling=_filled(request.sampling, self.sampling), stop=request.stop or self.stop,
+            max_tokens=self.max_tokens if request.max_tokens is None else request.max_tokens)
+
+
+class Presets:
+    """Presets by name, whatever its case, kept in the file `path` if there is one. Raises EngineError for one that cannot be
+    read."""
+
+    def __init__(self, path: Path | None):
+        self._path = path
+        self._presets: dict[str, Preset] = {}
+        try:
+            known = _json(path) if path and path.exists() else []
+            for one in [Preset(**{**preset, "sampling": Sampling(**preset["sampling"])}) for preset in known]:
+                self._presets[_plain(one.name)] = one
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise EngineError(f"{path} cannot be understood; repair or remove it") from error
+
+    def __iter__(self) -> Iterator[Preset]:
+        return iter(list(self._presets.values()))
+
+    def get(self, name: str) -> Preset | None:
+        return self._presets.get(_plain(name))
+
+    def put(self, preset: Preset) -> None:
+        """Adds one or replaces that of its name. Raises EngineError if the file cannot be written."""
+        self._presets[_plain(preset.name)] = preset
+        self._save()
+
+    def remove(self, name: str) -> bool:
+        """Whether there was one."""
+        found = self._presets.pop(_plain(name), None) is not None
+        if found:
+            self._save()
+        return found
+
+    def _save(self) -> None:
+        written = None
+        while self._path and written != (current := list(self)):  # another thread may have changed something meanwhile
+            written = current
+            new = self._path.with_name(f"{self._path.name}.{secrets.token_hex(4)}")
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                new.write_text(json.dumps([dataclasses.asdict(one) for one in written], ensure_ascii=False, indent=1), "utf-8")
+                os.replace(new, self._path)
+            except OSError as error:
+                new.unlink(missing_ok=True)
+                raise EngineError(f"{self._path} cannot be written: {error.strerror}; the change lasts until the end") from None
+
+
+_DEMOS = [Path(__file__).parent / "tests" / "demo",  # in a checkout
+          Path(sys.prefix) / "share" / "mlx-server" / "demo"]  # installed
+
+
 class Library:
     """The models on this machine and the one resolver of their names.
 
     It looks into `models_dirs` (each a model, or a folder of NAME or ORG/NAME), the Hugging Face cache, LM Studio's
     folders, and for the built-in `demo`; where two have one name, the first counts. `aliases` are pairs of (glob,
-    name).
+    name), `state` is the file of the presets.
     """
 
-    def __init__(self, models_dirs: Sequence[str | Path] = (), aliases: Sequence[tuple[str, str]] = ()):
+    def __init__(self, models_dirs: Sequence[str | Path] = (), aliases: Sequence[tuple[str, str]] = (),
+                 state: Path | None = None):
+        self.presets = Presets(state)
         self._dirs = [Path(folder).expanduser() for folder in models_dirs]
         self._aliases = [(pattern.lower(), target) for pattern, target in aliases]
         self._explicit: list[Path] = []  # trusted paths outside those folders; they are listed from then on
@@ -529,7 +609,7 @@ class Library:
         """The model that `name` means, by the first of these that fits:
 
         1. a path: of any folder if `trusted` (the command line, scripts), else only of a model that is listed already;
-        2. an alias, whose target is then resolved as a trusted name;
+        2. an alias, whose target is then resolved as a trusted name, or a preset;
         3. a repo id or folder name, in any case, without its org if need be; `:latest` never counts;
         4. family, size and variant, as in `qwen2.5-coder:32b-instruct-q8_0`. Family, version, variant (VL, Coder, Base,
            Thinking, ...) and size have to agree. Of several that do, the best is: the last used if no size is asked
@@ -542,9 +622,10 @@ class Library:
         """
         meant = name
         if not _is_path(name, trusted):
-            plain = _plain(name)
-            meant = next((target for pattern, target in self._aliases if fnmatch.fnmatchcase(plain, pattern)), name)
+            meant = self._aliased(name)
             trusted = trusted or meant is not name
+            if preset := self.presets.get(meant):
+                meant = preset.model
         models = self.models()
         if _is_path(meant, trusted):
             model = self._by_path(meant, models, trusted)
@@ -556,6 +637,33 @@ class Library:
         if model is None:
             raise ModelNotFound(name, [model.name for model in models])
         return model
+
+    def _aliased(self, name: str) -> str:
+        plain = _plain(name)
+        return next((target for pattern, target in self._aliases if fnmatch.fnmatchcase(plain, pattern)), name)
+
+    def preset(self, name: str) -> Preset | None:
+        """The preset that `name` means."""
+        return self.presets.get(self._aliased(name))
+
+    def folder(self, model: LocalModel) -> Path | None:
+        """What holds a model's files and nothing else, if it is ours to delete: it lies in `models_dirs` or the Hugging Face
+        cache, not only by a link, and is not the demo."""
+        path = Path(os.path.realpath(model.path))
+        if path in map(Path, map(os.path.realpath, _DEMOS)):
+            return None
+        for root in map(Path, map(os.path.realpath, [*self._dirs, self.hub])):
+            if path != root and path.is_relative_to(root):
+                repo = root / path.relative_to(root).parts[0]
+                return repo if repo.name.startswith("models--") else path
+        return None
+
+    @property
+    def hub(self) -> Path:
+        """The Hugging Face cache: https://huggingface.co/docs/huggingface_hub/guides/manage-cache"""
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or cache / "huggingface") / "hub"
+        return Path(hub).expanduser()
 
     def _by_path(self, name: str, models: list[LocalModel], trusted: bool) -> LocalModel | None:
         path = Path(name).expanduser()
@@ -587,10 +695,8 @@ class Library:
         """Where models may be, with the names they would have."""
         for path in self._explicit:
             yield path.name, path
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or cache / "huggingface") / "hub"
         studio = [Path.home() / ".lmstudio" / "models", Path.home() / ".cache" / "lm-studio" / "models"]
-        for root in [*self._dirs, Path(hub).expanduser(), *studio]:
+        for root in [*self._dirs, self.hub, *studio]:
             if (root / "config.json").exists():
                 yield root.resolve().name, root
                 continue
@@ -602,8 +708,7 @@ class Library:
                     yield child.name, child
                 else:
                     yield from ((f"{child.name}/{path.name}", path) for path in _subfolders(child))
-        yield "demo", Path(__file__).parent / "tests" / "demo"  # in a checkout
-        yield "demo", Path(sys.prefix) / "share" / "mlx-server" / "demo"  # installed
+        yield from (("demo", path) for path in _DEMOS)
 
 
 def _subfolders(path: Path) -> list[Path]:
@@ -3594,7 +3699,8 @@ class Engine:
     process, `cache_dir_limit` the most bytes of files in it. `kv_bits` (4 or 8) keeps the KV cache quantised. `memory` is
     the bytes that weights, KV and prefix cache may take together (by default nine tenths of what the GPU may use, the rest
     being for computing), `max_loaded` the number of models, `max_queue` the number of requests that may wait, `keep_alive`
-    the seconds that an idle model stays (None: until its memory is needed).
+    the seconds that an idle model stays (None: until its memory is needed). `state` is the file where presets are kept (None:
+    nowhere, they end with the engine).
     Raises ModelNotFound or ModelLoadError for a bad `model`, OSError for a `cache_dir` that cannot be written to.
     """
 
@@ -3606,8 +3712,8 @@ class Engine:
                  aliases: Sequence[tuple[str, str]] = (), context: int | None = None, max_tokens: int | None = None,
                  cache_limit: int | None = None, cache_dir: str | Path | None = None, cache_dir_limit: int = 32 * 2**30,
                  kv_bits: int | None = None, memory: int | None = None, max_loaded: int | None = None, max_queue: int = 64,
-                 keep_alive: float | None = None):
-        self._library = Library([Path(d) for d in models_dirs], aliases)
+                 keep_alive: float | None = None, state: str | Path | None = None):
+        self._library = Library([Path(d) for d in models_dirs], aliases, Path(state).expanduser() if state else None)
         self._default = self._library.resolve(model, trusted=True) if model else None
         self._context, self._max_tokens, self._kv_bits = context, max_tokens, kv_bits
         self._max_queue, self._keep_alive = max_queue, keep_alive
@@ -3636,9 +3742,48 @@ class Engine:
 
     # -- callers' side
 
+    @property
+    def hub(self) -> Path:
+        """The folder where downloaded models are found."""
+        return self._library.hub
+
     def models(self) -> list[LocalModel]:
-        """Every model that can be served."""
-        return self._library.models()
+        """Every model that can be served, presets as models of their names."""
+        models = self._library.models()
+        by_name = {model.name: model for model in models}
+        return models + [dataclasses.replace(by_name[preset.model], name=preset.name, modified=preset.modified)
+                         for preset in self._library.presets if preset.model in by_name]
+
+    def preset(self, name: str) -> Preset | None:
+        """The preset that `name` means."""
+        return self._library.preset(name)
+
+    def keep(self, preset: Preset) -> None:
+        """Adds a preset or replaces that of its name. Raises InvalidRequest for the name of an installed model."""
+        if any(_plain(preset.name) == model.name.lower() for model in self._library.models()):
+            raise InvalidRequest(f"'{preset.name}' is the name of an installed model; take another")
+        self._library.presets.put(preset)
+
+    def delete(self, name: str) -> None:
+        """Removes a preset or, once its running requests are through, a model with its files. Raises ModelNotFound, and
+        InvalidRequest if it is not named in full or not ours to delete."""
+        if self._library.presets.remove(name):
+            return
+        local = self.resolve(name)
+        if _plain(name) != local.name.lower():
+            raise InvalidRequest(f"to delete a model, say its whole name: '{local.name}'")
+        folder = self._library.folder(local)
+        if folder is None or local == self._default:
+            raise InvalidRequest(f"model '{local.name}' in {local.path} is not this server's to delete")
+        self.unload(local.name)
+        with self._lock:
+            self._tongues.pop(local.name, None)
+            self._last_used = None if self._last_used == local else self._last_used
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            raise EngineError(f"{error.filename} cannot be deleted: {error.strerror}") from None
+        log.info("deleted %s", folder)
 
     def resolve(self, name: str) -> LocalModel:
         """The local model that answers to `name`. Raises ModelNotFound."""
@@ -3669,7 +3814,7 @@ class Engine:
         """Queues a request. What can be wrong with it is raised here: ModelNotFound, ModelLoadError (no tokenizer),
         InvalidRequest (the template refuses it, its format cannot be enforced, or there is no such token), PromptTooLong,
         EngineBusy, EngineClosed."""
-        local = self.resolve(request.model)
+        local, request = self.resolve(request.model), self._preset(request)
         self._check_open()
         tongue = self._tongue(local)
         request.sampling = _filled(request.sampling, tongue.defaults)
@@ -3689,6 +3834,10 @@ class Engine:
             self._queue.append(job)
             self._lock.notify_all()
         return job
+
+    def _preset(self, request: Request) -> Request:
+        preset = self.preset(request.model)
+        return preset.fill(request) if preset else request
 
     def _check_open(self) -> None:
         if self._draining or self._closing or self._broken:
@@ -3724,7 +3873,7 @@ class Engine:
 
     def count_tokens(self, request: Request) -> int:
         """Prompt tokens of a request, rendered just as `submit` does. Raises as `submit`, but never for length."""
-        return len(self._tongue(self.resolve(request.model)).prompt(request).tokens)
+        return len(self._tongue(self.resolve(request.model)).prompt(self._preset(request)).tokens)
 
     def loaded(self) -> list[Loaded]:
         """The models in memory."""

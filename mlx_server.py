@@ -14,6 +14,7 @@ import argparse
 import bisect
 import collections
 import contextlib
+import dataclasses
 import fnmatch
 import hmac
 import http.client
@@ -40,7 +41,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 import dialects
 from dialects import Object, Reply, WireError, is_a, items
-from engine import Done, Engine, EngineBusy, EngineError, ModelNotFound, Priority, Tick
+from engine import Done, Engine, EngineBusy, EngineError, ModelNotFound, Preset, Priority, Tick
 
 __version__ = "0.1.0"
 log = logging.getLogger("mlx_server")
@@ -222,6 +223,8 @@ class Handler(BaseHTTPRequestHandler):
         methods = ROUTES.get(self.route)
         if methods is None and self.route.startswith("/v1/models/"):
             methods = {"GET": Handler.get_model}
+        if methods is None and self.route.startswith("/api/blobs/"):
+            methods = {"GET": Handler.get_blob, "POST": Handler.post_blob}
         if methods is None:
             raise WireError(404, "404 page not found" if not self.anthropic else f"Not found: {self.route}")
         handle = methods.get("GET" if self.command == "HEAD" else self.command)
@@ -493,6 +496,26 @@ class Handler(BaseHTTPRequestHandler):
             log.info("%s %s: embedded %d of %d texts, %d tokens, %.2f s", self.route, model.name, len(reply.vectors),
                      len(reply.requests), reply.tokens, time.monotonic() - started)
 
+    def progress(self, steps: Iterator[Object], stream: bool) -> None:
+        """Answers in Ollama's dialect with the steps of some work as they are done, or only with the last one."""
+        out, step = None, {}
+        with contextlib.closing(steps):
+            try:
+                for step in steps:
+                    if self.hung_up():
+                        raise HungUp
+                    if stream:
+                        out = out or Stream(self, "lines", {})
+                        out.write([step])
+            except (WireError, EngineError) as error:
+                if out is None:
+                    raise
+                out.write([dialects.ollama_error(error)[2]])
+        if out:
+            out.end()
+        else:
+            self.send_json(step)
+
     def hung_up(self) -> bool:
         # Asked first: a socket with a timeout would wait that long in recv, whatever the flags say.
         readable = _readable(self.connection, 0)
@@ -636,7 +659,53 @@ class Handler(BaseHTTPRequestHandler):
         engine = self.server.engine
         local = engine.resolve(self.model)
         template, generation = engine.show(local)
-        self.send_json(dialects.ollama_show(local, engine.context_length(local), template, generation, self.model))
+        self.send_json(dialects.ollama_show(local, engine.context_length(local), template, generation, self.model,
+                                            engine.preset(self.model)))
+
+    def delete_model(self) -> None:
+        self.read_json()
+        if self.model is None:
+            raise WireError(400, "model is required")
+        self.server.engine.delete(self.model)
+        self.send(200, b"", "text/plain; charset=utf-8")
+
+    def post_copy(self) -> None:
+        body = self.read_json()
+        source, name = (dialects.checked_name(body.get(key), f"{key} {json.dumps(body.get(key))} is invalid")
+                        for key in ("source", "destination"))
+        self.server.engine.keep(dataclasses.replace(self.base(source), name=name, modified=time.time()))
+        self.send(200, b"", "text/plain; charset=utf-8")
+
+    def post_create(self) -> None:
+        body = self.read_json()
+        name = dialects.checked_name(self.model, "invalid model name")
+        source = dialects.take(body, "from", str, default="")
+        if not source and not body.get("files"):
+            raise WireError(400, "neither 'from' or 'files' was specified")
+        preset = dialects.ollama_create(body, name, self.base(source) if source else Preset(name, ""))
+
+        def create() -> Iterator[Object]:
+            self.server.engine.keep(preset)
+            yield {"status": "writing manifest"}
+            yield {"status": "success"}
+
+        self.progress(create(), dialects.take(body, "stream", bool, default=True))
+
+    def base(self, source: str) -> Preset:
+        """The preset that a name means, or an empty one of its model."""
+        engine = self.server.engine
+        local = engine.resolve(source)
+        return engine.preset(source) or Preset(local.name, local.name)
+
+    def post_push(self) -> None:
+        self.read_json()
+        raise WireError(400, "models cannot be pushed from here" if self.model else "model is required")
+
+    def get_blob(self) -> None:
+        raise WireError(404, "this server keeps no blobs")
+
+    def post_blob(self) -> None:
+        raise WireError(400, "this server keeps no blobs: a model can be created 'from' an installed one")
 
     def get_ps(self) -> None:
         self.send_json(dialects.ollama_ps(self.server.engine.loaded()))
@@ -663,6 +732,10 @@ ROUTES: dict[str, dict[str, Callable[[Handler], None]]] = {
     "/api/embeddings": {"POST": Handler.post_embeddings},
     "/api/tags": {"GET": Handler.get_tags},
     "/api/show": {"POST": Handler.post_show},
+    "/api/delete": {"DELETE": Handler.delete_model},
+    "/api/copy": {"POST": Handler.post_copy},
+    "/api/create": {"POST": Handler.post_create},
+    "/api/push": {"POST": Handler.post_push},
     "/api/ps": {"GET": Handler.get_ps},
     "/api/version": {"GET": Handler.get_version},
 }
@@ -943,6 +1016,11 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _state_file() -> str:
+    """https://specifications.freedesktop.org/basedir-spec/latest/"""
+    return os.path.join(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "mlx-server", "presets.json")
+
+
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -953,6 +1031,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--models-dir", metavar="DIR", action="append", default=[], help="a folder of models (repeatable)")
     parser.add_argument("--alias", metavar="PATTERN=NAME", type=_pair, action="append", default=[],
                         help="serve names like PATTERN (a glob) with model NAME (repeatable)")
+    parser.add_argument("--state", metavar="FILE", default=_state_file(),
+                        help="where names given by Ollama's copy and create are kept (default: %(default)s)")
     parser.add_argument("--context", metavar="N", type=_positive, help="most tokens of prompt and answer together")
     parser.add_argument("--max-tokens", metavar="N", type=_positive, help="most tokens of an answer")
     parser.add_argument("--prompt-cache", metavar="SIZE", type=_bytes,
@@ -1013,7 +1093,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         server.engine = Engine(args.model, models_dirs=args.models_dir, aliases=args.alias, context=args.context,
                                max_tokens=args.max_tokens, cache_limit=args.prompt_cache, cache_dir=args.cache_dir,
                                cache_dir_limit=args.cache_dir_size, kv_bits=args.kv_bits, memory=args.memory,
-                               max_loaded=args.max_loaded, max_queue=args.max_queue, keep_alive=args.keep_alive)
+                               max_loaded=args.max_loaded, max_queue=args.max_queue, keep_alive=args.keep_alive,
+                               state=args.state)
     except (EngineError, OSError) as error:
         reason = f"cannot keep a prompt cache in {args.cache_dir}: {error.strerror}" if isinstance(error, OSError) else error
         print(f"mlx-server: {reason}", file=sys.stderr)
