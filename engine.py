@@ -576,8 +576,9 @@ class Presets:
                 raise EngineError(f"{self._path} cannot be written: {error.strerror}; the change lasts until the end") from None
 
 
-_DEMOS = [Path(__file__).parent / "tests" / "demo",  # in a checkout
-          Path(sys.prefix) / "share" / "mlx-server" / "demo"]  # installed
+def _demos() -> list[Path]:
+    return [Path(__file__).parent / "tests" / "demo",  # in a checkout
+            Path(sys.prefix) / "share" / "mlx-server" / "demo"]  # installed
 
 
 class Library:
@@ -650,7 +651,7 @@ class Library:
         """What holds a model's files and nothing else, if it is ours to delete: it lies in `models_dirs` or the Hugging Face
         cache, not only by a link, and is not the demo."""
         path = Path(os.path.realpath(model.path))
-        if path in map(Path, map(os.path.realpath, _DEMOS)):
+        if path in map(Path, map(os.path.realpath, _demos())):
             return None
         for root in map(Path, map(os.path.realpath, [*self._dirs, self.hub])):
             if path != root and path.is_relative_to(root):
@@ -708,7 +709,7 @@ class Library:
                     yield child.name, child
                 else:
                     yield from ((f"{child.name}/{path.name}", path) for path in _subfolders(child))
-        yield from (("demo", path) for path in _DEMOS)
+        yield from (("demo", path) for path in _demos())
 
 
 def _subfolders(path: Path) -> list[Path]:
@@ -754,6 +755,17 @@ def _by_name(plain: str, models: list[LocalModel], last_used: LocalModel | None)
     found.sort(key=lambda model: (len(parse_name(model.name).extras), model.name))
     found.sort(key=lambda model: parse_name(model.name).revision, reverse=True)
     return min(found, key=rank, default=None)
+
+
+def best_repo(name: str, repos: Iterable[str]) -> str | None:
+    """The one of some repo ids that a name means, by the rules for installed models; their names say the quantisation."""
+    def described(repo: str) -> LocalModel:
+        bits = min(parse_name(repo).bits, default="16")
+        quantization = f"int{bits}" if bits.isdigit() else bits
+        return LocalModel(repo, Path(), 0, 0.0, "", {}, "", 0, "", quantization, 0, 0, [])
+
+    found = _by_name(_plain(name), [described(repo) for repo in repos], None)
+    return found and found.name
 
 
 def _stand_in(models: list[LocalModel]) -> LocalModel | None:

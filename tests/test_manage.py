@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Iterator
+from urllib.parse import parse_qsl, urlsplit
 
 import ollama
 import pytest
@@ -184,3 +189,151 @@ def test_only_models_inside_ones_own_folders_can_be_deleted(tmp_path: Path, monk
             engine.delete("org/cached")
     assert not cached.exists() and all(path.joinpath("config.json").exists() for path in (
         outside, studio, single, kept, ROOT / "tests" / "demo"))
+
+
+# ------------------------------------------------------------------ pulling
+
+
+class FakeHub(ThreadingHTTPServer):
+    """A hub of repos {name: {file: content}}: an API that lists them, and files behind a redirect. `asked` are paths, with
+    their Range and Authorization; `cut` is how many bytes of a file arrive before the connection ends."""
+
+    def __init__(self, repos: dict[str, dict[str, bytes]]):
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.repos, self.cut, self.ranges = repos, None, True
+        self.asked: list[tuple[str, str | None, str | None]] = []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        url, hub = urlsplit(self.path), self.server
+        hub.asked.append((url.path, self.headers["Range"], self.headers["Authorization"]))
+        parts = url.path.split("/")
+        if url.path == "/api/models":
+            search = dict(parse_qsl(url.query))["search"].lower()
+            return self.give([{"id": repo} for repo in hub.repos if search in repo.lower()])
+        if parts[1] == "cdn":
+            return self.send_file(hub.repos["/".join(parts[2:4])]["/".join(parts[4:])])
+        repo = "/".join(parts[3:5] if parts[1] == "api" else parts[1:3])
+        if repo not in hub.repos:
+            return self.send_error(401)
+        if parts[1] == "api":
+            return self.give({"sha": "c" * 40, "siblings": [
+                {"rfilename": name, "size": len(data), "blobId": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest(),
+                 **({"lfs": {"sha256": hashlib.sha256(data).hexdigest()}} if name.endswith(".safetensors") else {})}
+                for name, data in hub.repos[repo].items()]})
+        self.send_response(302)
+        self.send_header("Location", f"{hub.url}/cdn/{repo}/{'/'.join(parts[5:])}")
+        self.end_headers()
+
+    def give(self, body: object) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def send_file(self, data: bytes) -> None:
+        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "") if self.server.ranges else None
+        self.send_response(206 if wanted else 200)
+        rest = data[int(wanted[1]) if wanted else 0:]
+        self.send_header("Content-Length", str(len(rest)))
+        self.end_headers()
+        self.wfile.write(rest[:self.server.cut])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def pulling(tmp_path_factory) -> Iterator[tuple[FakeHub, Server, Path]]:
+    """A hub, a server that pulls from it, and that one's cache."""
+    demo = {path.name: path.read_bytes() for path in (ROOT / "tests" / "demo").iterdir() if path.suffix != ".py"}
+    folder = tmp_path_factory.mktemp("pulling")
+    hub = FakeHub({
+        "mlx-community/Tiny-1B-Instruct-4bit": demo, "mlx-community/Tiny-1B-Instruct-8bit": demo,
+        "mlx-community/Tiny-VL-1B-4bit": demo, "org/own": {**demo, "README.md": b"#", "sub/more.json": b"{}", "x.py": b""},
+        "org/gguf": {"config.json": b"{}", "x.gguf": b""}, "org/evil": {**demo, "../../evil.json": b"{}"}})
+    threading.Thread(target=hub.serve_forever, args=(0.05,), daemon=True).start()
+    server = Server("--state", str(folder / "presets.json"), env={
+        "HF_ENDPOINT": hub.url, "HF_TOKEN": "secret", "HF_HUB_CACHE": str(folder / "hub"), "no_proxy": "127.0.0.1"})
+    yield hub, server, folder / "hub"
+    assert server.stop() == 0
+    hub.shutdown()
+    hub.server_close()
+
+
+@pytest.fixture
+def hub(pulling) -> FakeHub:
+    hub = pulling[0]
+    hub.asked, hub.cut, hub.ranges = [], None, True
+    return hub
+
+
+@pytest.fixture
+def cache(pulling) -> Path:
+    """The server's cache, empty."""
+    shutil.rmtree(pulling[2], ignore_errors=True)
+    return pulling[2]
+
+
+@pytest.fixture
+def puller(pulling, cache: Path) -> ollama.Client:
+    return ollama.Client(pulling[1].url)
+
+
+def test_a_pulled_model_answers_under_its_name_until_it_is_deleted(hub: FakeHub, puller: ollama.Client, cache: Path):
+    steps = list(puller.pull("tiny:1b", stream=True))
+    assert [steps[0].status, steps[-1].status] == ["pulling manifest", "success"]
+    weights = hashlib.sha256(hub.repos["org/own"]["model.safetensors"]).hexdigest()
+    assert any(step.status == f"pulling {weights[:12]}" and step.completed == step.total for step in steps)
+    assert puller.generate("tiny:1b", "say hello", options={"num_predict": 3}).response
+    assert "mlx-community/Tiny-1B-Instruct-4bit:latest" in names(puller)
+    tokens = {(path.startswith("/cdn/"), token) for path, _, token in hub.asked}
+    assert tokens == {(True, None), (False, "Bearer secret")}
+    asked = len(hub.asked)
+    assert puller.pull("tiny:1b").status == "success"  # nothing to bring
+    assert not any("/resolve/" in path for path, _, _ in hub.asked[asked:])
+    puller.delete("mlx-community/Tiny-1B-Instruct-4bit")
+    assert list(cache.iterdir()) == []
+
+
+def test_any_repo_is_pulled_by_its_id_and_only_what_a_model_needs(hub: FakeHub, puller: ollama.Client, cache: Path):
+    assert puller.pull("hf.co/org/own").status == "success"
+    snapshot = cache / "models--org--own" / "snapshots" / ("c" * 40)
+    assert {str(path.relative_to(snapshot)) for path in snapshot.rglob("*") if path.is_file()} == (
+        {name for name in hub.repos["org/own"]} - {"README.md", "x.py"})
+    assert (cache / "models--org--own" / "refs" / "main").read_text() == "c" * 40
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_pull_that_broke_off_goes_on_where_it_was(hub: FakeHub, puller: ollama.Client, cache: Path, ranges: bool):
+    hub.cut = 5000
+    with pytest.raises(ollama.ResponseError, match="pull again to go on"):
+        puller.pull("org/own")
+    assert "org/own:latest" not in names(puller)
+    begun = list((cache / "models--org--own" / "blobs").glob("*.incomplete"))
+    assert [path.stat().st_size for path in begun] == [5000]
+    hub.cut, hub.ranges = None, ranges
+    assert puller.pull("org/own").status == "success" and "org/own:latest" in names(puller)
+    assert [wanted for _, wanted, _ in hub.asked if wanted] == ["bytes=5000-"] * 2  # at the hub, and where it leads
+
+
+def test_damaged_files_are_not_kept(hub: FakeHub, puller: ollama.Client, cache: Path):
+    assert puller.pull("org/own").status == "success"
+    puller.delete("org/own")
+    blobs = cache / "models--org--own" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / f"{hashlib.sha256(hub.repos['org/own']['model.safetensors']).hexdigest()}.incomplete").write_bytes(b"wrong")
+    with pytest.raises(ollama.ResponseError, match="damaged"):
+        puller.pull("org/own")
+    assert "org/own:latest" not in names(puller) and puller.pull("org/own").status == "success"
+
+
+@pytest.mark.parametrize("name, said", [
+    ("tiny:70b", "mlx-community has no model"), ("org/nope", "there is no such repo"), ("org/gguf", "no MLX model"),
+    ("org/evil", "makes no sense"), ("a b", "invalid model name"),
+])
+def test_what_cannot_be_pulled_is_an_error_with_a_status(puller: ollama.Client, name: str, said: str):
+    with pytest.raises(ollama.ResponseError, match=said) as failure:
+        list(puller.pull(name, stream=True))
+    assert failure.value.status_code in (400, 404, 502)
