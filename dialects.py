@@ -1085,20 +1085,23 @@ class OllamaGenerate(_OllamaReply):
             return self._only_load()
         if raw and (template or system or body.get("context")):
             raise WireError(400, "raw mode does not support template, system, or context")
-        if suffix:
-            raise WireError(400, f"{self.request.model} does not support insert")
         if template:
             raise WireError(400, "template is not supported by this server: models use their own")
         if raw and self._format:
             raise WireError(400, "raw mode does not support format")
         if not prompt:
             return self._only_load()
-        if raw:
-            self.request.prompt = prompt
+        if raw or suffix:
+            self.request.prompt, self.request.suffix = prompt, suffix
             return
         self.request.messages = canonical([Turn("system", system), Turn("user", "\n".join([*images, prompt]))])
         if self._format:
             ask_for_json(self.request, None if self._format == "json" else self._format)
+
+    def check(self, model: LocalModel) -> None:
+        super().check(model)
+        if self.request.suffix and "insert" not in model.capabilities:
+            raise WireError(400, f"{self.request.model} does not support insert")
 
     def _said(self, text: str, more: Object) -> Object:
         return {"response": text, **more}

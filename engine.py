@@ -88,6 +88,7 @@ class Request:
     `max_tokens` None means up to the context's end; 0 only fills the prompt cache. `logprobs` asks for the visible answer's
     tokens with their probabilities, and for so many of the likeliest ones beside each. `keep_alive` is in seconds
     (negative: for ever, 0: unload afterwards, None: the model's current setting).
+    `suffix` is raw text that the answer leads from `prompt` to, for models whose capabilities have "insert".
     `embed` asks for the prompt's `Embedding` instead of an answer, `truncate` for that of its beginning where it is too long.
 
     `format` is what the visible answer must be: "json" (any JSON object) or a JSON schema, here the schema's dict; with
@@ -99,6 +100,7 @@ class Request:
     model: str
     messages: list[Message] = field(default_factory=list)
     prompt: str | list[int] | None = None
+    suffix: str = ""
     tools: list[dict[str, Any]] = field(default_factory=list)
     deferred_tools: list[dict[str, Any]] = field(default_factory=list)
     tool_choice: str = "auto"
@@ -308,6 +310,8 @@ def describe(name: str, path: Path) -> LocalModel:
         parameters = int(index.get("metadata", {}).get("total_parameters") or 0)
         parameters = parameters or sum(_count_parameters(path / file, recipe) for file in weights)
         template = _chat_template(path, files)
+        added = _json(path / "tokenizer_config.json").get("added_tokens_decoder") if "tokenizer_config.json" in files else None
+        gap = gap_marks({token["content"] for token in (added or {}).values()})
         context = _context_length(text)
         width = int(text.get("hidden_size") or text.get("d_model") or text.get("n_embd") or 0)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
@@ -327,7 +331,7 @@ def describe(name: str, path: Path) -> LocalModel:
         size=sum(files[file].st_size for file in weights), modified=max(files[file].st_mtime for file in weights),
         parameters=parameters, parameter_size=_parameter_size(parameters),
         quantization=plain if not recipe else f"int{recipe['bits']}" if mode == "affine" else mode,
-        context_length=context, embedding_length=width, capabilities=_capabilities(name, config, files, template))
+        context_length=context, embedding_length=width, capabilities=_capabilities(name, config, files, template, gap))
 
 
 def _shortcoming(files: Iterable[str]) -> str:
@@ -386,12 +390,24 @@ def _chat_template(path: Path, files: dict[str, os.stat_result]) -> str:
     return ""
 
 
-def _capabilities(name: str, config: dict[str, Any], files: dict[str, os.stat_result], template: str) -> list[str]:
+_GAPS = [  # the tokens before what precedes a gap, before what follows it, and before what fills it
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"), ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),
+    ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>")]
+
+
+def gap_marks(vocabulary: Iterable[str]) -> tuple[str, ...]:
+    """The tokens among these that make a model fill a gap; none if it has none."""
+    return next((marks for marks in _GAPS if set(marks) <= set(vocabulary)), ())
+
+
+def _capabilities(name: str, config: dict[str, Any], files: dict[str, os.stat_result], template: str,
+                  gap: tuple[str, ...]) -> list[str]:
     # A bare "...Model" ends without the head that predicts words.
     headless = any(str(architecture).endswith("Model") for architecture in config.get("architectures") or ())
     if headless or "modules.json" in files or "embed" in name.lower():
         return ["embedding"]
-    found = {"completion": True, "tools": "tools" in template, "thinking": _THINKS.search(template)}
+    found = {"completion": True, "tools": "tools" in template, "insert": gap, "thinking": _THINKS.search(template)}
     return [capability for capability, present in found.items() if present]
 
 
@@ -1053,6 +1069,8 @@ class Tongue:
         """Renders and tokenises a request. Raises InvalidRequest when the template refuses it."""
         if request.prompt is not None or self.template is None:
             raw = request.prompt if request.prompt is not None else _untemplated(request.messages)
+            if request.suffix:
+                raw = "".join(itertools.chain(*itertools.zip_longest(self._gap(), (raw, request.suffix), fillvalue="")))
             return Prompt(self.tokenizer.encode(raw) if isinstance(raw, str) else raw)
         tools = request.tools if request.tool_choice != "none" else []
         options = self._options(request)
@@ -1073,6 +1091,12 @@ class Tongue:
             opening=opening,
             in_thinking=bool(start) and not opening and text.rstrip().endswith(start),
         )
+
+    def _gap(self) -> tuple[str, ...]:
+        marks = gap_marks(token.content for token in self.tokenizer.added_tokens_decoder.values())
+        if not marks:
+            raise InvalidRequest("this model cannot fill a gap: its tokenizer has no tokens for that")
+        return marks
 
     def truncated(self, prompt: Prompt, most: int) -> Prompt:
         """The first tokens of a text to embed, with its end token if the tokenizer gives it one."""
@@ -2921,7 +2945,8 @@ class Generation:
         self._grammar = tongue.constraint(request, prompt) if prompt.tokens else None
         self._constraint: Constraint | None = None  # the grammar at work
         format = tongue.format if request.prompt is None else OutputFormat()
-        self._parser = OutputParser(format, callable_tools, request.stop, in_thinking=prompt.in_thinking,
+        stop = [*request.stop, *tongue._gap(), "<|endoftext|>"] if request.suffix else request.stop
+        self._parser = OutputParser(format, callable_tools, stop, in_thinking=prompt.in_thinking,
                                     parallel=request.parallel_tool_calls)
         self._untold: list[Token] = []  # tokens that may turn out to be visible
         self._embedded: tuple[int, Any, list[Any]] | None = None  # tokens of a text read so far, their pooled states, caches
@@ -3234,7 +3259,7 @@ class Runtime:
         a copy from a request that runs, so that a twin or a sub-agent of a running request does not prefill twice. One that
         has begun changes over when others have come a chunk further."""
         tokens, begun = job._prompt.tokens, job._line is not None
-        if begun and len(self.jobs) == 1:
+        if begun and len(self.jobs) == 1 or job.request.embed:
             return
         have = len(job._line.tokens) + self.CHUNK if begun else 0
         _, length = self.prefixes.find(self.fingerprint, tokens)
@@ -3293,7 +3318,6 @@ class Runtime:
         import mlx.core as mx
 
         start, pooled, cache = job._embedded or (0, None, self._new_cache())
-        job._phase = Phase.PREFILL
         tokens = job._prompt.tokens[start:start + self.CHUNK if job._left() > self.CHUNK else None]
         states = self._body(mx.array(tokens)[None], cache=cache)[0].astype(mx.float32)
         if "embedding" in self.local.capabilities:
