@@ -3857,6 +3857,8 @@ class Engine:
         tongue.check_tokens([*(request.sampling.logit_bias or ()), *(request.prompt if isinstance(request.prompt, list) else ())])
         prompt = tongue.prompt(request) if request.messages or request.prompt else Prompt([])
         if request.embed:
+            if not prompt.tokens:
+                raise InvalidRequest("a text without tokens has no embedding")
             if local.config.get("use_bidirectional_attention"):
                 raise InvalidRequest(f"model '{local.name}' reads text in both directions, which mlx-lm cannot")
             prompt = tongue.truncated(prompt, self.context_length(local) - 1) if request.truncate else prompt

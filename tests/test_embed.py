@@ -100,6 +100,11 @@ def test_a_text_that_is_too_long_is_refused_unless_it_may_be_cut(engine: Engine)
     assert len(embed(engine, LONG, truncate=True)) == 64
 
 
+def test_a_text_of_nothing_is_refused(engine: Engine):
+    with pytest.raises(InvalidRequest, match="without tokens"):
+        embed(engine, "")
+
+
 def test_a_model_that_reads_both_ways_is_refused(engine: Engine):
     with pytest.raises(InvalidRequest, match="both directions"):
         embed(engine, "hi", "both-ways-embed")
