@@ -49,7 +49,8 @@ def folder(tmp_path_factory) -> Path:
     path = build_model("qwen3", folder / "embed")
     tokenizer = json.loads((path / "tokenizer.json").read_text())
     tokenizer["post_processor"] = {
-        "type": "TemplateProcessing", "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "type": "TemplateProcessing",
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
         "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}],
         "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}}}
     (path / "tokenizer.json").write_text(json.dumps(tokenizer))
