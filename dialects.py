@@ -7,20 +7,22 @@ conversation; then Anthropic; then Ollama; then OpenAI.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import itertools
 import json
 import logging
 import math
 import re
+import struct
 import time
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any, Callable, Iterable
 
 from engine import (
-    Done, EngineBusy, EngineClosed, EngineError, Event, InvalidRequest, Loaded, LocalModel, Message, ModelLoadError,
-    ModelNotFound, PromptTooLong, Request, Sampling, Text, Thinking, Token, ToolEnd, ToolInput, ToolStart, Usage,
+    Done, Embedding, EngineBusy, EngineClosed, EngineError, Event, InvalidRequest, Loaded, LocalModel, Message, ModelLoadError,
+    ModelNotFound, Preset, PromptTooLong, Request, Sampling, Text, Thinking, Token, ToolEnd, ToolInput, ToolStart, Usage,
 )
 
 log = logging.getLogger("mlx_server")
@@ -85,6 +87,46 @@ class Reply:
     def whole(self) -> Object:
         """The body of an answer that is not streamed."""
         raise NotImplementedError
+
+
+class Embeddings(Reply):
+    """The vectors of some texts, or token ids, one request for each; with none of them the model is only loaded. `dimensions`
+    is how many numbers of a vector are kept."""
+
+    stream = False
+
+    def __init__(self, name: str, texts: list[str] | list[list[int]], *, truncate: bool, dimensions: int | None = None,
+                 keep_alive: float | None = None):
+        if not all(texts):
+            raise WireError(400, "input: an empty text has no embedding")
+        self.request = Request(name, keep_alive=keep_alive)
+        self._requests = [Request(name, prompt=text, embed=True, truncate=truncate, max_tokens=0) for text in texts]
+        self._requests[-1:] = [replace(one, keep_alive=keep_alive) for one in self._requests[-1:]] or [self.request]
+        self.vectors: list[list[float]] = []
+        self.usages: list[Usage] = []
+        self._dimensions = dimensions
+
+    def event(self, event: Event) -> list[Object | str]:
+        match event:
+            case Embedding(vector):
+                self.vectors.append(vector)
+            case Done():
+                self.usages.append(event.usage)
+        return []
+
+    @property
+    def requests(self) -> list[Request]:
+        return self._requests
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all texts."""
+        return sum(usage.prompt_tokens for usage in self.usages)
+
+    def unit_vectors(self) -> list[list[float]]:
+        """The vectors, cut and then of length 1."""
+        cut = [vector[:self._dimensions] for vector in self.vectors]
+        return [[number / (math.hypot(*vector) or 1.0) for number in vector] for vector in cut]
 
 
 # ------------------------------------------------------------------ checking
@@ -823,6 +865,8 @@ _OPTIONS = {  # type by name; others are ignored, as Ollama does
                      "seed", "repeat_last_n", "draft_num_predict"), (float, "integer")),
     "use_mmap": (bool, "boolean"),
 }
+_SHOWN = {**{key: key for key in ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "seed")},
+          "repetition_penalty": "repeat_penalty", "repetition_context": "repeat_last_n"}  # our words, and Ollama's
 _DURATION = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h)", re.ASCII)
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
 _PIECE = 8_000  # characters of text in a line: escaped, it stays below the 128 KiB some clients can read
@@ -847,6 +891,16 @@ def parse_keep_alive(value: Any) -> float | None:
     if seconds is None or not math.isfinite(seconds):
         raise WireError(400, f"time: invalid duration {json.dumps(value, ensure_ascii=False)}")
     return -1.0 if seconds < 0 or seconds > 9e9 else float(seconds)  # Go counts nanoseconds in 63 bits
+
+
+def _ollama_name(body: Object, status: int, nameless: str) -> str:
+    """The model that a body asks for; `status` and `nameless` are the error when it names none. Raises WireError."""
+    name = take(body, "model", str, default="")
+    if not name:
+        raise WireError(status, nameless)
+    if re.search(r"[\s\x00-\x1f]", name):
+        raise WireError(400, "invalid model name")
+    return name
 
 
 def _ollama_options(body: Object) -> Object:
@@ -923,11 +977,7 @@ class _OllamaReply(Reply):
         count = take(body, "top_logprobs", int, default=0)
         if not 0 <= count <= 20:
             raise WireError(400, "top_logprobs must be between 0 and 20")
-        name = take(body, "model", str, default="")
-        if not name:
-            raise WireError(*self.nameless)
-        if re.search(r"[\s\x00-\x1f]", name):
-            raise WireError(400, "invalid model name")
+        name = _ollama_name(body, *self.nameless)
         self.stream = take(body, "stream", bool, default=True)
         options = _ollama_options(body)
         limit = options.get("num_predict", -1)
@@ -1037,23 +1087,64 @@ class OllamaGenerate(_OllamaReply):
             return self._only_load()
         if raw and (template or system or body.get("context")):
             raise WireError(400, "raw mode does not support template, system, or context")
-        if suffix:
-            raise WireError(400, f"{self.request.model} does not support insert")
         if template:
             raise WireError(400, "template is not supported by this server: models use their own")
         if raw and self._format:
             raise WireError(400, "raw mode does not support format")
         if not prompt:
             return self._only_load()
-        if raw:
-            self.request.prompt = prompt
+        if raw or suffix:
+            self.request.prompt, self.request.suffix = prompt, suffix
             return
         self.request.messages = canonical([Turn("system", system), Turn("user", "\n".join([*images, prompt]))])
         if self._format:
             ask_for_json(self.request, None if self._format == "json" else self._format)
 
+    def check(self, model: LocalModel) -> None:
+        super().check(model)
+        if self.request.suffix and "insert" not in model.capabilities:
+            raise WireError(400, f"{self.request.model} does not support insert")
+
     def _said(self, text: str, more: Object) -> Object:
         return {"response": text, **more}
+
+
+class OllamaEmbed(Embeddings):
+    """POST /api/embed."""
+
+    dialect = "ollama"
+
+    def __init__(self, body: Object):
+        given = body.get("input")
+        texts = [given] if isinstance(given, str) and given else given or []
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise WireError(400, "invalid input type")
+        _ollama_options(body)
+        super().__init__(_ollama_name(body, 404, "model '' not found"), texts,
+                         truncate=take(body, "truncate", bool, default=True),
+                         dimensions=take(body, "dimensions", int, low=0) or None,
+                         keep_alive=parse_keep_alive(body.get("keep_alive")))
+
+    def whole(self) -> Object:
+        seconds = {"total": sum(usage.total_seconds for usage in self.usages),
+                   "load": sum(usage.load_seconds for usage in self.usages[:1])}
+        return {"model": self.request.model, "embeddings": self.unit_vectors(), "prompt_eval_count": self.tokens,
+                **{f"{name}_duration": int(value * 1e9) for name, value in seconds.items()}}
+
+
+class OllamaEmbeddings(Embeddings):
+    """POST /api/embeddings, the older one: a single vector as the model gives it."""
+
+    dialect = "ollama"
+
+    def __init__(self, body: Object):
+        prompt = take(body, "prompt", str, default="")
+        _ollama_options(body)
+        super().__init__(_ollama_name(body, 400, "model is required"), [prompt] if prompt else [], truncate=True,
+                         keep_alive=parse_keep_alive(body.get("keep_alive")))
+
+    def whole(self) -> Object:
+        return {"embedding": self.vectors[0] if self.vectors else []}
 
 
 def _pieces(text: str) -> list[str]:
@@ -1137,24 +1228,60 @@ def ollama_tags(models: list[LocalModel], tags: Iterable[Object] = ()) -> Object
                         "capabilities": list(model.capabilities)} for model in newest] + _not_hidden(tags, models)}
 
 
-def ollama_show(model: LocalModel, context_length: int, template: str, generation: Object, name: str) -> Object:
-    """POST /api/show: `context_length` in tokens, the chat template's text, the model's generation_config.json and the
-    name the client asked for."""
+def ollama_show(model: LocalModel, context_length: int, template: str, generation: Object, name: str,
+                preset: Preset | None = None) -> Object:
+    """POST /api/show: `context_length` in tokens, the chat template's text, the model's generation_config.json, the name the
+    client asked for and the preset it means."""
+    preset = preset or Preset(name, model.name, model.modified)
     config = {**model.config, **(model.config.get("text_config") or {})}
     numbers = {
         "context_length": context_length, "embedding_length": model.embedding_length,
         "block_count": config.get("num_hidden_layers"), "attention.head_count": config.get("num_attention_heads"),
         "attention.head_count_kv": config.get("num_key_value_heads"),
         "feed_forward_length": config.get("intermediate_size"), "vocab_size": config.get("vocab_size")}
-    defaults = {"repeat_penalty" if key == "repetition_penalty" else key: value for key, value in generation.items()
-                if key in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty") and is_a(value, float)}
+    chosen = {key: value for key, value in vars(preset.sampling).items() if value is not None}
+    defaults = {key: value for key, value in {**generation, **chosen}.items() if key in _SHOWN and is_a(value, float)}
+    parameters = [(_SHOWN[key], value) for key, value in defaults.items()]
+    parameters += [("num_predict", preset.max_tokens)] * (preset.max_tokens is not None)
+    parameters += [("stop", json.dumps(stop, ensure_ascii=False)) for stop in preset.stop]
+    system = [f'SYSTEM """{preset.system}"""'] if preset.system else []
+    modelfile = [f"FROM {model.name}", *system, *(f"PARAMETER {key} {value}" for key, value in parameters)]
     return {
-        "license": "", "modelfile": f"FROM {model.name}\n", "template": template, "system": "",
-        "parameters": "\n".join(f"{key:<30} {value}" for key, value in defaults.items()),
-        "details": _details(model), "capabilities": list(model.capabilities), "modified_at": timestamp(model.modified),
+        "license": "", "modelfile": "\n".join(modelfile) + "\n", "template": template, "system": preset.system,
+        "parameters": "\n".join(f"{key:<30} {value}" for key, value in parameters),
+        **({"messages": preset.messages} if preset.messages else {}),
+        "details": _details(model), "capabilities": list(model.capabilities), "modified_at": timestamp(preset.modified),
         "model_info": {
             "general.architecture": model.family, "general.basename": name, "general.parameter_count": model.parameters,
             **{f"{model.family}.{key}": value for key, value in numbers.items() if is_a(value, int)}}}
+
+
+def ollama_create(body: Object, name: str, base: Preset) -> Preset:
+    """POST /api/create: a preset called `name` for the model of `base`, whose defaults it takes where it has none. Raises
+    WireError; weights and templates are not made here."""
+    for key in ("files", "adapters", "quantize", "template", "renderer", "parser"):
+        if body.get(key):
+            raise WireError(400, f"'{key}' is not supported by this server: a model can be created 'from' an installed one")
+    given = {**body, "options": take(body, "parameters", dict, default={})}
+    options = _ollama_options(given)
+    limit = options.get("num_predict", -1)
+    turns = chat_turns(items(body, "messages", dict), _ollama_text)
+    messages = canonical([Turn("system", take(body, "system", str, default="") or base.system), *turns])
+    system = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else ""
+    if messages and messages[-1]["role"] != "assistant":
+        raise WireError(400, "messages: the last one should be the assistant's")
+    sampling = _ollama_sampling(options)
+    kept = {key: value for key, value in vars(base.sampling).items() if getattr(sampling, key) is None}
+    return Preset(name, base.model, system=system, messages=messages or base.messages, sampling=replace(sampling, **kept),
+                  stop=[text for text in options["stop"] if text] or base.stop,
+                  max_tokens=limit if limit >= 0 else base.max_tokens)
+
+
+def checked_name(name: Any, said: str) -> str:
+    """A name that a model may get, by Ollama's rules. Raises WireError with what is `said` of one that is none."""
+    if not is_a(name, str) or not re.fullmatch(r"\w[\w.-]{0,79}(/\w[\w.-]{0,79}){0,2}(:\w[\w.-]{0,79})?", name, re.ASCII):
+        raise WireError(400, said)
+    return name
 
 
 def ollama_ps(loaded: list[Loaded]) -> Object:
@@ -1626,6 +1753,37 @@ def _responses_turns(body: Object) -> list[Turn]:
         else:
             log.info("%s left out an item of type %s", at, kind)
     return turns
+
+
+# ------------------------------------------------------------------ OpenAI: embeddings
+
+
+class OpenAIEmbeddings(Embeddings):
+    """POST /v1/embeddings: https://platform.openai.com/docs/api-reference/embeddings"""
+
+    dialect = "openai"
+
+    def __init__(self, body: Object):
+        given = body.get("input")
+        texts = [given] if isinstance(given, str) or isinstance(given, list) and is_a(next(iter(given), None), int) else given
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) or isinstance(text, list) and all(
+                is_a(token, int) for token in text) for text in texts):
+            raise WireError(400, "input: Input should be a string, a list of strings, or one or more lists of token ids")
+        self._format = take(body, "encoding_format", str, default="float")
+        if self._format not in ("float", "base64"):
+            raise WireError(400, "encoding_format: Input should be 'float' or 'base64'")
+        super().__init__(model_name(body), texts, truncate=False, dimensions=take(body, "dimensions", int, low=1))
+
+    def whole(self) -> Object:
+        data = [{"object": "embedding", "index": index, "embedding": vector if self._format == "float" else _packed(vector)}
+                for index, vector in enumerate(self.unit_vectors())]
+        return {"object": "list", "data": data, "model": self.request.model,
+                "usage": {"prompt_tokens": self.tokens, "total_tokens": self.tokens}}
+
+
+def _packed(vector: list[float]) -> str:
+    """A vector as little-endian floats of 32 bits, in base64."""
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
 # ------------------------------------------------------------------ OpenAI: errors

@@ -30,6 +30,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import string
 import sys
 import threading
@@ -87,6 +88,8 @@ class Request:
     `max_tokens` None means up to the context's end; 0 only fills the prompt cache. `logprobs` asks for the visible answer's
     tokens with their probabilities, and for so many of the likeliest ones beside each. `keep_alive` is in seconds
     (negative: for ever, 0: unload afterwards, None: the model's current setting).
+    `suffix` is raw text that the answer leads from `prompt` to, for models whose capabilities have "insert".
+    `embed` asks for the prompt's `Embedding` instead of an answer, `truncate` for that of its beginning where it is too long.
 
     `thinking_budget` is how many tokens the model may think for; then its thinking is ended for it. None leaves it the time.
 
@@ -99,6 +102,7 @@ class Request:
     model: str
     messages: list[Message] = field(default_factory=list)
     prompt: str | list[int] | None = None
+    suffix: str = ""
     tools: list[dict[str, Any]] = field(default_factory=list)
     deferred_tools: list[dict[str, Any]] = field(default_factory=list)
     tool_choice: str = "auto"
@@ -113,6 +117,8 @@ class Request:
     logprobs: int | None = None
     keep_alive: float | None = None
     priority: Priority = Priority.NORMAL
+    embed: bool = False
+    truncate: bool = False
 
 
 # ------------------------------------------------------------------ what comes out
@@ -170,6 +176,13 @@ class ToolEnd:
 
 
 @dataclass
+class Embedding:
+    """What a text means to the model, as a vector of any length."""
+
+    vector: list[float]
+
+
+@dataclass
 class Tick:
     """Nothing new for `Generation.TICK` seconds: the time to look whether the caller's client still listens."""
 
@@ -200,7 +213,7 @@ class Done:
     stop_sequence: str | None = None
 
 
-Event = Union[Thinking, Text, ToolStart, ToolInput, ToolEnd, Tick, Done]
+Event = Union[Thinking, Text, ToolStart, ToolInput, ToolEnd, Embedding, Tick, Done]
 
 
 # ------------------------------------------------------------------ what goes wrong
@@ -300,6 +313,8 @@ def describe(name: str, path: Path) -> LocalModel:
         parameters = int(index.get("metadata", {}).get("total_parameters") or 0)
         parameters = parameters or sum(_count_parameters(path / file, recipe) for file in weights)
         template = _chat_template(path, files)
+        added = _json(path / "tokenizer_config.json").get("added_tokens_decoder") if "tokenizer_config.json" in files else None
+        gap = gap_marks({token["content"] for token in (added or {}).values()})
         context = _context_length(text)
         width = int(text.get("hidden_size") or text.get("d_model") or text.get("n_embd") or 0)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
@@ -319,7 +334,7 @@ def describe(name: str, path: Path) -> LocalModel:
         size=sum(files[file].st_size for file in weights), modified=max(files[file].st_mtime for file in weights),
         parameters=parameters, parameter_size=_parameter_size(parameters),
         quantization=plain if not recipe else f"int{recipe['bits']}" if mode == "affine" else mode,
-        context_length=context, embedding_length=width, capabilities=_capabilities(name, config, files, template))
+        context_length=context, embedding_length=width, capabilities=_capabilities(name, config, files, template, gap))
 
 
 def _shortcoming(files: Iterable[str]) -> str:
@@ -378,12 +393,24 @@ def _chat_template(path: Path, files: dict[str, os.stat_result]) -> str:
     return ""
 
 
-def _capabilities(name: str, config: dict[str, Any], files: dict[str, os.stat_result], template: str) -> list[str]:
+_GAPS = [  # the tokens before what precedes a gap, before what follows it, and before what fills it
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"), ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),
+    ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>")]
+
+
+def gap_marks(vocabulary: Iterable[str]) -> tuple[str, ...]:
+    """The tokens among these that make a model fill a gap; none if it has none."""
+    return next((marks for marks in _GAPS if set(marks) <= set(vocabulary)), ())
+
+
+def _capabilities(name: str, config: dict[str, Any], files: dict[str, os.stat_result], template: str,
+                  gap: tuple[str, ...]) -> list[str]:
     # A bare "...Model" ends without the head that predicts words.
     headless = any(str(architecture).endswith("Model") for architecture in config.get("architectures") or ())
     if headless or "modules.json" in files or "embed" in name.lower():
         return ["embedding"]
-    found = {"completion": True, "tools": "tools" in template, "thinking": _THINKS.search(template)}
+    found = {"completion": True, "tools": "tools" in template, "insert": gap, "thinking": _THINKS.search(template)}
     return [capability for capability, present in found.items() if present]
 
 
@@ -495,15 +522,95 @@ _REGISTRY = re.compile(r"(?:(?:registry\.ollama\.ai|hf\.co|huggingface\.co)/)?(?
 _HABIT = ["4", "5", "6", "8", "3", "16"]  # the bits to serve when a name does not say, best first
 
 
+@dataclass
+class Preset:
+    """A name of its own for the model that is called `model`, and what its requests begin with and take where they leave
+    things open: a system message, turns of a conversation, sampling, stops and the answer's length. `modified` is in unix
+    seconds."""
+
+    name: str
+    model: str
+    modified: float = field(default_factory=time.time)
+    system: str = ""
+    messages: list[Message] = field(default_factory=list)
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: list[str] = field(default_factory=list)
+    max_tokens: int | None = None
+
+    def fill(self, request: Request) -> Request:
+        """A request with these defaults."""
+        messages = request.messages
+        if messages:
+            own = messages[0]["role"] == "system"
+            head = messages[:1] if own else [{"role": "system", "content": self.system}] if self.system else []
+            messages = [*head, *self.messages, *messages[own:]]
+        return dataclasses.replace(
+            request, messages=messages, sampling=_filled(request.sampling, self.sampling), stop=request.stop or self.stop,
+            max_tokens=self.max_tokens if request.max_tokens is None else request.max_tokens)
+
+
+class Presets:
+    """Presets by name, whatever its case, kept in the file `path` if there is one. Raises EngineError for one that cannot be
+    read."""
+
+    def __init__(self, path: Path | None):
+        self._path = path
+        self._presets: dict[str, Preset] = {}
+        try:
+            known = _json(path) if path and path.exists() else []
+            for one in [Preset(**{**preset, "sampling": Sampling(**preset["sampling"])}) for preset in known]:
+                self._presets[_plain(one.name)] = one
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise EngineError(f"{path} cannot be understood; repair or remove it") from error
+
+    def __iter__(self) -> Iterator[Preset]:
+        return iter(list(self._presets.values()))
+
+    def get(self, name: str) -> Preset | None:
+        return self._presets.get(_plain(name))
+
+    def put(self, preset: Preset) -> None:
+        """Adds one or replaces that of its name. Raises EngineError if the file cannot be written."""
+        self._presets[_plain(preset.name)] = preset
+        self._save()
+
+    def remove(self, name: str) -> bool:
+        """Whether there was one."""
+        found = self._presets.pop(_plain(name), None) is not None
+        if found:
+            self._save()
+        return found
+
+    def _save(self) -> None:
+        written = None
+        while self._path and written != (current := list(self)):  # another thread may have changed something meanwhile
+            written = current
+            new = self._path.with_name(f"{self._path.name}.{secrets.token_hex(4)}")
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                new.write_text(json.dumps([dataclasses.asdict(one) for one in written], ensure_ascii=False, indent=1), "utf-8")
+                os.replace(new, self._path)
+            except OSError as error:
+                new.unlink(missing_ok=True)
+                raise EngineError(f"{self._path} cannot be written: {error.strerror}; the change lasts until the end") from None
+
+
+def _demos() -> list[Path]:
+    return [Path(__file__).parent / "tests" / "demo",  # in a checkout
+            Path(sys.prefix) / "share" / "mlx-server" / "demo"]  # installed
+
+
 class Library:
     """The models on this machine and the one resolver of their names.
 
     It looks into `models_dirs` (each a model, or a folder of NAME or ORG/NAME), the Hugging Face cache, LM Studio's
     folders, and for the built-in `demo`; where two have one name, the first counts. `aliases` are pairs of (glob,
-    name).
+    name), `state` is the file of the presets.
     """
 
-    def __init__(self, models_dirs: Sequence[str | Path] = (), aliases: Sequence[tuple[str, str]] = ()):
+    def __init__(self, models_dirs: Sequence[str | Path] = (), aliases: Sequence[tuple[str, str]] = (),
+                 state: Path | None = None):
+        self.presets = Presets(state)
         self._dirs = [Path(folder).expanduser() for folder in models_dirs]
         self._aliases = [(pattern.lower(), target) for pattern, target in aliases]
         self._explicit: list[Path] = []  # trusted paths outside those folders; they are listed from then on
@@ -522,7 +629,7 @@ class Library:
         """The model that `name` means, by the first of these that fits:
 
         1. a path: of any folder if `trusted` (the command line, scripts), else only of a model that is listed already;
-        2. an alias, whose target is then resolved as a trusted name;
+        2. an alias, whose target is then resolved as a trusted name, or a preset;
         3. a repo id or folder name, in any case, without its org if need be; `:latest` never counts;
         4. family, size and variant, as in `qwen2.5-coder:32b-instruct-q8_0`. Family, version, variant (VL, Coder, Base,
            Thinking, ...) and size have to agree. Of several that do, the best is: the last used if no size is asked
@@ -535,9 +642,10 @@ class Library:
         """
         meant = name
         if not _is_path(name, trusted):
-            plain = _plain(name)
-            meant = next((target for pattern, target in self._aliases if fnmatch.fnmatchcase(plain, pattern)), name)
+            meant = self._aliased(name)
             trusted = trusted or meant is not name
+            if preset := self.presets.get(meant):
+                meant = preset.model
         models = self.models()
         if _is_path(meant, trusted):
             model = self._by_path(meant, models, trusted)
@@ -549,6 +657,33 @@ class Library:
         if model is None:
             raise ModelNotFound(name, [model.name for model in models])
         return model
+
+    def _aliased(self, name: str) -> str:
+        plain = _plain(name)
+        return next((target for pattern, target in self._aliases if fnmatch.fnmatchcase(plain, pattern)), name)
+
+    def preset(self, name: str) -> Preset | None:
+        """The preset that `name` means."""
+        return self.presets.get(self._aliased(name))
+
+    def folder(self, model: LocalModel) -> Path | None:
+        """What holds a model's files and nothing else, if it is ours to delete: it lies in `models_dirs` or the Hugging Face
+        cache, not only by a link, and is not the demo."""
+        path = Path(os.path.realpath(model.path))
+        if path in map(Path, map(os.path.realpath, _demos())):
+            return None
+        for root in map(Path, map(os.path.realpath, [*self._dirs, self.hub])):
+            if path != root and path.is_relative_to(root):
+                repo = root / path.relative_to(root).parts[0]
+                return repo if repo.name.startswith("models--") else path
+        return None
+
+    @property
+    def hub(self) -> Path:
+        """The Hugging Face cache: https://huggingface.co/docs/huggingface_hub/guides/manage-cache"""
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or cache / "huggingface") / "hub"
+        return Path(hub).expanduser()
 
     def _by_path(self, name: str, models: list[LocalModel], trusted: bool) -> LocalModel | None:
         path = Path(name).expanduser()
@@ -580,10 +715,8 @@ class Library:
         """Where models may be, with the names they would have."""
         for path in self._explicit:
             yield path.name, path
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or cache / "huggingface") / "hub"
         studio = [Path.home() / ".lmstudio" / "models", Path.home() / ".cache" / "lm-studio" / "models"]
-        for root in [*self._dirs, Path(hub).expanduser(), *studio]:
+        for root in [*self._dirs, self.hub, *studio]:
             if (root / "config.json").exists():
                 yield root.resolve().name, root
                 continue
@@ -595,8 +728,7 @@ class Library:
                     yield child.name, child
                 else:
                     yield from ((f"{child.name}/{path.name}", path) for path in _subfolders(child))
-        yield "demo", Path(__file__).parent / "tests" / "demo"  # in a checkout
-        yield "demo", Path(sys.prefix) / "share" / "mlx-server" / "demo"  # installed
+        yield from (("demo", path) for path in _demos())
 
 
 def _subfolders(path: Path) -> list[Path]:
@@ -642,6 +774,17 @@ def _by_name(plain: str, models: list[LocalModel], last_used: LocalModel | None)
     found.sort(key=lambda model: (len(parse_name(model.name).extras), model.name))
     found.sort(key=lambda model: parse_name(model.name).revision, reverse=True)
     return min(found, key=rank, default=None)
+
+
+def best_repo(name: str, repos: Iterable[str]) -> str | None:
+    """The one of some repo ids that a name means, by the rules for installed models; their names say the quantisation."""
+    def described(repo: str) -> LocalModel:
+        bits = min(parse_name(repo).bits, default="16")
+        quantization = f"int{bits}" if bits.isdigit() else bits
+        return LocalModel(repo, Path(), 0, 0.0, "", {}, "", 0, "", quantization, 0, 0, [])
+
+    found = _by_name(_plain(name), [described(repo) for repo in repos], None)
+    return found and found.name
 
 
 def _stand_in(models: list[LocalModel]) -> LocalModel | None:
@@ -930,6 +1073,8 @@ class Tongue:
         """Renders and tokenises a request. Raises InvalidRequest when the template refuses it."""
         if request.prompt is not None or self.template is None:
             raw = request.prompt if request.prompt is not None else _untemplated(request.messages)
+            if request.suffix:
+                raw = "".join(itertools.chain(*itertools.zip_longest(self._gap(), (raw, request.suffix), fillvalue="")))
             return Prompt(self.tokenizer.encode(raw) if isinstance(raw, str) else raw)
         tools = request.tools if request.tool_choice != "none" else []
         options = self._options(request)
@@ -950,6 +1095,19 @@ class Tongue:
             opening=opening,
             in_thinking=bool(start) and not opening and text.rstrip().endswith(start),
         )
+
+    def _gap(self) -> tuple[str, ...]:
+        marks = gap_marks(token.content for token in self.tokenizer.added_tokens_decoder.values())
+        if not marks:
+            raise InvalidRequest("this model cannot fill a gap: its tokenizer has no tokens for that")
+        return marks
+
+    def truncated(self, prompt: Prompt, most: int) -> Prompt:
+        """The first tokens of a text to embed, with its end token if the tokenizer gives it one."""
+        if len(prompt.tokens) <= most:
+            return prompt
+        end = [token for token in prompt.tokens[-1:] if token in self.tokenizer.all_special_ids]
+        return Prompt(prompt.tokens[:most - len(end)] + end)
 
     def constraint(self, request: Request, prompt: Prompt) -> Constraint | None:
         """What holds the answer to the format or the call that the request demands; None if it demands neither, or a call
@@ -2871,9 +3029,11 @@ class Generation:
         self._grammar = tongue.constraint(request, prompt) if prompt.tokens else None
         self._constraint: Constraint | None = None  # the grammar at work
         format = tongue.format if request.prompt is None else OutputFormat()
-        self._parser = OutputParser(format, callable_tools, request.stop, in_thinking=prompt.in_thinking,
+        stop = [*request.stop, *tongue._gap(), "<|endoftext|>"] if request.suffix else request.stop
+        self._parser = OutputParser(format, callable_tools, stop, in_thinking=prompt.in_thinking,
                                     parallel=request.parallel_tool_calls)
         self._untold: list[Token] = []  # tokens that may turn out to be visible
+        self._embedded: tuple[int, Any, list[Any]] | None = None  # tokens of a text read so far, their pooled states, caches
         self._born = self._mark = time.perf_counter()
 
     def __iter__(self) -> Iterator[Event]:
@@ -2929,7 +3089,8 @@ class Generation:
 
     def _left(self) -> int:
         """Tokens of the prompt that are still to be prefilled, as far as one can tell. The last one is the decoder's."""
-        return len(self._prompt.tokens) - 1 - (len(self._line.tokens) if self._line else self.cached_tokens)
+        read = len(self._line.tokens) if self._line else self._embedded[0] if self._embedded else self.cached_tokens
+        return len(self._prompt.tokens) - 1 - read
 
     def _tell(self, text: str) -> list[Token]:
         """Takes the tokens that a piece of visible text was made of; what lies before them was markup or blanks. All of them
@@ -3038,6 +3199,31 @@ def _share(batch: Any) -> None:
         batch.prompt_cache = [layer.merge([layer]) for layer in batch.prompt_cache]
 
 
+def _body(model: Any) -> Any:
+    """The part of an mlx-lm model that comes before its head; None where it has another name."""
+    model = getattr(model, "language_model", model)
+    return next((body for name in ("model", "transformer", "backbone") if (body := getattr(model, name, None))), None)
+
+
+def _headless(config: dict[str, Any]) -> tuple[type, type]:
+    """mlx-lm's classes for a config, whose weights may be those of the body alone: without its name before theirs, and
+    without a head."""
+    from mlx_lm.utils import _get_classes
+
+    model_class, args_class = _get_classes(config)
+
+    class Headless(model_class):
+        def sanitize(self, weights: dict[str, Any]) -> dict[str, Any]:
+            if not any(name.startswith(("model.", "language_model.")) for name in weights):
+                weights = {f"model.{name}": value for name, value in weights.items()}
+            weights = super().sanitize(weights) if hasattr(model_class, "sanitize") else weights
+            if not any(name.startswith("lm_head.") for name in weights):
+                self.pop("lm_head", None)
+            return weights
+
+    return Headless, args_class
+
+
 class Runtime:
     """A model's weights and its running requests. Every method runs on the MLX thread.
 
@@ -3060,9 +3246,12 @@ class Runtime:
         self.local, self.tongue, self.prefixes, self.shelf = local, tongue, prefixes, shelf
         self.fingerprint, self._kv_bits = fingerprint(local, kv_bits), kv_bits
         try:
-            self.model, _ = load_model(local.path)
+            embeds = "embedding" in local.capabilities
+            self.model, _ = load_model(local.path, **({"get_model_classes": _headless} if embeds else {}))
+            self._body = _body(self.model)
             cache = self._new_cache()
-            mx.eval(self.model(mx.array([[0]]), cache=cache))  # compiles the kernels, and shows what KV takes
+            forward = self._body if embeds else self.model
+            mx.eval(forward(mx.array([[0]]), cache=cache))  # compiles the kernels, and shows what KV takes
         except Exception as error:
             log.warning("cannot load %s", local.name, exc_info=True)
             raise ModelLoadError(f"model '{local.name}' cannot be loaded: {_first_line(error)}") from error
@@ -3138,6 +3327,8 @@ class Runtime:
         """One chunk of a request's prompt; behind the last one it decodes."""
         job._phase = Phase.PREFILL
         try:
+            if job.request.embed:
+                return self._embed(job)
             self._restore(job)
             if job._left() > 0:
                 self._read_chunk(job)
@@ -3152,7 +3343,7 @@ class Runtime:
         a copy from a request that runs, so that a twin or a sub-agent of a running request does not prefill twice. One that
         has begun changes over when others have come a chunk further."""
         tokens, begun = job._prompt.tokens, job._line is not None
-        if begun and len(self.jobs) == 1:
+        if begun and len(self.jobs) == 1 or job.request.embed:
             return
         have = len(job._line.tokens) + self.CHUNK if begun else 0
         _, length = self.prefixes.find(self.fingerprint, tokens)
@@ -3204,6 +3395,31 @@ class Runtime:
         line.tokens = tokens[:stop]
         if stop in marks and (stop < end or not prompt.body):
             line.snapshot()
+
+    def _embed(self, job: Generation) -> None:
+        """A chunk of a text to embed; behind the last one there is its vector. The prefix cache has no part in it. An
+        embedding model puts the meaning into its last state, of others it is the mean."""
+        import mlx.core as mx
+
+        start, pooled, cache = job._embedded or (0, None, self._new_cache())
+        tokens = job._prompt.tokens[start:start + self.CHUNK if job._left() > self.CHUNK else None]
+        states = self._body(mx.array(tokens)[None], cache=cache)[0].astype(mx.float32)
+        if "embedding" in self.local.capabilities:
+            pooled = states[-1]
+        else:
+            pooled = states.sum(0) / job.prompt_tokens + (0 if pooled is None else pooled)
+        mx.eval(pooled, [layer.state for layer in cache])
+        mx.clear_cache()
+        job._embedded = start + len(tokens), pooled, cache
+        if job._left() >= 0:
+            return
+        vector = pooled.tolist()
+        if not all(map(math.isfinite, vector)):
+            raise ArithmeticError("the model's output is not a number")
+        job._embedded = None
+        job._emit(Embedding(vector))
+        job.usage.prefill_seconds += job._lap()
+        self._end(job, "stop")
 
     def _start_decoding(self, job: Generation) -> None:
         job.usage.prefill_seconds += job._lap()
@@ -3605,7 +3821,8 @@ class Engine:
     process, `cache_dir_limit` the most bytes of files in it. `kv_bits` (4 or 8) keeps the KV cache quantised. `memory` is
     the bytes that weights, KV and prefix cache may take together (by default nine tenths of what the GPU may use, the rest
     being for computing), `max_loaded` the number of models, `max_queue` the number of requests that may wait, `keep_alive`
-    the seconds that an idle model stays (None: until its memory is needed).
+    the seconds that an idle model stays (None: until its memory is needed). `state` is the file where presets are kept (None:
+    nowhere, they end with the engine).
     Raises ModelNotFound or ModelLoadError for a bad `model`, OSError for a `cache_dir` that cannot be written to.
     """
 
@@ -3617,8 +3834,8 @@ class Engine:
                  aliases: Sequence[tuple[str, str]] = (), context: int | None = None, max_tokens: int | None = None,
                  cache_limit: int | None = None, cache_dir: str | Path | None = None, cache_dir_limit: int = 32 * 2**30,
                  kv_bits: int | None = None, memory: int | None = None, max_loaded: int | None = None, max_queue: int = 64,
-                 keep_alive: float | None = None):
-        self._library = Library([Path(d) for d in models_dirs], aliases)
+                 keep_alive: float | None = None, state: str | Path | None = None):
+        self._library = Library([Path(d) for d in models_dirs], aliases, Path(state).expanduser() if state else None)
         self._default = self._library.resolve(model, trusted=True) if model else None
         self._context, self._max_tokens, self._kv_bits = context, max_tokens, kv_bits
         self._max_queue, self._keep_alive = max_queue, keep_alive
@@ -3647,9 +3864,48 @@ class Engine:
 
     # -- callers' side
 
+    @property
+    def hub(self) -> Path:
+        """The folder where downloaded models are found."""
+        return self._library.hub
+
     def models(self) -> list[LocalModel]:
-        """Every model that can be served."""
-        return self._library.models()
+        """Every model that can be served, presets as models of their names."""
+        models = self._library.models()
+        by_name = {model.name: model for model in models}
+        return models + [dataclasses.replace(by_name[preset.model], name=preset.name, modified=preset.modified)
+                         for preset in self._library.presets if preset.model in by_name]
+
+    def preset(self, name: str) -> Preset | None:
+        """The preset that `name` means."""
+        return self._library.preset(name)
+
+    def keep(self, preset: Preset) -> None:
+        """Adds a preset or replaces that of its name. Raises InvalidRequest for the name of an installed model."""
+        if any(_plain(preset.name) == model.name.lower() for model in self._library.models()):
+            raise InvalidRequest(f"'{preset.name}' is the name of an installed model; take another")
+        self._library.presets.put(preset)
+
+    def delete(self, name: str) -> None:
+        """Removes a preset or, once its running requests are through, a model with its files. Raises ModelNotFound, and
+        InvalidRequest if it is not named in full or not ours to delete."""
+        if self._library.presets.remove(name):
+            return
+        local = self.resolve(name)
+        if _plain(name) != local.name.lower():
+            raise InvalidRequest(f"to delete a model, say its whole name: '{local.name}'")
+        folder = self._library.folder(local)
+        if folder is None or local == self._default:
+            raise InvalidRequest(f"model '{local.name}' in {local.path} is not this server's to delete")
+        self.unload(local.name)
+        with self._lock:
+            self._tongues.pop(local.name, None)
+            self._last_used = None if self._last_used == local else self._last_used
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            raise EngineError(f"{error.filename} cannot be deleted: {error.strerror}") from None
+        log.info("deleted %s", folder)
 
     def resolve(self, name: str) -> LocalModel:
         """The local model that answers to `name`. Raises ModelNotFound."""
@@ -3680,21 +3936,32 @@ class Engine:
         """Queues a request. What can be wrong with it is raised here: ModelNotFound, ModelLoadError (no tokenizer),
         InvalidRequest (the template refuses it, its format cannot be enforced, or there is no such token), PromptTooLong,
         EngineBusy, EngineClosed."""
-        local = self.resolve(request.model)
+        local, request = self.resolve(request.model), self._preset(request)
         self._check_open()
         tongue = self._tongue(local)
         request.sampling = _filled(request.sampling, tongue.defaults)
         tongue.check_tokens([*(request.sampling.logit_bias or ()), *(request.prompt if isinstance(request.prompt, list) else ())])
         prompt = tongue.prompt(request) if request.messages or request.prompt else Prompt([])
+        if request.embed:
+            if not prompt.tokens:
+                raise InvalidRequest("a text without tokens has no embedding")
+            if local.config.get("use_bidirectional_attention"):
+                raise InvalidRequest(f"model '{local.name}' reads text in both directions, which mlx-lm cannot")
+            prompt = tongue.truncated(prompt, self.context_length(local) - 1) if request.truncate else prompt
         limit, by_context = self._room(local, request, len(prompt.tokens))
         job = Generation(request, local, tongue, prompt, limit, by_context, self._mutex)
-        self._look_up(job)
+        if not request.embed:
+            self._look_up(job)
         with self._lock:
             self._check_open()
             self._last_used = local
             self._queue.append(job)
             self._lock.notify_all()
         return job
+
+    def _preset(self, request: Request) -> Request:
+        preset = self.preset(request.model)
+        return preset.fill(request) if preset else request
 
     def _check_open(self) -> None:
         if self._draining or self._closing or self._broken:
@@ -3730,7 +3997,7 @@ class Engine:
 
     def count_tokens(self, request: Request) -> int:
         """Prompt tokens of a request, rendered just as `submit` does. Raises as `submit`, but never for length."""
-        return len(self._tongue(self.resolve(request.model)).prompt(request).tokens)
+        return len(self._tongue(self.resolve(request.model)).prompt(self._preset(request)).tokens)
 
     def loaded(self) -> list[Loaded]:
         """The models in memory."""

@@ -14,7 +14,10 @@ import argparse
 import bisect
 import collections
 import contextlib
+import dataclasses
+import fcntl
 import fnmatch
+import hashlib
 import hmac
 import http.client
 import io
@@ -27,20 +30,24 @@ import os
 import re
 import secrets
 import select
+import shutil
 import signal
 import socket
 import socketserver
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Callable, Iterable, Iterator, Sequence
-from urllib.parse import parse_qsl, unquote, urlsplit
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, Callable, Iterable, Iterator, Sequence
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 import dialects
 from dialects import Object, Reply, WireError, is_a, items
-from engine import Done, Engine, EngineBusy, EngineError, ModelNotFound, Priority, Tick
+from engine import Done, Engine, EngineBusy, EngineError, ModelNotFound, Preset, Priority, Tick, best_repo
 
 __version__ = "0.1.0"
 log = logging.getLogger("mlx_server")
@@ -222,8 +229,8 @@ class Handler(BaseHTTPRequestHandler):
         methods = ROUTES.get(self.route)
         if methods is None and self.route.startswith("/v1/models/"):
             methods = {"GET": Handler.get_model}
-        if methods is None and self.server.upstream and self.route in RELAYED:
-            methods = {"POST": Handler.post_elsewhere}
+        if methods is None and self.route.startswith("/api/blobs/"):
+            methods = {"GET": Handler.get_blob, "POST": Handler.post_blob}
         if methods is None:
             raise WireError(404, "404 page not found" if not self.anthropic else f"Not found: {self.route}")
         handle = methods.get("GET" if self.command == "HEAD" else self.command)
@@ -475,6 +482,46 @@ class Handler(BaseHTTPRequestHandler):
                 generation.cancel()
                 self.log_generation(generation, started, first, ending)
 
+    def embed(self, reply: dialects.Embeddings) -> None:
+        """Answers with the embeddings of texts, which are read one after the other, so that others get their turn."""
+        engine, started, thread = self.server.engine, time.monotonic(), threading.current_thread()
+        model = engine.resolve(reply.request.model)
+        self.server.talking.add(thread)
+        try:
+            for request in reply.requests:
+                request.priority = self.priority(reply, model.name)
+                generation = engine.submit(request)
+                for event in generation:
+                    reply.event(event)
+                    if self.hung_up():
+                        generation.cancel()
+                        raise HungUp
+            self.send_json(reply.whole())
+        finally:
+            self.server.talking.discard(thread)
+            log.info("%s %s: embedded %d of %d texts, %d tokens, %.2f s", self.route, model.name, len(reply.vectors),
+                     len(reply.requests), reply.tokens, time.monotonic() - started)
+
+    def progress(self, steps: Iterator[Object], stream: bool) -> None:
+        """Answers in Ollama's dialect with the steps of some work as they are done, or only with the last one."""
+        out, step = None, {}
+        with contextlib.closing(steps):
+            try:
+                for step in steps:
+                    if self.hung_up():
+                        raise HungUp
+                    if stream:
+                        out = out or Stream(self, "lines", {})
+                        out.write([step])
+            except (WireError, EngineError) as error:
+                if out is None:
+                    raise
+                out.write([dialects.ollama_error(error)[2]])
+        if out:
+            out.end()
+        else:
+            self.send_json(step)
+
     def hung_up(self) -> bool:
         # Asked first: a socket with a timeout would wait that long in recv, whatever the flags say.
         readable = _readable(self.connection, 0)
@@ -605,6 +652,9 @@ class Handler(BaseHTTPRequestHandler):
     def post_chat(self) -> None:
         self.converse(dialects.OllamaChat(self.read_json()))
 
+    def post_embeddings(self) -> None:
+        self.embed(EMBEDDINGS[self.route](self.read_json()))
+
     def get_tags(self) -> None:
         self.send_json(dialects.ollama_tags(self.server.engine.models(), self.upstream_tags()))
 
@@ -615,18 +665,64 @@ class Handler(BaseHTTPRequestHandler):
         engine = self.server.engine
         local = engine.resolve(self.model)
         template, generation = engine.show(local)
-        self.send_json(dialects.ollama_show(local, engine.context_length(local), template, generation, self.model))
+        self.send_json(dialects.ollama_show(local, engine.context_length(local), template, generation, self.model,
+                                            engine.preset(self.model)))
+
+    def delete_model(self) -> None:
+        self.read_json()
+        if self.model is None:
+            raise WireError(400, "model is required")
+        self.server.engine.delete(self.model)
+        self.send(200, b"", "text/plain; charset=utf-8")
+
+    def post_copy(self) -> None:
+        body = self.read_json()
+        source, name = (dialects.checked_name(body.get(key), f"{key} {json.dumps(body.get(key))} is invalid")
+                        for key in ("source", "destination"))
+        self.server.engine.keep(dataclasses.replace(self.base(source), name=name, modified=time.time()))
+        self.send(200, b"", "text/plain; charset=utf-8")
+
+    def post_create(self) -> None:
+        body = self.read_json()
+        name = dialects.checked_name(self.model, "invalid model name")
+        source = dialects.take(body, "from", str, default="")
+        if not source and not body.get("files"):
+            raise WireError(400, "neither 'from' or 'files' was specified")
+        preset = dialects.ollama_create(body, name, self.base(source) if source else Preset(name, ""))
+
+        def create() -> Iterator[Object]:
+            self.server.engine.keep(preset)
+            yield {"status": "writing manifest"}
+            yield {"status": "success"}
+
+        self.progress(create(), dialects.take(body, "stream", bool, default=True))
+
+    def base(self, source: str) -> Preset:
+        """The preset that a name means, or an empty one of its model."""
+        engine = self.server.engine
+        local = engine.resolve(source)
+        return engine.preset(source) or Preset(local.name, local.name)
+
+    def post_pull(self) -> None:
+        body = self.read_json()
+        name = dialects.checked_name((self.model or "").removeprefix("https://"), "invalid model name")
+        self.progress(Hub(self.server.engine.hub).pull(name), dialects.take(body, "stream", bool, default=True))
+
+    def post_push(self) -> None:
+        self.read_json()
+        raise WireError(400, "models cannot be pushed from here" if self.model else "model is required")
+
+    def get_blob(self) -> None:
+        raise WireError(404, "this server keeps no blobs")
+
+    def post_blob(self) -> None:
+        raise WireError(400, "this server keeps no blobs: a model can be created 'from' an installed one")
 
     def get_ps(self) -> None:
         self.send_json(dialects.ollama_ps(self.server.engine.loaded()))
 
     def get_version(self) -> None:
         self.send_json({"version": OLLAMA_VERSION})
-
-    def post_elsewhere(self) -> None:
-        """A route that only an upstream's models may have."""
-        self.read_json()
-        raise WireError(404, f"Not found: {self.route}")
 
 
 ROUTES: dict[str, dict[str, Callable[[Handler], None]]] = {
@@ -639,16 +735,26 @@ ROUTES: dict[str, dict[str, Callable[[Handler], None]]] = {
     "/v1/chat/completions": {"POST": Handler.post_chat_completions},
     "/v1/completions": {"POST": Handler.post_completions},
     "/v1/responses": {"POST": Handler.post_responses},
+    "/v1/embeddings": {"POST": Handler.post_embeddings},
     "/api/hello": {"GET": Handler.get_hello},
     "/api/generate": {"POST": Handler.post_generate},
     "/api/chat": {"POST": Handler.post_chat},
+    "/api/embed": {"POST": Handler.post_embeddings},
+    "/api/embeddings": {"POST": Handler.post_embeddings},
     "/api/tags": {"GET": Handler.get_tags},
     "/api/show": {"POST": Handler.post_show},
+    "/api/delete": {"DELETE": Handler.delete_model},
+    "/api/copy": {"POST": Handler.post_copy},
+    "/api/create": {"POST": Handler.post_create},
+    "/api/pull": {"POST": Handler.post_pull},
+    "/api/push": {"POST": Handler.post_push},
     "/api/ps": {"GET": Handler.get_ps},
     "/api/version": {"GET": Handler.get_version},
 }
 
-OPENAI = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+OPENAI = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
+EMBEDDINGS = {"/api/embed": dialects.OllamaEmbed, "/api/embeddings": dialects.OllamaEmbeddings,
+              "/v1/embeddings": dialects.OpenAIEmbeddings}
 
 
 class Stream:
@@ -859,6 +965,164 @@ def _why(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
+# ------------------------------------------------------------------ the hub
+
+
+@dataclasses.dataclass
+class RemoteFile:
+    """A file of a repo: its size in bytes and its digest, SHA-256 of its content or, for small files, what Git has."""
+
+    name: str
+    size: int
+    digest: str
+
+    def hasher(self) -> Any:
+        """What has `digest` in the end."""
+        return hashlib.sha256() if len(self.digest) == 64 else hashlib.sha1(b"blob %d\0" % self.size)
+
+
+class Hub:
+    """The models of a Hugging Face hub ($HF_ENDPOINT, with $HF_TOKEN), and the folder they are downloaded to.
+
+    https://huggingface.co/docs/hub/api, https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+    """
+
+    FILES = ("*.json", "model*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken")  # what a model is loaded from
+    SILENCE = 60.0  # seconds without a byte after which a download has failed
+    TELL = 0.2  # seconds between two reports of progress
+
+    def __init__(self, cache: Path):
+        self._cache = cache
+        self._url = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        self._token = os.environ.get("HF_TOKEN", "")
+
+    def pull(self, name: str) -> Iterator[Object]:
+        """Downloads the model that a name means, or what is missing of it, and yields Ollama's progress objects. Nothing is
+        visible in the cache before all is there and checked. Raises WireError."""
+        repo = self.find(name)
+        commit, files = self._list(repo)
+        yield {"status": "pulling manifest"}
+        folder = self._cache / f"models--{repo.replace('/', '--')}"
+        try:
+            (folder / "blobs").mkdir(parents=True, exist_ok=True)
+            missing = [file for file in files if not (folder / "blobs" / file.digest).exists()]
+            needed, free = sum(file.size for file in missing), shutil.disk_usage(folder).free
+            if needed > free:
+                raise WireError(507, f"{repo} needs {needed} bytes, and {free} are free in {self._cache}")
+            for file in missing:
+                yield from self._download(f"/{repo}/resolve/{commit}/{quote(file.name)}", file, folder / "blobs" / file.digest)
+            yield {"status": "verifying sha256 digest"}
+            yield {"status": "writing manifest"}
+            self._link(folder, commit, files)
+        except OSError as error:
+            raise WireError(500, f"{repo} cannot be written to {self._cache}: {_why(error)}") from None
+        log.info("pulled %s", repo)
+        yield {"status": "success"}
+
+    def find(self, name: str) -> str:
+        """The repo that a name means: itself, or the best of mlx-community's. Raises WireError if there is none."""
+        plain = re.sub(r"^(hf\.co|huggingface\.co)/", "", name).removesuffix(":latest")
+        if "/" in plain:
+            return plain
+        for words in dict.fromkeys((plain.partition(":")[0], re.match(r"[a-z]*", plain, re.I)[0])):
+            query = urlencode({"author": "mlx-community", "search": words, "sort": "downloads", "limit": 1000})
+            listed = self._ask(f"/api/models?{query}")
+            repo = best_repo(plain, [one["id"] for one in listed if is_a(one.get("id"), str)])
+            if repo:
+                return repo
+        raise WireError(404, f"mlx-community has no model '{name}'; any repo can be pulled as ORG/NAME")
+
+    def _list(self, repo: str) -> tuple[str, list[RemoteFile]]:
+        """A repo's last commit and those of its files that are wanted."""
+        info = self._ask(f"/api/models/{repo}/revision/main?blobs=true")
+        commit, files = info.get("sha"), []
+        for one in items(info, "siblings", dict):
+            name, lfs = dialects.take(one, "rfilename", str, required=True), dialects.take(one, "lfs", dict, default={})
+            digest = lfs.get("sha256") or one.get("blobId")
+            size = dialects.take(one, "size", int, required=True)
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.FILES):
+                files.append(RemoteFile(name, size, digest))
+        if not all(re.fullmatch(r"[\da-f]{40}([\da-f]{24})?", str(one)) for one in [commit, *(f.digest for f in files)]) or any(
+                {"..", "/", ""} & {*PurePosixPath(file.name).parts, file.name} for file in files):
+            raise WireError(502, f"the hub {self._url} describes {repo} in a way that makes no sense")
+        if not any(file.name.endswith(".safetensors") for file in files):
+            raise WireError(400, f"{repo} holds no MLX model: it has no model*.safetensors")
+        return commit, files
+
+    def _download(self, path: str, file: RemoteFile, blob: Path) -> Iterator[Object]:
+        """Brings a file, or the rest of one that was begun, to `blob`."""
+        part, told, hasher = blob.with_name(f"{blob.name}.incomplete"), -math.inf, file.hasher()
+        step = {"status": f"pulling {file.digest[:12]}", "digest": f"sha256:{file.digest}", "total": file.size}
+        with part.open("a+b") as out:
+            try:
+                fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise WireError(409, f"{file.name} is being downloaded already") from None
+            out.seek(0)
+            while piece := out.read(1 << 20):
+                hasher.update(piece)
+            for piece in self._pieces(path, out, file.size) if out.tell() < file.size else ():
+                if piece is None:  # from the beginning
+                    hasher = file.hasher()
+                    continue
+                out.write(piece)
+                hasher.update(piece)
+                if time.monotonic() - told > self.TELL:
+                    told = time.monotonic()
+                    yield {**step, "completed": out.tell()}
+            if out.tell() < file.size:
+                raise WireError(502, f"{file.name} broke off after {out.tell()} of {file.size} bytes; pull again to go on")
+            if hasher.hexdigest() != file.digest:
+                part.unlink()
+                raise WireError(502, f"{file.name} has arrived damaged; pull again")
+            os.replace(part, blob)
+        yield {**step, "completed": file.size}
+
+    def _pieces(self, path: str, out: BinaryIO, size: int) -> Iterator[bytes | None]:
+        """What follows in a file behind what `out` has; after None it is all of it."""
+        with self._open(path, out.tell()) as answer:
+            if out.tell() and answer.status != 206:
+                out.truncate(0)
+                yield None
+            try:
+                while piece := answer.read1(1 << 20):
+                    yield piece
+            except (OSError, http.client.HTTPException) as error:
+                raise WireError(502, f"the hub {self._url} failed: {_why(error)}; pull again to go on") from None
+
+    def _link(self, folder: Path, commit: str, files: list[RemoteFile]) -> None:
+        """Makes downloaded files a snapshot, the one that `main` means."""
+        for file in files:
+            link = folder / "snapshots" / commit / file.name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(os.path.relpath(folder / "blobs" / file.digest, link.parent))
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / "main").write_text(commit)
+
+    def _ask(self, path: str) -> Any:
+        try:
+            with self._open(path) as answer:
+                return json.load(answer)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise WireError(502, f"the hub {self._url} failed: {_why(error)}") from None
+
+    def _open(self, path: str, start: int = 0) -> Any:
+        """The hub's answer, from byte `start` on if it can. Raises WireError."""
+        request = urllib.request.Request(self._url + path, headers={"Range": f"bytes={start}-"} if start else {})
+        if self._token:  # for the hub alone, not for where it keeps its files
+            request.add_unredirected_header("Authorization", f"Bearer {self._token}")
+        try:
+            return urllib.request.urlopen(request, timeout=self.SILENCE)
+        except urllib.error.HTTPError as error:
+            if error.code in (401, 403, 404):
+                raise WireError(404, f"the hub {self._url} says {error.code} to {path}: there is no such repo, or it takes "
+                                     "a token, in HF_TOKEN, that may read it") from None
+            raise WireError(502, f"the hub {self._url} says {error.code} {error.reason} to {path}") from None
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise WireError(502, f"the hub {self._url} cannot be asked: {_why(getattr(error, 'reason', error))}") from None
+
+
 # ------------------------------------------------------------------ the command line
 
 
@@ -922,6 +1186,11 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _state_file() -> str:
+    """https://specifications.freedesktop.org/basedir-spec/latest/"""
+    return os.path.join(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "mlx-server", "presets.json")
+
+
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -932,6 +1201,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--models-dir", metavar="DIR", action="append", default=[], help="a folder of models (repeatable)")
     parser.add_argument("--alias", metavar="PATTERN=NAME", type=_pair, action="append", default=[],
                         help="serve names like PATTERN (a glob) with model NAME (repeatable)")
+    parser.add_argument("--state", metavar="FILE", default=_state_file(),
+                        help="where names given by Ollama's copy and create are kept (default: %(default)s)")
     parser.add_argument("--context", metavar="N", type=_positive, help="most tokens of prompt and answer together")
     parser.add_argument("--max-tokens", metavar="N", type=_positive, help="most tokens of an answer")
     parser.add_argument("--prompt-cache", metavar="SIZE", type=_bytes,
@@ -992,7 +1263,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         server.engine = Engine(args.model, models_dirs=args.models_dir, aliases=args.alias, context=args.context,
                                max_tokens=args.max_tokens, cache_limit=args.prompt_cache, cache_dir=args.cache_dir,
                                cache_dir_limit=args.cache_dir_size, kv_bits=args.kv_bits, memory=args.memory,
-                               max_loaded=args.max_loaded, max_queue=args.max_queue, keep_alive=args.keep_alive)
+                               max_loaded=args.max_loaded, max_queue=args.max_queue, keep_alive=args.keep_alive,
+                               state=args.state)
     except (EngineError, OSError) as error:
         reason = f"cannot keep a prompt cache in {args.cache_dir}: {error.strerror}" if isinstance(error, OSError) else error
         print(f"mlx-server: {reason}", file=sys.stderr)

@@ -22,7 +22,7 @@ class Server:
     def __init__(self, *flags: str, env: dict[str, str] | None = None):
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "mlx_server.py"), "--port", "0", *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "HF_HUB_CACHE": "/nonexistent", **(env or {})})
+            env={**os.environ, "HF_HUB_CACHE": "/nonexistent", "XDG_CONFIG_HOME": "/nonexistent", **(env or {})})
         self.lines: list[str] = []
         self._news = threading.Condition()
         threading.Thread(target=self._read, daemon=True).start()

@@ -12,8 +12,8 @@ import pytest
 from models import CONFIGS, build_model
 
 from engine import (
-    Done, Engine, EngineClosed, EngineError, Generation, ModelLoadError, ModelNotFound, PromptTooLong, Request, Runtime,
-    Sampling, Text, Tick,
+    Done, Engine, EngineClosed, EngineError, Generation, InvalidRequest, ModelLoadError, ModelNotFound, PromptTooLong, Request,
+    Runtime, Sampling, Text, Tick,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -221,3 +221,25 @@ engine.close()
 """
     out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert (out.returncode, out.stdout.strip()) == (0, "True"), out.stderr
+
+
+def test_a_gap_is_filled_with_the_tokenizers_own_tokens(tmp_path: Path):
+    path = build_model("qwen2", tmp_path / "coder")
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    before, fills, after = tokenizer["added_tokens"][-3:]
+    for token, mark in ((before, "<|fim_prefix|>"), (fills, "<|fim_middle|>"), (after, "<|fim_suffix|>")):
+        token["content"] = mark
+        settings.setdefault("added_tokens_decoder", {})[str(token["id"])] = {
+            key: value for key, value in token.items() if key != "id"}
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with Engine(str(path)) as engine:
+        assert "insert" in engine.resolve("coder").capabilities
+        gap = engine.submit(Request("coder", prompt="def f(", suffix="return x", max_tokens=1))
+        spelled = "<|fim_prefix|>def f(<|fim_suffix|>return x<|fim_middle|>"
+        assert gap._prompt.tokens == engine.submit(Request("coder", prompt=spelled, max_tokens=1))._prompt.tokens
+        decode, tokens = gap._tongue.tokenizer.decode, gap._prompt.tokens
+        assert [decode(tokens), decode(tokens[:1]), decode(tokens[-1:])] == [spelled, "<|fim_prefix|>", "<|fim_middle|>"]
+        with pytest.raises(InvalidRequest, match="cannot fill a gap"):
+            engine.submit(Request("demo", prompt="a", suffix="b"))

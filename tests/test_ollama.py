@@ -214,7 +214,7 @@ REFUSALS = [
      "messages.0.content: Input should be a valid string"),
     (OllamaChat, {"messages": [{"role": "user", "images": ["AA!A"]}]}, 400, "illegal base64 data at input byte 2"),
     (OllamaGenerate, {"images": ["AAA"]}, 400, "illegal base64 data at input byte 3"),
-    (OllamaGenerate, {"suffix": "x"}, 400, "m does not support insert"),
+    (OllamaGenerate, {"suffix": 1}, 400, "suffix: Input should be a valid string"),
     (OllamaGenerate, {"template": "{{ .Prompt }}"}, 400,
      "template is not supported by this server: models use their own"),
     *((OllamaGenerate, {"raw": True, key: value}, 400, "raw mode does not support template, system, or context")
@@ -236,6 +236,8 @@ def test_refusals(ask: type, fields: dict, status: int, message: str) -> None:
     (OllamaChat, {"think": False}, ["completion"], None), (OllamaChat, {}, ["completion"], None),
     (OllamaChat, {"think": True}, ["completion", "thinking"], None),
     (OllamaChat, {}, ["embedding"], '"m" does not support chat'),
+    (OllamaGenerate, {"suffix": "x"}, ["completion"], "m does not support insert"),
+    (OllamaGenerate, {"suffix": "x"}, ["completion", "insert"], None),
     (OllamaGenerate, {}, ["embedding"], '"m" does not support generate')])
 def test_what_a_model_cannot_do(ask: type, fields: dict, capabilities: list, message: str | None) -> None:
     reply = ask({"model": "m", "messages": HI, "prompt": "hi", **fields})
