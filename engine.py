@@ -592,7 +592,7 @@ class Presets:
                 os.replace(new, self._path)
             except OSError as error:
                 new.unlink(missing_ok=True)
-                raise EngineError(f"{self._path} cannot be written: {error.strerror}; the change lasts until the end") from None
+                raise EngineError(f"{self._path.name} cannot be written: {error.strerror}; the change lasts until the end") from None
 
 
 def _demos() -> list[Path]:
@@ -3896,7 +3896,7 @@ class Engine:
             raise InvalidRequest(f"to delete a model, say its whole name: '{local.name}'")
         folder = self._library.folder(local)
         if folder is None or local == self._default:
-            raise InvalidRequest(f"model '{local.name}' in {local.path} is not this server's to delete")
+            raise InvalidRequest(f"model '{local.name}' is not this server's to delete")
         self.unload(local.name)
         with self._lock:
             self._tongues.pop(local.name, None)

@@ -1008,14 +1008,14 @@ class Hub:
             missing = [file for file in files if not (folder / "blobs" / file.digest).exists()]
             needed, free = sum(file.size for file in missing), shutil.disk_usage(folder).free
             if needed > free:
-                raise WireError(507, f"{repo} needs {needed} bytes, and {free} are free in {self._cache}")
+                raise WireError(507, f"{repo} needs {needed} bytes, and {free} are free on the disk")
             for file in missing:
                 yield from self._download(f"/{repo}/resolve/{commit}/{quote(file.name)}", file, folder / "blobs" / file.digest)
             yield {"status": "verifying sha256 digest"}
             yield {"status": "writing manifest"}
             self._link(folder, commit, files)
         except OSError as error:
-            raise WireError(500, f"{repo} cannot be written to {self._cache}: {_why(error)}") from None
+            raise WireError(500, f"{repo} cannot be written to the model cache: {_why(error)}") from None
         log.info("pulled %s", repo)
         yield {"status": "success"}
 

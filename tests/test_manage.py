@@ -20,7 +20,7 @@ from conftest import ROOT, Server
 from test_http import ask
 from test_library import add_repo
 
-from engine import Engine, EngineError, InvalidRequest, ModelNotFound, Preset, Request
+from engine import Engine, EngineError, InvalidRequest, ModelNotFound, Preset
 
 HI = [{"role": "user", "content": "hi"}]
 
