@@ -3970,7 +3970,8 @@ class Engine:
             raise EngineBusy(f"{self._max_queue} requests are waiting already")
 
     def _waiting(self) -> int:
-        return len(self._queue) + sum(job._phase is Phase.WAITING for job in self._pool.jobs())
+        jobs = [*self._queue, *self._pool.jobs()]
+        return sum(job._phase is Phase.WAITING and not job._cancelled for job in jobs)
 
     def _look_up(self, job: Generation) -> None:
         """Notes what of a prompt was read before, as far as that is known now."""
@@ -4027,9 +4028,9 @@ class Engine:
         """Figures of this moment."""
         from mlx.core import get_active_memory
 
-        pool, waiting = self._pool, self._waiting()
-        running = len(self._queue) + len(pool.jobs()) - waiting
-        return Stats(waiting, running, len(pool.runtimes), pool.prefixes.nbytes, pool.prefixes.limit, get_active_memory(),
+        pool = self._pool
+        running = sum(job._phase is not Phase.WAITING for job in pool.jobs())
+        return Stats(self._waiting(), running, len(pool.runtimes), pool.prefixes.nbytes, pool.prefixes.limit, get_active_memory(),
                      pool.memory, self._totals)
 
     def drain(self, seconds: float) -> None:

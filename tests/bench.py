@@ -388,7 +388,7 @@ def soak(args: argparse.Namespace) -> None:
     """64 connections and 1,000 requests of all dialects, a fifth of which hang up."""
     from soak import Soak, memory
 
-    with target(args) as url:
+    with target(args, "--max-queue", "128") as url:
         port = urlsplit(url).port
         trouble = Soak(port, 64, [], requests=1000)
         trouble.learn()
@@ -398,7 +398,7 @@ def soak(args: argparse.Namespace) -> None:
         seconds, after = time.perf_counter() - started, memory(port, [])
         print(f"{sum(report.done.values())} requests in {seconds:.0f} s: {dict(report.done)}")
         print(f"{len(report.wrong)} wrong or stuck {report.wrong[:3]}")
-        print(f"memory beside the prefix cache {before / 1e6:.1f} MB before, {after / 1e6:.1f} MB after ({after / before - 1:+.1%})")
+        print(f"memory, prompt cache emptied: {before / 1e6:.1f} MB before, {after / 1e6:.1f} MB after ({after / before - 1:+.1%})")
         print(f"GET /api/version within {report.slowest_version * 1000:.0f} ms (99 of 100), {len(report.version)} times")
 
 

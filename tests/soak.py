@@ -254,14 +254,14 @@ def figure(port: int, name: str) -> float:
 
 
 def memory(port: int, others: list[str]) -> float:
-    """Bytes of MLX's beside the prefix cache, once nothing runs any more and the other models are unloaded."""
-    for model in others:
+    """What MLX holds, in bytes, once nothing runs any more and all models were unloaded and the demo loaded again."""
+    for body in [*({"model": model, "keep_alive": 0} for model in [*others, "demo"]), {"model": "demo", "keep_alive": -1}]:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        connection.request("POST", "/api/generate", json.dumps({"model": model, "keep_alive": 0}))
+        connection.request("POST", "/api/generate", json.dumps(body))
         connection.getresponse().read()
         connection.close()
     deadline = time.monotonic() + 60
     while figure(port, "running_requests") or figure(port, "waiting_requests"):
         if time.monotonic() > deadline:
             raise TimeoutError("a request is stuck")
-    return figure(port, "memory_bytes") - figure(port, "prefix_cache_bytes")
+    return figure(port, "memory_bytes")

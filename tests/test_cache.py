@@ -155,7 +155,7 @@ def test_the_last_words_can_be_changed(options: dict):
 
 
 def test_a_failed_prefill_keeps_its_finished_chunks(options: dict, monkeypatch: pytest.MonkeyPatch):
-    messages = [SYSTEM, user("fail " * 1500)]
+    messages = [SYSTEM, user("fail " * 900)]
     with Engine(**options) as engine:
         expected = cold(engine, messages)
         engine.unload(engine._default.name)

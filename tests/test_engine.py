@@ -68,7 +68,7 @@ def test_conversations_share_the_system_prompt_and_answers_stay_those_of_a_cold_
 
 
 def test_a_cancelled_prefill_keeps_what_it_has_and_resuming_changes_nothing(engine: Engine):
-    messages = [user("word " * 1500)]
+    messages = [user("word " * 700)]
     expected = cold(engine, messages)
     engine.unload(engine._default.name)
     generation = engine.chat(messages, max_tokens=4)
