@@ -11,6 +11,8 @@ import json
 import random
 import re
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -39,7 +41,31 @@ class Report:
     @property
     def slowest_version(self) -> float:
         """Seconds within which 99 of 100 were answered."""
-        return statistics.quantiles(self.version, n=100)[98] if len(self.version) > 1 else 0.0
+        return statistics.quantiles(self.version, n=100)[98]
+
+
+class Probe:
+    """Asks for `/api/version` 20 times a second, in a process of its own: what it sees is the server's delay alone."""
+
+    def __init__(self, port: int):
+        self._process = subprocess.Popen([sys.executable, __file__, str(port)], stdin=subprocess.PIPE,
+                                         stdout=subprocess.PIPE, text=True)
+
+    def stop(self) -> list[float]:
+        """Ends it; returns the seconds that each answer took."""
+        return [float(line) for line in self._process.communicate("")[0].split()]
+
+
+def probe(port: int) -> None:
+    ended = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.read(), ended.set())).start()
+    while not ended.wait(0.05):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        started = time.perf_counter()
+        connection.request("GET", "/api/version")
+        json.loads(connection.getresponse().read())["version"]
+        print(time.perf_counter() - started)
+        connection.close()
 
 
 def body(dialect: str, model: str, words: str, preface: str, stream: bool, tokens: int) -> dict:
@@ -48,10 +74,12 @@ def body(dialect: str, model: str, words: str, preface: str, stream: bool, token
     if dialect == "anthropic":
         return {"model": model, "max_tokens": tokens, "temperature": 0, "system": preface, "tools": TOOLS, "messages": turns,
                 "stream": stream}
-    tools = [{"type": "function", "function": {"name": t["name"], "description": t["description"], "parameters": t["input_schema"]}}
-             for t in TOOLS]
+    tools = [{"type": "function", "function": {
+        "name": tool["name"], "description": tool["description"], "parameters": tool["input_schema"]}} for tool in TOOLS]
     turns = [{"role": "system", "content": preface}, *turns] if preface else turns
-    limits = {"options": {"num_predict": tokens, "temperature": 0}} if dialect == "ollama" else {"max_tokens": tokens, "temperature": 0}
+    limits = {"max_tokens": tokens, "temperature": 0}
+    if dialect == "ollama":
+        limits = {"options": {"num_predict": tokens, "temperature": 0}}
     return {"model": model, "messages": turns, "tools": tools, "stream": stream, **limits}
 
 
@@ -119,7 +147,7 @@ class Client:
 
     def run(self) -> None:
         while self.soak.goes_on():
-            kind = self.rng.choices(("ask", "hang up", "nonsense", "other model", "look"), self.soak.weights)[0]
+            kind = self.rng.choices(("ask", "hang up", "nonsense", "other model"), self.soak.weights)[0]
             try:
                 getattr(self, kind.replace(" ", "_"))()
             except Exception as error:  # whatever it is, it is the server's fault
@@ -168,16 +196,6 @@ class Client:
             raise ValueError(f"{model} -> {response.status} {lines}")
         read(dialect, stream, lines)
 
-    def look(self) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self.soak.port, timeout=self.soak.patience)
-        started = time.monotonic()
-        connection.request("GET", "/api/version")
-        answer = json.loads(connection.getresponse().read())
-        self.soak.note_version(time.monotonic() - started)
-        connection.close()
-        if "version" not in answer:
-            self.soak.note_wrong(f"/api/version -> {answer}")
-
 
 class Soak:
     """`clients` of a server at `port` that has the demo model and `others`, until `seconds` or `requests` are through."""
@@ -187,7 +205,7 @@ class Soak:
     def __init__(self, port: int, clients: int, others: list[str], *, seconds: float | None = None, requests: int | None = None,
                  hang_ups: int = 20):
         self.port, self.clients, self.others = port, clients, others
-        self.weights = [70 - hang_ups, hang_ups, 10, 5 if others else 0, 15]
+        self.weights = [85 - hang_ups, hang_ups, 10, 5 if others else 0]
         self.report = Report()
         self._until, self._left, self._seconds = 0.0, requests, seconds
         self._lock = threading.Lock()
@@ -205,10 +223,12 @@ class Soak:
         """Lets everybody loose."""
         self._until = time.monotonic() + (self._seconds or 0)
         threads = [threading.Thread(target=Client(self, seed).run) for seed in range(self.clients)]
+        probe = Probe(self.port)
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        self.report.version = probe.stop()
         return self.report
 
     def goes_on(self) -> bool:
@@ -239,10 +259,6 @@ class Soak:
         with self._lock:
             self.report.done[kind] += 1
 
-    def note_version(self, seconds: float) -> None:
-        with self._lock:
-            self.report.version.append(seconds)
-
 
 def figure(port: int, name: str) -> float:
     """A figure of the server's `/metrics`."""
@@ -265,3 +281,7 @@ def memory(port: int, others: list[str]) -> float:
         if time.monotonic() > deadline:
             raise TimeoutError("a request is stuck")
     return figure(port, "memory_bytes")
+
+
+if __name__ == "__main__":
+    probe(int(sys.argv[1]))

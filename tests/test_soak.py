@@ -21,7 +21,7 @@ def test_a_long_day_with_many_clients(tmp_path: Path):
         before = memory(server.port, others)
         report = soak.run()
         assert not report.wrong, report.wrong[:5]
-        assert all(report.done[kind] for kind in ("ask", "hang up", "nonsense", "other model", "look"))
+        assert all(report.done[kind] for kind in ("ask", "hang up", "nonsense", "other model"))
         assert figure(server.port, "prefix_cache_bytes") <= 64 * 2**20
         assert memory(server.port, others) <= 1.05 * before
         assert figure(server.port, "up") == 1
