@@ -2514,7 +2514,7 @@ class PrefixCache:
         """Files a state and makes room for it. A line that the new one continues is dropped. On the MLX thread."""
         import mlx.core as mx
 
-        mx.eval([layer.state for layer in map(_own, line.cache)])
+        mx.eval([_own(layer).state for layer in line.cache if not _cuttable(layer)])
         if line.nbytes > self.limit:
             line = self._beginning(line)
         if not line.tokens:
