@@ -441,14 +441,15 @@ def render(args: argparse.Namespace) -> None:
     cold, _ = timed(lambda: tongue.prompt(first))
     for request in (second, third):  # turns of other kinds than the first
         prefixes.put(Line(tongue.prompt(request).tokens, []))
-    ratios = []
+    grown, again = [], []
     for request in requests[-args.runs:]:
         gc.collect()
-        warm, (_, found) = timed(lambda: prefixes.find("", tongue.prompt(request).tokens))
-        ratios.append(warm / cold)
-        print(f"{found} tokens: cold {cold * 1000:.0f} ms, found with the next turn in {warm * 1000:.1f} ms, ratio {ratios[-1]:.3f}")
+        for ratios in (grown, again):  # with the turn's new text to tokenise, and without
+            seconds, (_, found) = timed(lambda: prefixes.find("", tongue.prompt(request).tokens))
+            ratios.append(seconds / cold)
         prefixes.put(Line(tongue.prompt(request).tokens, []))
-    print(f"median ratio {statistics.median(ratios):.3f}")
+        print(f"{found} tokens: cold {cold * 1000:.0f} ms, with a new turn {grown[-1]:.3f} of that, once more {again[-1]:.3f}")
+    print(f"median ratios {statistics.median(grown):.3f} and {statistics.median(again):.3f}")
 
 
 def timed(call: Any) -> tuple[float, Any]:
