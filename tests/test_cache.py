@@ -192,7 +192,7 @@ def test_a_warm_turn_needs_little_memory_beside_its_own_state(folder: Path):
     import mlx.core as mx
 
     with Engine(str(folder / "qwen3")) as engine:
-        messages = turns(engine, [SYSTEM, user("begin " * 2500)], 2)
+        messages = turns(engine, [SYSTEM, user("begin " * 1000)], 2)
         kept, live = engine._pool.prefixes.nbytes, mx.get_active_memory()
         mx.reset_peak_memory()
         answer(engine, messages)
