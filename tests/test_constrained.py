@@ -61,11 +61,11 @@ WRAPS = [
     lambda part: {"type": "array", "prefixItems": [part, {"type": "boolean"}], "items": False, "minItems": 2},
 ]
 TITLE = {"$schema": "https://json-schema.org/draft/2020-12/schema", **obj(title=text(20, description="3 to 7 words"))}
-TODO = obj(content=text(8, minLength=1), status={"type": "string", "enum": ["pending", "in_progress", "completed"]},
+TASK = obj(content=text(8, minLength=1), status={"type": "string", "enum": ["pending", "in_progress", "completed"]},
            activeForm=text(8, minLength=1))
 LIKE_CLAUDE_CODE = [
     TITLE, {**TITLE, **obj(isNewTopic={"type": "boolean"}, title={"anyOf": [text(20), {"type": "null"}]})},
-    obj(todos=rows(TODO, 3)), obj(["command"], command=text(12), timeout={"type": "number", "maximum": 600000, "minimum": 1000},
+    obj(todos=rows(TASK, 3)), obj(["command"], command=text(12), timeout={"type": "number", "maximum": 600000, "minimum": 1000},
                                   run_in_background={"type": "boolean"}, description=text(5)),
     obj(["file_path", "old_string"], file_path=text(9, pattern="^/[a-z/]{1,8}$"), old_string=text(9), replace_all={
         "default": False, "type": "boolean"}),
@@ -235,7 +235,7 @@ def test_a_matcher_that_gives_up_ends_the_turn_and_says_why(engine: Engine):
     assert "doesn't satisfy the grammar" in constraint.error and "\n" not in constraint.error
 
 
-TOOLS = [tool("Todo_Write", obj(todos=rows(TODO, 1))), tool("set", obj(["on"], on={"type": "boolean"}, level={
+TOOLS = [tool("Todo_Write", obj(todos=rows(TASK, 1))), tool("set", obj(["on"], on={"type": "boolean"}, level={
     "type": "integer", "minimum": 0, "maximum": 9})), tool("Farbe-ändern", obj(["c"], c={"enum": ["rot", "grün"]}, n={"type": "null"})),
     tool("nothing", obj())]
 ARGUMENTS = {one["function"]["name"]: one["function"]["parameters"] for one in TOOLS}
