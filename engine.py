@@ -3685,11 +3685,11 @@ class Pool:
 
     def settle(self) -> Generation | None:
         """Adapts the prefix cache to what the others take. When they take too much, pauses a request and returns it."""
-        running = [(job.request.priority, job._born, job, r) for r in self.runtimes.values() for job in r.decoding()]
         paused = None
-        if self._committed() > self.memory and len(self.jobs()) > 1 and running:
-            _, _, latest, runtime = max(running, key=lambda entry: entry[:2])
-            paused = latest if runtime.pause(latest) else None
+        if self._committed() > self.memory and len(self.jobs()) > 1:
+            running = [(job, runtime) for runtime in self.runtimes.values() for job in runtime.decoding()]
+            latest, runtime = max(running, key=lambda pair: (pair[0].request.priority, pair[0]._born), default=(None, None))
+            paused = latest if latest and runtime.pause(latest) else None
         self.prefixes.evict()
         return paused
 

@@ -762,7 +762,7 @@ class Stream:
     a server-sent event already."""
 
     def __init__(self, handler: Handler, framing: str, headers: dict[str, str]):
-        self._handler, self._file = handler, handler.wfile
+        self._file = handler.wfile
         self._chunked = handler.request_version != "HTTP/1.0"
         self._framing = framing
         if framing == "lines" and "text/event-stream" in handler.headers.get("Accept", ""):

@@ -13,6 +13,7 @@ from typing import Iterator
 import pytest
 from conftest import Server
 from models import build_model
+from soak import figure
 
 from dialects import AnthropicMessages
 from engine import Text, Usage
@@ -81,13 +82,9 @@ def get(server: Server, path: str) -> tuple[int, str]:
     return response.status, response.read().decode()
 
 
-def figure(server: Server, name: str) -> float:
-    return float(re.search(rf"^mlx_server_{re.escape(name)} (\S+)$", get(server, "/metrics")[1], re.M)[1])
-
-
 def until(server: Server, name: str, value: float) -> None:
     deadline = time.monotonic() + 30
-    while figure(server, name) != value:
+    while figure(server.port, name) != value:
         assert time.monotonic() < deadline, f"{name} never was {value}"
 
 
@@ -193,13 +190,13 @@ def test_metrics_count_what_was_done(start):
     list(chat(server, "hi", options={"num_predict": 2}).lines())
     assert messages(server, "hi", model="nobody").wait().status == 404
     server.wait_for("nobody")
-    assert figure(server, 'http_requests_total{dialect="anthropic",status="200"}') == 1
-    assert figure(server, 'http_requests_total{dialect="anthropic",status="404"}') == 1
-    assert figure(server, 'generations_total{ending="length"}') == 2
-    assert figure(server, "completion_tokens_total") == 5
-    assert 0 < figure(server, "cached_tokens_total") < figure(server, "prompt_tokens_total")
-    assert figure(server, "time_to_first_token_seconds_count") == 2
-    assert 0 < figure(server, "memory_bytes") < figure(server, "memory_limit_bytes")
+    assert figure(server.port, 'http_requests_total{dialect="anthropic",status="200"}') == 1
+    assert figure(server.port, 'http_requests_total{dialect="anthropic",status="404"}') == 1
+    assert figure(server.port, 'generations_total{ending="length"}') == 2
+    assert figure(server.port, "completion_tokens_total") == 5
+    assert 0 < figure(server.port, "cached_tokens_total") < figure(server.port, "prompt_tokens_total")
+    assert figure(server.port, "time_to_first_token_seconds_count") == 2
+    assert 0 < figure(server.port, "memory_bytes") < figure(server.port, "memory_limit_bytes")
     for line in get(server, "/metrics")[1].splitlines():
         assert re.fullmatch(r"# (HELP|TYPE) mlx_server_\w+ .+|mlx_server_\w+(\{[^{}]*\})? [0-9.e+-]+", line), line
 
