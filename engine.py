@@ -4158,10 +4158,10 @@ class Engine:
 
     def _step(self) -> None:
         """Ends what was cancelled, takes in what is new, reads a chunk of one prompt, adds a token to each answer."""
-        before = self._pool.jobs()
+        jobs = self._pool.jobs()
         for runtime in self._pool.runtimes.values():
             runtime.drop_cancelled()  # first, so that the same request sent again finds what was computed
-        self._admit()
+        jobs += self._admit()
         if paused := self._pool.settle():
             log.info("out of memory for all answers at once: one waits after %d tokens", paused.usage.completion_tokens)
             with self._lock:
@@ -4177,11 +4177,12 @@ class Engine:
         for runtime in runtimes:
             runtime.decode()
         self._schedule.decoded(time.perf_counter() - started)
-        self._count(before)
+        self._count(jobs)
 
-    def _admit(self) -> None:
+    def _admit(self) -> list[Generation]:
         """Lets requests in, the highest priority first and then as they came, until one has to wait for a model or for
-        memory; then everyone behind it waits, too."""
+        memory; then everyone behind it waits, too. Returns those that are in."""
+        admitted: list[Generation] = []
         with self._lock:
             self._queue = [job for job in self._queue if not job._cancelled]
             queue = sorted(self._queue, key=lambda job: job.request.priority)
@@ -4189,7 +4190,7 @@ class Engine:
             try:
                 runtime = self._open(job.model, job._tongue)
                 if runtime is None or not self._pool.fits(runtime, job):
-                    return
+                    break
             except EngineError as error:
                 self._leave_queue(job)
                 self._totals.endings[type(error).__name__] += 1
@@ -4197,14 +4198,16 @@ class Engine:
                 continue
             self._leave_queue(job)
             runtime.admit(job)
+            admitted.append(job)
+        return admitted
 
     def _leave_queue(self, job: Generation) -> None:
         with self._lock:
             self._queue.remove(job)
 
-    def _count(self, before: list[Generation]) -> None:
-        """Adds the requests that this step has ended to the totals."""
-        for job in before:
+    def _count(self, jobs: list[Generation]) -> None:
+        """Adds those requests that have ended to the totals."""
+        for job in jobs:
             if job._phase is Phase.ENDED:
                 self._totals.endings[job.ending] += 1
                 self._totals.prompt_tokens += job.prompt_tokens

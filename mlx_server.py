@@ -454,7 +454,7 @@ class Handler(BaseHTTPRequestHandler):
                     if isinstance(event, Tick):
                         objects = reply.ping(stream.lull) if stream and stream.silence >= PING_AFTER else []
                     else:
-                        first = first or time.monotonic()
+                        first = first or (None if isinstance(event, Done) else time.monotonic())
                         objects = reply.event(event)
                 if time.monotonic() - looked >= LOOK_AFTER:
                     if self.hung_up():

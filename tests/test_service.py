@@ -188,11 +188,13 @@ def test_metrics_count_what_was_done(start):
     server = start()
     list(messages(server, "hi", max_tokens=3).lines())
     list(chat(server, "hi", options={"num_predict": 2}).lines())
+    list(Call(server, "/api/generate", "").lines())  # only loads the model
     assert messages(server, "hi", model="nobody").wait().status == 404
     server.wait_for("nobody")
     assert figure(server.port, 'http_requests_total{dialect="anthropic",status="200"}') == 1
     assert figure(server.port, 'http_requests_total{dialect="anthropic",status="404"}') == 1
     assert figure(server.port, 'generations_total{ending="length"}') == 2
+    until(server, 'generations_total{ending="load"}', 1)
     assert figure(server.port, "completion_tokens_total") == 5
     assert 0 < figure(server.port, "cached_tokens_total") < figure(server.port, "prompt_tokens_total")
     assert figure(server.port, "time_to_first_token_seconds_count") == 2
