@@ -3,13 +3,13 @@
     python tests/bench.py [--minutes 10] [--model NAME] [--against URL --against-model NAME] [--plot FILE.png]
 
 starts this server with its default model, or asks the one at `--url`. `--against` names a server to compare it with (Ollama's
-http://localhost:11434, say; `mlx_lm` is mlx-lm's own, which is started for it). Both are asked in turn, greedily and with the
-same prompts, of which none has been seen before; so both models have to fit into memory. `loop`, `prefill`, `decode`,
-`concurrent` and `contended` are parts of the table and can be named, to measure nothing else. Besides, there are
+http://localhost:11434, say); else it is compared with itself and mlx-lm's `stream_generate`. Both sides are asked in turn,
+greedily, with the same prompts, none of which they have seen before; so both models have to fit into memory together. Parts of
+the table can be named, to measure nothing else: `loop`, `prefill`, `decode`, `concurrent`, `contended`. Besides, there are
 
-    python tests/bench.py reuse [--trace FILE]     a recorded session again: what of each prompt had to be prefilled
-    python tests/bench.py render                   a prompt that has grown: rendering, tokenising and look-up, warm as a ratio to cold
-    python tests/bench.py soak                     64 clients that hang up and come back: what goes wrong, and memory
+    python tests/bench.py reuse [--trace FILE]   a recorded session again: what of each prompt had to be prefilled
+    python tests/bench.py render                 a prompt that has grown: rendering, tokenising and look-up, warm as a ratio to cold
+    python tests/bench.py soak                   64 clients that hang up and come back: what goes wrong, and memory
 
 A trace is `{"requests": [{"body": {...Messages API...}}, ...]}`.
 """
@@ -26,13 +26,12 @@ import os
 import platform
 import random
 import re
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -43,6 +42,7 @@ from urllib.parse import urlsplit
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+FAILURES = OSError, ValueError, LookupError, http.client.HTTPException  # of other people's servers
 
 
 # ------------------------------------------------------------------ one request
@@ -50,9 +50,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 @dataclass
 class Answer:
-    """What a request cost: tokens of the prompt and those of them that were read before (None: the server does not tell), tokens
-    of the answer, seconds to the first piece of it, from there to the last, and those that the server says it read the prompt
-    for; and the content blocks in the Messages API's form."""
+    """What a request cost: tokens of the prompt and those of them that were read before (None: the server does not tell),
+    tokens of the answer, seconds to the first piece of it, from there to the last, and those that the server says it read the
+    prompt for; and the content blocks in the Messages API's form."""
 
     prompt: int = 0
     reused: int | None = None
@@ -100,15 +100,18 @@ class Side:
         answer.tokens, answer.prompt = answer.tokens or pieces, answer.prompt or len(json.dumps(body)) // 4
         for block in answer.content:
             if block["type"] == "tool_use":
-                with contextlib.suppress(ValueError):  # it was cut off
-                    block["input"] = json.loads(block.pop("json") or "{}")
+                block["input"], arguments = {}, block.pop("json")
+                with contextlib.suppress(ValueError):  # there are none, or they were cut off
+                    block["input"] = json.loads(arguments)
         return answer
 
     def memory(self) -> float:
-        """Bytes that the server says it holds, by our metrics or Ollama's list of models; 0 if it does not."""
-        with contextlib.suppress(OSError, ValueError, KeyError, http.client.HTTPException):
-            return figure(self.url, "memory_bytes") or sum(one["size"] for one in get(self.url, "/api/ps")["models"])
-        return 0.0
+        """GB that the server says it holds, in Ollama's list of models or our metrics; 0 if it does not."""
+        with contextlib.suppress(*FAILURES):
+            if self.api == "ollama":
+                return sum(one["size"] for one in json.loads(get(self.url, "/api/ps"))["models"]) / 1e9
+            return (figure(self.url, "memory_bytes") or 0) / 1e9
+        return 0
 
 
 @contextlib.contextmanager
@@ -117,44 +120,42 @@ def request(url: str, path: str, payload: dict | None = None) -> Iterator[http.c
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=3600)
     with contextlib.closing(connection):
-        connection.request("POST" if payload else "GET", parts.path.rstrip("/") + path, payload and json.dumps(payload).encode(), {
+        connection.request("POST" if payload else "GET", parts.path.rstrip("/") + path, json.dumps(payload), {
             "Content-Type": "application/json", "x-api-key": "bench", "anthropic-version": "2023-06-01"})
         yield connection.getresponse()
 
 
-def get(url: str, path: str) -> dict:
-    """A JSON answer, empty if the status is not 200. Raises OSError or ValueError."""
+def get(url: str, path: str) -> str:
+    """The text that GET brings, empty if the status is not 200."""
     with request(url, path) as response:
-        return json.load(response) if response.status == 200 else {}
+        return response.read().decode() if response.status == 200 else ""
 
 
 def figure(url: str, name: str) -> float | None:
     """A figure of the `/metrics` of a server of ours."""
-    with request(url, "/metrics") as response:
-        found = re.search(rf"^mlx_server_{name} (\S+)$", response.read().decode(errors="replace"), re.M)
+    found = re.search(rf"^mlx_server_{name} (\S+)$", get(url, "/metrics"), re.M)
     return float(found[1]) if found else None
 
 
 def find_out(name: str, url: str, api: str | None, model: str | None) -> Side:
     """The server at a URL, in that of its APIs that tells most, with its only model if none is named. Raises SystemExit."""
-    failed: list[str] = []
-    sides: list[Side] = []
+    sides, failed = [], []
     try:
-        models = [one["name"] for one in get(url, "/api/tags").get("models", [])]
-        models = models or [one["id"] for one in get(url, "/v1/models").get("data", [])]
-        if not model and len(models) != 1:
-            raise SystemExit(f"bench: name the model of {url}: {', '.join(models) or 'it lists none'}")
-        for one in [api] if api else APIS:
-            side = Side(name, url, one, model or models[0], model or models[0])
-            try:
-                *_, again = (side.ask(say(text("probe", 50), 1)) for _ in range(2))
-            except OSError as error:
-                failed.append(str(error))
-            else:
-                side.tells = bool(again.reused)
-                sides.append(side)
-    except (OSError, ValueError, http.client.HTTPException) as error:
+        listed = json.loads(get(url, "/api/tags") or get(url, "/v1/models"))
+        models = [model] if model else [one.get("name") or one["id"] for one in listed.get("models") or listed["data"]]
+    except FAILURES as error:
         raise SystemExit(f"bench: {url} cannot be asked: {error}") from None
+    if len(models) != 1:
+        raise SystemExit(f"bench: name the model of {url}: {', '.join(models)}")
+    for one in [api] if api else APIS:
+        side = Side(name, url, one, models[0], f"{models[0]}, asked in its API '{one}'")
+        try:
+            *_, again = (side.ask(say(text("probe", 20), 1)) for _ in range(2))
+        except FAILURES as error:
+            failed.append(str(error))
+        else:
+            side.tells = bool(again.reused)
+            sides.append(side)
     if not sides:
         raise SystemExit(f"bench: {'; '.join(failed)}")
     return max(sides, key=lambda side: side.tells)
@@ -184,7 +185,7 @@ class Generate:
         return Answer(len(prompt), 0, last.generation_tokens, first, seen - started - first)
 
     def memory(self) -> float:
-        return 0.0
+        return 0
 
 
 def read_event(event: dict, answer: Answer) -> bool:
@@ -269,8 +270,8 @@ def as_chat(body: dict) -> dict:
 
 
 APIS: dict[str, tuple[str, Callable[[dict], dict], Callable[[dict, Answer], bool]]] = {
-    "ollama": ("/api/chat", as_ollama, read_object), "chat": ("/v1/chat/completions", as_chat, read_chunk),
-    "messages": ("/v1/messages", dict, read_event)}
+    "ollama": ("/api/chat", as_ollama, read_object), "messages": ("/v1/messages", dict, read_event),
+    "chat": ("/v1/chat/completions", as_chat, read_chunk)}
 
 
 def blocks(content: str | list[dict]) -> list[dict]:
@@ -279,6 +280,7 @@ def blocks(content: str | list[dict]) -> list[dict]:
 
 # ------------------------------------------------------------------ recorded and made-up sessions
 
+STORY = "Write a story of 1000 words about the ship {}."  # asks for a long answer
 
 @functools.cache
 def source() -> tuple[str, list[tuple[int, int]]]:
@@ -297,11 +299,6 @@ def excerpt(rng: random.Random, count: int) -> str:
 def text(salt: str, words: int) -> str:
     """A text that begins like no other of another salt."""
     return f"{salt}\n{excerpt(random.Random(salt), words)}"
-
-
-def story(salt: str) -> str:
-    """Asks for a long answer."""
-    return f"Write a story of 1000 words about the ship {salt}."
 
 
 def say(words: str, tokens: int) -> dict:
@@ -358,46 +355,42 @@ def pieces(body: dict) -> list[str]:
 
 @dataclass
 class Plan:
-    """Sizes, the same for both sides: words of a prompt (a contended one has twice as many), tokens of an answer, turns of a
-    session, and seconds to wait until a prompt is being read. `salt` begins every prompt, and no two plans have the same."""
+    """Sizes, the same for both sides: words of a prompt and of a long one, tokens of an answer, turns of a session. `salt` begins
+    every prompt, and no two plans have the same."""
 
-    words: int = 200
-    tokens: int = 24
-    turns: int = 5
-    delay: float = 0.0
+    words: int = 100
+    long: int = 200
+    tokens: int = 16
+    turns: int = 4
     salt: str = field(default_factory=lambda: f"{time.time_ns():x}")
 
 
-def session(side: Side, salt: str, words: int, turns: int) -> Iterator[tuple[Answer, int, int]]:
-    """An agent's session in which each turn answers the model's last one: for each turn the answer, the new tokens of its prompt
-    and those that were prefilled. A server that does not tell has prefilled in proportion to the time it took, of which the
-    first turn is the measure."""
-    body = {"max_tokens": 96, "system": "You are an agent.\n" + text(salt, words), "tools": [
+def loop(side: Side, plan: Plan, salt: str) -> dict[str, float]:
+    """An agent's session in which each turn answers the model's last one. Where a server does not tell what it had read before,
+    it is taken to have prefilled in proportion to the time that it took, of which the first turn is the measure."""
+    fields = {"command": {"type": "string"}, "timeout": {"type": "number"}}
+    body = {"max_tokens": 96, "system": "You are an agent.\n" + text(salt, plan.words), "tools": [
         {"name": "Bash", "description": f"Runs a command. {salt}", "input_schema": {
-            "type": "object", "properties": {"command": {"type": "string"}, "timeout": {"type": "number"}}, "required": ["command"]}}]}
+            "type": "object", "properties": fields, "required": ["command"]}}]}
     messages: list[dict] = [{"role": "user", "content": "run echo 0"}]
-    known, cold = 0, None
-    for number in range(1, turns + 1):
+    answers: list[Answer] = []
+    new = read = 0
+    for turn in range(plan.turns):
         answer = side.ask({**body, "messages": messages})
-        cold = cold or answer
-        share = (answer.reading or answer.first) / (cold.reading or cold.first)
-        read = answer.prompt - answer.reused if side.tells else min(answer.prompt, round(cold.prompt * share))
-        yield answer, answer.prompt - known, read
-        known = answer.prompt + answer.tokens
+        if answers:
+            share = (answer.reading or answer.first) / (answers[0].reading or answers[0].first)
+            read += answer.prompt - (answer.reused or 0) if side.tells else min(answer.prompt, round(answers[0].prompt * share))
+            new += answer.prompt - answers[-1].prompt - answers[-1].tokens
+        answers.append(answer)
         calls = [block for block in answer.content if block["type"] == "tool_use"]
         for call in calls:  # agents send inputs back validated: in another order, with defaults
             call["input"] = {"timeout": 120000, **dict(reversed(call["input"].items()))}
-        said = calls or any(block["type"] == "text" for block in answer.content)
-        messages.append({"role": "assistant", "content": answer.content + ([] if said else [{"type": "text", "text": "(nothing)"}])})
-        messages.append({"role": "user", "content": [
-            {"type": "tool_result", "tool_use_id": call["id"], "content": f"line {number}"} for call in calls
-        ] or f"run echo {number}"})
-
-
-def loop(side: Side, plan: Plan, salt: str) -> dict[str, float]:
-    (first, _, _), *later = session(side, salt, plan.words, plan.turns)
-    new, read = (sum(turn[n] for turn in later) for n in (1, 2))
-    return {"cold": first.first, "warm": statistics.median(turn[0].first for turn in later), "reread": read / max(1, new)}
+        if all(block["type"] == "thinking" for block in answer.content):
+            answer.content.append({"type": "text", "text": "(nothing)"})
+        results = [{"type": "tool_result", "tool_use_id": call["id"], "content": f"line {turn}"} for call in calls]
+        messages.append({"role": "assistant", "content": answer.content})
+        messages.append({"role": "user", "content": results or f"run echo {turn}"})
+    return {"cold": answers[0].first, "warm": statistics.median(a.first for a in answers[1:]), "reread": read / max(1, new)}
 
 
 def prefill(side: Side | Generate, plan: Plan, salt: str) -> dict[str, float]:
@@ -406,7 +399,7 @@ def prefill(side: Side | Generate, plan: Plan, salt: str) -> dict[str, float]:
 
 
 def decode(side: Side | Generate, plan: Plan, salt: str) -> dict[str, float]:
-    answer = side.ask(say(story(salt), plan.tokens))
+    answer = side.ask(say(STORY.format(salt), plan.tokens))
     if answer.tokens < 2 or not answer.rest:
         raise ValueError(f"an answer of {answer.tokens} tokens that came at once has no speed")
     return {"decode": (answer.tokens - 1) / answer.rest}
@@ -415,7 +408,7 @@ def decode(side: Side | Generate, plan: Plan, salt: str) -> dict[str, float]:
 def concurrent(side: Side, plan: Plan, salt: str) -> dict[str, float]:
     def together(count: int) -> float:
         with ThreadPoolExecutor(count) as pool:
-            answers = list(pool.map(lambda n: side.ask(say(story(f"{salt} {count} {n}"), plan.tokens)), range(count)))
+            answers = list(pool.map(lambda n: side.ask(say(STORY.format(f"{salt} {count} {n}"), plan.tokens)), range(count)))
         return sum(a.tokens for a in answers) / max(a.first + a.rest for a in answers)
 
     return {"one": together(1), "concurrent": together(8)}
@@ -424,8 +417,8 @@ def concurrent(side: Side, plan: Plan, salt: str) -> dict[str, float]:
 def contended(side: Side, plan: Plan, salt: str) -> dict[str, float]:
     """A short request that comes while a long prompt is read, and what 512 tokens of that take."""
     with ThreadPoolExecutor(1) as pool:
-        long = pool.submit(side.ask, say(text(salt, 2 * plan.words), 2))
-        time.sleep(plan.delay)
+        long = pool.submit(side.ask, say(text(salt, plan.long), 2))
+        time.sleep(0.1)
         while figure(side.url, "running_requests") == 0 and not long.done():
             time.sleep(0.02)
         if long.done():
@@ -435,31 +428,20 @@ def contended(side: Side, plan: Plan, salt: str) -> dict[str, float]:
 
 
 PARTS: dict[str, Callable[[Any, Plan, str], dict[str, float]]] = {
-    "loop": loop, "prefill": prefill, "decode": decode, "concurrent": concurrent, "contended": contended}
+    part.__name__: part for part in (loop, prefill, decode, concurrent, contended)}
 
 
 # ------------------------------------------------------------------ the table
 
 
-@dataclass
-class Row:
-    """A line of the table: a key of the figures, what it is, whether more is better, and with which figure it is compared where
-    there is no other server."""
-
-    key: str
-    title: str
-    unit: str
-    more: bool
-    reference: str = ""
-    label: str = ""
-
-
+# What it is, whether more is better, and with which figure it is compared where there is no other server.
+Row = namedtuple("Row", "key title unit more reference label", defaults=("", ""))
 ROWS = [
     Row("cold", "first token, cold", "s", False),
     Row("warm", "first token, next turn", "s", False, "cold", "cold"),
     Row("reread", "prefilled per new token", "tokens", False),
-    Row("prefill", "prefill", "tokens/s", True, "prefill", Generate.name),
-    Row("decode", "decode", "tokens/s", True, "decode", Generate.name),
+    Row("prefill", "prefill", "tokens/s", True, label=Generate.name),
+    Row("decode", "decode", "tokens/s", True, label=Generate.name),
     Row("concurrent", "8 streams together", "tokens/s", True, "one", "one stream"),
     Row("contended", "first token behind a long prompt", "s", False, "chunk", "512 tokens of it"),
     Row("memory", "peak memory", "GB", False),
@@ -473,91 +455,99 @@ def progress(what: str) -> None:
 def calibrate(side: Side, other: Side | Generate | None, seconds: float) -> Plan:
     """Loads the models, and finds sizes with which one run of a part takes about so many seconds."""
     small = Plan()
-    for one in filter(None, (other, side, side)):  # twice: what is compiled late is compiled then
+
+    def warm_up(one: Side | Generate) -> Answer:
         progress(f"warming up {one.name}")
-        tokens = one.ask(say(text(small.salt + one.name, small.words), 8)).prompt
+        return [one.ask(say(text(f"{small.salt} {n}", small.words), 8)) for n in range(2)][0]
+
+    per_word = warm_up(side).prompt / small.words
     read, write = prefill(side, small, small.salt)["prefill"], decode(side, small, small.salt)["decode"]
     prompt = max(300, min(8000, read * seconds / 2))
+    long = max(2 * prompt, 2 * read)  # it has to take a while
     if isinstance(other, Side):
-        other.context = max(8192, int(4 * prompt))
-    return Plan(int(prompt * small.words / tokens), int(max(16, min(256, write * seconds / 2))),
-                int(max(4, min(10, write * seconds / 100))), min(1.0, 0.4 * prompt / read))
+        other.context = max(8192, int(2 * long))
+    if other:
+        warm_up(other)
+    return Plan(int(prompt / per_word), int(long / per_word), int(max(16, min(256, write * seconds / 2))),
+                int(max(3, min(10, write * seconds / 100))))
 
 
-def measure(sides: list[Side | Generate], plan: Plan, parts: list[str], seconds: float, trouble: list[str]) -> list[dict[str, float]]:
-    """The figures of each side: medians of one to five runs of each part, in turn, as many as fit into `seconds` a part; and
-    the most memory seen."""
-    figures: list[dict[str, float]] = [{} for _ in sides]
+def measure(sides: list[Side | Generate], plan: Plan, parts: list[str], seconds: float,
+            trouble: list[str]) -> list[dict[str, float]]:
+    """Figures of each side: medians of one to five runs of each part, in turn, as many as fit into its `seconds`. What failed
+    is added to `trouble`."""
+    seen: list[dict[str, list[float]]] = [{} for _ in sides]
     for part in parts:
-        runs: list[list[dict[str, float]]] = [[] for _ in sides]
+        able = [side for side in sides if isinstance(side, Side) or part in Generate.parts]
         started = time.perf_counter()
         for run in range(5):
             if run and (time.perf_counter() - started) * (run + 1) / run > seconds:
                 break
-            for n, side in enumerate(sides):
-                if isinstance(side, Generate) and part not in Generate.parts or len(runs[n]) < run:
-                    continue
+            for side in able[:]:
                 progress(f"{part} of {side.name}, run {run + 1}")
                 try:
-                    found, memory = watched(side, lambda: PARTS[part](side, plan, f"{plan.salt} {part} {run}"))
-                except (OSError, ValueError, http.client.HTTPException) as error:
+                    with held(side) as memory:
+                        found = PARTS[part](side, plan, f"{plan.salt} {part} {run}")
+                except FAILURES as error:
                     trouble.append(f"{part} of {side.name}: {error}")
-                    continue
-                runs[n].append(found)
-                figures[n]["memory"] = max(memory, figures[n].get("memory", 0))
-        for found, of in zip(figures, runs):
-            found |= {key: statistics.median(one[key] for one in of) for key in (of[0] if of else ())}
-    return figures
+                    able.remove(side)
+                else:
+                    for key, value in [*found.items(), ("memory", max(memory))]:
+                        seen[sides.index(side)].setdefault(key, []).append(value)
+    return [{key: (max if key == "memory" else statistics.median)(values) for key, values in one.items()} for one in seen]
 
 
-def watched(side: Side | Generate, run: Callable[[], Any]) -> tuple[Any, float]:
-    """What a call returns, and the most GB that a server held in its time."""
-    ended = threading.Event()
+@contextlib.contextmanager
+def held(side: Side | Generate) -> Iterator[list[float]]:
+    """The GB that a server holds, looked at four times a second."""
+    ended, memory = threading.Event(), [0.0]
 
-    def look() -> float:
-        most = 0.0
+    def look() -> None:
         while not ended.wait(0.25):
-            most = max(most, side.memory())
-        return max(most, side.memory())
+            memory.append(side.memory())
 
     with ThreadPoolExecutor(1) as pool:
-        most = pool.submit(look)
+        pool.submit(look)
         try:
-            value = run()
+            yield memory
         finally:
             ended.set()
-        return value, most.result() / 1e9
 
 
 def table(args: argparse.Namespace) -> None:
-    """Measures the server, and what it is compared with; prints and draws what came of it."""
+    """Measures the server and what it is compared with; prints and draws what came of it."""
     if args.plot and not find_spec("matplotlib"):
         raise SystemExit("bench: --plot needs matplotlib: pip install -e '.[bench]'")
     parts, trouble, seconds = args.what or list(PARTS), [], args.minutes * 60
-    with target(args) as side, rival(args, side) as other:
-        sides = [side] + ([other] if other else [])
+    with target(args) as side:
+        other = None if args.url else Generate(side.model)
+        if args.against:
+            other = find_out(urlsplit(args.against).netloc, args.against, args.against_api, args.against_model)
+        sides = [side, other] if other else [side]
         plan = calibrate(side, other, seconds / len(parts) / len(sides) / 4)
-        ours, *rest = measure(sides, plan, parts, seconds / len(parts), trouble)
-    alone = not isinstance(other, Side)
-    theirs = ({row.key: ours.get(row.reference) for row in ROWS} if alone else {}) | (rest[0] if rest else {})
-    name = "compared with" if alone else other.name
-    print(f"{machine()}\n{side.name}: {side.about}" + ("" if alone else f"\n{other.name}: {other.about}, asked by its API '{other.api}'"))
-    print(f"prompts of {plan.words} words, answers of up to {plan.tokens} tokens, sessions of {plan.turns} turns\n")
-    print(f"  {'':42}{side.name:>12}{name:>34}{'ratio':>9}")
+        ours, theirs = (measure(sides, plan, parts, seconds / len(parts), trouble) + [{}])[:2]
+    if not args.against:
+        theirs |= {row.key: ours[row.reference] for row in ROWS if row.reference in ours}
+    name = other.name if args.against else "compared with"
+    print("\n".join([machine(), f"{side.name}: {side.about}"] + ([f"{name}: {other.about}"] if args.against else [])))
+    print(f"prompts of {plan.words} words, long ones of {plan.long}, answers of up to {plan.tokens} tokens, sessions of {plan.turns} turns\n")
+    print(f"  {'':41} {side.name:>12} {name:>26} {'ratio':>8}")
     for row in ROWS:
         one, two = ours.get(row.key), theirs.get(row.key)
-        if one is None and args.what:
+        if one is None and two is None and args.what:
             continue
-        label = f"{row.label} " if alone and two else "≤ " if row.key == "reread" and two and not other.tells else ""
-        print(f"{'↑' if row.more else '↓'} {f'{row.title} ({row.unit})':42}{number(one):>12}{label + number(two):>34}"
-              f"{number(one / two) if one and two else '–':>9}")
-    print("\n".join(["↑ more is better, ↓ less. All are medians; memory is what a server says it holds."] + trouble))
+        guess = "≤ " if args.against and row.key == "reread" and not other.tells else ""
+        mark = "" if not two else guess if args.against else f"{row.label} "
+        print(f"{'↑' if row.more else '↓'} {f'{row.title} ({row.unit})':41} {number(one):>12} {mark + number(two):>26} "
+              f"{number(one / two) if one and two else '–':>8}")
+    print("\n↑ more is better, ↓ less. Medians. Memory is what a server says it holds. ≤ by the time it took: it does not tell.")
+    print("\n".join(trouble))
     if args.plot:
-        draw(args.plot, (side.name, "" if alone else name), ours, theirs)
+        draw(args.plot, (side.name, name if args.against else ""), ours, theirs)
 
 
 def number(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if value and value >= 100 else f"{value:.3g}" if value else "–"
 
 
 def machine() -> str:
@@ -577,16 +567,15 @@ def draw(path: str, names: tuple[str, str], ours: dict[str, float], theirs: dict
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 6), layout="constrained")
-    axes = figure.subplots(2, 4)
-    for row, panel in zip(ROWS, axes.flat):
-        bars = [(names[0], ours.get(row.key), "#2a6f97"), (names[1] or row.label, theirs.get(row.key), "#c9ccd1")]
-        bars = [(label, value, color) for label, value, color in bars if value is not None]
-        drawn = panel.bar([label for label, _, _ in bars], [value for _, value, _ in bars], 0.6, color=[color for _, _, color in bars])
-        panel.bar_label(drawn, [number(value) for _, value, _ in bars], padding=2)
+    figure.get_layout_engine().set(h_pad=0.2, w_pad=0.2)
+    for row, panel in zip(ROWS, figure.subplots(2, 4).flat):
+        bars = panel.bar([0, 1], [ours.get(row.key, 0), theirs.get(row.key, 0)], 0.6, color=["#2a6f97", "#b8bcc2"])
+        panel.bar_label(bars, [number(ours.get(row.key)), number(theirs.get(row.key))], padding=2)
+        panel.set_xticks([0, 1], [names[0], names[1] or row.label])
         panel.set_title(f"{row.title}\n{row.unit}, {'more' if row.more else 'less'} is better", fontsize=10)
         panel.spines[["top", "right", "left"]].set_visible(False)
-        panel.set_yticks([])
-        panel.margins(x=0.3, y=0.15)
+        panel.set(yticks=[], xlim=(-0.6, 1.6))
+        panel.margins(y=0.15)
     figure.savefig(path, format="png", dpi=120)
 
 
@@ -603,7 +592,7 @@ def target(args: argparse.Namespace, *flags: str) -> Iterator[Side]:
 
     from engine import EngineError, Library
 
-    with random_model(args) if args.kind else contextlib.nullcontext(args.model or "default") as name:
+    with random_model(args.kind) if args.kind else contextlib.nullcontext(args.model or "default") as name:
         library = Library([])
         try:
             model = library.resolve(name, trusted=True)
@@ -613,21 +602,10 @@ def target(args: argparse.Namespace, *flags: str) -> Iterator[Side]:
             progress(f"this measures the built-in model; --model takes {', '.join(one.name for one in library.models())}")
         server = Server(*flags, "--model", str(model.path))
         try:
-            yield Side("mlx-server", server.url, "messages", str(model.path), f"{model.name} ({model.quantization}, {model.size / 1e9:.1f} GB)")
+            yield Side("mlx-server", server.url, "messages", str(model.path),
+                       f"{model.name} ({model.quantization}, {model.size / 1e9:.1f} GB)")
         finally:
             server.stop()
-
-
-@contextlib.contextmanager
-def rival(args: argparse.Namespace, side: Side) -> Iterator[Side | Generate | None]:
-    """What a server is compared with: the one named, mlx-lm's own, or its `stream_generate` if the model's path is known."""
-    if args.against == "mlx_lm":
-        with peer(side.model) as url:
-            yield find_out("mlx_lm.server", url, "chat", side.model)
-    elif args.against:
-        yield find_out(args.against, args.against, args.against_api, args.against_model)
-    else:
-        yield None if args.url else Generate(side.model)
 
 
 def reuse(args: argparse.Namespace) -> None:
@@ -638,36 +616,13 @@ def reuse(args: argparse.Namespace) -> None:
     with target(args) as side:
         for number, body in enumerate(bodies, 1):
             answer = side.ask({**body, "max_tokens": args.max_tokens})
-            parts = pieces(body)
+            parts, reused = pieces(body), answer.reused or 0
             # A recorded answer is not the one the model gives here: the earlier prompt is what can be reused.
             reusable = max((tokens for earlier, tokens in before if parts[: len(earlier)] == earlier), default=0)
             before.append((parts, answer.prompt))
-            reusable_sum, reused_sum = reusable_sum + reusable, reused_sum + min(reusable, answer.reused)
-            print(f"{number:3} {answer.prompt:8} {reusable:8} {answer.reused:8} {answer.prompt - answer.reused:9} {answer.first:10.3f} s")
+            reusable_sum, reused_sum = reusable_sum + reusable, reused_sum + min(reusable, reused)
+            print(f"{number:3} {answer.prompt:8} {reusable:8} {reused:8} {answer.prompt - reused:9} {answer.first:10.3f} s")
     print(f"reused {reused_sum} of {reusable_sum} reusable tokens: {reused_sum / max(1, reusable_sum):.2%}")
-
-
-@contextlib.contextmanager
-def peer(path: str) -> Iterator[str]:
-    """mlx-lm's own server with a model."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = subprocess.Popen([sys.executable, "-m", "mlx_lm", "server", "--model", path, "--port", str(port)],
-                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    try:
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port)).close()
-                break
-            except OSError:
-                if process.poll() is not None:
-                    raise SystemExit("mlx_lm server does not start") from None
-                time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def soak(args: argparse.Namespace) -> None:
@@ -689,20 +644,15 @@ def soak(args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def random_model(args: argparse.Namespace) -> Iterator[str]:
-    """A model of random weights that has no way to stop early: large enough that its arithmetic takes the time, or, where tokens
-    are only counted, as fast as can be."""
+def random_model(kind: str) -> Iterator[str]:
+    """A model of random weights that has no way to stop early, so large that its arithmetic takes the time."""
     from models import CONFIGS, build_model
 
-    kind, busy = args.kind, not {"reuse", "loop"} & set(args.what)
+    config = {**CONFIGS[kind], "num_hidden_layers": 8, "head_dim": 64, "hidden_size": 512, "intermediate_size": 1536,
+              "max_position_embeddings": 131072, "mlp_only_layers": list(range(8))}
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"] * 2
     with tempfile.TemporaryDirectory() as folder:
-        width = 512 if busy else 64
-        size = {"num_hidden_layers": 8, "head_dim": 64} if busy else {
-            "num_hidden_layers": 2, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16}
-        config = {**CONFIGS[kind], **size, "hidden_size": width, "intermediate_size": 3 * width, "max_position_embeddings": 131072}
-        if "layer_types" in config:
-            config["layer_types"] = (config["layer_types"] * 2)[:config["num_hidden_layers"]]
-        config["mlp_only_layers"] = list(range(config["num_hidden_layers"]))
         yield str(build_model(kind, Path(folder) / "random", config=config))
 
 
@@ -739,13 +689,13 @@ def timed(call: Any) -> tuple[float, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    commands = {"reuse": reuse, "render": render, "soak": soak}
+    commands = {command.__name__: command for command in (reuse, render, soak)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", help=f"{', '.join([*PARTS, *commands])}; without any, the whole table")
     parser.add_argument("--minutes", type=float, default=10, help="what the table may take (default: %(default)s)")
     parser.add_argument("--url", help="a running server, instead of one that is started")
     parser.add_argument("--model", help="a name that the server knows, or a path (default: the server's)")
-    parser.add_argument("--against", metavar="URL", help="a server to compare with, or mlx_lm")
+    parser.add_argument("--against", metavar="URL", help="a server to compare with")
     parser.add_argument("--against-model", metavar="NAME", help="the model's name there (default: its only one)")
     for option in ("--api", "--against-api"):
         parser.add_argument(option, choices=APIS, help="that server's API (default: the one that tells most)")
