@@ -8,7 +8,7 @@ greedily, with the same prompts, none of which they have seen before; so both mo
 the table can be named, to measure nothing else: `loop`, `prefill`, `decode`, `concurrent`, `contended`. Besides, there are
 
     python tests/bench.py reuse [--trace FILE]   a recorded session again: what of each prompt had to be prefilled
-    python tests/bench.py render                 a prompt that has grown: rendering, tokenising and look-up, warm as a ratio to cold
+    python tests/bench.py render                 a prompt that has grown: rendering, tokenising, look-up, warm as a ratio to cold
     python tests/bench.py soak                   64 clients that hang up and come back: what goes wrong, and memory
 
 A trace is `{"requests": [{"body": {...Messages API...}}, ...]}`.
@@ -141,7 +141,7 @@ def find_out(name: str, url: str, api: str | None, model: str | None) -> Side:
     """The server at a URL, in that of its APIs that tells most, with its only model if none is named. Raises SystemExit."""
     sides, failed = [], []
     try:
-        listed = json.loads(get(url, "/api/tags") or get(url, "/v1/models"))
+        listed = {} if model else json.loads(get(url, "/api/tags") or get(url, "/v1/models"))
         models = [model] if model else [one.get("name") or one["id"] for one in listed.get("models") or listed["data"]]
     except FAILURES as error:
         raise SystemExit(f"bench: {url} cannot be asked: {error}") from None
@@ -152,7 +152,7 @@ def find_out(name: str, url: str, api: str | None, model: str | None) -> Side:
         try:
             *_, again = (side.ask(say(text("probe", 20), 1)) for _ in range(2))
         except FAILURES as error:
-            failed.append(str(error))
+            failed.append(f"{url} cannot be asked: {error}")
         else:
             side.tells = bool(again.reused)
             sides.append(side)
@@ -355,8 +355,8 @@ def pieces(body: dict) -> list[str]:
 
 @dataclass
 class Plan:
-    """Sizes, the same for both sides: words of a prompt and of a long one, tokens of an answer, turns of a session. `salt` begins
-    every prompt, and no two plans have the same."""
+    """Sizes, the same for both sides: words of a prompt and of a long one, tokens of an answer, turns of a session. `salt`
+    makes every prompt new: no two plans have the same."""
 
     words: int = 100
     long: int = 200
@@ -462,7 +462,7 @@ def calibrate(side: Side, other: Side | Generate | None, seconds: float) -> Plan
 
     per_word = warm_up(side).prompt / small.words
     read, write = prefill(side, small, small.salt)["prefill"], decode(side, small, small.salt)["decode"]
-    prompt = max(300, min(8000, read * seconds / 2))
+    prompt = max(100, min(8000, read * seconds / 2))
     long = max(2 * prompt, 2 * read)  # it has to take a while
     if isinstance(other, Side):
         other.context = max(8192, int(2 * long))
@@ -529,8 +529,9 @@ def table(args: argparse.Namespace) -> None:
     if not args.against:
         theirs |= {row.key: ours[row.reference] for row in ROWS if row.reference in ours}
     name = other.name if args.against else "compared with"
-    print("\n".join([machine(), f"{side.name}: {side.about}"] + ([f"{name}: {other.about}"] if args.against else [])))
-    print(f"prompts of {plan.words} words, long ones of {plan.long}, answers of up to {plan.tokens} tokens, sessions of {plan.turns} turns\n")
+    head = [machine(), f"{side.name}: {side.about}", *([f"{name}: {other.about}"] if args.against else []),
+            f"prompts of {plan.words} words, long: {plan.long}, answers of up to {plan.tokens} tokens, {plan.turns} turns"]
+    print("\n".join(head) + "\n")
     print(f"  {'':41} {side.name:>12} {name:>26} {'ratio':>8}")
     for row in ROWS:
         one, two = ours.get(row.key), theirs.get(row.key)
@@ -540,10 +541,10 @@ def table(args: argparse.Namespace) -> None:
         mark = "" if not two else guess if args.against else f"{row.label} "
         print(f"{'↑' if row.more else '↓'} {f'{row.title} ({row.unit})':41} {number(one):>12} {mark + number(two):>26} "
               f"{number(one / two) if one and two else '–':>8}")
-    print("\n↑ more is better, ↓ less. Medians. Memory is what a server says it holds. ≤ by the time it took: it does not tell.")
+    print("\n↑ more is better, ↓ less. Medians. Memory is what a server says it holds. ≤ it does not tell: by the time it took.")
     print("\n".join(trouble))
     if args.plot:
-        draw(args.plot, (side.name, name if args.against else ""), ours, theirs)
+        draw(args.plot, head, (side.name, name if args.against else ""), ours, theirs)
 
 
 def number(value: float | None) -> str:
@@ -551,22 +552,24 @@ def number(value: float | None) -> str:
 
 
 def machine() -> str:
-    """What this was measured on."""
+    """When and on what this was measured."""
     import mlx.core as mx
 
     from mlx_server import __version__
 
     device = mx.device_info()
     memory = device.get("memory_size") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return (f"{device.get('device_name', platform.machine())}, {memory / 2**30:.0f} GB, {platform.platform(terse=True)}; "
+    return (f"{time.strftime('%Y-%m-%d')}, {device.get('device_name', platform.machine())}, {memory / 2**30:.0f} GB, "
+            f"{platform.platform(terse=True)}; "
             f"mlx-server {__version__}, mlx {version('mlx')}, mlx-lm {version('mlx-lm')}, Python {platform.python_version()}")
 
 
-def draw(path: str, names: tuple[str, str], ours: dict[str, float], theirs: dict[str, float]) -> None:
+def draw(path: str, head: list[str], names: tuple[str, str], ours: dict[str, float], theirs: dict[str, float]) -> None:
     """A panel for each line of the table, as PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 6), layout="constrained")
+    figure = Figure(figsize=(14, 7), layout="constrained")
+    figure.suptitle("\n".join(head), fontsize=8)
     figure.get_layout_engine().set(h_pad=0.2, w_pad=0.2)
     for row, panel in zip(ROWS, figure.subplots(2, 4).flat):
         bars = panel.bar([0, 1], [ours.get(row.key, 0), theirs.get(row.key, 0)], 0.6, color=["#2a6f97", "#b8bcc2"])
