@@ -1,41 +1,48 @@
-"""Measures a server as its clients see it. Every command starts this server with the built-in model, unless told otherwise.
+"""Measures a server as its clients see it, in one table.
 
-    python tests/bench.py reuse [--trace FILE]     a recorded session again: what of each prompt had to be prefilled
-    python tests/bench.py loop [--turns N]         an agent's session in which each turn answers the model's last one
-    python tests/bench.py decode                   tokens/s over HTTP as a ratio to mlx-lm in one process
-    python tests/bench.py prefill                  the same for reading a prompt
-    python tests/bench.py render                   a prompt that has grown: rendering, tokenising and look-up, warm as a ratio to cold
-    python tests/bench.py concurrent               many streams at once, as a ratio to one and to mlx-lm's server
-    python tests/bench.py contended                how long a short request waits while long prompts are read
-    python tests/bench.py soak                     64 clients that hang up and come back: what goes wrong, and memory
+    python tests/bench.py [--minutes 10] [--model NAME] [--against URL --against-model NAME] [--plot FILE.png]
 
-`reuse` and `loop` measure any server: `--url http://localhost:8080 --model NAME`, with `--api chat` one that speaks
-`/v1/chat/completions` instead of `/v1/messages`. A trace is `{"requests": [{"body": {...Messages API...}}, ...]}`.
+starts this server with its default model, or asks the one at `--url`. `--against` names a server to compare it with (Ollama's
+http://localhost:11434, say); else it is compared with itself and mlx-lm's `stream_generate`. Both sides are asked in turn,
+greedily, with the same prompts, none of which they have seen before; so both models have to fit into memory together. Parts of
+the table can be named, to measure nothing else: `loop`, `prefill`, `decode`, `concurrent`, `contended`. Besides, there are
+
+    python tests/bench.py reuse [--trace FILE]   a recorded session again: what of each prompt had to be prefilled
+    python tests/bench.py render                 a prompt that has grown: rendering, tokenising, look-up, warm as a ratio to cold
+    python tests/bench.py soak                   64 clients that hang up and come back: what goes wrong, and memory
+
+A trace is `{"requests": [{"body": {...Messages API...}}, ...]}`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import http.client
 import json
+import os
+import platform
 import random
 import re
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 from urllib.parse import urlsplit
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+FAILURES = OSError, ValueError, LookupError, http.client.HTTPException  # of other people's servers
 
 
 # ------------------------------------------------------------------ one request
@@ -43,50 +50,150 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 @dataclass
 class Answer:
-    """What a request cost: tokens of the prompt and those of them that were read before, tokens of the answer, seconds to the
-    first piece of it and from there to the last; and its content blocks in the Messages API's form."""
+    """What a request cost: tokens of the prompt and those of them that were read before (None: the server does not tell),
+    tokens of the answer, seconds to the first piece of it, from there to the last, and those that the server says it read the
+    prompt for; and the content blocks in the Messages API's form."""
 
     prompt: int = 0
-    reused: int = 0
+    reused: int | None = None
     tokens: int = 0
     first: float = 0.0
     rest: float = 0.0
+    reading: float = 0.0
     content: list[dict] = field(default_factory=list)
 
 
-def ask(url: str, api: str, body: dict, headers: dict[str, str] | None = None) -> Answer:
-    """Sends a Messages API body, streamed, in that form or as a chat completion. Raises OSError for a status that is not 200."""
+@dataclass
+class Side:
+    """A server to measure: its API (a key of `APIS`) and the model's name there; whether it tells what of a prompt it had read
+    before; and the context to ask Ollama for, in tokens."""
+
+    name: str
+    url: str
+    api: str
+    model: str
+    about: str = ""
+    tells: bool = True
+    context: int = 0
+
+    def ask(self, body: dict) -> Answer:
+        """Sends a Messages API body, streamed, in the server's API. An answer of no visible piece counts from its end. Where
+        tokens are not counted, a piece of the answer is one, and four characters of the prompt. Raises OSError for an error."""
+        path, form, read = APIS[self.api]
+        payload = form({"temperature": 0, **body, "model": self.model, "stream": True})
+        if self.api == "ollama" and self.context:  # with another one it would load the model anew
+            payload["options"]["num_ctx"] = self.context
+        answer, pieces, started, seen = Answer(), 0, time.perf_counter(), 0.0
+        with request(self.url, path, payload) as response:
+            if response.status != 200:
+                raise OSError(f"{self.url}{path} answered {response.status}: {response.read(500).decode(errors='replace')}")
+            for line in response:
+                if not (line := line.removeprefix(b"data:").strip()).startswith(b"{"):
+                    continue
+                if (event := json.loads(line)).get("error"):
+                    raise OSError(f"{self.url}{path} broke off: {event['error']}")
+                if read(event, answer):
+                    pieces, seen = pieces + 1, time.perf_counter()
+                    answer.first = answer.first or seen - started
+        answer.first = answer.first or time.perf_counter() - started
+        answer.rest = max(0.0, seen - started - answer.first)
+        answer.tokens, answer.prompt = answer.tokens or pieces, answer.prompt or len(json.dumps(body)) // 4
+        for block in answer.content:
+            if block["type"] == "tool_use":
+                block["input"], arguments = {}, block.pop("json")
+                with contextlib.suppress(ValueError):  # there are none, or they were cut off
+                    block["input"] = json.loads(arguments)
+        return answer
+
+    def memory(self) -> float:
+        """GB that the server says it holds, in Ollama's list of models or our metrics; 0 if it does not."""
+        with contextlib.suppress(*FAILURES):
+            if self.api == "ollama":
+                return sum(one["size"] for one in json.loads(get(self.url, "/api/ps"))["models"]) / 1e9
+            return (figure(self.url, "memory_bytes") or 0) / 1e9
+        return 0
+
+
+@contextlib.contextmanager
+def request(url: str, path: str, payload: dict | None = None) -> Iterator[http.client.HTTPResponse]:
+    """Sends GET, or POST of a payload."""
     parts = urlsplit(url)
-    path = "/v1/messages" if api == "messages" else "/v1/chat/completions"
-    payload = {**body, "stream": True} if api == "messages" else as_chat(body)
-    connection = http.client.HTTPConnection(parts.hostname, parts.port or 80, timeout=3600)
-    headers = {"Content-Type": "application/json", "x-api-key": "bench", "anthropic-version": "2023-06-01", **(headers or {})}
-    started, seen = time.perf_counter(), 0.0
-    connection.request("POST", parts.path.rstrip("/") + path, json.dumps(payload).encode(), headers)
-    response = connection.getresponse()
-    if response.status != 200:
-        raise OSError(f"{url}{path} answered {response.status}: {response.read(500).decode(errors='replace')}")
-    answer = Answer()
-    for line in response:
-        if not line.startswith(b"data:") or line.strip() == b"data: [DONE]":
-            continue
-        if (read_event if api == "messages" else read_chunk)(json.loads(line[5:]), answer):
+    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=3600)
+    with contextlib.closing(connection):
+        connection.request("POST" if payload else "GET", parts.path.rstrip("/") + path, json.dumps(payload), {
+            "Content-Type": "application/json", "x-api-key": "bench", "anthropic-version": "2023-06-01"})
+        yield connection.getresponse()
+
+
+def get(url: str, path: str) -> str:
+    """The text that GET brings, empty if the status is not 200."""
+    with request(url, path) as response:
+        return response.read().decode() if response.status == 200 else ""
+
+
+def figure(url: str, name: str) -> float | None:
+    """A figure of the `/metrics` of a server of ours."""
+    found = re.search(rf"^mlx_server_{name} (\S+)$", get(url, "/metrics"), re.M)
+    return float(found[1]) if found else None
+
+
+def find_out(name: str, url: str, api: str | None, model: str | None) -> Side:
+    """The server at a URL, in that of its APIs that tells most, with its only model if none is named. Raises SystemExit."""
+    sides, failed = [], []
+    try:
+        listed = {} if model else json.loads(get(url, "/api/tags") or get(url, "/v1/models"))
+        models = [model] if model else [one.get("name") or one["id"] for one in listed.get("models") or listed["data"]]
+    except FAILURES as error:
+        raise SystemExit(f"bench: {url} cannot be asked: {error}") from None
+    if len(models) != 1:
+        raise SystemExit(f"bench: name the model of {url}: {', '.join(models)}")
+    for one in [api] if api else APIS:
+        side = Side(name, url, one, models[0], f"{models[0]}, asked in its API '{one}'")
+        try:
+            *_, again = (side.ask(say(text("probe", 20), 1)) for _ in range(2))
+        except FAILURES as error:
+            failed.append(f"{url} cannot be asked: {error}")
+        else:
+            side.tells = bool(again.reused)
+            sides.append(side)
+    if not sides:
+        raise SystemExit(f"bench: {'; '.join(failed)}")
+    return max(sides, key=lambda side: side.tells)
+
+
+class Generate:
+    """mlx-lm's own `stream_generate` in this process, to be asked as a server is, without an agent's tools."""
+
+    name, parts = "stream_generate", ("prefill", "decode")
+
+    def __init__(self, path: str):
+        from mlx_lm.utils import load_model
+
+        from engine import Library, Tongue
+
+        self._model, _ = load_model(Path(path))
+        self._tokenizer = Tongue(Library([]).resolve(path, trusted=True)).tokenizer
+
+    def ask(self, body: dict) -> Answer:
+        from mlx_lm import stream_generate
+
+        started, first = time.perf_counter(), 0.0
+        prompt = self._tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True)
+        for last in stream_generate(self._model, self._tokenizer, prompt, max_tokens=body["max_tokens"], prefill_step_size=512):
             seen = time.perf_counter()
-            answer.first = answer.first or seen - started
-    connection.close()
-    answer.rest = max(0.0, seen - started - answer.first)
-    for block in answer.content:
-        if block["type"] == "tool_use":
-            block["input"] = json.loads(block.pop("json") or "{}")
-    return answer
+            first = first or seen - started
+        return Answer(len(prompt), 0, last.generation_tokens, first, seen - started - first)
+
+    def memory(self) -> float:
+        return 0
 
 
 def read_event(event: dict, answer: Answer) -> bool:
     """Takes up an event of the Messages API; whether it brought a piece of the answer."""
     usage = event.get("message", event).get("usage") or {}
     if "input_tokens" in usage:
-        cached = usage.get("cache_read_input_tokens") or 0
-        answer.reused, answer.prompt = cached, usage["input_tokens"] + cached + (usage.get("cache_creation_input_tokens") or 0)
+        cached = answer.reused = usage.get("cache_read_input_tokens") or 0
+        answer.prompt = usage["input_tokens"] + cached + (usage.get("cache_creation_input_tokens") or 0)
     answer.tokens = usage.get("output_tokens", answer.tokens)
     if event["type"] == "content_block_start":
         answer.content.append({**event["content_block"], **({"json": ""} if event["content_block"]["type"] == "tool_use" else {})})
@@ -103,7 +210,7 @@ def read_chunk(chunk: dict, answer: Answer) -> bool:
     """The same for a chat completion's chunk."""
     if usage := chunk.get("usage"):
         answer.prompt, answer.tokens = usage["prompt_tokens"], usage["completion_tokens"]
-        answer.reused = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        answer.reused = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
     delta = chunk["choices"][0]["delta"] if chunk.get("choices") else {}
     if text := delta.get("content"):
         if not answer.content or answer.content[-1]["type"] != "text":
@@ -116,9 +223,32 @@ def read_chunk(chunk: dict, answer: Answer) -> bool:
     return bool(delta.get("content") or delta.get("tool_calls") or delta.get("reasoning_content") or delta.get("reasoning"))
 
 
+def read_object(event: dict, answer: Answer) -> bool:
+    """The same for a line of Ollama's API, whose prompt counts hold what was read before."""
+    message = event.get("message") or {}
+    if event.get("done"):
+        answer.prompt, answer.tokens = event.get("prompt_eval_count", 0), event.get("eval_count", 0)
+        answer.reading = event.get("prompt_eval_duration", 0) / 1e9
+    calls = [{**call, "id": f"call_{len(answer.content) + n}", "function": {**call["function"], "arguments": json.dumps(
+        call["function"]["arguments"])}} for n, call in enumerate(message.get("tool_calls") or [])]
+    delta = {"content": message.get("content"), "tool_calls": calls, "reasoning": message.get("thinking")}
+    return read_chunk({"choices": [{"delta": delta}]}, answer)
+
+
+def as_ollama(body: dict) -> dict:
+    """A Messages API body as one of /api/chat."""
+    chat = as_chat(body)
+    for message in chat["messages"]:
+        for call in message.get("tool_calls") or []:
+            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+    options = {"num_predict": chat.pop("max_tokens"), "temperature": chat.pop("temperature")}
+    return {**chat, "options": options}
+
+
 def as_chat(body: dict) -> dict:
     """A Messages API body as one of /v1/chat/completions."""
-    messages: list[dict] = [{"role": "system", "content": "\n\n".join(b["text"] for b in blocks(body.get("system") or []))}]
+    system = "\n\n".join(b["text"] for b in blocks(body.get("system") or []))
+    messages: list[dict] = [{"role": "system", "content": system}] if system else []
     for message in body["messages"]:
         texts, calls = [], []
         for block in blocks(message["content"]):
@@ -135,8 +265,13 @@ def as_chat(body: dict) -> dict:
             messages.append({"role": role, "content": "\n\n".join(texts), **({"tool_calls": calls} if calls else {})})
     tools = [{"type": "function", "function": {"name": t["name"], "description": t.get("description", ""),
                                                "parameters": t["input_schema"]}} for t in body.get("tools") or [] if "input_schema" in t]
-    return {"model": body["model"], "messages": messages, "max_tokens": body["max_tokens"], "stream": True, "temperature": 0,
+    return {**{key: body[key] for key in ("model", "max_tokens", "temperature", "stream") if key in body}, "messages": messages,
             "stream_options": {"include_usage": True}, **({"tools": tools} if tools else {})}
+
+
+APIS: dict[str, tuple[str, Callable[[dict], dict], Callable[[dict, Answer], bool]]] = {
+    "ollama": ("/api/chat", as_ollama, read_object), "messages": ("/v1/messages", dict, read_event),
+    "chat": ("/v1/chat/completions", as_chat, read_chunk)}
 
 
 def blocks(content: str | list[dict]) -> list[dict]:
@@ -145,18 +280,36 @@ def blocks(content: str | list[dict]) -> list[dict]:
 
 # ------------------------------------------------------------------ recorded and made-up sessions
 
+STORY = "Write a story of 1000 words about the ship {}."  # asks for a long answer
+
+@functools.cache
+def source() -> tuple[str, list[tuple[int, int]]]:
+    """Real source code, and where its words are: what agents read, and as varied."""
+    text = "\n".join(path.read_text("utf-8") for path in sorted(Path(contextlib.__file__).parent.glob("*.py"))[::4])
+    return text, [match.span() for match in re.finditer(r"\S+", text)]
+
+
+def excerpt(rng: random.Random, count: int) -> str:
+    """So many words in a row."""
+    text, words = source()
+    start = rng.randrange(len(words) - count)
+    return text[words[start][0]:words[start + count - 1][1]]
+
+
+def text(salt: str, words: int) -> str:
+    """A text that begins like no other of another salt."""
+    return f"{salt}\n{excerpt(random.Random(salt), words)}"
+
+
+def say(words: str, tokens: int) -> dict:
+    return {"max_tokens": tokens, "messages": [{"role": "user", "content": words}]}
+
 
 def made_up_trace(turns: int = 12, seed: int = 5) -> list[dict]:
     """Requests as an agent sends them: a growing conversation with tools, titles and a sub-agent's in between."""
     rng = random.Random(seed)
     library = sorted(Path(contextlib.__file__).parent.glob("*.py"))
-    source = "\n".join(path.read_text("utf-8") for path in library[::4])
-    words = [match.span() for match in re.finditer(r"\S+", source)]
-
-    def prose(count: int) -> str:
-        """So many words of real source code in a row: what agents read, and as varied."""
-        start = rng.randrange(len(words) - count)
-        return source[words[start][0]:words[start + count - 1][1]]
+    prose = functools.partial(excerpt, rng)
 
     def tool(name: str) -> dict:
         properties = {path.stem: {"type": "string", "description": prose(12)} for path in rng.sample(library, 3)}
@@ -197,21 +350,263 @@ def pieces(body: dict) -> list[str]:
     return [clean(tool) for tool in body.get("tools") or []] + system + said
 
 
+# ------------------------------------------------------------------ what is measured
+
+
+@dataclass
+class Plan:
+    """Sizes, the same for both sides: words of a prompt and of a long one, tokens of an answer, turns of a session. `salt`
+    makes every prompt new: no two plans have the same."""
+
+    words: int = 100
+    long: int = 200
+    tokens: int = 16
+    turns: int = 4
+    salt: str = field(default_factory=lambda: f"{time.time_ns():x}")
+
+
+def loop(side: Side, plan: Plan, salt: str) -> dict[str, float]:
+    """An agent's session in which each turn answers the model's last one. Where a server does not tell what it had read before,
+    it is taken to have prefilled in proportion to the time that it took, of which the first turn is the measure."""
+    fields = {"command": {"type": "string"}, "timeout": {"type": "number"}}
+    body = {"max_tokens": 96, "system": "You are an agent.\n" + text(salt, plan.words), "tools": [
+        {"name": "Bash", "description": f"Runs a command. {salt}", "input_schema": {
+            "type": "object", "properties": fields, "required": ["command"]}}]}
+    messages: list[dict] = [{"role": "user", "content": "run echo 0"}]
+    answers: list[Answer] = []
+    new = read = 0
+    for turn in range(plan.turns):
+        answer = side.ask({**body, "messages": messages})
+        if answers:
+            share = (answer.reading or answer.first) / (answers[0].reading or answers[0].first)
+            read += answer.prompt - (answer.reused or 0) if side.tells else min(answer.prompt, round(answers[0].prompt * share))
+            new += answer.prompt - answers[-1].prompt - answers[-1].tokens
+        answers.append(answer)
+        calls = [block for block in answer.content if block["type"] == "tool_use"]
+        for call in calls:  # agents send inputs back validated: in another order, with defaults
+            call["input"] = {"timeout": 120000, **dict(reversed(call["input"].items()))}
+        if all(block["type"] == "thinking" for block in answer.content):
+            answer.content.append({"type": "text", "text": "(nothing)"})
+        results = [{"type": "tool_result", "tool_use_id": call["id"], "content": f"line {turn}"} for call in calls]
+        messages.append({"role": "assistant", "content": answer.content})
+        messages.append({"role": "user", "content": results or f"run echo {turn}"})
+    return {"cold": answers[0].first, "warm": statistics.median(a.first for a in answers[1:]), "reread": read / max(1, new)}
+
+
+def prefill(side: Side | Generate, plan: Plan, salt: str) -> dict[str, float]:
+    answer = side.ask(say(text(salt, plan.words), 1))
+    return {"prefill": answer.prompt / answer.first}
+
+
+def decode(side: Side | Generate, plan: Plan, salt: str) -> dict[str, float]:
+    answer = side.ask(say(STORY.format(salt), plan.tokens))
+    if answer.tokens < 2 or not answer.rest:
+        raise ValueError(f"an answer of {answer.tokens} tokens that came at once has no speed")
+    return {"decode": (answer.tokens - 1) / answer.rest}
+
+
+def concurrent(side: Side, plan: Plan, salt: str) -> dict[str, float]:
+    def together(count: int) -> float:
+        with ThreadPoolExecutor(count) as pool:
+            answers = list(pool.map(lambda n: side.ask(say(STORY.format(f"{salt} {count} {n}"), plan.tokens)), range(count)))
+        return sum(a.tokens for a in answers) / max(a.first + a.rest for a in answers)
+
+    return {"one": together(1), "concurrent": together(8)}
+
+
+def contended(side: Side, plan: Plan, salt: str) -> dict[str, float]:
+    """A short request that comes while a long prompt is read, and what 512 tokens of that take."""
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(side.ask, say(text(salt, plan.long), 2))
+        time.sleep(0.1)
+        while figure(side.url, "running_requests") == 0 and not long.done():
+            time.sleep(0.02)
+        if long.done():
+            raise ValueError(f"a prompt of {long.result().prompt} tokens was read before the short request came")
+        short = side.ask(say(text(f"{salt} short", 20), 2))
+        return {"contended": short.first, "chunk": 512 * long.result().first / long.result().prompt}
+
+
+PARTS: dict[str, Callable[[Any, Plan, str], dict[str, float]]] = {
+    part.__name__: part for part in (loop, prefill, decode, concurrent, contended)}
+
+
+# ------------------------------------------------------------------ the table
+
+
+# What it is, whether more is better, and with which figure it is compared where there is no other server.
+Row = namedtuple("Row", "key title unit more reference label", defaults=("", ""))
+ROWS = [
+    Row("cold", "first token, cold", "s", False),
+    Row("warm", "first token, next turn", "s", False, "cold", "cold"),
+    Row("reread", "prefilled per new token", "tokens", False),
+    Row("prefill", "prefill", "tokens/s", True, label=Generate.name),
+    Row("decode", "decode", "tokens/s", True, label=Generate.name),
+    Row("concurrent", "8 streams together", "tokens/s", True, "one", "one stream"),
+    Row("contended", "first token behind a long prompt", "s", False, "chunk", "512 tokens of it"),
+    Row("memory", "peak memory", "GB", False),
+]
+
+
+def progress(what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+
+
+def calibrate(side: Side, other: Side | Generate | None, seconds: float) -> Plan:
+    """Loads the models, and finds sizes with which one run of a part takes about so many seconds."""
+    small = Plan()
+
+    def warm_up(one: Side | Generate) -> Answer:
+        progress(f"warming up {one.name}")
+        return [one.ask(say(text(f"{small.salt} {n}", small.words), 8)) for n in range(2)][0]
+
+    per_word = warm_up(side).prompt / small.words
+    read, write = prefill(side, small, small.salt)["prefill"], decode(side, small, small.salt)["decode"]
+    prompt = max(100, min(8000, read * seconds / 2))
+    long = max(2 * prompt, 2 * read)  # it has to take a while
+    if isinstance(other, Side):
+        other.context = max(8192, int(2 * long))
+    if other:
+        warm_up(other)
+    return Plan(int(prompt / per_word), int(long / per_word), int(max(16, min(256, write * seconds / 2))),
+                int(max(3, min(10, write * seconds / 100))))
+
+
+def measure(sides: list[Side | Generate], plan: Plan, parts: list[str], seconds: float,
+            trouble: list[str]) -> list[dict[str, float]]:
+    """Figures of each side: medians of one to five runs of each part, in turn, as many as fit into its `seconds`. What failed
+    is added to `trouble`."""
+    seen: list[dict[str, list[float]]] = [{} for _ in sides]
+    for part in parts:
+        able = [side for side in sides if isinstance(side, Side) or part in Generate.parts]
+        started = time.perf_counter()
+        for run in range(5):
+            if run and (time.perf_counter() - started) * (run + 1) / run > seconds:
+                break
+            for side in able[:]:
+                progress(f"{part} of {side.name}, run {run + 1}")
+                try:
+                    with held(side) as memory:
+                        found = PARTS[part](side, plan, f"{plan.salt} {part} {run}")
+                except FAILURES as error:
+                    trouble.append(f"{part} of {side.name}: {error}")
+                    able.remove(side)
+                else:
+                    for key, value in [*found.items(), ("memory", max(memory))]:
+                        seen[sides.index(side)].setdefault(key, []).append(value)
+    return [{key: (max if key == "memory" else statistics.median)(values) for key, values in one.items()} for one in seen]
+
+
+@contextlib.contextmanager
+def held(side: Side | Generate) -> Iterator[list[float]]:
+    """The GB that a server holds, looked at four times a second."""
+    ended, memory = threading.Event(), [0.0]
+
+    def look() -> None:
+        while not ended.wait(0.25):
+            memory.append(side.memory())
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(look)
+        try:
+            yield memory
+        finally:
+            ended.set()
+
+
+def table(args: argparse.Namespace) -> None:
+    """Measures the server and what it is compared with; prints and draws what came of it."""
+    if args.plot and not find_spec("matplotlib"):
+        raise SystemExit("bench: --plot needs matplotlib: pip install -e '.[bench]'")
+    parts, trouble, seconds = args.what or list(PARTS), [], args.minutes * 60
+    with target(args) as side:
+        other = None if args.url else Generate(side.model)
+        if args.against:
+            other = find_out(urlsplit(args.against).netloc, args.against, args.against_api, args.against_model)
+        sides = [side, other] if other else [side]
+        plan = calibrate(side, other, seconds / len(parts) / len(sides) / 4)
+        ours, theirs = (measure(sides, plan, parts, seconds / len(parts), trouble) + [{}])[:2]
+    if not args.against:
+        theirs |= {row.key: ours[row.reference] for row in ROWS if row.reference in ours}
+    name = other.name if args.against else "compared with"
+    head = [machine(), f"{side.name}: {side.about}", *([f"{name}: {other.about}"] if args.against else []),
+            f"prompts of {plan.words} words, long: {plan.long}, answers of up to {plan.tokens} tokens, {plan.turns} turns"]
+    print("\n".join(head) + "\n")
+    print(f"  {'':41} {side.name:>12} {name:>26} {'ratio':>8}")
+    for row in ROWS:
+        one, two = ours.get(row.key), theirs.get(row.key)
+        if one is None and two is None and args.what:
+            continue
+        guess = "≤ " if args.against and row.key == "reread" and not other.tells else ""
+        mark = "" if not two else guess if args.against else f"{row.label} "
+        print(f"{'↑' if row.more else '↓'} {f'{row.title} ({row.unit})':41} {number(one):>12} {mark + number(two):>26} "
+              f"{number(one / two) if one and two else '–':>8}")
+    print("\n↑ more is better, ↓ less. Medians. Memory is what a server says it holds. ≤ it does not tell: by the time it took.")
+    print("\n".join(trouble))
+    if args.plot:
+        draw(args.plot, head, (side.name, name if args.against else ""), ours, theirs)
+
+
+def number(value: float | None) -> str:
+    return f"{value:,.0f}" if value and value >= 100 else f"{value:.3g}" if value else "–"
+
+
+def machine() -> str:
+    """When and on what this was measured."""
+    import mlx.core as mx
+
+    from mlx_server import __version__
+
+    device = mx.device_info()
+    memory = device.get("memory_size") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return (f"{time.strftime('%Y-%m-%d')}, {device.get('device_name', platform.machine())}, {memory / 2**30:.0f} GB, "
+            f"{platform.platform(terse=True)}; "
+            f"mlx-server {__version__}, mlx {version('mlx')}, mlx-lm {version('mlx-lm')}, Python {platform.python_version()}")
+
+
+def draw(path: str, head: list[str], names: tuple[str, str], ours: dict[str, float], theirs: dict[str, float]) -> None:
+    """A panel for each line of the table, as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 7), layout="constrained")
+    figure.suptitle("\n".join(head), fontsize=8)
+    figure.get_layout_engine().set(h_pad=0.2, w_pad=0.2)
+    for row, panel in zip(ROWS, figure.subplots(2, 4).flat):
+        bars = panel.bar([0, 1], [ours.get(row.key, 0), theirs.get(row.key, 0)], 0.6, color=["#2a6f97", "#b8bcc2"])
+        panel.bar_label(bars, [number(ours.get(row.key)), number(theirs.get(row.key))], padding=2)
+        panel.set_xticks([0, 1], [names[0], names[1] or row.label])
+        panel.set_title(f"{row.title}\n{row.unit}, {'more' if row.more else 'less'} is better", fontsize=10)
+        panel.spines[["top", "right", "left"]].set_visible(False)
+        panel.set(yticks=[], xlim=(-0.6, 1.6))
+        panel.margins(y=0.15)
+    figure.savefig(path, format="png", dpi=120)
+
+
 # ------------------------------------------------------------------ the commands
 
 
 @contextlib.contextmanager
-def target(args: argparse.Namespace, *flags: str) -> Iterator[str]:
-    """The server to measure: the one named, or one of our own for the while."""
+def target(args: argparse.Namespace, *flags: str) -> Iterator[Side]:
+    """The server to measure: the one named, or one of our own for the while. Raises SystemExit if there is no such model."""
     if args.url:
-        yield args.url
+        yield find_out("mlx-server", args.url, args.api, args.model)
         return
     from conftest import Server
 
-    with random_model(args, busy=False) if args.kind else contextlib.nullcontext(args.model) as args.model:
-        server = Server(*flags, "--model", args.model)
+    from engine import EngineError, Library
+
+    with random_model(args.kind) if args.kind else contextlib.nullcontext(args.model or "default") as name:
+        library = Library([])
         try:
-            yield server.url
+            model = library.resolve(name, trusted=True)
+        except EngineError as error:
+            raise SystemExit(f"bench: {error}") from None
+        if not args.model and model.name == "demo" and len(library.models()) > 1:
+            progress(f"this measures the built-in model; --model takes {', '.join(one.name for one in library.models())}")
+        server = Server(*flags, "--model", str(model.path))
+        try:
+            yield Side("mlx-server", server.url, "messages", str(model.path),
+                       f"{model.name} ({model.quantization}, {model.size / 1e9:.1f} GB)")
         finally:
             server.stop()
 
@@ -221,175 +616,24 @@ def reuse(args: argparse.Namespace) -> None:
     before: list[tuple[list[str], int]] = []
     reusable_sum = reused_sum = 0
     print(f"{'#':>3} {'prompt':>8} {'reusable':>8} {'reused':>8} {'prefilled':>9} {'first token':>12}")
-    with target(args) as url:
+    with target(args) as side:
         for number, body in enumerate(bodies, 1):
-            answer = ask(url, args.api, {**body, "model": args.model, "max_tokens": args.max_tokens})
-            parts = pieces(body)
+            answer = side.ask({**body, "max_tokens": args.max_tokens})
+            parts, reused = pieces(body), answer.reused or 0
             # A recorded answer is not the one the model gives here: the earlier prompt is what can be reused.
             reusable = max((tokens for earlier, tokens in before if parts[: len(earlier)] == earlier), default=0)
             before.append((parts, answer.prompt))
-            reusable_sum, reused_sum = reusable_sum + reusable, reused_sum + min(reusable, answer.reused)
-            print(f"{number:3} {answer.prompt:8} {reusable:8} {answer.reused:8} {answer.prompt - answer.reused:9} {answer.first:10.3f} s")
+            reusable_sum, reused_sum = reusable_sum + reusable, reused_sum + min(reusable, reused)
+            print(f"{number:3} {answer.prompt:8} {reusable:8} {reused:8} {answer.prompt - reused:9} {answer.first:10.3f} s")
     print(f"reused {reused_sum} of {reusable_sum} reusable tokens: {reused_sum / max(1, reusable_sum):.2%}")
-
-
-def loop(args: argparse.Namespace) -> None:
-    tools = [{"name": "Bash", "description": "Runs a command. " * 60, "input_schema": {
-        "type": "object", "properties": {"command": {"type": "string"}, "timeout": {"type": "number"}}, "required": ["command"]}}]
-    body = {"max_tokens": 200, "system": "You are an agent. " * 300, "tools": tools}
-    messages: list[dict] = [{"role": "user", "content": "run echo 0"}]
-    prefilled = new = known = 0
-    print(f"{'#':>3} {'prompt':>8} {'reused':>8} {'new':>6} {'prefilled':>9} {'first token':>12}  answer")
-    with target(args) as url:
-        for number in range(1, args.turns * 2 + 1):
-            answer = ask(url, args.api, {**body, "model": args.model, "messages": messages})
-            calls = [block for block in answer.content if block["type"] == "tool_use"]
-            shown = str(calls[0]["input"] if calls else "".join(b.get("text", "") for b in answer.content))
-            fresh, read = answer.prompt - known, answer.prompt - answer.reused
-            print(f"{number:3} {answer.prompt:8} {answer.reused:8} {fresh:6} {read:9} {answer.first:10.3f} s  {shown[:60]}")
-            if number > 1:
-                prefilled, new = prefilled + read, new + fresh
-            known = answer.prompt + answer.tokens
-            for call in calls:  # agents send inputs back validated: in another order, with defaults
-                call["input"] = {"timeout": 120000, **dict(reversed(call["input"].items()))}
-            messages.append({"role": "assistant", "content": answer.content or [{"type": "text", "text": "(nothing)"}]})
-            messages.append({"role": "user", "content": [
-                {"type": "tool_result", "tool_use_id": call["id"], "content": f"line {number}"} for call in calls
-            ] or f"run echo {number}"})
-    print(f"prefilled {prefilled} for {new} new tokens: {prefilled / new:.3f}")
-
-
-def decode(args: argparse.Namespace) -> None:
-    from mlx_lm import load, stream_generate
-
-    with random_model(args, busy=True) as path, target(argparse.Namespace(url=None, kind=None, model=path)) as url:
-        model, tokenizer = load(path)
-        body = {"model": path, "max_tokens": args.tokens, "messages": [{"role": "user", "content": "go on"}], "temperature": 0}
-        prompt = tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True)
-        ratios = []
-        for run in range(args.runs + 1):
-            answer = ask(url, "messages", body)
-            *_, last = stream_generate(model, tokenizer, prompt, max_tokens=args.tokens)
-            ours = (answer.tokens - 1) / answer.rest
-            if run:  # the first one warms up
-                ratios.append(ours / last.generation_tps)
-                print(f"HTTP {ours:8.1f} tokens/s, in process {last.generation_tps:8.1f} tokens/s, ratio {ratios[-1]:.3f}")
-    print(f"median ratio {statistics.median(ratios):.3f}")
-
-
-def prefill(args: argparse.Namespace) -> None:
-    from mlx_lm import load, stream_generate
-
-    from engine import Engine
-
-    with random_model(args, busy=True) as path, Engine(path) as engine:
-        model, tokenizer = load(path)
-        ratios = []
-        for run in range(args.runs + 1):
-            text = f"{run} " + "read " * args.tokens
-            answer = engine.chat(text, max_tokens=1)
-            for _ in answer:
-                pass
-            ours = answer.usage.prompt_tokens / answer.usage.prefill_seconds
-            prompt = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
-            *_, last = stream_generate(model, tokenizer, prompt, max_tokens=1, prefill_step_size=512)
-            if run:
-                ratios.append(ours / last.prompt_tps)
-                print(f"{answer.usage.prompt_tokens} tokens: {ours:8.1f} tokens/s, mlx-lm {last.prompt_tps:8.1f}, ratio {ratios[-1]:.3f}")
-    print(f"median ratio {statistics.median(ratios):.3f}")
-
-
-def concurrent(args: argparse.Namespace) -> None:
-    """Tokens/s of many streams together, in turn with mlx-lm's own server on the same model."""
-    with random_model(args, busy=False) as path, target(argparse.Namespace(url=None, kind=None, model=path)) as ours:
-        with (peer(path) if not args.url else contextlib.nullcontext(args.url)) as theirs:
-            def measure(url: str, api: str, count: int, run: str) -> float:
-                bodies = [{"model": path, "max_tokens": args.tokens, "temperature": 0, "messages": [
-                    {"role": "user", "content": f"stream {n} of {run}"}]} for n in range(count)]
-                with ThreadPoolExecutor(count) as pool:
-                    answers = list(pool.map(lambda body: ask(url, api, body), bodies))
-                return sum(a.tokens for a in answers) / max(a.first + a.rest for a in answers)
-
-            against, alone = [], []
-            for run in range(args.runs + 1):
-                one, many = (measure(ours, "messages", count, f"{run} {count}") for count in (1, args.streams))
-                other = measure(theirs, "chat", args.streams, f"{run}")
-                if run:  # the first one warms up
-                    against.append(many / other)
-                    alone.append(many / one)
-                    print(f"{args.streams} streams {many:8.1f} tokens/s, one alone {one:8.1f}, the other server {other:8.1f}; "
-                          f"ratios {alone[-1]:.2f} and {against[-1]:.2f}")
-            print(f"median: {statistics.median(alone):.2f} times one stream, {statistics.median(against):.2f} times the other server")
-
-
-@contextlib.contextmanager
-def peer(path: str) -> Iterator[str]:
-    """mlx-lm's own server with a model."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = subprocess.Popen([sys.executable, "-m", "mlx_lm", "server", "--model", path, "--port", str(port)],
-                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    try:
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port)).close()
-                break
-            except OSError:
-                if process.poll() is not None:
-                    raise SystemExit("mlx_lm server does not start") from None
-                time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def contended(args: argparse.Namespace) -> None:
-    """How long a short request waits while long prompts are read, in chunks of those prompts."""
-    from engine import Runtime
-
-    def prompt(words: int, salt: str) -> dict:
-        return {"model": args.model, "max_tokens": 2, "messages": [{"role": "user", "content": f"{salt} " + "read " * words}]}
-
-    with target(args) as url, ThreadPoolExecutor(8) as pool:
-        unit = ask(url, args.api, prompt(args.prompt // 8, "unit")).prompt / (args.prompt // 8)  # tokens a word
-        words = int(args.prompt / unit)
-        for name, count, headers in (("a long prompt", 1, {}), ("four of low priority", 4, {"x-priority": "low"})):
-            waits = []
-            for run in range(args.runs):
-                long = [pool.submit(ask, url, args.api, prompt(words, f"{name} {run} {n}"), headers) for n in range(count)]
-                started = time.perf_counter()
-                while time.perf_counter() - started < 1 or not running(url):  # all of them have arrived
-                    time.sleep(0.05)
-                mine = {"x-priority": "high"} if headers else {}
-                short = ask(url, args.api, prompt(int(50 / unit), f"short {name} {run}"), mine)
-                if all(request.done() for request in long):
-                    raise SystemExit("the long prompts were read before the short one came: give a longer --prompt")
-                answers = [request.result() for request in long]
-                tokens, seconds = sum(a.prompt - a.reused for a in answers), max(a.first for a in answers)
-                chunk = seconds / tokens * Runtime.CHUNK
-                waits.append(short.first / chunk)
-                print(f"{name}: a request of {short.prompt} tokens waited {short.first:.2f} s, a chunk takes {chunk:.2f} s")
-            print(f"behind {name}: {statistics.median(waits):.2f} chunks (median), at most {max(waits):.2f}")
-
-
-def running(url: str) -> bool:
-    """Whether a server of ours is busy; others do not tell."""
-    from soak import figure
-
-    try:
-        return figure(urlsplit(url).port, "running_requests") > 0
-    except (OSError, TypeError):
-        return True
 
 
 def soak(args: argparse.Namespace) -> None:
     """64 connections and 1,000 requests of all dialects, a fifth of which hang up."""
     from soak import Soak, memory
 
-    with target(args, "--max-queue", "128") as url:
-        port = urlsplit(url).port
+    with target(args, "--max-queue", "128") as side:
+        port = urlsplit(side.url).port
         trouble = Soak(port, 64, [], requests=1000)
         trouble.learn()
         before = memory(port, [])
@@ -403,23 +647,15 @@ def soak(args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def random_model(args: argparse.Namespace, busy: bool) -> Iterator[str]:
-    """The model named, or one of random weights that has no way to stop early: `busy`, large enough that its arithmetic takes
-    the time, else as fast as can be, to count tokens."""
+def random_model(kind: str) -> Iterator[str]:
+    """A model of random weights that has no way to stop early, so large that its arithmetic takes the time."""
     from models import CONFIGS, build_model
 
-    if args.model != "demo":
-        yield args.model
-        return
-    kind = args.kind or "qwen3"
+    config = {**CONFIGS[kind], "num_hidden_layers": 8, "head_dim": 64, "hidden_size": 512, "intermediate_size": 1536,
+              "max_position_embeddings": 131072, "mlp_only_layers": list(range(8))}
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"] * 2
     with tempfile.TemporaryDirectory() as folder:
-        width = 512 if busy else 64
-        size = {"num_hidden_layers": 8, "head_dim": 64} if busy else {
-            "num_hidden_layers": 2, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16}
-        config = {**CONFIGS[kind], **size, "hidden_size": width, "intermediate_size": 3 * width, "max_position_embeddings": 131072}
-        if "layer_types" in config:
-            config["layer_types"] = (config["layer_types"] * 2)[:config["num_hidden_layers"]]
-        config["mlp_only_layers"] = list(range(config["num_hidden_layers"]))
         yield str(build_model(kind, Path(folder) / "random", config=config))
 
 
@@ -430,19 +666,16 @@ def render(args: argparse.Namespace) -> None:
     requests = []
     for body in made_up_trace(args.turns):
         if len(body.get("tools") or []) == 5:
-            chat = as_chat({**body, "model": args.model, "max_tokens": 1})
-            for message in chat["messages"]:
-                for call in message.get("tool_calls") or []:
-                    call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+            chat = as_ollama({**body, "max_tokens": 1, "temperature": 0})
             requests.append(Request(args.model, chat["messages"], tools=chat["tools"]))
-    *_, first, second, third = requests[:-args.runs]
+    *_, first, second, third = requests[:-5]
     Tongue(local).prompt(first)
     tongue, prefixes = Tongue(local), PrefixCache(lambda: 1 << 40)
     cold, _ = timed(lambda: tongue.prompt(first))
     for request in (second, third):  # turns of other kinds than the first
         prefixes.put(Line(tongue.prompt(request).tokens, []))
     grown, again = [], []
-    for request in requests[-args.runs:]:
+    for request in requests[-5:]:
         gc.collect()
         for ratios in (grown, again):  # with the turn's new text to tokenise, and without
             seconds, (_, found) = timed(lambda: prefixes.find("", tongue.prompt(request).tokens))
@@ -458,24 +691,30 @@ def timed(call: Any) -> tuple[float, Any]:
     return time.perf_counter() - started, value
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    commands = {command.__name__: command for command in (reuse, render, soak)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=(
-        "reuse", "loop", "decode", "prefill", "render", "concurrent", "contended", "soak"))
-    parser.add_argument("--url", help="another server")
-    parser.add_argument("--api", choices=("messages", "chat"), default="messages")
-    parser.add_argument("--model", default="demo", help="a name that the server knows, or a path")
+    parser.add_argument("what", nargs="*", help=f"{', '.join([*PARTS, *commands])}; without any, the whole table")
+    parser.add_argument("--minutes", type=float, default=10, help="what the table may take (default: %(default)s)")
+    parser.add_argument("--url", help="a running server, instead of one that is started")
+    parser.add_argument("--model", help="a name that the server knows, or a path (default: the server's)")
+    parser.add_argument("--against", metavar="URL", help="a server to compare with")
+    parser.add_argument("--against-model", metavar="NAME", help="the model's name there (default: its only one)")
+    for option in ("--api", "--against-api"):
+        parser.add_argument(option, choices=APIS, help="that server's API (default: the one that tells most)")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the table, too")
     parser.add_argument("--trace", metavar="FILE", help="a recorded session; without it one is made up")
-    parser.add_argument("--turns", type=int, default=20, help="turns of a made-up session")
+    parser.add_argument("--turns", type=int, default=20, help="turns of a made-up session to render")
     parser.add_argument("--max-tokens", type=int, default=8, help="length of the answers to a trace")
-    parser.add_argument("--tokens", type=int, default=256, help="tokens to decode, or words to prefill")
-    parser.add_argument("--streams", type=int, default=8, help="streams at once")
-    parser.add_argument("--prompt", type=int, default=13000, help="tokens of a long prompt")
-    parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--kind", choices=("qwen3", "llama_sliding", "hybrid"),
-                        help="a model of random weights with plain, sliding or recurrent layers instead of the built-in one")
-    args = parser.parse_args()
-    globals()[args.command](args)
+                        help="a model of random weights with plain, sliding or recurrent layers")
+    args = parser.parse_args(argv)
+    if unknown := set(args.what) - set(PARTS) - (set(commands) if len(args.what) == 1 else set()):
+        parser.error(f"there is no part of the table named {', '.join(unknown)}")
+    command = commands.get(args.what[0]) if args.what else None
+    if command:
+        args.model = args.model or "demo"
+    (command or table)(args)
 
 
 if __name__ == "__main__":

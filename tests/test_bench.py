@@ -1,0 +1,43 @@
+"""The benchmark's table, between two servers of ours and as a picture. What the figures are is nobody's test."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import bench
+import pytest
+from conftest import Server
+
+NUMBER = r"([\d.,]+(?:e[+-]\d+)?)"
+
+
+def test_every_row_of_the_table_has_numbers_for_both_servers(server: Server, folder: Path, capsys: pytest.CaptureFixture):
+    other = Server("--models-dir", str(folder))
+    try:
+        bench.main(["--minutes", "0.02", "--url", server.url, "--against", other.url, "--against-model", "qwen2",
+                    "--against-api", "ollama"])
+    finally:
+        assert other.stop() == 0
+    printed = capsys.readouterr().out
+    rows = re.findall(rf"^[↑↓] (.+?) \(\S+\) +{NUMBER} +(≤ )?{NUMBER} +{NUMBER}$", printed, re.M)
+    assert [title for title, *_ in rows] == [row.title for row in bench.ROWS], printed
+    assert rows[2][1] == "1", "the server has prefilled something twice"
+    assert [title for title, _, guessed, *_ in rows if guessed] == ["prefilled per new token"]  # Ollama's API does not tell
+    assert "asked in its API 'messages'" in printed and "mlx-server 0." in printed
+
+
+def test_the_table_is_drawn(server: Server, tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    bench.main(["decode", "--minutes", "0.02", "--url", server.url, "--api", "chat", "--plot", str(tmp_path / "table.png")])
+    assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--url", "http://127.0.0.1:9"], "bench: http://127.0.0.1:9 cannot be asked: "),
+    (["--model", "nobody:7b"], "bench: model 'nobody:7b' not found"),
+    (["loops"], "there is no part of the table named loops")])
+def test_what_cannot_be_measured_is_said_in_a_sentence(flags: list[str], sentence: str, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as error:
+        bench.main(flags)
+    assert sentence in f"{error.value} {capsys.readouterr().err}"
