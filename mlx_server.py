@@ -1472,6 +1472,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.warning("whoever reaches this machine may use the server: demand a key with --api-key-file, or leave out --host")
     server.serve_forever(poll_interval=0.1)
     stopper.join()
+    try:
+        sys.stderr.flush()
+    except (OSError, AttributeError):
+        sys.stderr = None  # nobody reads it, which the interpreter would take for a failure
     if not server.engine.close(0):
         logging.shutdown()
         os._exit(0)  # an engine in the midst of a long step would crash the interpreter's own way out
