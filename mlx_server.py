@@ -160,7 +160,8 @@ class MLXServer(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.engine, self.api_keys, self.priorities = engine, api_keys or {}, priorities
         self.upstream, self.metrics = upstream, Metrics()
-        self.room = min(CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.room = CONNECTIONS if files == resource.RLIM_INFINITY else min(CONNECTIONS, files // 2)
         self.connected: dict[Any, bool] = {}  # sockets, and whether there is room for them
         self.talking: set[threading.Thread] = set()  # threads in the midst of an answer
         super().__init__(address, Handler)
@@ -400,7 +401,9 @@ class Handler(BaseHTTPRequestHandler):
     def read_raw(self) -> bytes:
         if "Transfer-Encoding" in self.headers:
             self.go_on()
-            return b"".join(self.read_chunks())
+            body = io.BytesIO()  # a list of the smallest chunks would take many times their size
+            body.writelines(self.read_chunks())
+            return body.getvalue()
         length = self.headers.get("Content-Length")
         if length is None:
             raise WireError(411, "Length Required")
