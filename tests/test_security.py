@@ -274,7 +274,8 @@ def test_lists_and_descriptions_say_nothing_of_the_machine(guarded: Server):
 
 OUTSIDE = ["../outside", "models/../../outside", "{folder}/outside", "{folder}/models/../outside", "{folder}", "/etc/passwd",
            "~", "~root", "~nobody-here/x", "./outside", "outside", "..", ".", "/", "\0", "/\0", "/etc\0", "demo\0",
-           "mapped/../../outside", "mapped/..", "%2e%2e/outside", "..%2foutside", "file:///etc/passwd", "a" * 70000, "/" + "a/" * 3000]
+           "mapped/../../outside", "mapped/..", "%2e%2e/outside", "..%2foutside", "file:///etc/passwd", "a" * 70000,
+           "/" + "a/" * 3000]
 
 
 @pytest.mark.parametrize("name", OUTSIDE, ids=range(len(OUTSIDE)))

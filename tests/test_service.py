@@ -263,8 +263,8 @@ def clean(home: Path) -> dict[str, str]:
 
 def printed(home: Path, *flags: str) -> str:
     """What the program prints when it is started in a home directory."""
-    out = subprocess.run([sys.executable, str(ROOT / "mlx_server.py"), *flags], cwd=home, capture_output=True, text=True, timeout=30,
-                         env={**clean(home), "HF_HUB_CACHE": str(home / "hub")})
+    out = subprocess.run([sys.executable, str(ROOT / "mlx_server.py"), *flags], cwd=home, capture_output=True, text=True,
+                         timeout=30, env={**clean(home), "HF_HUB_CACHE": str(home / "hub")})
     assert out.returncode == 0, out.stderr
     return out.stdout
 
@@ -307,8 +307,8 @@ def test_a_launchd_job_starts_the_server_from_anywhere_shows_no_keys_and_its_log
     assert set(job) <= APPLES and "secret" not in text
     log = user / "Library" / "Logs" / "mlx-server.log"
     assert job["ProgramArguments"] == [
-        sys.executable, str(ROOT / "mlx_server.py"), "--port", "0", "--models-dir", f"{user}/my models", "--cache-dir", f"{user}/kv",
-        "--state", f"{user}/names.json", "--api-key-file", f"{user}/keys", "--alias", f"near={user}/my models/near",
+        sys.executable, str(ROOT / "mlx_server.py"), "--port", "0", "--models-dir", f"{user}/my models",
+        "--cache-dir", f"{user}/kv", "--state", f"{user}/names.json", "--api-key-file", f"{user}/keys", "--alias", f"near={user}/my models/near",
         "--alias", "far=demo", "--priority", "anthropic=low", "--drain", "60s", "--log-file", str(log)]
     assert job["RunAtLoad"] is True and job["KeepAlive"] == {"SuccessfulExit": False}
     assert job["ExitTimeOut"] > 60 + 5 and job["SoftResourceLimits"]["NumberOfFiles"] > 2 * 512
