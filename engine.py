@@ -640,7 +640,7 @@ class Library:
 
         Raises ModelNotFound; ModelLoadError for a trusted path to something that is no MLX model.
         """
-        meant = name
+        meant, by_owner = name, trusted
         if not _is_path(name, trusted):
             meant = self._aliased(name)
             trusted = trusted or meant is not name
@@ -648,7 +648,13 @@ class Library:
                 meant = preset.model
         models = self.models()
         if _is_path(meant, trusted):
-            model = self._by_path(meant, models, trusted)
+            try:
+                model = self._by_path(meant, models, trusted)
+            except (ModelLoadError, ValueError, RuntimeError) as error:  # the latter two for what cannot be a path
+                if by_owner:
+                    raise
+                log.warning("%s cannot be served: %s", name, error)
+                model = None
         else:
             plain = _plain(meant)
             model = _by_name(plain, models, last_used)
@@ -1025,11 +1031,11 @@ class Tongue:
             # A type that only mlx-lm knows would be checked, and maybe refused, by rules for others; the tokenizer does not
             # need it.
             known = local.config.get("model_type") in CONFIG_MAPPING
-            self.tokenizer = load_tokenizer(local.path, None if known else {"config": PreTrainedConfig()},
-                                            eos_token_ids=local.config.get("eos_token_id"))
+            # Left open, trust would be asked for on the terminal.
+            options = {"trust_remote_code": False, **({} if known else {"config": PreTrainedConfig()})}
+            self.tokenizer = load_tokenizer(local.path, options, eos_token_ids=local.config.get("eos_token_id"))
         except Exception as error:
-            log.warning("cannot load the tokenizer of %s", local.name, exc_info=True)
-            raise ModelLoadError(f"the tokenizer of model '{local.name}' cannot be loaded: {_first_line(error)}") from error
+            raise _unloadable(local, f"the tokenizer of model '{local.name}'", error) from error
         self.template = Template(self.tokenizer) if self.tokenizer.has_chat_template else None
         self.format = OutputFormat.of(self.tokenizer)
         if self.template and not self.template.has_tools:
@@ -1387,9 +1393,20 @@ def _generation_defaults(path: Path) -> Sampling:
     return Sampling(**{"temperature": 1.0, **{n: config[n] for n in names if isinstance(config.get(n), (int, float))}})
 
 
-def _first_line(error: Exception) -> str:
-    """An exception's first line without the machine's paths, fit for a client."""
-    return re.sub(r"(?:/[\w.+@-]+){2,}/?", "…", (str(error).splitlines() or [type(error).__name__])[0])[:200]
+def _unloadable(local: LocalModel, what: str, error: Exception) -> ModelLoadError:
+    """What the caller is told of an exception while something was loaded; the log gets all of it."""
+    if "trust_remote_code" in str(error):
+        said = f"{what} wants Python code that comes with it to be run, which is never done here; take another conversion of it"
+        log.warning("%s (%s)", said, local.path)
+        return ModelLoadError(said)
+    log.warning("cannot load %s", what, exc_info=error)
+    return ModelLoadError(f"{what} cannot be loaded: {_first_line(error, str(local.path))}")
+
+
+def _first_line(error: Exception, known: str = "/…") -> str:
+    """An exception's first line without the machine's paths, one of which is known, fit for a client."""
+    line = (str(error).splitlines() or [type(error).__name__])[0].replace(known, "…")
+    return re.sub(r"(?:/[\w.+@-]+){2,}/?", "…", line)[:200]
 
 
 # ------------------------------------------------------------------ output: decoded text -> events
@@ -3253,14 +3270,13 @@ class Runtime:
             forward = self._body if embeds else self.model
             mx.eval(forward(mx.array([[0]]), cache=cache))  # compiles the kernels, and shows what KV takes
         except Exception as error:
-            log.warning("cannot load %s", local.name, exc_info=True)
-            raise ModelLoadError(f"model '{local.name}' cannot be loaded: {_first_line(error)}") from error
+            raise _unloadable(local, f"model '{local.name}'", error) from error
         self.size = sum(array.nbytes for _, array in tree_flatten(self.model.parameters()))
         self.state = StateSize.of(cache)
         self.load_seconds = time.perf_counter() - started
         self.jobs: list[Generation] = []
         self.keep_alive: float | None = None
-        self.used = time.time()
+        self.used = time.monotonic()
         self._decoder = self._new_decoder()
         log.info("loaded %s in %.1f s", local.name, self.load_seconds)
 
@@ -3280,10 +3296,10 @@ class Runtime:
 
     @property
     def expires(self) -> float | None:
-        """When an idle model is unloaded, in unix seconds; None for never."""
+        """When an idle model is unloaded, in monotonic seconds; None for never."""
         if self.keep_alive is None or self.keep_alive < 0:
             return None
-        return (time.time() if self.jobs else self.used) + self.keep_alive
+        return (time.monotonic() if self.jobs else self.used) + self.keep_alive
 
     def reserve(self, job: Generation) -> int:
         """Bytes of KV to expect of a request."""
@@ -3568,7 +3584,7 @@ class Runtime:
 
     def _release(self, job: Generation) -> None:
         self.jobs.remove(job)
-        self.used = time.time()
+        self.used = time.monotonic()
         if job.request.keep_alive is not None:
             self.keep_alive = job.request.keep_alive
 
@@ -3904,7 +3920,8 @@ class Engine:
         try:
             shutil.rmtree(folder)
         except OSError as error:
-            raise EngineError(f"{error.filename} cannot be deleted: {error.strerror}") from None
+            log.error("%s cannot be deleted: %s", error.filename, error.strerror)
+            raise EngineError(f"model '{local.name}' cannot be deleted: {error.strerror}") from None
         log.info("deleted %s", folder)
 
     def resolve(self, name: str) -> LocalModel:
@@ -4002,8 +4019,9 @@ class Engine:
 
     def loaded(self) -> list[Loaded]:
         """The models in memory."""
-        pool = self._pool
-        return [Loaded(r.local, r.size + pool.prefixes.held(r.fingerprint), r.expires, self.context_length(r.local))
+        pool, ahead = self._pool, time.time() - time.monotonic()  # what is told is the wall's time, what is measured is not
+        return [Loaded(r.local, r.size + pool.prefixes.held(r.fingerprint),
+                       None if (at := r.expires) is None else at + ahead, self.context_length(r.local))
                 for r in list(pool.runtimes.values())]
 
     def unload(self, name: str) -> None:
@@ -4140,9 +4158,9 @@ class Engine:
                 runtimes = self._pool.runtimes.values()
                 writes = [runtime.used + self.SETTLE for runtime in runtimes if runtime.unshelved()]
                 due = min([*writes, *(r.expires for r in runtimes if r.expires is not None)], default=None)
-                if due is not None and due <= time.time():
+                if due is not None and due <= time.monotonic():
                     return True
-                self._lock.wait(None if due is None else max(0.01, due - time.time()))
+                self._lock.wait(None if due is None else max(0.01, due - time.monotonic()))
             return False
 
     def _guarded_step(self) -> None:
@@ -4216,7 +4234,7 @@ class Engine:
 
     def _tidy(self) -> None:
         """Unloads what is due and not in use, and writes to disk when there is nothing else to do."""
-        pool, now = self._pool, time.time()
+        pool, now = self._pool, time.monotonic()
         with self._lock:
             asked = {name for name, _ in self._unloads}
         due = {name for name, r in pool.runtimes.items() if r.expires is not None and r.expires <= now}

@@ -25,11 +25,15 @@ import ipaddress
 import itertools
 import json
 import logging
+import logging.handlers
 import math
 import os
+import plistlib
 import re
+import resource
 import secrets
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -56,9 +60,13 @@ OLLAMA_VERSION = "0.35.0"  # the API level we speak; clients parse it as numbers
 MAX_BODY = 32 * 1024 * 1024  # bytes, the Messages API's own limit
 PING_AFTER = 4.0  # seconds without a byte after which a stream says that it is alive; clients count on 5
 LOOK_AFTER = 0.1  # seconds after which an answer in the making looks again whether its client is there
-PATIENCE = 300.0  # seconds that a socket may take for one read or write
+PATIENCE = 300.0  # seconds that a client may take to read some of an answer, or to send its next request
+ARRIVAL = 120.0  # seconds that a request may take to arrive, from its first byte on
+CONNECTIONS = 512  # at the same time; fewer where a process may not open twice as many files
+TURNED_AWAY = 32  # more that are told that there is no room
 ASKING = 2.0  # seconds that an upstream may take to accept a connection, or to say what it has
 FRESH = 5.0  # seconds for which the upstream's last word on that counts
+HOST = re.compile(r"([\w.-]*|\[[\da-f:.]+\])(:\d{1,5})?", re.I | re.A)
 LOCAL_ORIGINS = re.compile(
     r"https?://(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\])(:\d+)?|(app|file|tauri|vscode-webview|vscode-file)://.*", re.I)
 
@@ -152,6 +160,9 @@ class MLXServer(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.engine, self.api_keys, self.priorities = engine, api_keys or {}, priorities
         self.upstream, self.metrics = upstream, Metrics()
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.room = CONNECTIONS if files == resource.RLIM_INFINITY else min(CONNECTIONS, files // 2)
+        self.connected: dict[Any, bool] = {}  # sockets, and whether there is room for them
         self.talking: set[threading.Thread] = set()  # threads in the midst of an answer
         super().__init__(address, Handler)
 
@@ -162,6 +173,17 @@ class MLXServer(ThreadingHTTPServer):
     @property
     def loopback(self) -> bool:
         return ipaddress.ip_address(self.server_address[0]).is_loopback
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connected[request] = len(self.connected) < self.room
+        if len(self.connected) > self.room + TURNED_AWAY:
+            log.warning("a connection is closed: there are too many")
+            return self.shutdown_request(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self.connected.pop(request, None)
+        super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("connection failed", exc_info=True)
@@ -180,6 +202,28 @@ class MLXServer(ThreadingHTTPServer):
         self.server_close()
 
 
+class Arriving(socket.SocketIO):
+    """What a client sends. Once a request has begun, `due` is when all of it has to be there, in monotonic seconds; reading
+    raises TimeoutError then."""
+
+    due: float | None = None
+
+    def readinto(self, buffer: Any) -> int | None:
+        if not _readable(self, PATIENCE if self.due is None else max(0.0, self.due - time.monotonic())):
+            raise TimeoutError
+        self.due = self.due or time.monotonic() + ARRIVAL
+        return super().readinto(buffer)
+
+
+class Lines(io.BufferedReader):
+    """What arrives, for reading its lines. A CR alone ends none (RFC 9112, 2.2): it becomes a fold, which is refused."""
+
+    def readline(self, limit: int = -1) -> bytes:
+        line = super().readline(limit)
+        end = line[-2:] if line.endswith(b"\r\n") else b""
+        return line.removesuffix(end).replace(b"\r", b"\r\n ") + end
+
+
 class Handler(BaseHTTPRequestHandler):
     """One connection. Routes are at the end of the class."""
 
@@ -189,6 +233,14 @@ class Handler(BaseHTTPRequestHandler):
     timeout = PATIENCE
 
     # -- a request's way through
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = Lines(Arriving(self.connection, "r"))
+
+    def handle_one_request(self) -> None:
+        self.rfile.raw.due = None
+        super().handle_one_request()
 
     def serve(self) -> None:
         """Serves the request whose head has been read."""
@@ -200,6 +252,10 @@ class Handler(BaseHTTPRequestHandler):
         self.anthropic = self.route.startswith("/v1/")
         self.openai = self.route in OPENAI
         try:
+            if not self.server.connected[self.request]:
+                self.close_connection = True
+                raise EngineBusy("there are too many connections")
+            self.check_head()
             self.check_origin()
             if self.command == "OPTIONS":
                 return self.send(204, b"")
@@ -239,6 +295,21 @@ class Handler(BaseHTTPRequestHandler):
             raise WireError(405, "405 method not allowed", {"Allow": allowed})
         return lambda: handle(self)
 
+    def check_head(self) -> None:
+        """What another server might read in another way is refused (RFC 9112, 3.2, 5 and 6.3)."""
+        hosts, origins, lengths, codings = (
+            self.headers.get_all(name, []) for name in ("Host", "Origin", "Content-Length", "Transfer-Encoding"))
+        wrong = (
+            "malformed header" if self.headers.defects or any("\n" in value for value in self.headers.values()) else
+            "Host, Origin and the body's length can be given only once"
+            if max(len(hosts), len(origins), len(lengths + codings)) > 1 else
+            "the Host header is missing" if not hosts and self.request_version > "HTTP/1.0" else
+            "malformed Host header" if not all(map(HOST.fullmatch, hosts)) else
+            f"Transfer-Encoding '{codings[0]}' is not supported" if codings and codings[0].lower() != "chunked" else None)
+        if wrong:
+            self.body_read = False  # where it ends is not known
+            raise WireError(400, wrong)
+
     def check_origin(self) -> None:
         """A web page must not reach a local server by rebinding its own name to it, nor from a foreign origin."""
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin", "")
@@ -259,7 +330,7 @@ class Handler(BaseHTTPRequestHandler):
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
         given = [self.headers.get("x-api-key", ""), token.strip() if scheme.lower() == "bearer" else ""]
         found = [priority for key, priority in self.server.api_keys.items() for one in given
-                 if hmac.compare_digest(one.encode(), key.encode())]
+                 if hmac.compare_digest(one.encode("latin-1"), key.encode())]
         if not found:
             raise WireError(401, "invalid x-api-key", {"x-should-retry": "false"})
         self.highest = min(found)
@@ -309,19 +380,10 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
 
     def read_body(self) -> bytes:
-        if "chunked" in self.headers.get("Transfer-Encoding", "").lower():
-            self.go_on()
-            raw = b"".join(self.read_chunks())
-        else:
-            length = self.headers.get("Content-Length")
-            if length is None:
-                raise WireError(411, "Length Required")
-            if not re.fullmatch(r"\d{1,18}", length, re.ASCII):
-                raise WireError(400, "bad Content-Length")
-            if int(length) > MAX_BODY:
-                raise _too_large()
-            self.go_on()
-            raw = self.read_exactly(int(length))
+        try:
+            raw = self.read_raw()
+        except TimeoutError:
+            raise WireError(408, f"the request has not arrived within {ARRIVAL:.0f} s") from None
         self.body_read, self.body = True, raw
         coding = self.headers.get("Content-Encoding", "identity").strip().lower()
         if coding in ("gzip", "x-gzip", "deflate"):
@@ -336,23 +398,43 @@ class Handler(BaseHTTPRequestHandler):
             raise WireError(400, f"Content-Encoding '{coding}' is not supported")
         return raw
 
+    def read_raw(self) -> bytes:
+        if "Transfer-Encoding" in self.headers:
+            self.go_on()
+            body = io.BytesIO()  # a list of the smallest chunks would take many times their size
+            body.writelines(self.read_chunks())
+            return body.getvalue()
+        length = self.headers.get("Content-Length")
+        if length is None:
+            raise WireError(411, "Length Required")
+        if not re.fullmatch(r"\d{1,18}", length, re.ASCII):
+            raise WireError(400, "bad Content-Length")
+        if int(length) > MAX_BODY:
+            raise _too_large()
+        self.go_on()
+        return self.read_exactly(int(length))
+
     def read_chunks(self) -> Iterable[bytes]:
         """The decoded pieces of a chunked body."""
         total = 0
         while True:
-            line = self.rfile.readline(1024).partition(b";")[0].strip()
-            if not re.fullmatch(rb"[0-9a-fA-F]{1,15}", line):
+            line = self.rfile.readline(1024)
+            match = re.fullmatch(rb"([\da-fA-F]{1,15})[ \t]*(;.*)?\r?\n", line)
+            if not match:
                 raise WireError(400, "malformed chunked body")
-            size = int(line, 16)
-            total += size
+            size = int(match[1], 16)
+            total += len(line) + size
             if total > MAX_BODY:
                 raise _too_large()
             if size == 0:
-                while self.rfile.readline(65536).strip():
-                    pass
-                return
+                break
             yield self.read_exactly(size)
-            self.read_exactly(2)
+            if self.read_exactly(2) != b"\r\n":
+                raise WireError(400, "malformed chunked body")
+        while (line := self.rfile.readline(65536)).strip():  # trailers
+            total += len(line)
+            if total > MAX_BODY:
+                raise _too_large()
 
     def read_exactly(self, size: int) -> bytes:
         data = self.rfile.read(size)
@@ -384,7 +466,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("x-request-id" if self.openai else "request-id", self.request_id)
         if self.origin:
             headers = {**headers, "Access-Control-Allow-Origin": self.origin, "Vary": "Origin"}
-        if self.command == "OPTIONS":
+        if self.command == "OPTIONS" and status == 204:
             headers = {**headers, "Allow": "GET, POST, DELETE, HEAD, OPTIONS",
                        "Access-Control-Allow-Methods": "GET, POST, PUT, PATCH, DELETE, HEAD, OPTIONS",
                        "Access-Control-Allow-Headers": self.headers.get("Access-Control-Request-Headers", "*"),
@@ -826,7 +908,7 @@ def _place(miss: Any) -> str:
     return "the prompt" if miss.message is None else f"message {miss.message} ({miss.role})"
 
 
-def _readable(connection: socket.socket, seconds: float) -> bool:
+def _readable(connection: socket.socket | socket.SocketIO, seconds: float) -> bool:
     """Whether there is something to read, or the end, within some seconds."""
     poll = select.poll()  # select() fails with many open files
     poll.register(connection, select.POLLIN)
@@ -1147,8 +1229,24 @@ def _rule(text: str) -> tuple[str, Priority]:
 
 
 def _key(text: str) -> tuple[str, Priority]:
+    if not text.strip():  # everyone would have it
+        raise argparse.ArgumentTypeError("a key cannot be empty")
     key, _, priority = text.rpartition("=")
     return (key, _priority(priority)) if key and priority.upper() in Priority.__members__ else (text, Priority.NORMAL)
+
+
+def _key_file(name: str) -> list[tuple[str, Priority]]:
+    try:
+        with open(name, encoding="utf-8") as file:
+            mode, lines = os.fstat(file.fileno()).st_mode, file.read().split("\n")
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{name} cannot be read: {getattr(error, 'strerror', 'it is no text')}") from None
+    keys = [_key(line.strip()) for line in lines if line.strip()]
+    if not keys:
+        raise argparse.ArgumentTypeError(f"{name} holds no key")
+    if mode & 0o044:
+        print(f"mlx-server: others may read the keys in {name}; to stop that: chmod 600 {shlex.quote(name)}", file=sys.stderr)
+    return keys
 
 
 def _seconds(text: str) -> float:
@@ -1194,7 +1292,8 @@ def _state_file() -> str:
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="mlx-server", description="Serves local MLX models to Claude Code, Ollama clients and scripts.")
+        prog="mlx-server", allow_abbrev=False,
+        description="Serves local MLX models to Claude Code, Ollama clients and scripts.")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=_port, default=11435, help="port to listen on, 0 for any (default: %(default)s)")
     parser.add_argument("--model", metavar="NAME_OR_PATH", help="default model, loaded at once")
@@ -1226,11 +1325,96 @@ def arguments() -> argparse.ArgumentParser:
                         help="relay what finds the queue full, too, if the upstream has a model of that name")
     parser.add_argument("--api-key", metavar="KEY[=PRIORITY]", type=_key, action="append", default=[],
                         help="demand this key (repeatable; default: $MLX_SERVER_API_KEY, else none)")
+    parser.add_argument("--api-key-file", metavar="FILE", type=_key_file, default=[],
+                        help="demand one of the keys in FILE, a KEY or KEY=PRIORITY per line")
     parser.add_argument("--drain", metavar="DURATION", type=_seconds, default=10.0,
                         help="time for running answers when the server is told to end (default: 10s)")
+    parser.add_argument("--log-file", metavar="FILE", help="log to FILE, anew after every 10 MB; three old ones are kept")
     parser.add_argument("--verbose", action="store_true", help="log every detail")
+    parser.add_argument("--print-launchd", dest="service", action="store_const", const=launchd_job,
+                        help="print a launchd job that runs the server with the other flags")
+    parser.add_argument("--print-systemd", dest="service", action="store_const", const=systemd_unit,
+                        help="print a systemd user unit that does so")
     parser.add_argument("--version", action="version", version=f"mlx-server {__version__}")
     return parser
+
+
+# ------------------------------------------------------------------ a service
+
+_PATHS = ("--api-key-file", "--cache-dir", "--log-file", "--models-dir", "--state")
+_CARRIED = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")  # variables that name places
+
+
+def _command(argv: Sequence[str]) -> list[str]:
+    """What starts the server with these flags from any folder."""
+    command, words = [sys.executable, os.path.abspath(__file__)], iter(argv)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag in (*_PATHS, "--model", "--alias"):
+            value = value if equals else next(words)
+            pattern, equals, target = value.partition("=") if flag == "--alias" else ("", "", value)
+            is_path = flag in _PATHS or target[:1] in ("/", "~", ".") or os.path.exists(os.path.join(target, "config.json"))
+            command += [flag, pattern + equals + (os.path.abspath(os.path.expanduser(target)) if is_path else target)]
+        elif flag not in ("--print-launchd", "--print-systemd"):
+            command.append(word)
+    return command
+
+
+def _environment() -> dict[str, str]:
+    return {name: os.environ[name] for name in _CARRIED if os.environ.get(name)}
+
+
+def _stop_seconds(args: argparse.Namespace) -> int:
+    return math.ceil(max(0.0, args.drain)) + 10
+
+
+def launchd_job(args: argparse.Namespace, command: list[str]) -> str:
+    """A property list for ~/Library/LaunchAgents, whose job runs from login on and again after a failure: `man launchd.plist`.
+
+    The server rotates its log itself. What ends the interpreter is said on stderr, to a file of its own.
+    """
+    logs = os.path.expanduser("~/Library/Logs")
+    job = {
+        "Label": "local.mlx-server",
+        "ProgramArguments": command if args.log_file else [*command, "--log-file", f"{logs}/mlx-server.log"],
+        "RunAtLoad": True,
+        "KeepAlive": {"SuccessfulExit": False},  # `Crashed` would not count what the system kills to get memory
+        "ThrottleInterval": 30,
+        "ExitTimeOut": _stop_seconds(args),
+        "ProcessType": "Interactive",  # others are slowed down
+        "SoftResourceLimits": {"NumberOfFiles": 4096},
+        "StandardOutPath": f"{logs}/mlx-server.err",
+        "StandardErrorPath": f"{logs}/mlx-server.err",
+        "EnvironmentVariables": _environment(),
+    }
+    return plistlib.dumps({key: value for key, value in job.items() if value}, sort_keys=False).decode()
+
+
+def systemd_unit(args: argparse.Namespace, command: list[str]) -> str:
+    """A unit for ~/.config/systemd/user. Quoting: https://www.freedesktop.org/software/systemd/man/latest/systemd.syntax.html,
+    `%` and `$` as systemd.unit and systemd.service say."""
+    def quoted(text: str) -> str:
+        return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%") + '"'
+
+    start = " ".join([quoted(command[0]), *(quoted(word).replace("$", "$$") for word in command[1:])])
+    environment = "".join(f"Environment={quoted(f'{name}={value}')}\n" for name, value in _environment().items())
+    return f"""[Unit]
+Description=mlx-server
+
+[Service]
+ExecStart={start}
+{environment}Restart=on-failure
+RestartSec=30
+TimeoutStopSec={_stop_seconds(args)}
+
+[Install]
+WantedBy=default.target
+"""
+
+
+def _log_file(name: str) -> logging.Handler:
+    os.makedirs(os.path.dirname(os.path.abspath(name)), exist_ok=True)
+    return logging.handlers.RotatingFileHandler(name, maxBytes=10 * 2**20, backupCount=3, encoding="utf-8")
 
 
 class OneLine(logging.Formatter):
@@ -1245,15 +1429,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments().parse_args(argv)
     if args.overflow and not args.upstream:
         arguments().error("--overflow needs --upstream")
-    lines = logging.StreamHandler(sys.stderr)
-    lines.setFormatter(OneLine("%(asctime)s %(message)s", "%H:%M:%S"))
+    shell_key = os.environ.get("MLX_SERVER_API_KEY", "").strip()
+    keys = args.api_key + args.api_key_file or ([_key(shell_key)] if shell_key else [])
+    if args.service:
+        if keys != args.api_key_file:
+            arguments().error("a service takes its keys from --api-key-file")
+        print(args.service(args, _command(sys.argv[1:] if argv is None else argv)), end="")
+        return 0
+    try:
+        lines = _log_file(args.log_file) if args.log_file else logging.StreamHandler(sys.stderr)
+    except OSError as error:
+        print(f"mlx-server: cannot log to {args.log_file}: {error.strerror}", file=sys.stderr)
+        return 1
+    lines.setFormatter(OneLine("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S" if args.log_file else "%H:%M:%S"))
     logging.basicConfig(level=logging.DEBUG if args.verbose else logging.INFO, handlers=[lines])
     if not args.verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its remarks on model types concern nobody here
         logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         upstream = Upstream(args.upstream, args.overflow) if args.upstream else None
-        keys = args.api_key or [_key(key) for key in filter(None, [os.environ.get("MLX_SERVER_API_KEY")])]
         server = MLXServer((args.host, args.port), api_keys=dict(keys), priorities=args.priority, upstream=upstream)
     except (OSError, ValueError) as error:
         reason = "it is already in use" if getattr(error, "errno", None) in (48, 98) else error
@@ -1271,12 +1465,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         server.server_close()
         return 1
     stopper = threading.Thread(target=server.stop, args=(args.drain,))
-    for number in (signal.SIGINT, signal.SIGTERM):  # the second one does not wait
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the second one does not wait
         signal.signal(number, lambda *_: server.engine.close(0) if stopper.ident else stopper.start())
+    if not sys.stderr or not sys.stderr.isatty():  # only a terminal that is closed hangs up to end its programs
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     host = f"[{args.host}]" if ":" in args.host else args.host
     log.info("mlx-server %s is listening on http://%s:%d", __version__, host, server.server_port)
+    if not server.loopback and not keys:
+        log.warning("whoever reaches this machine may use the server: demand a key with --api-key-file, or leave out --host")
     server.serve_forever(poll_interval=0.1)
     stopper.join()
+    try:
+        sys.stderr.flush()
+    except (OSError, AttributeError):
+        sys.stderr = None  # nobody reads it, which the interpreter would take for a failure
     if not server.engine.close(0):
         logging.shutdown()
         os._exit(0)  # an engine in the midst of a long step would crash the interpreter's own way out

@@ -1,22 +1,34 @@
-"""The server among many clients: what it says when it is full, silent or told to end, and whom it serves first."""
+"""The server among many clients: what it says when it is full, silent or told to end, and whom it serves first; and as a
+service of the system, with its files, logs, signals and clocks."""
 
 from __future__ import annotations
 
 import http.client
 import json
+import logging
+import os
+import plistlib
+import pty
 import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Iterator
 
 import pytest
-from conftest import Server
+from conftest import ROOT, Server
 from models import build_model
 from soak import figure
+from test_http import ask
 
+import mlx_server
 from dialects import AnthropicMessages
-from engine import Text, Usage
+from engine import Engine, Text, Usage
 
 SLOW = "slow " * 400  # enough words to be busy with for a while
 
@@ -229,3 +241,172 @@ def test_what_cannot_be_finished_ends_with_an_error_that_clients_understand(star
     server.process.terminate()
     assert "overloaded_error" in [*lines][-2]
     assert server.process.wait(20) == 0
+
+
+# ------------------------------------------------------------------ a service
+
+# https://developer.apple.com/library/archive/documentation/MacOSX/Conceptual/BPSystemStartup, `man launchd.plist`
+APPLES = set("""
+Label Disabled UserName GroupName inetdCompatibility LimitLoadToHosts LimitLoadFromHosts LimitLoadToSessionType
+LimitLoadToHardware LimitLoadFromHardware Program BundleProgram ProgramArguments EnableGlobbing EnableTransactions
+EnablePressuredExit OnDemand ServiceIPC KeepAlive RunAtLoad RootDirectory WorkingDirectory EnvironmentVariables Umask TimeOut
+ExitTimeOut ThrottleInterval InitGroups WatchPaths QueueDirectories StartOnMount StartInterval StartCalendarInterval
+StandardInPath StandardOutPath StandardErrorPath Debug WaitForDebugger SoftResourceLimits HardResourceLimits Nice ProcessType
+AbandonProcessGroup LowPriorityIO LowPriorityBackgroundIO MaterializeDatalessFiles LaunchOnlyOnce MachServices Sockets
+LaunchEvents HopefullyExitsLast HopefullyExitsFirst SessionCreate LegacyTimers AssociatedBundleIdentifiers""".split())
+
+
+def clean(home: Path) -> dict[str, str]:
+    """The environment that a service manager gives to a user's services."""
+    return {"HOME": str(home), "PATH": "/usr/bin:/bin"}
+
+
+def printed(home: Path, *flags: str) -> str:
+    """What the program prints when it is started in a home directory."""
+    out = subprocess.run([sys.executable, str(ROOT / "mlx_server.py"), *flags], cwd=home, capture_output=True, text=True,
+                         timeout=30, env={**clean(home), "HF_HUB_CACHE": str(home / "hub")})
+    assert out.returncode == 0, out.stderr
+    return out.stdout
+
+
+class Service:
+    """A server started by a whole command, that logs to a file or, without one, to `stderr`."""
+
+    def __init__(self, command: list[str], home: Path, log: Path, env: dict | None = None, stderr: int = subprocess.DEVNULL):
+        self.process = subprocess.Popen(command, cwd="/", env={**clean(home), **(env or {})}, stderr=stderr)
+        deadline, found = time.monotonic() + 30, None
+        while not found:
+            assert self.process.poll() is None and time.monotonic() < deadline
+            found = re.search(r"listening on http://\S+:(\d+)", log.read_text("utf-8") if log.exists() else "")
+        self.port = int(found[1])
+
+    def __enter__(self) -> "Service":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        assert self.process.wait(20) == 0
+
+
+FLAGS = ["--port", "0", "--models-dir", "my models", "--cache-dir=~/kv", "--state", "./names.json", "--api-key-file", "keys",
+         "--alias", "near=./my models/near", "--alias=far=demo", "--priority", "anthropic=low", "--drain", "60s"]
+
+
+@pytest.fixture
+def user(tmp_path: Path) -> Path:
+    """A home directory with a model and a file of keys."""
+    build_model("qwen2", tmp_path / "my models" / "near")
+    (tmp_path / "keys").write_text("secret")
+    (tmp_path / "keys").chmod(0o600)
+    return tmp_path
+
+
+def test_a_launchd_job_starts_the_server_from_anywhere_shows_no_keys_and_its_log_may_be_truncated(user: Path):
+    text = printed(user, "--print-launchd", *FLAGS)
+    job = plistlib.loads(text.encode())
+    assert set(job) <= APPLES and "secret" not in text
+    log = user / "Library" / "Logs" / "mlx-server.log"
+    assert job["ProgramArguments"] == [
+        sys.executable, str(ROOT / "mlx_server.py"), "--port", "0", "--models-dir", f"{user}/my models",
+        "--cache-dir", f"{user}/kv", "--state", f"{user}/names.json", "--api-key-file", f"{user}/keys", "--alias", f"near={user}/my models/near",
+        "--alias", "far=demo", "--priority", "anthropic=low", "--drain", "60s", "--log-file", str(log)]
+    assert job["RunAtLoad"] is True and job["KeepAlive"] == {"SuccessfulExit": False}
+    assert job["ExitTimeOut"] > 60 + 5 and job["SoftResourceLimits"]["NumberOfFiles"] > 2 * 512
+    assert job["StandardErrorPath"].startswith(f"{user}/Library/Logs/")
+    with Service(job["ProgramArguments"], user, log, job["EnvironmentVariables"]) as service:
+        assert ask(service, "GET", "/api/tags")[0].status == 401
+        for name in ("near", "far"):
+            assert ask(service, "POST", "/api/show", {"model": name}, {"x-api-key": "secret"})[0].status == 200
+        assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d mlx-server", log.read_text())
+        os.truncate(log, 0)
+        service.process.send_signal(signal.SIGHUP)
+        assert ask(service, "GET", "/hung/up")[0].status == 401
+    assert "GET /hung/up -> 401" in log.read_text().splitlines()[0]
+
+
+def test_a_systemd_unit_starts_the_server_whatever_the_arguments_are(user: Path):
+    odd = 'we"ird\\d %h $HOME ${HOME} é\\'
+    unit = printed(user, "--print-systemd", "--alias", f"{odd}=demo", "--log-file", "log", *FLAGS)
+    lines = dict(line.split("=", 1) for line in unit.splitlines() if "=" in line)
+    assert lines["Restart"] == "on-failure" and int(lines["TimeoutStopSec"]) > 60 + 5
+    quoted, plain = re.compile(r'"(?:[^"\\]|\\["\\])*"'), r"(?:[^$%]|\$\$|%%)*"
+    for line in (lines["ExecStart"], lines["Environment"]):
+        assert " ".join(quoted.findall(line)) == line
+    assert re.fullmatch(plain, lines["ExecStart"])
+    if shutil.which("systemd-analyze"):
+        (user / "x.service").write_text(unit)
+        assert subprocess.run(["systemd-analyze", "--user", "verify", user / "x.service"],
+                              env={**clean(user), "XDG_RUNTIME_DIR": str(user)}).returncode == 0
+    command = [word.replace("$$", "$").replace("%%", "%") for word in shlex.split(lines["ExecStart"])]
+    assert command[2:6] == ["--alias", f"{odd}=demo", "--log-file", f"{user}/log"]
+    name, _, value = shlex.split(lines["Environment"])[0].partition("=")
+    with Service(command, user, user / "log", {name: value}) as service:
+        assert ask(service, "POST", "/api/show", {"model": odd}, {"x-api-key": "secret"})[0].status == 200
+
+
+def test_a_log_file_is_bounded(tmp_path: Path):
+    handler = mlx_server._log_file(str(tmp_path / "log"))
+    for number in range(60):
+        handler.emit(logging.makeLogRecord({"msg": f"{number} {'a' * 2**20}"}))
+    handler.close()
+    assert {path.name for path in tmp_path.iterdir()} == {"log", "log.1", "log.2", "log.3"}
+    assert all(path.stat().st_size <= 10 * 2**20 for path in tmp_path.iterdir())
+    assert (tmp_path / "log").read_text().splitlines()[-1].startswith("59 ")
+
+
+def test_a_log_that_cannot_be_written_is_told(tmp_path: Path):
+    (tmp_path / "file").touch()
+    out = subprocess.run([sys.executable, str(ROOT / "mlx_server.py"), "--log-file", str(tmp_path / "file" / "log")],
+                         capture_output=True, text=True, timeout=30)
+    assert out.returncode == 1 and out.stderr.count("\n") == 1 and "cannot log to" in out.stderr
+
+
+def test_a_closed_stderr_does_no_harm(tmp_path: Path):
+    process = subprocess.Popen([sys.executable, str(ROOT / "mlx_server.py"), "--port", "0", "--verbose"], cwd="/",
+                               env=clean(tmp_path), stderr=subprocess.PIPE, text=True)
+    while not (found := re.search(r"listening on http://\S+:(\d+)", process.stderr.readline())):
+        assert process.poll() is None
+    process.stderr.close()
+    process.port = int(found[1])
+    for path in ("/", "/api/nope", "/v1/models"):
+        assert ask(process, "GET", path)[0].status in (200, 404)
+    process.terminate()
+    assert process.wait(20) == 0
+
+
+def test_a_closed_terminal_ends_the_server(tmp_path: Path):
+    terminal, stderr = pty.openpty()
+    log = tmp_path / "log"
+    command = [sys.executable, str(ROOT / "mlx_server.py"), "--port", "0", "--log-file", str(log)]
+    service = Service(command, tmp_path, log, stderr=stderr)
+    os.close(stderr)
+    os.close(terminal)
+    service.process.send_signal(signal.SIGHUP)
+    assert service.process.wait(20) == 0
+
+
+# ------------------------------------------------------------------ clocks
+
+
+def set_clock(monkeypatch: pytest.MonkeyPatch, ahead: float) -> None:
+    wall = time.time
+    monkeypatch.setattr(time, "time", lambda: wall() + ahead)
+
+
+def test_a_clock_set_forward_unloads_nothing_and_shows_in_what_is_told(monkeypatch: pytest.MonkeyPatch, model: Path):
+    with Engine(models_dirs=[model]) as engine:
+        list(engine.chat("say hi", model="demo", keep_alive=3600.0))
+        told = engine.loaded()[0].expires
+        set_clock(monkeypatch, 86400.0)
+        engine.unload("slow")  # it looks at all of them
+        assert [one.model.name for one in engine.loaded()] == ["demo"]
+        assert engine.loaded()[0].expires - told > 86000
+
+
+def test_a_clock_set_back_keeps_nothing(monkeypatch: pytest.MonkeyPatch):
+    with Engine() as engine:
+        list(engine.chat("say hi", model="demo", keep_alive=0.3))
+        set_clock(monkeypatch, -86400.0)
+        deadline = time.monotonic() + 20
+        while engine.loaded():
+            assert time.monotonic() < deadline
