@@ -363,7 +363,8 @@ def _context_length(text: dict[str, Any]) -> int:
 def _count_parameters(file: Path, recipe: dict[str, Any]) -> int:
     """Weights in a safetensors file, from its header alone: 8 bytes of length, then JSON."""
     with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")) or "{}")
+        size = min(int.from_bytes(stream.read(8), "little"), 100_000_000)  # the format's limit, for what is no such file
+        header = json.loads(stream.read(size) or "{}")
     total = 0
     for key, tensor in header.items():
         layer, _, kind = key.rpartition(".")

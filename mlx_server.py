@@ -1353,8 +1353,11 @@ def pull_model(args: argparse.Namespace) -> None:
     repo, size, why = hub.choose(name, args.memory or usable_memory())
     print(f"pulling {repo}, {gigabytes(size)}: {why}", flush=True)
     progress = Progress(size)
-    for step in hub.pull(repo):
-        progress.show(step)
+    try:
+        for step in hub.pull(repo):
+            progress.show(step)
+    finally:
+        progress.end()
     print(f"pulled {repo}; to serve it: {_program()} --model {shlex.quote(repo)}")
 
 
@@ -1377,16 +1380,21 @@ class Progress:
         before, self._came[step["digest"]] = sum(self._came.values()), step["completed"]
         self._there.setdefault(step["digest"], step["completed"])
         came, now = sum(self._came.values()), time.monotonic()
-        over = came >= self._total
-        if came == before or not (self._bar or over or now - self._told >= self.TELL):
+        if came == before or not (self._bar or came >= self._total or now - self._told >= self.TELL):
             return
         self._told = now
         speed = (came - sum(self._there.values())) / max(now - self._began, 0.1)
-        left = f", {(self._total - came) / speed:.0f} s left" if speed and not over else ""
-        line = f"{100 * came // self._total:3} %, {gigabytes(came)} of {gigabytes(self._total)}, {gigabytes(speed)}/s{left}"
+        line = f"{100 * came // self._total:3} %, {gigabytes(came)} of {gigabytes(self._total)}"
+        if speed:
+            left = (self._total - came) / speed
+            line += f", {gigabytes(speed)}/s, " + (f"{left:.0f} s left" if left < 120 else f"{left / 60:.0f} min left")
         full = self.WIDTH * came // self._total
-        sys.stderr.write(f"\r[{'#' * full:{self.WIDTH}}] {line}\x1b[K" + "\n" * over if self._bar else f"{line}\n")
+        sys.stderr.write(f"\r[{'#' * full:{self.WIDTH}}] {line}\x1b[K" if self._bar else f"{line}\n")
         sys.stderr.flush()
+
+    def end(self) -> None:
+        """Leaves the line to others."""
+        sys.stderr.write("\n" if self._bar and self._came else "")
 
 
 def list_models(args: argparse.Namespace) -> None:

@@ -457,6 +457,11 @@ def test_a_broken_config_is_skipped_with_one_log_line(home, library, caplog, con
     assert [str(path) in record.getMessage() for record in caplog.records] == [True]
 
 
+def test_weights_that_are_no_safetensors_file_are_skipped(home, library):
+    (make_model(home / "models/broken") / "model.safetensors").write_bytes(b"\xff" * 100)
+    assert names(library) == ["demo"]
+
+
 def test_a_changed_folder_is_read_again(home, library):
     path = make_model(home / "models/Alpha-1B")
     assert library.resolve("alpha").context_length == 40960

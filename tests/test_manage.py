@@ -349,7 +349,7 @@ def test_at_the_keyboard_memory_decides_the_quantisation_that_is_left_open(
     out, told = program.communicate(timeout=30)
     assert program.returncode == 0 and out.startswith(f"pulling {repo}, 5 MB: {why}")
     assert out.endswith(f"mlx_server.py --model {repo}\n")
-    assert re.fullmatch(r"100 %, 5 MB of 5 MB, \d+ MB/s\n", told)
+    assert re.fullmatch(r"100 %, 5 MB of 5 MB, \d+ MB/s, 0 s left\n", told)
 
 
 def test_at_the_keyboard_a_pull_draws_a_bar_and_what_fails_is_a_sentence(hub: FakeHub, cache: Path):
