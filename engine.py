@@ -665,8 +665,9 @@ class Library:
             if model is None and _VENDORS.fullmatch(plain):
                 model = default or last_used or _stand_in(models)
         if model is None and trusted:
-            for path in (path for folder, path in self._folders() if folder.lower() == _plain(meant)):
-                describe(meant, path)  # it is there, and the error says why it cannot be served
+            for folder, path in self._folders():
+                if folder.lower() == _plain(meant):
+                    describe(meant, path)  # it is there, and the error says why it cannot be served
         if model is None:
             raise ModelNotFound(name, [model.name for model in models])
         return model

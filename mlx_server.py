@@ -1048,7 +1048,7 @@ class Hub:
 
     def size(self, repo: str) -> int:
         """Bytes of a repo's model. Raises WireError."""
-        return sum(file.size for file in self._list(repo)[1])
+        return sum({file.digest: file.size for file in self._list(repo)[1]}.values())
 
     def choose(self, name: str, memory: int) -> tuple[str, int, str]:
         """The repo that a name means to a machine whose GPU may use so many bytes, its size, and why. Where the name says no
@@ -1454,24 +1454,20 @@ class JSONLine(logging.Formatter):
 
 
 def _start_logging(args: argparse.Namespace) -> None:
-    form = "%(asctime)s %(message)s" if _serves(args) else "mlx-server: %(message)s"
+    form = "mlx-server: %(message)s" if args.run else "%(asctime)s %(message)s"
     lines = logging.StreamHandler(sys.stderr)
     lines.setFormatter(JSONLine() if args.log_json else OneLine(form, "%H:%M:%S"))
-    level = logging.DEBUG if args.verbose else logging.INFO if _serves(args) else logging.WARNING
+    level = logging.DEBUG if args.verbose else logging.WARNING if args.run else logging.INFO
     logging.basicConfig(level=level, handlers=[lines])
     if not args.verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its remarks on model types concern nobody here
         logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
-def _serves(args: argparse.Namespace) -> bool:
-    return not (args.run or args.print_env)
-
-
 def _run_command(args: argparse.Namespace) -> int:
     """Does what is to be done instead of serving; returns the exit status."""
     try:
-        print_env(args) if args.print_env else args.run(args)
+        args.run(args)
         return 0
     except KeyboardInterrupt:
         log.error("broken off; the same command goes on from there")
@@ -1558,8 +1554,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments().parse_args(argv)
     if args.overflow and not args.upstream:
         arguments().error("--overflow needs --upstream")
+    args.run = print_env if args.print_env else args.run
     _start_logging(args)
-    if not _serves(args):
+    if args.run:
         return _run_command(args)
     if missing := _missing():
         log.critical("%s", missing)

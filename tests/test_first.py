@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import logging
 import os
 import re
 import shutil
@@ -20,8 +19,6 @@ from typing import Iterator
 import pytest
 from conftest import ROOT, Server
 from models import build_model
-
-from engine import Engine, Runtime
 
 PROGRAM = [sys.executable, str(ROOT / "mlx_server.py")]
 
@@ -146,18 +143,6 @@ def test_every_line_of_a_json_log_is_an_object_and_a_requests_figures_are_fields
     assert line["prompt_tokens"] > line["cached_tokens"] == 0 < line["completion_tokens"]
     assert 0 < line["first_token_seconds"] < line["seconds"] and line["tokens_per_second"] > 0
     assert message(machine, "loading New-1B-4bit, 5 MB") and re.search(r"in \d+\.\d s$", message(machine, "loaded New-1B-4bit "))
-
-
-def test_a_long_prompt_tells_how_far_it_is(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Runtime, "TELL", 0.0)
-    with caplog.at_level(logging.INFO), Engine("demo") as engine:
-        answer = engine.chat("word " * 1500, max_tokens=1)
-        "".join(answer.text())
-    told = [re.fullmatch(r"demo: prompt (\d+) %, ([\d,]+)/([\d,]+) tokens, \d+ tokens/s, \d+ s left", line)
-            for line in caplog.messages if "tokens/s" in line]
-    shares = [int(match[1]) for match in told]
-    assert len(shares) > 1 and shares == sorted(shares) and 0 <= shares[0] < shares[-1] < 100
-    assert {int(match[3].replace(",", "")) for match in told} == {answer.prompt_tokens}
 
 
 # ------------------------------------------------------------------ what can go wrong
