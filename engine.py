@@ -681,8 +681,8 @@ class Library:
         return self.presets.get(self._aliased(name))
 
     def delete(self, name: str, model: LocalModel, release: Callable[[LocalModel], None] = lambda model: None) -> None:
-        """Deletes a model's files, once `release` has returned. Raises InvalidRequest if `name` is not its whole one or it is not
-        ours to delete, and EngineError."""
+        """Deletes a model's files, once `release` has returned. Raises InvalidRequest if `name` is not its whole one or it is
+        not ours to delete, and EngineError."""
         if _plain(name) != model.name.lower():
             raise InvalidRequest(f"to delete a model, say its whole name: '{model.name}'")
         folder = self.folder(model)

@@ -1098,7 +1098,7 @@ class Hub:
                 {"..", "/", ""} & {*PurePosixPath(file.name).parts, file.name} for file in files):
             raise WireError(502, f"the hub {self._url} describes {repo} in a way that makes no sense")
         if not any(file.name.endswith(".safetensors") for file in files):
-            names = [dialects.take(one, "rfilename", str) for one in info["siblings"]]
+            names = [dialects.take(one, "rfilename", str) for one in items(info, "siblings", dict)]
             raise WireError(400, f"{repo} holds no MLX model: {shortcoming(names)}")
         return commit, files
 
@@ -1337,7 +1337,7 @@ def print_env(args: argparse.Namespace) -> None:
         "CLAUDE_CODE_SUBAGENT_MODEL": default.name,
         "CLAUDE_CODE_ATTRIBUTION_HEADER": 0,
         "CLAUDE_CODE_MAX_CONTEXT_TOKENS": context,
-        # It compacts this and 13,000 tokens before the window's end, and begins with 13,000.
+        # Claude Code compacts this and 13,000 tokens before the window's end, and its first prompt has 15,000.
         "CLAUDE_CODE_MAX_OUTPUT_TOKENS": min(filter(None, [32000, context // 8, args.max_tokens])),
         "API_TIMEOUT_MS": 3_000_000, "API_FORCE_IDLE_TIMEOUT": 0, "CLAUDE_STREAM_IDLE_TIMEOUT_MS": 900_000}
     if not importlib.util.find_spec("llguidance"):
@@ -1385,7 +1385,7 @@ class Progress:
         self._told = now
         speed = (came - sum(self._there.values())) / max(now - self._began, 0.1)
         line = f"{100 * came // self._total:3} %, {gigabytes(came)} of {gigabytes(self._total)}"
-        if speed:
+        if speed > 0:
             left = (self._total - came) / speed
             line += f", {gigabytes(speed)}/s, " + (f"{left:.0f} s left" if left < 120 else f"{left / 60:.0f} min left")
         full = self.WIDTH * came // self._total
@@ -1482,8 +1482,8 @@ def _missing() -> str | None:
     """Why MLX cannot work here."""
     system = os.uname()
     if system.sysname == "Darwin" and system.machine != "arm64":
-        return (f"MLX needs Apple silicon, and {sys.executable} is made for Intel's processors; on a Mac with an M chip install an "
-                "arm64 Python, from python.org for one")
+        return (f"MLX needs Apple silicon, and {sys.executable} is made for Intel's processors; on a Mac with an M chip "
+                "install an arm64 Python, from python.org for one")
     try:
         usable_memory()
         if not importlib.util.find_spec("mlx_lm"):

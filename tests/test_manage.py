@@ -334,7 +334,8 @@ def test_damaged_files_are_not_kept(hub: FakeHub, puller: ollama.Client, cache: 
 def pull(hub: FakeHub, cache: Path, *words: str, **how) -> subprocess.Popen:
     """`mlx_server.py ... pull ...`"""
     env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(cache), "no_proxy": "127.0.0.1"}
-    return subprocess.Popen([sys.executable, str(ROOT / "mlx_server.py"), *words], env=env, stdout=subprocess.PIPE, text=True, **how)
+    program = [sys.executable, str(ROOT / "mlx_server.py"), *words]
+    return subprocess.Popen(program, env=env, stdout=subprocess.PIPE, text=True, **how)
 
 
 @pytest.mark.parametrize("memory, name, repo, why", [
@@ -358,16 +359,18 @@ def test_at_the_keyboard_a_pull_draws_a_bar_and_what_fails_is_a_sentence(hub: Fa
     program.communicate(timeout=30)
     drawn = os.read(leader, 1 << 16).decode()
     assert program.returncode == 0
-    assert re.search(r"\r\[#* *\] +\d+ %, \d MB of 5 MB, \d+ MB/s, \d+ s left\x1b\[K\r\[.*\r\[#{24}\] 100 %", drawn)
+    assert re.search(r"\r\[#* *\] +\d\d? %, \d MB of 5 MB.*\r\[#{24}\] 100 %, 5 MB of 5 MB, \d+ MB/s, 0 s left\x1b\[K\r\n$", drawn)
     program = pull(hub, cache, "--memory", "2MB", "pull", "tiny:1b", stderr=subprocess.PIPE)
-    assert "takes 5 MB, more than the 2 MB of memory that can be used; pull a smaller model" in program.communicate(timeout=30)[1]
+    _, told = program.communicate(timeout=30)
+    assert "takes 5 MB, more than the 2 MB of memory that can be used; pull a smaller model" in told
     assert program.returncode == 1
     for file in (leader, follower):
         os.close(file)
 
 
 @pytest.mark.parametrize("name, said", [
-    ("tiny:70b", "mlx-community has no model"), ("org/nope", "there is no such repo"), ("org/gguf", r"no MLX model: it holds GGUF weights \(x.gguf\)"),
+    ("tiny:70b", "mlx-community has no model"), ("org/nope", "there is no such repo"),
+    ("org/gguf", r"no MLX model: it holds GGUF weights \(x.gguf\)"),
     ("org/evil", "makes no sense"), ("a b", "invalid model name"),
 ])
 def test_what_cannot_be_pulled_is_an_error_with_a_status(puller: ollama.Client, name: str, said: str):
