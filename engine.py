@@ -292,7 +292,7 @@ _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 def describe(name: str, path: Path) -> LocalModel:
     """The model in the folder `path`. Raises ModelLoadError, with a sentence that says why, if MLX cannot load it."""
     if path.suffix == ".gguf":
-        raise ModelLoadError(f"{path} is not an MLX model: {_shortcoming([path.name])}")
+        raise ModelLoadError(f"{path} is not an MLX model: {shortcoming([path.name])}")
     try:
         # A snapshot's link to a blob that is still being downloaded leads nowhere and is no file.
         files = {entry.name: entry.stat() for entry in os.scandir(path) if entry.is_file()}
@@ -300,7 +300,7 @@ def describe(name: str, path: Path) -> LocalModel:
         raise ModelLoadError(f"{path} cannot be read as a model folder: {error.strerror}") from None
     weights = sorted(fnmatch.filter(files, "model*.safetensors"))  # mlx-lm's own pattern
     if "config.json" not in files or not weights:
-        raise ModelLoadError(f"{path} is not an MLX model: {_shortcoming(files)}")
+        raise ModelLoadError(f"{path} is not an MLX model: {shortcoming(files)}")
     try:
         raw = (path / "config.json").read_bytes()
         config = json.loads(raw)
@@ -337,10 +337,12 @@ def describe(name: str, path: Path) -> LocalModel:
         context_length=context, embedding_length=width, capabilities=_capabilities(name, config, files, template, gap))
 
 
-def _shortcoming(files: Iterable[str]) -> str:
-    gguf = sorted(fnmatch.filter(files, "*.gguf"))
-    if gguf:
-        return f"it holds GGUF weights ({gguf[0]}); get the model's MLX version"
+def shortcoming(files: Iterable[str]) -> str:
+    """What keeps a folder or repo without model*.safetensors and config.json, which has these files, from being a model."""
+    files = sorted(files)
+    for kind, pattern in (("GGUF", "*.gguf"), ("PyTorch", "*.bin"), ("PyTorch", "*.pt*")):
+        if foreign := fnmatch.filter(files, pattern):
+            return f"it holds {kind} weights ({foreign[0]}); get the model's MLX version"
     if "adapter_config.json" in files:
         return "it is an adapter, not a whole model"
     return "it has no model*.safetensors" if "config.json" in files else "it has no config.json"
@@ -361,7 +363,8 @@ def _context_length(text: dict[str, Any]) -> int:
 def _count_parameters(file: Path, recipe: dict[str, Any]) -> int:
     """Weights in a safetensors file, from its header alone: 8 bytes of length, then JSON."""
     with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")) or "{}")
+        size = min(int.from_bytes(stream.read(8), "little"), 100_000_000)  # the format's limit, for what is no such file
+        header = json.loads(stream.read(size) or "{}")
     total = 0
     for key, tensor in header.items():
         layer, _, kind = key.rpartition(".")
@@ -624,6 +627,13 @@ class Library:
                 found[name.lower()] = model
         return list(found.values())
 
+    def catalog(self) -> list[LocalModel]:
+        """Every model that can be served, presets as models of their names."""
+        models = self.models()
+        by_name = {model.name: model for model in models}
+        return models + [dataclasses.replace(by_name[preset.model], name=preset.name, modified=preset.modified)
+                         for preset in self.presets if preset.model in by_name]
+
     def resolve(self, name: str, *, default: LocalModel | None = None, last_used: LocalModel | None = None,
                 trusted: bool = False) -> LocalModel:
         """The model that `name` means, by the first of these that fits:
@@ -635,10 +645,10 @@ class Library:
            Thinking, ...) and size have to agree. Of several that do, the best is: the last used if no size is asked
            for; an instruct model; 4-bit, then 5, 6, 8, 3, unquantised; the smaller; the later revision; the plainer
            name;
-        5. a vendor's name (`claude-*`, `gpt-*`, `opus`, ...) or "default": `default`, else `last_used`, else the only
-           one installed, else `demo`.
+        5. a vendor's name (`claude-*`, `gpt-*`, `opus`, ...) or "default": `default`, else `last_used`, else the newest
+           one that can chat, rather one that knows tools, else `demo`.
 
-        Raises ModelNotFound; ModelLoadError for a trusted path to something that is no MLX model.
+        Raises ModelNotFound; ModelLoadError for a trusted path or name of something that is no MLX model.
         """
         meant, by_owner = name, trusted
         if not _is_path(name, trusted):
@@ -660,6 +670,10 @@ class Library:
             model = _by_name(plain, models, last_used)
             if model is None and _VENDORS.fullmatch(plain):
                 model = default or last_used or _stand_in(models)
+        if model is None and trusted:
+            for folder, path in self._folders():
+                if folder.lower() == _plain(meant):
+                    describe(meant, path)  # it is there, and the error says why it cannot be served
         if model is None:
             raise ModelNotFound(name, [model.name for model in models])
         return model
@@ -671,6 +685,22 @@ class Library:
     def preset(self, name: str) -> Preset | None:
         """The preset that `name` means."""
         return self.presets.get(self._aliased(name))
+
+    def delete(self, name: str, model: LocalModel, release: Callable[[LocalModel], None] = lambda model: None) -> None:
+        """Deletes a model's files, once `release` has returned. Raises InvalidRequest if `name` is not its whole one or it is
+        not ours to delete, and EngineError."""
+        if _plain(name) != model.name.lower():
+            raise InvalidRequest(f"to delete a model, say its whole name: '{model.name}'")
+        folder = self.folder(model)
+        if folder is None:
+            raise InvalidRequest(f"model '{model.name}' is not this server's to delete")
+        release(model)
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            log.error("%s cannot be deleted: %s", error.filename, error.strerror)
+            raise EngineError(f"model '{model.name}' cannot be deleted: {error.strerror}") from None
+        log.info("deleted %s", folder)
 
     def folder(self, model: LocalModel) -> Path | None:
         """What holds a model's files and nothing else, if it is ours to delete: it lies in `models_dirs` or the Hugging Face
@@ -794,10 +824,8 @@ def best_repo(name: str, repos: Iterable[str]) -> str | None:
 
 
 def _stand_in(models: list[LocalModel]) -> LocalModel | None:
-    """The only model that can chat besides `demo`, else `demo`."""
-    others = [model for model in models if "completion" in model.capabilities and model.name != "demo"]
-    demo = next((model for model in models if model.name == "demo"), None)
-    return others[0] if len(others) == 1 else demo
+    chatting = [model for model in models if "completion" in model.capabilities]
+    return max(chatting, key=lambda one: (one.name != "demo", "tools" in one.capabilities, one.modified), default=None)
 
 
 # ------------------------------------------------------------------ the prompt
@@ -3052,6 +3080,7 @@ class Generation:
         self._untold: list[Token] = []  # tokens that may turn out to be visible
         self._embedded: tuple[int, Any, list[Any]] | None = None  # tokens of a text read so far, their pooled states, caches
         self._born = self._mark = time.perf_counter()
+        self._told = 0.0  # when it was last logged how far the prompt is
 
     def __iter__(self) -> Iterator[Event]:
         return self
@@ -3253,6 +3282,7 @@ class Runtime:
     BATCH = 32  # requests that decode side by side
     EXPECTED = 4096  # tokens of an answer to keep memory free for; who writes more may have to wait in between
     INSPECTED = 32  # tokens between two looks whether the model still computes numbers
+    TELL = 4.0  # seconds between two words on how far a long prompt is
 
     def __init__(self, local: LocalModel, tongue: Tongue, prefixes: PrefixCache, kv_bits: int | None, shelf: Shelf | None):
         import mlx.core as mx
@@ -3260,6 +3290,7 @@ class Runtime:
         from mlx_lm.utils import load_model
 
         started = time.perf_counter()
+        log.info("loading %s, %s", local.name, gigabytes(local.size))
         self.local, self.tongue, self.prefixes, self.shelf = local, tongue, prefixes, shelf
         self.fingerprint, self._kv_bits = fingerprint(local, kv_bits), kv_bits
         try:
@@ -3348,6 +3379,7 @@ class Runtime:
             self._restore(job)
             if job._left() > 0:
                 self._read_chunk(job)
+                self._tell(job)
             if job._left() <= 0 and self._may_decode(job):
                 self._start_decoding(job)
         except Exception as error:
@@ -3411,6 +3443,16 @@ class Runtime:
         line.tokens = tokens[:stop]
         if stop in marks and (stop < end or not prompt.body):
             line.snapshot()
+
+    def _tell(self, job: Generation) -> None:
+        """Logs, now and then, how far a prompt is."""
+        now, done = time.perf_counter(), len(job._line.tokens)
+        if now - max(job._mark, job._told) < self.TELL or job._left() <= 0:
+            return
+        job._told = now
+        speed = (done - job.usage.cached_tokens) / (now - job._mark)
+        log.info("%s: prompt %d %%, %s/%s tokens, %.0f tokens/s, %.0f s left", self.local.name, 100 * done // job.prompt_tokens,
+                 f"{done:,}", f"{job.prompt_tokens:,}", speed, job._left() / speed)
 
     def _embed(self, job: Generation) -> None:
         """A chunk of a text to embed; behind the last one there is its vector. The prefix cache has no part in it. An
@@ -3671,9 +3713,6 @@ class Pool:
         """The model, loaded if need be; None if it has to wait for room. Raises ModelLoadError."""
         if runtime := self.runtimes.get(local.name):
             return runtime
-        if local.size > self.memory:
-            raise ModelLoadError(f"model '{local.name}' needs {_gigabytes(local.size)} of memory, and "
-                                 f"{_gigabytes(self.memory)} can be used; take a smaller or more quantised one")
         while self._committed() + local.size > self.memory or len(self.runtimes) >= (self._max_loaded or math.inf):
             if not self._unload_idle():
                 return None
@@ -3739,8 +3778,17 @@ class Pool:
         return jobs
 
 
-def _gigabytes(size: int) -> str:
+def gigabytes(size: float) -> str:
+    """Bytes for a reader."""
     return f"{size / 2**30:.1f} GB" if size >= 2**30 else f"{size / 2**20:.0f} MB"
+
+
+def usable_memory() -> int:
+    """Bytes that the GPU may use; without one, all memory there is. Raises ImportError without MLX."""
+    import mlx.core as mx
+
+    device = mx.device_info() if mx.metal.is_available() else {}
+    return device.get("max_recommended_working_set_size") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 # ------------------------------------------------------------------ whose turn it is
@@ -3856,14 +3904,16 @@ class Engine:
         self._context, self._max_tokens, self._kv_bits = context, max_tokens, kv_bits
         self._max_queue, self._keep_alive = max_queue, keep_alive
         self._shelf = Shelf(Path(cache_dir), cache_dir_limit) if cache_dir else None
-        self._limits = memory, cache_limit, max_loaded
+        memory = memory or usable_memory() * 9 // 10
         self._mutex = threading.RLock()
         self._lock = threading.Condition(self._mutex)
         self._queue: list[Generation] = []
         self._tongues: dict[str, Tongue | None] = {}  # None while a thread builds it
         self._unloads: list[tuple[str, threading.Event]] = []
         self._last_used: LocalModel | None = None
-        self._pool = Pool(0, 0, None, None, None)
+        self._pool = Pool(memory, cache_limit or memory // 4, max_loaded, kv_bits, self._shelf)
+        if self._default is not None:
+            self._check_size(self._default)
         self._schedule = Schedule()
         self._totals = Totals()
         self._ready = self._draining = self._closing = False
@@ -3887,10 +3937,7 @@ class Engine:
 
     def models(self) -> list[LocalModel]:
         """Every model that can be served, presets as models of their names."""
-        models = self._library.models()
-        by_name = {model.name: model for model in models}
-        return models + [dataclasses.replace(by_name[preset.model], name=preset.name, modified=preset.modified)
-                         for preset in self._library.presets if preset.model in by_name]
+        return self._library.catalog()
 
     def preset(self, name: str) -> Preset | None:
         """The preset that `name` means."""
@@ -3908,21 +3955,15 @@ class Engine:
         if self._library.presets.remove(name):
             return
         local = self.resolve(name)
-        if _plain(name) != local.name.lower():
-            raise InvalidRequest(f"to delete a model, say its whole name: '{local.name}'")
-        folder = self._library.folder(local)
-        if folder is None or local == self._default:
+        self._library.delete(name, local, self._let_go)
+
+    def _let_go(self, local: LocalModel) -> None:
+        if local == self._default:
             raise InvalidRequest(f"model '{local.name}' is not this server's to delete")
         self.unload(local.name)
         with self._lock:
             self._tongues.pop(local.name, None)
             self._last_used = None if self._last_used == local else self._last_used
-        try:
-            shutil.rmtree(folder)
-        except OSError as error:
-            log.error("%s cannot be deleted: %s", error.filename, error.strerror)
-            raise EngineError(f"model '{local.name}' cannot be deleted: {error.strerror}") from None
-        log.info("deleted %s", folder)
 
     def resolve(self, name: str) -> LocalModel:
         """The local model that answers to `name`. Raises ModelNotFound."""
@@ -4109,7 +4150,11 @@ class Engine:
         try:
             import mlx.core as mx
             importlib.import_module("mlx_lm.generate")  # slow: done here so that callers need not wait for it
-            self._configure(mx)
+            if mx.metal.is_available():
+                usable = usable_memory()
+                mx.set_wired_limit(usable)  # weights and caches stay resident; the system's own limit is far lower
+                mx.set_memory_limit(usable)
+                mx.set_cache_limit(usable // 16)  # freed buffers that MLX keeps for itself
             with self._lock:
                 self._ready = True
                 self._lock.notify_all()
@@ -4123,17 +4168,6 @@ class Engine:
         finally:
             self._shutdown()
 
-    def _configure(self, mx: Any) -> None:
-        memory, cache_limit, max_loaded = self._limits
-        device = mx.device_info() if mx.metal.is_available() else {}
-        usable = device.get("max_recommended_working_set_size") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        memory = memory or usable * 9 // 10
-        self._pool = Pool(memory, cache_limit or memory // 4, max_loaded, self._kv_bits, self._shelf)
-        if device:
-            mx.set_wired_limit(usable)  # weights and caches stay resident; the system's own limit is far lower
-            mx.set_memory_limit(usable)
-            mx.set_cache_limit(usable // 16)  # freed buffers that MLX keeps for itself
-
     def _preload(self, local: LocalModel) -> None:
         """Loads the default model before anyone asks for it; a failure is reported again to whoever does."""
         try:
@@ -4141,7 +4175,18 @@ class Engine:
         except EngineError as error:
             log.error("%s", error)
 
+    def _check_size(self, local: LocalModel) -> None:
+        memory = self._pool.memory
+        if local.size <= memory:
+            return
+        fitting = [model for model in self._library.models() if model.size <= memory and "completion" in model.capabilities]
+        best = max(fitting, key=lambda model: model.size, default=None)
+        raise ModelLoadError(
+            f"model '{local.name}' needs {gigabytes(local.size)} of memory, and {gigabytes(memory)} can be used; "
+            + (f"'{best.name}' ({gigabytes(best.size)}) fits" if best else "take a smaller or more quantised one"))
+
     def _open(self, local: LocalModel, tongue: Tongue) -> Runtime | None:
+        self._check_size(local)
         runtime = self._pool.open(local, tongue)
         if runtime is not None and runtime.keep_alive is None:
             runtime.keep_alive = self._keep_alive

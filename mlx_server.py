@@ -10,16 +10,23 @@ to is relayed to the upstream, another server, if there is one that has it.
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 11):  # before anything that an older one does not understand
+    sys.exit(f"mlx-server needs Python 3.11 or newer, not {sys.version.split()[0]} ({sys.executable}); get it from python.org")
+
 import argparse
 import bisect
 import collections
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import fnmatch
 import hashlib
 import hmac
 import http.client
+import importlib.util
 import io
 import ipaddress
 import itertools
@@ -38,7 +45,7 @@ import shutil
 import signal
 import socket
 import socketserver
-import sys
+import subprocess
 import threading
 import time
 import urllib.error
@@ -51,7 +58,8 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 import dialects
 from dialects import Object, Reply, WireError, is_a, items
-from engine import Done, Engine, EngineBusy, EngineError, ModelNotFound, Preset, Priority, Tick, best_repo
+from engine import (Done, Engine, EngineBusy, EngineError, Library, LocalModel, ModelNotFound, Preset, Priority, Tick,
+                    best_repo, gigabytes, parse_name, shortcoming, usable_memory)
 
 __version__ = "0.1.0"
 log = logging.getLogger("mlx_server")
@@ -581,8 +589,11 @@ class Handler(BaseHTTPRequestHandler):
             self.send_json(reply.whole())
         finally:
             self.server.talking.discard(thread)
+            seconds = time.monotonic() - started
             log.info("%s %s: embedded %d of %d texts, %d tokens, %.2f s", self.route, model.name, len(reply.vectors),
-                     len(reply.requests), reply.tokens, time.monotonic() - started)
+                     len(reply.requests), reply.tokens, seconds,
+                     extra={"figures": {"route": self.route, "model": model.name, "texts": len(reply.vectors),
+                                        "prompt_tokens": reply.tokens, "seconds": seconds}})
 
     def progress(self, steps: Iterator[Object], stream: bool) -> None:
         """Answers in Ollama's dialect with the steps of some work as they are done, or only with the last one."""
@@ -611,12 +622,19 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_generation(self, generation: Any, started: float, first: float | None, ending: str) -> None:
         usage = generation.usage
-        speed = f"{usage.completion_tokens / usage.decode_seconds:.1f} tokens/s" if usage.decode_seconds else "- tokens/s"
+        rate = usage.completion_tokens / usage.decode_seconds if usage.decode_seconds else None
+        speed = f"{rate:.1f} tokens/s" if rate else "- tokens/s"
         wait = f"first token {first - started:.2f} s" if first else "no token"
         miss = generation.miss
         parted = f" (parts at {miss.at} in {_place(miss)}: {miss.now!r} was {miss.was!r})" if miss else ""
+        figures = {
+            "route": self.route, "model": generation.model.name, "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.cached_tokens, "completion_tokens": usage.completion_tokens,
+            "first_token_seconds": first and first - started, "tokens_per_second": rate,
+            "seconds": time.monotonic() - started, "ending": ending, "miss": miss and dataclasses.asdict(miss)}
         log.info("%s %s: prompt %d, reused %d%s, generated %d, %s, %s, %s", self.route, generation.model.name,
-                 usage.prompt_tokens, usage.cached_tokens, parted, usage.completion_tokens, wait, speed, ending)
+                 usage.prompt_tokens, usage.cached_tokens, parted, usage.completion_tokens, wait, speed, ending,
+                 extra={"figures": figures})
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug(format, *args)
@@ -660,8 +678,10 @@ class Handler(BaseHTTPRequestHandler):
             ending = f"failed: {error}"
             raise WireError(502, f"the upstream {url} failed: {error}") from None
         finally:
-            log.info("%s %s: relayed to %s -> %d, %.2f s, %s", self.route, self.model, url, status,
-                     time.monotonic() - started, ending)
+            seconds = time.monotonic() - started
+            log.info("%s %s: relayed to %s -> %d, %.2f s, %s", self.route, self.model, url, status, seconds, ending,
+                     extra={"figures": {"route": self.route, "model": self.model, "upstream": url, "status": status,
+                                        "seconds": seconds, "ending": ending}})
 
     def pass_on(self, answer: http.client.HTTPResponse) -> None:
         """Copies an answer piece by piece. One that breaks off is left without its end, so that the client sees it."""
@@ -1058,6 +1078,11 @@ class RemoteFile:
     size: int
     digest: str
 
+    def progress(self, completed: int) -> Object:
+        """Ollama's word on how many bytes of it are there."""
+        return {"status": f"pulling {self.digest[:12]}", "digest": f"sha256:{self.digest}", "total": self.size,
+                "completed": completed}
+
     def hasher(self) -> Any:
         """What has `digest` in the end."""
         return hashlib.sha256() if len(self.digest) == 64 else hashlib.sha1(b"blob %d\0" % self.size)
@@ -1088,6 +1113,7 @@ class Hub:
         try:
             (folder / "blobs").mkdir(parents=True, exist_ok=True)
             missing = [file for file in files if not (folder / "blobs" / file.digest).exists()]
+            yield from (file.progress(file.size) for file in files if file not in missing)
             needed, free = sum(file.size for file in missing), shutil.disk_usage(folder).free
             if needed > free:
                 raise WireError(507, f"{repo} needs {needed} bytes, and {free} are free on the disk")
@@ -1100,6 +1126,31 @@ class Hub:
             raise WireError(500, f"{repo} cannot be written to the model cache: {_why(error)}") from None
         log.info("pulled %s", repo)
         yield {"status": "success"}
+
+    def size(self, repo: str) -> int:
+        """Bytes of a repo's model. Raises WireError."""
+        return sum({file.digest: file.size for file in self._list(repo)[1]}.values())
+
+    def choose(self, name: str, memory: int) -> tuple[str, int, str]:
+        """The repo that a name means to a machine whose GPU may use so many bytes, its size, and why. Where the name says no
+        quantisation that is the 8-bit one, if half of the memory can hold it. Raises WireError."""
+        repo = self.find(name)
+        size, most = self.size(repo), f"the {gigabytes(memory)} of memory that can be used"
+        if "/" in name or parse_name(name).bits:
+            return repo, size, "as asked"
+        if size > memory:
+            raise WireError(507, f"{repo} takes {gigabytes(size)}, more than {most}; pull a smaller model, or just '{repo}'")
+        try:
+            better = self.find(re.sub(r"(?i)[4-6](-?bit)", r"8\1", repo.partition("/")[2]))
+        except WireError as error:
+            if error.status != 404:
+                raise
+            better = repo
+        if better == repo:
+            return repo, size, "there is no 8-bit version"
+        if (larger := self.size(better)) <= memory // 2:
+            return better, larger, f"8-bit fits into half of {most}"
+        return repo, size, f"8-bit takes {gigabytes(larger)}, more than half of {most}"
 
     def find(self, name: str) -> str:
         """The repo that a name means: itself, or the best of mlx-community's. Raises WireError if there is none."""
@@ -1128,13 +1179,13 @@ class Hub:
                 {"..", "/", ""} & {*PurePosixPath(file.name).parts, file.name} for file in files):
             raise WireError(502, f"the hub {self._url} describes {repo} in a way that makes no sense")
         if not any(file.name.endswith(".safetensors") for file in files):
-            raise WireError(400, f"{repo} holds no MLX model: it has no model*.safetensors")
+            names = [dialects.take(one, "rfilename", str) for one in items(info, "siblings", dict)]
+            raise WireError(400, f"{repo} holds no MLX model: {shortcoming(names)}")
         return commit, files
 
     def _download(self, path: str, file: RemoteFile, blob: Path) -> Iterator[Object]:
         """Brings a file, or the rest of one that was begun, to `blob`."""
         part, told, hasher = blob.with_name(f"{blob.name}.incomplete"), -math.inf, file.hasher()
-        step = {"status": f"pulling {file.digest[:12]}", "digest": f"sha256:{file.digest}", "total": file.size}
         with part.open("a+b") as out:
             try:
                 fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1151,14 +1202,14 @@ class Hub:
                 hasher.update(piece)
                 if time.monotonic() - told > self.TELL:
                     told = time.monotonic()
-                    yield {**step, "completed": out.tell()}
+                    yield file.progress(out.tell())
             if out.tell() < file.size:
                 raise WireError(502, f"{file.name} broke off after {out.tell()} of {file.size} bytes; pull again to go on")
             if hasher.hexdigest() != file.digest:
                 part.unlink()
                 raise WireError(502, f"{file.name} has arrived damaged; pull again")
             os.replace(part, blob)
-        yield {**step, "completed": file.size}
+        yield file.progress(file.size)
 
     def _pieces(self, path: str, out: BinaryIO, size: int) -> Iterator[bytes | None]:
         """What follows in a file behind what `out` has; after None it is all of it."""
@@ -1330,13 +1381,161 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--drain", metavar="DURATION", type=_seconds, default=10.0,
                         help="time for running answers when the server is told to end (default: 10s)")
     parser.add_argument("--log-file", metavar="FILE", help="log to FILE, anew after every 10 MB; three old ones are kept")
+    parser.add_argument("--print-env", nargs="?", const="claude", choices=["claude"],
+                        help="print the shell commands that make Claude Code use this server, and end")
+    parser.add_argument("--log-json", action="store_true", help="log JSON objects, one a line")
     parser.add_argument("--verbose", action="store_true", help="log every detail")
     parser.add_argument("--print-launchd", dest="service", action="store_const", const=launchd_job,
                         help="print a launchd job that runs the server with the other flags")
     parser.add_argument("--print-systemd", dest="service", action="store_const", const=systemd_unit,
                         help="print a systemd user unit that does so")
     parser.add_argument("--version", action="version", version=f"mlx-server {__version__}")
+    commands = parser.add_subparsers(title="instead of serving", metavar="COMMAND")
+    for name, run, about in (("pull", pull_model, "download a model, by a name like qwen3:8b or as ORG/NAME"),
+                             ("show", show_model, "tell about an installed model"),
+                             ("rm", remove_model, "delete a model or a name given to one"),
+                             ("list", list_models, "list the installed models")):
+        command = commands.add_parser(name, help=about, description=about)
+        command.set_defaults(run=run)
+        if run is not list_models:
+            command.add_argument("name", metavar="NAME")
+    parser.set_defaults(run=None)
     return parser
+
+
+# ------------------------------------------------------------------ the commands
+
+
+def _program() -> str:
+    """What starts this program, from any folder."""
+    path = os.path.abspath(sys.argv[0])
+    return shlex.join([path] if os.path.basename(path) == "mlx-server" else [sys.executable, path])
+
+
+def _library(args: argparse.Namespace) -> Library:
+    return Library(args.models_dir, args.alias, Path(args.state).expanduser())
+
+
+def _api_keys(args: argparse.Namespace) -> dict[str, Priority]:
+    shell_key = os.environ.get("MLX_SERVER_API_KEY", "").strip()
+    return dict(args.api_key + args.api_key_file or ([_key(shell_key)] if shell_key else []))
+
+
+def _url_of(host: str, port: int) -> str:
+    """Where a server that listens there is reached from this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def print_env(args: argparse.Namespace) -> None:
+    """Prints shell commands for Claude Code's variables: https://code.claude.com/docs/en/settings#environment-variables"""
+    library = _library(args)
+    default = library.resolve(args.model, trusted=True) if args.model else _default(library.resolve)
+    tiers = {tier: library.resolve(f"claude-{tier}-5-5", default=default).name for tier in ("opus", "sonnet", "haiku")}
+    context = min(filter(None, [default.context_length, args.context]))
+    variables = {
+        "ANTHROPIC_BASE_URL": _url_of(args.host, args.port),
+        "ANTHROPIC_AUTH_TOKEN": next(iter(_api_keys(args)), "none"),  # without one it asks for a login
+        "ANTHROPIC_API_KEY": "",  # a real one is none of ours
+        "ANTHROPIC_MODEL": default.name,
+        **{f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL": name for tier, name in tiers.items()},
+        "ANTHROPIC_SMALL_FAST_MODEL": tiers["haiku"],
+        "CLAUDE_CODE_SUBAGENT_MODEL": default.name,
+        "CLAUDE_CODE_ATTRIBUTION_HEADER": 0,
+        "CLAUDE_CODE_MAX_CONTEXT_TOKENS": context,
+        # Claude Code compacts this and 13,000 tokens before the window's end, and its first prompt has 15,000.
+        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": min(filter(None, [32000, context // 8, args.max_tokens])),
+        "API_TIMEOUT_MS": 3_000_000, "API_FORCE_IDLE_TIMEOUT": 0, "CLAUDE_STREAM_IDLE_TIMEOUT_MS": 900_000}
+    if not importlib.util.find_spec("llguidance"):
+        variables["CLAUDE_CODE_DISABLE_TERMINAL_TITLE"] = 1  # titles are asked for as structured output
+    for name, value in variables.items():
+        print(f"export {name}={shlex.quote(str(value))}")
+
+
+def pull_model(args: argparse.Namespace) -> None:
+    """Downloads the model called `args.name`."""
+    name = dialects.checked_name(args.name.removeprefix("https://"), f"'{args.name}' is not a model's name")
+    hub = Hub(_library(args).hub)
+    repo, size, why = hub.choose(name, args.memory or usable_memory())
+    print(f"pulling {repo}, {gigabytes(size)}: {why}", flush=True)
+    progress = Progress(size)
+    try:
+        for step in hub.pull(repo):
+            progress.show(step)
+    finally:
+        progress.end()
+    print(f"pulled {repo}; to serve it: {_program()} --model {shlex.quote(repo)}")
+
+
+class Progress:
+    """Draws on stderr how much of `total` bytes has come: a bar in a terminal, otherwise a line now and then."""
+
+    WIDTH = 24
+    TELL = 5.0  # seconds between two lines
+
+    def __init__(self, total: int):
+        self._total, self._bar = max(total, 1), sys.stderr.isatty()
+        self._came: dict[str, int] = {}
+        self._there: dict[str, int] = {}  # bytes of each file at first sight: they tell nothing of the speed
+        self._began = self._told = time.monotonic()
+
+    def show(self, step: Object) -> None:
+        """Takes in one of Ollama's progress objects."""
+        if "completed" not in step:
+            return
+        before, self._came[step["digest"]] = sum(self._came.values()), step["completed"]
+        self._there.setdefault(step["digest"], step["completed"])
+        came, now = sum(self._came.values()), time.monotonic()
+        if came == before or not (self._bar or came >= self._total or now - self._told >= self.TELL):
+            return
+        self._told = now
+        speed = (came - sum(self._there.values())) / max(now - self._began, 0.1)
+        line = f"{100 * came // self._total:3} %, {gigabytes(came)} of {gigabytes(self._total)}"
+        if speed > 0:
+            left = (self._total - came) / speed
+            line += f", {gigabytes(speed)}/s, " + (f"{left:.0f} s left" if left < 120 else f"{left / 60:.0f} min left")
+        full = self.WIDTH * came // self._total
+        sys.stderr.write(f"\r[{'#' * full:{self.WIDTH}}] {line}\x1b[K" if self._bar else f"{line}\n")
+        sys.stderr.flush()
+
+    def end(self) -> None:
+        """Leaves the line to others."""
+        sys.stderr.write("\n" if self._bar and self._came else "")
+
+
+def list_models(args: argparse.Namespace) -> None:
+    """Prints a table of the installed models, the newest first."""
+    models = sorted(_library(args).catalog(), key=lambda model: model.modified, reverse=True)
+    width = max([len(model.name) for model in models], default=0)
+    print(f"{'NAME':{width}}  {'SIZE':>8}  MODIFIED")
+    for model in models:
+        print(f"{model.name:{width}}  {gigabytes(model.size):>8}  {_ago(time.time() - model.modified)}")
+
+
+def _ago(seconds: float) -> str:
+    for unit, length in (("month", 30 * 86400), ("week", 7 * 86400), ("day", 86400), ("hour", 3600), ("minute", 60)):
+        if count := int(seconds // length):
+            return f"{count} {unit}{'s' * (count > 1)} ago"
+    return "just now"
+
+
+def show_model(args: argparse.Namespace) -> None:
+    """Prints what is known of the model called `args.name`."""
+    model = _library(args).resolve(args.name, trusted=True)
+    for key, value in {
+        "name": model.name, "architecture": model.family, "parameters": model.parameter_size,
+        "quantization": model.quantization, "context": f"{model.context_length:,} tokens",
+        "capabilities": ", ".join(model.capabilities), "size": gigabytes(model.size), "path": model.path,
+    }.items():
+        print(f"{key:<14}{value}")
+
+
+def remove_model(args: argparse.Namespace) -> None:
+    """Deletes the model or preset called `args.name`."""
+    library = _library(args)
+    if not library.presets.remove(args.name):
+        library.delete(args.name, library.resolve(args.name))
+    print(f"deleted {args.name}")
 
 
 # ------------------------------------------------------------------ a service
@@ -1412,6 +1611,16 @@ WantedBy=default.target
 """
 
 
+def print_service(args: argparse.Namespace) -> None:
+    """Prints what makes the system run the server with the flags given."""
+    if _api_keys(args) != dict(args.api_key_file):
+        arguments().error("a service takes its keys from --api-key-file")
+    print(args.service(args, _command(args.argv)), end="")
+
+
+# ------------------------------------------------------------------ the program
+
+
 def _log_file(name: str) -> logging.Handler:
     os.makedirs(os.path.dirname(os.path.abspath(name)), exist_ok=True)
     return logging.handlers.RotatingFileHandler(name, maxBytes=10 * 2**20, backupCount=3, encoding="utf-8")
@@ -1424,34 +1633,142 @@ class OneLine(logging.Formatter):
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().formatMessage(record))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the server until SIGINT or SIGTERM; returns the exit status."""
-    args = arguments().parse_args(argv)
-    if args.overflow and not args.upstream:
-        arguments().error("--overflow needs --upstream")
-    shell_key = os.environ.get("MLX_SERVER_API_KEY", "").strip()
-    keys = args.api_key + args.api_key_file or ([_key(shell_key)] if shell_key else [])
-    if args.service:
-        if keys != args.api_key_file:
-            arguments().error("a service takes its keys from --api-key-file")
-        print(args.service(args, _command(sys.argv[1:] if argv is None else argv)), end="")
-        return 0
-    try:
-        lines = _log_file(args.log_file) if args.log_file else logging.StreamHandler(sys.stderr)
-    except OSError as error:
-        print(f"mlx-server: cannot log to {args.log_file}: {error.strerror}", file=sys.stderr)
-        return 1
-    lines.setFormatter(OneLine("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S" if args.log_file else "%H:%M:%S"))
-    logging.basicConfig(level=logging.DEBUG if args.verbose else logging.INFO, handlers=[lines])
+class JSONLine(logging.Formatter):
+    """A record is one JSON object: `time` (RFC 3339), `level`, `message`, a request's figures, `traceback` if there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {"time": dialects.timestamp(record.created), "level": record.levelname.lower(), "message": record.getMessage(),
+                **getattr(record, "figures", {})}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def _start_logging(args: argparse.Namespace) -> None:
+    """Raises OSError when the log file cannot be written."""
+    form = "mlx-server: %(message)s" if args.run else "%(asctime)s %(message)s"
+    lines = _log_file(args.log_file) if args.log_file else logging.StreamHandler(sys.stderr)
+    lines.setFormatter(JSONLine() if args.log_json else OneLine(form, "%Y-%m-%d %H:%M:%S" if args.log_file else "%H:%M:%S"))
+    level = logging.DEBUG if args.verbose else logging.WARNING if args.run else logging.INFO
+    last_words = logging.StreamHandler(sys.stderr)  # why it did not start is for who starts it
+    last_words.setLevel(logging.CRITICAL)
+    logging.basicConfig(level=level, handlers=[lines, last_words] if args.log_file else [lines])
     if not args.verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its remarks on model types concern nobody here
         logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def _run_command(args: argparse.Namespace) -> int:
+    """Does what is to be done instead of serving; returns the exit status."""
+    try:
+        args.run(args)
+        return 0
+    except KeyboardInterrupt:
+        log.error("broken off; the same command goes on from there")
+    except (EngineError, WireError, ImportError) as error:
+        log.error("%s", _missing() if isinstance(error, ImportError) else error)
+    if args.print_env:
+        print("false")  # for eval: what follows it must not go to another server
+    return 1
+
+
+def _missing() -> str | None:
+    """Why MLX cannot work here."""
+    system = os.uname()
+    if system.sysname == "Darwin" and system.machine != "arm64":
+        return (f"MLX needs Apple silicon, and {sys.executable} is made for Intel's processors; on a Mac with an M chip "
+                "install an arm64 Python, from python.org for one")
+    try:
+        usable_memory()
+        if not importlib.util.find_spec("mlx_lm"):
+            raise ImportError("No module named 'mlx_lm'")
+    except ImportError as error:
+        return f"MLX cannot be imported ({error}); install it: {shlex.quote(sys.executable)} -m pip install mlx mlx-lm"
+    return None
+
+
+def _holder(host: str, port: int) -> str:
+    """Who listens at an address, as far as that can be found out."""
+    def ask(path: str) -> tuple[int, bytes]:
+        netloc = urlsplit(_url_of(host, port)).netloc
+        with contextlib.closing(http.client.HTTPConnection(netloc, timeout=ASKING)) as connection:
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            return answer.status, answer.read(100)
+
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        if ask("/") == (200, b"Ollama is running"):
+            return "Ollama" if ask("/health")[0] == 404 else "another mlx-server"
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        listed = subprocess.run(["lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fpc"], stdout=subprocess.PIPE,
+                                stderr=subprocess.DEVNULL, text=True, timeout=ASKING)
+        if found := re.search(r"^p(\d+)\nc(.+)", listed.stdout, re.M):
+            return f"{found[2]} (process {found[1]})"
+    return "another program"
+
+
+def _welcome(args: argparse.Namespace, engine: Engine, port: int) -> None:
+    """Logs what there is and what to type next."""
+    if not args.model:
+        models = sorted(engine.models(), key=lambda model: model.modified, reverse=True)
+        found = [f"{model.name} ({gigabytes(model.size)})" for model in models if model.name != "demo"]
+        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+        log.info("models: %s%s", ", ".join(found[:8]) or "none but the built-in demo", more)
+        with contextlib.suppress(ModelNotFound):  # not even the demo is there
+            _default(engine.resolve)
+    shell = f'eval "$({_env_command(args, port)})" && claude --permission-mode acceptEdits'
+    log.info("Claude Code, in another terminal: %s", shell)
+
+
+def _default(resolve: Callable[[str], LocalModel]) -> LocalModel:
+    """The default model where no --model says it; logs why."""
+    model = resolve("default")
+    if model.name == "demo":
+        log.warning("DEFAULT: demo, A TOY that cannot program; get a model: %s pull qwen3:8b", _program())
+    else:
+        tools = "that can use tools" if "tools" in model.capabilities else "(NONE CAN USE TOOLS, which Claude Code needs)"
+        log.info("default: %s, the newest %s; others: --model NAME, or %s pull NAME", model.name, tools, _program())
+    return model
+
+
+def _env_command(args: argparse.Namespace, port: int) -> str:
+    """What prints Claude Code's variables for this server, without its keys."""
+    words = ["--print-env", "--port", str(port)]
+    for name in ("host", "model", "models_dir", "alias", "state", "context", "max_tokens"):
+        given = getattr(args, name)
+        for value in [] if given == arguments().get_default(name) else given if isinstance(given, list) else [given]:
+            value = "=".join(value) if isinstance(value, tuple) else str(value)
+            words += [f"--{name.replace('_', '-')}", os.path.abspath(value) if os.path.exists(value) else value]
+    keys = ["--api-key", "YOUR_KEY"] if _api_keys(args) else []
+    return f"{_program()} {shlex.join(words + keys)}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the server until SIGINT or SIGTERM, or a command; returns the exit status."""
+    args = arguments().parse_args(argv)
+    if args.overflow and not args.upstream:
+        arguments().error("--overflow needs --upstream")
+    args.argv = sys.argv[1:] if argv is None else argv
+    args.run = print_env if args.print_env else print_service if args.service else args.run
+    try:
+        _start_logging(args)
+    except OSError as error:
+        print(f"mlx-server: cannot log to {args.log_file}: {error.strerror}", file=sys.stderr)
+        return 1
+    if args.run:
+        return _run_command(args)
+    if missing := _missing():
+        log.critical("%s", missing)
+        return 1
     try:
         upstream = Upstream(args.upstream, args.overflow) if args.upstream else None
-        server = MLXServer((args.host, args.port), api_keys=dict(keys), priorities=args.priority, upstream=upstream)
+        server = MLXServer((args.host, args.port), api_keys=_api_keys(args), priorities=args.priority, upstream=upstream)
     except (OSError, ValueError) as error:
-        reason = "it is already in use" if getattr(error, "errno", None) in (48, 98) else error
-        print(f"mlx-server: cannot listen on {args.host}:{args.port}: {reason}", file=sys.stderr)
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            log.critical("port %d is already in use by %s; take another one: --port %d", args.port,
+                         _holder(args.host, args.port), args.port + 1)
+        else:
+            log.critical("cannot listen on %s:%d: %s", args.host, args.port, error)
         return 1
     try:
         server.engine = Engine(args.model, models_dirs=args.models_dir, aliases=args.alias, context=args.context,
@@ -1461,7 +1778,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                                state=args.state)
     except (EngineError, OSError) as error:
         reason = f"cannot keep a prompt cache in {args.cache_dir}: {error.strerror}" if isinstance(error, OSError) else error
-        print(f"mlx-server: {reason}", file=sys.stderr)
+        hint = f"; to download it: {_program()} pull {shlex.quote(args.model)}" if isinstance(error, ModelNotFound) else ""
+        log.critical("%s%s", reason, hint)
         server.server_close()
         return 1
     stopper = threading.Thread(target=server.stop, args=(args.drain,))
@@ -1471,8 +1789,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     host = f"[{args.host}]" if ":" in args.host else args.host
     log.info("mlx-server %s is listening on http://%s:%d", __version__, host, server.server_port)
-    if not server.loopback and not keys:
+    if not server.loopback and not server.api_keys:
         log.warning("whoever reaches this machine may use the server: demand a key with --api-key-file, or leave out --host")
+    _welcome(args, server.engine, server.server_port)
     server.serve_forever(poll_interval=0.1)
     stopper.join()
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import subprocess
 import sys
 import threading
@@ -243,3 +245,17 @@ def test_a_gap_is_filled_with_the_tokenizers_own_tokens(tmp_path: Path):
         assert [decode(tokens), decode(tokens[:1]), decode(tokens[-1:])] == [spelled, "<|fim_prefix|>", "<|fim_middle|>"]
         with pytest.raises(InvalidRequest, match="cannot fill a gap"):
             engine.submit(Request("demo", prompt="a", suffix="b"))
+
+
+# ------------------------------------------------------------------ the log
+
+
+def test_a_long_prompt_tells_how_far_it_is(engine: Engine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Runtime, "TELL", 0.0)
+    with caplog.at_level(logging.INFO):
+        _, generation = answer(engine, "how far " * 150, max_tokens=1)
+    pattern = r"\w+: prompt (\d+) %, ([\d,]+)/([\d,]+) tokens, \d+ tokens/s, \d+ s left"
+    told = [re.fullmatch(pattern, line).groups() for line in caplog.messages if "tokens/s" in line]
+    read, total = ([int(match[at].replace(",", "")) for match in told] for at in (1, 2))
+    assert len(told) > 1 and read == sorted(set(read)) and set(total) == {generation.prompt_tokens}
+    assert [int(match[0]) for match in told] == [100 * tokens // generation.prompt_tokens for tokens in read]

@@ -111,7 +111,8 @@ def installed(tmp_path_factory) -> Library:
     add_repo(home, "mlx-community/gpt-oss-20b-MXFP4-Q4", quantization=mxfp4)
     add_repo(home, "mlx-community/Qwen3-32B-mxfp4", quantization=mxfp4)
     add_repo(home, "nomic-ai/nomic-embed-text-v1.5", bits=None, parameters=136_731_648)
-    add_repo(home, "lmstudio-community/Qwen3-4B-4bit")
+    newest = add_repo(home, "lmstudio-community/Qwen3-4B-4bit")
+    os.utime(newest / "model.safetensors", (2e9, 2e9))
     make_model(home / "models/demo", bits=None, parameters=1_300_000)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(home))
@@ -120,6 +121,7 @@ def installed(tmp_path_factory) -> Library:
         yield Library([home / "models"])
 
 
+NEWEST = "lmstudio-community/Qwen3-4B-4bit"
 HITS = {
     # repo ids and folder names
     "mlx-community/Qwen3-8B-4bit": "Qwen3-8B-4bit",
@@ -223,8 +225,8 @@ HITS = {
     "deepseek-r1-distill-qwen-14b": "DeepSeek-R1-Distill-Qwen-14B-4bit",
     "hermes-3-llama-3.1-8b": "Hermes-3-Llama-3.1-8B-4bit",
     # vendors' names, with many models installed and none named
-    "claude-sonnet-5-5": "demo", "Claude-3-5-Haiku-20241022": "demo", "claude-opus-4-1:latest": "demo",
-    "gpt-4o": "demo", "opus": "demo", "sonnet[1m]": "demo", "haiku": "demo", "demo": "demo", "demo:latest": "demo",
+    "claude-sonnet-5-5": NEWEST, "Claude-3-5-Haiku-20241022": NEWEST, "claude-opus-4-1:latest": NEWEST,
+    "gpt-4o": NEWEST, "opus": NEWEST, "sonnet[1m]": NEWEST, "haiku": NEWEST, "demo": "demo", "demo:latest": "demo",
 }
 
 MISSES = """
@@ -278,10 +280,12 @@ def test_the_last_used_is_preferred_only_where_the_size_is_open(installed):
 def test_vendor_names_mean_the_default_model(home, library, name):
     assert library.resolve(name).name == "demo"
     add_repo(home, "org/Alpha-1B-4bit")
-    add_repo(home, "org/Alpha-Embedding-1B-4bit")  # cannot chat, so Alpha is the only one still
+    add_repo(home, "org/Alpha-Embedding-1B-4bit")  # cannot chat
     assert library.resolve(name).name == "org/Alpha-1B-4bit"
-    add_repo(home, "org/Beta-1B-4bit")
-    assert library.resolve(name).name == "demo"
+    for repo, age, options in (("org/Beta-1B-4bit", 9, {}), ("org/Toolless-1B-4bit", 0, {"template": "{{ messages }}"})):
+        written = library.resolve("alpha").modified - age
+        os.utime(add_repo(home, repo, **options) / "model.safetensors", (written + 10, written + 10))
+    assert library.resolve(name).name == "org/Beta-1B-4bit"  # the newest that knows tools
     beta, alpha = library.resolve("beta"), library.resolve("alpha")
     assert library.resolve(name, last_used=beta) is beta
     assert library.resolve(name, default=alpha, last_used=beta) is alpha
@@ -451,6 +455,11 @@ def test_a_broken_config_is_skipped_with_one_log_line(home, library, caplog, con
     with caplog.at_level(logging.WARNING, "mlx_server"):
         assert names(library) == names(library) == ["demo"]
     assert [str(path) in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_weights_that_are_no_safetensors_file_are_skipped(home, library):
+    (make_model(home / "models/broken") / "model.safetensors").write_bytes(b"\xff" * 100)
+    assert names(library) == ["demo"]
 
 
 def test_a_changed_folder_is_read_again(home, library):

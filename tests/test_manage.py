@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -329,8 +331,46 @@ def test_damaged_files_are_not_kept(hub: FakeHub, puller: ollama.Client, cache: 
     assert "org/own:latest" not in names(puller) and puller.pull("org/own").status == "success"
 
 
+def pull(hub: FakeHub, cache: Path, *words: str, **how) -> subprocess.Popen:
+    """`mlx_server.py ... pull ...`"""
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(cache), "no_proxy": "127.0.0.1"}
+    program = [sys.executable, str(ROOT / "mlx_server.py"), *words]
+    return subprocess.Popen(program, env=env, stdout=subprocess.PIPE, text=True, **how)
+
+
+@pytest.mark.parametrize("memory, name, repo, why", [
+    ("1GB", "tiny:1b", "mlx-community/Tiny-1B-Instruct-8bit", "8-bit fits into half of the 1.0 GB of memory that can be used"),
+    ("9MB", "tiny:1b", "mlx-community/Tiny-1B-Instruct-4bit", "8-bit takes 5 MB, more than half of the 9 MB"),
+    ("1GB", "tiny:1b-q4", "mlx-community/Tiny-1B-Instruct-4bit", "as asked"),
+    ("1GB", "tiny-vl:1b", "mlx-community/Tiny-VL-1B-4bit", "there is no 8-bit version"),
+])
+def test_at_the_keyboard_memory_decides_the_quantisation_that_is_left_open(
+        hub: FakeHub, cache: Path, memory: str, name: str, repo: str, why: str):
+    program = pull(hub, cache, "--memory", memory, "pull", name, stderr=subprocess.PIPE)
+    out, told = program.communicate(timeout=30)
+    assert program.returncode == 0 and out.startswith(f"pulling {repo}, 5 MB: {why}")
+    assert out.endswith(f"mlx_server.py --model {repo}\n")
+    assert re.fullmatch(r"100 %, 5 MB of 5 MB, \d+ MB/s, 0 s left\n", told)
+
+
+def test_at_the_keyboard_a_pull_draws_a_bar_and_what_fails_is_a_sentence(hub: FakeHub, cache: Path):
+    leader, follower = os.openpty()
+    program = pull(hub, cache, "pull", "org/own", stderr=follower)
+    program.communicate(timeout=30)
+    drawn = os.read(leader, 1 << 16).decode()
+    assert program.returncode == 0
+    assert re.search(r"\r\[#* *\] +\d\d? %, \d MB of 5 MB.*\r\[#{24}\] 100 %, 5 MB of 5 MB, \d+ MB/s, 0 s left\x1b\[K\r\n$", drawn)
+    program = pull(hub, cache, "--memory", "2MB", "pull", "tiny:1b", stderr=subprocess.PIPE)
+    _, told = program.communicate(timeout=30)
+    assert "takes 5 MB, more than the 2 MB of memory that can be used; pull a smaller model" in told
+    assert program.returncode == 1
+    for file in (leader, follower):
+        os.close(file)
+
+
 @pytest.mark.parametrize("name, said", [
-    ("tiny:70b", "mlx-community has no model"), ("org/nope", "there is no such repo"), ("org/gguf", "no MLX model"),
+    ("tiny:70b", "mlx-community has no model"), ("org/nope", "there is no such repo"),
+    ("org/gguf", r"no MLX model: it holds GGUF weights \(x.gguf\)"),
     ("org/evil", "makes no sense"), ("a b", "invalid model name"),
 ])
 def test_what_cannot_be_pulled_is_an_error_with_a_status(puller: ollama.Client, name: str, said: str):
