@@ -463,7 +463,7 @@ def calibrate(side: Side, other: Side | Generate | None, seconds: float) -> Plan
     per_word = warm_up(side).prompt / small.words
     read, write = prefill(side, small, small.salt)["prefill"], decode(side, small, small.salt)["decode"]
     prompt = max(100, min(8000, read * seconds / 2))
-    long = max(2 * prompt, 2 * read)  # it has to take a while
+    long = max(2 * prompt, read)  # it has to take a while
     if isinstance(other, Side):
         other.context = max(8192, int(2 * long))
     if other:
