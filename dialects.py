@@ -239,10 +239,15 @@ def call_arguments(value: Any) -> Object:
     """A past call's arguments as the object they should have been."""
     if isinstance(value, str):
         try:
-            value = json.loads(value or "{}")
-        except ValueError:
+            value = encodable(json.loads(value or "{}"), value)
+        except (ValueError, RecursionError):
             pass
     return value if isinstance(value, dict) else {} if value is None else {"input": value}
+
+
+def encodable(value: Any, text: str) -> Any:
+    """What JSON `text` has been parsed to, with "?" for half a surrogate pair, which is no text that a tokenizer could read."""
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")) if "\\ud" in text.lower() else value
 
 
 def timestamp(seconds: float) -> str:
