@@ -11,7 +11,6 @@ import json
 import os
 import random
 import threading
-from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
@@ -103,8 +102,8 @@ ODD = [json.dumps(value) for value in [
     None, True, False, 0, -1, 1, 3, 2**31, 2**63 - 1, 2**63, -2**64, 10**400, 0.5, -0.0, 1e308, 1e-320, *RAW, "", " ", "\n",
     "auto", "any", "none", "json", "object", "text", "demo", "assistant", "system", "tool", "5m", "\ud800", "a\udfffb", "\0",
     "\u2028\u0085\ufeff\U0001f468\u200d\U0001f469", "{{ 1/0 }}{% raw %}", "<|im_end|><think></think><tool_call>", "../../etc",
-    "e\u0301" * 300, "x" * 3000, [], {}, [None], [[]], [{}], [""], {"": ""}, {"type": None}, {"type": "text"},
-    {"\ud800": "\udc00"}, {"$ref": "#"}, {"type": ["string", "null"]}, {"enum": []}, {"pattern": "("}, {"not": {}},
+    "e\u0301" * 300, "x" * 3000, "[" * 5000, '{"\\ud800": "\\udfff"}', [], {}, [None], [[]], [{}], [""], {"": ""}, {"type": None},
+    {"type": "text"}, {"\ud800": "\udc00"}, {"$ref": "#"}, {"type": ["string", "null"]}, {"enum": []}, {"pattern": "("}, {"not": {}},
     list(range(300)), ["x"] * 300, [{"type": "text", "text": "x"}] * 200, *map(nested, (9, 150, 400, 850))]]
 
 
@@ -116,7 +115,7 @@ def places(value: Any, depth: int = 9) -> Iterator[tuple[Any, Any]]:
             yield from places(inner, depth - 1)
 
 
-NAMES = sorted({key for routes in (ANTHROPIC, OLLAMA, OPENAI) for container, key in places(routes) if isinstance(container, dict)})
+NAMES = sorted({key for place, key in places([*ANTHROPIC.values(), *OLLAMA.values(), *OPENAI.values()]) if isinstance(place, dict)})
 
 
 def mutated(body: dict, chance: random.Random) -> Any:
