@@ -129,7 +129,7 @@ def mutated(body: dict, chance: random.Random) -> Any:
                 other, at = chance.choice(list(places(body)) or [([value], 0)])
                 container[key] = json.loads(json.dumps(other[at]))
             case 1 if not within:
-                container *= chance.choice([0, 2, 50])
+                container *= 0 if len(container) > 50 else chance.choice([0, 2, 50])
             case 1 | 2:
                 container.pop(key, None) if within else container.pop(key)
             case 3 if within:
