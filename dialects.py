@@ -239,10 +239,15 @@ def call_arguments(value: Any) -> Object:
     """A past call's arguments as the object they should have been."""
     if isinstance(value, str):
         try:
-            value = json.loads(value or "{}")
-        except ValueError:
+            value = encodable(json.loads(value or "{}"), value)
+        except (ValueError, RecursionError):
             pass
     return value if isinstance(value, dict) else {} if value is None else {"input": value}
+
+
+def encodable(value: Any, text: str) -> Any:
+    """What JSON `text` has been parsed to, with "?" for half a surrogate pair, which is no text that a tokenizer could read."""
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")) if "\\ud" in text.lower() else value
 
 
 def timestamp(seconds: float) -> str:
@@ -1297,6 +1302,7 @@ def ollama_ps(loaded: list[Loaded]) -> Object:
 
 _FINISH_REASONS = {"length": "length", "context": "length", "tool_calls": "tool_calls"}  # otherwise "stop"
 _MOST_CHOICES = 32  # of one request
+_MOST_TEXTS = 2048  # to embed in one request, as OpenAI has it
 _CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 _NOT_KEPT = ("previous_response_id", "conversation", "prompt", "background")  # what a server would have to remember
 
@@ -1769,6 +1775,8 @@ class OpenAIEmbeddings(Embeddings):
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) or isinstance(text, list) and all(
                 is_a(token, int) for token in text) for text in texts):
             raise WireError(400, "input: Input should be a string, a list of strings, or one or more lists of token ids")
+        if len(texts) > _MOST_TEXTS:
+            raise WireError(400, f"input: List should have at most {_MOST_TEXTS} items")
         self._format = take(body, "encoding_format", str, default="float")
         if self._format not in ("float", "base64"):
             raise WireError(400, "encoding_format: Input should be 'float' or 'base64'")

@@ -1181,6 +1181,11 @@ class Tongue:
         matcher = self._matcher(f"start: {lead} value\nvalue: {json_rule(schema)}")
         if matcher.is_error():
             raise InvalidRequest(f"the output format cannot be enforced: {_grammar_error(matcher)}")
+        probe = matcher.deep_copy()
+        probe.consume_tokens(self._encode_whole("\n") if blanks else [])
+        probe.compute_bitmask()
+        if probe.is_error():  # as with a schema that is nothing but a reference to itself
+            raise InvalidRequest("the output format cannot be enforced: no text matches it")
         for warning in matcher.get_grammar_warnings():
             if not warning.startswith("Unknown format"):  # which JSON Schema itself takes for no more than a note
                 raise InvalidRequest(f"the output format cannot be enforced: {warning.partition(', falling back')[0]}")

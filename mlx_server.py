@@ -367,11 +367,10 @@ class Handler(BaseHTTPRequestHandler):
                 body = json.loads(text)
             else:  # Ollama's own decoder stops behind the first value
                 body, _ = json.JSONDecoder().raw_decode(text.lstrip())
-            if "\\ud" in text.lower():  # half a surrogate pair is no text that a tokenizer could read
-                body = json.loads(json.dumps(body, ensure_ascii=False).encode("utf-8", "replace"))
+            body = dialects.encodable(body, text)
         except (ValueError, RecursionError) as error:
-            said = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-            raise WireError(400, f"the body is not valid JSON: {said}") from None
+            known = {RecursionError: "it is nested too deeply", ValueError: "a number in it has too many digits"}
+            raise WireError(400, f"the body cannot be read as JSON: {known.get(type(error), error)}") from None
         if not isinstance(body, dict):
             raise WireError(400, "the body should be a JSON object")
         name = body.get("model") or body.get("name")

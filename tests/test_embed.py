@@ -187,6 +187,7 @@ def test_openais_client_may_send_tokens(clients):
     ("/api/embeddings", {"prompt": "x"}, 400, "model is required"),
     ("/v1/embeddings", {"model": "embed"}, 400, "input: "), ("/v1/embeddings", {"model": "embed", "input": [[]]}, 400, "empty"),
     ("/v1/embeddings", {"model": "embed", "input": [1.5]}, 400, "input: "),
+    ("/v1/embeddings", {"model": "embed", "input": ["x"] * 2049}, 400, "at most 2048"),
     ("/v1/embeddings", {"model": "embed", "input": [99999]}, 400, "no token 99999"),
     ("/v1/embeddings", {"model": "embed", "input": LONG}, 400, "context_length_exceeded"),
     ("/v1/embeddings", {"model": "embed", "input": "x", "encoding_format": "hex"}, 400, "'float' or 'base64'"),

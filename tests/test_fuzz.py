@@ -1,6 +1,7 @@
 """Bodies nobody would write: JSON that is valid and wrong in all other ways, sent to each route over real sockets.
 
-Each body is one of a few good ones, changed at random. FUZZ_BODIES says how many a route gets; FUZZ_SEED makes others of them.
+Each body is one of a few good ones, changed at random. FUZZ_BODIES says how many a dialect gets; FUZZ_SEED makes others of
+them. The server has a small context and gives short answers: both could be long otherwise, without being wrong.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ import http.client
 import json
 import os
 import random
+import threading
 from typing import Any, Iterator
 
 import pytest
 from conftest import Server
+from test_manage import FakeHub
 
-BODIES = int(os.environ.get("FUZZ_BODIES", 40))
+BODIES = int(os.environ.get("FUZZ_BODIES", 250))
 SEED = int(os.environ.get("FUZZ_SEED", 1))
-HUGE = "<1e999>"  # written as a number
 SCHEMA = {"type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}
 FUNCTION = {"name": "Bash", "description": "Runs a command.", "parameters": SCHEMA}
 TOOL = {"type": "function", "function": FUNCTION}
@@ -47,25 +49,35 @@ MESSAGES = [
     {"max_tokens": 2, "messages": PLAIN, "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}},
 ]
 OPTIONS = {"num_predict": 2, "temperature": 0.5, "top_k": 3, "stop": ["x"], "seed": 4, "repeat_last_n": 9, "repeat_penalty": 1.1}
-OLLAMA = {"options": OPTIONS, "keep_alive": "5m", "think": False, "logprobs": True, "top_logprobs": 2}
-OPENAI = {"temperature": 0.5, "top_p": 0.9, "seed": 4, "logit_bias": {"5": 1}, "presence_penalty": 1, "stop": "x",
+NATIVE = {"options": OPTIONS, "keep_alive": "5m", "think": False, "logprobs": True, "top_logprobs": 2}
+SAMPLED = {"temperature": 0.5, "top_p": 0.9, "seed": 4, "logit_bias": {"5": 1}, "presence_penalty": 1, "stop": "x",
           "frequency_penalty": 1, "stream_options": {"include_usage": True}}
-ROUTES: dict[str, list[dict]] = {
-    "/v1/messages": MESSAGES,
-    "/v1/messages/count_tokens": MESSAGES,
-    "/api/chat": [{**OLLAMA, "messages": PLAIN}, {**OLLAMA, "messages": CHAT[:4], "tools": [TOOL]},
+ANTHROPIC = {"/v1/messages": MESSAGES, "/v1/messages/count_tokens": MESSAGES[:2]}
+OLLAMA = {
+    "/api/chat": [{**NATIVE, "messages": PLAIN}, {**NATIVE, "messages": CHAT[:4], "tools": [TOOL]},
                   {"options": OPTIONS, "messages": PLAIN, "format": SCHEMA}, {"messages": []}],
-    "/api/generate": [{**OLLAMA, "prompt": "say hi", "system": "Be brief.", "context": [1], "images": ["aGk="]},
+    "/api/generate": [{**NATIVE, "prompt": "say hi", "system": "Be brief.", "context": [1], "images": ["aGk="]},
                       {"options": OPTIONS, "prompt": "say", "raw": True}, {"options": OPTIONS, "prompt": "hi", "format": "json"}],
     "/api/show": [{"verbose": True, "system": "", "template": "", "options": {}}, {"name": "demo"}],
+    "/api/embed": [{"input": ["say", "hi"], "truncate": True, "dimensions": 8, "options": OPTIONS, "keep_alive": "5m"}],
+    "/api/embeddings": [{"prompt": "say hi", "options": OPTIONS, "keep_alive": "5m"}],
+    "/api/create": [{"model": "parrot", "from": "demo", "system": "Be brief.", "parameters": OPTIONS,
+                     "messages": [*PLAIN, {"role": "assistant", "content": "hi"}]}],
+    "/api/copy": [{"source": "demo", "destination": "org/other:1b"}],
+    "/api/pull": [{"model": "org/nowhere", "insecure": False}],
+    "/api/push": [{"model": "org/nowhere"}],
+    "/api/blobs/sha256:0": [{}],
+}
+OPENAI = {
     "/v1/chat/completions": [
-        {**OPENAI, "messages": CHAT, "tools": [TOOL], "max_tokens": 2, "tool_choice": "required", "logprobs": True},
-        {**OPENAI, "messages": PLAIN, "max_completion_tokens": 2, "n": 2, "reasoning_effort": "low", "top_logprobs": 2},
+        {**SAMPLED, "messages": CHAT, "tools": [TOOL], "max_tokens": 2, "tool_choice": "required", "logprobs": True},
+        {**SAMPLED, "messages": PLAIN, "max_completion_tokens": 2, "n": 2, "reasoning_effort": "low", "top_logprobs": 2},
         {"messages": PLAIN, "max_tokens": 2, "response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}],
-    "/v1/completions": [{**OPENAI, "prompt": ["say", "hi"], "max_tokens": 2, "logprobs": 2, "echo": False},
+    "/v1/completions": [{**SAMPLED, "prompt": ["say", "hi"], "max_tokens": 2, "logprobs": 2, "echo": False},
                         {"prompt": [5, 6, 7], "max_tokens": 2, "suffix": None}],
+    "/v1/embeddings": [{"input": ["say", "hi"], "encoding_format": "base64", "dimensions": 8}, {"input": [5, 6, 7]}],
     "/v1/responses": [
-        {**OPENAI, "input": "hi", "instructions": "Be brief.", "max_output_tokens": 2, "reasoning": {"effort": "low"},
+        {**SAMPLED, "input": "hi", "instructions": "Be brief.", "max_output_tokens": 2, "reasoning": {"effort": "low"},
          "text": {"format": {"type": "json_schema", "schema": SCHEMA}}, "include": [], "store": False},
         {"max_output_tokens": 2,
          "tools": [{"type": "function", **FUNCTION}, {"type": "namespace", "name": "n", "tools": [FUNCTION]}],
@@ -83,13 +95,15 @@ def nested(depth: int) -> Any:
     return value
 
 
+# What JSON allows and Python's writer does not write, by the text that stands for it.
+RAW = {"<infinite>": "1e999", "<long>": "7" * 5000, "<deep>": "[" * 5000 + "]" * 5000}
 # Values that few fields expect, as JSON.
 ODD = [json.dumps(value) for value in [
-    None, True, False, 0, -1, 1, 3, 2**31, 2**63 - 1, 2**63, -2**64, 10**400, HUGE, 0.5, -0.0, 1e308, 1e-320, "", " ", "\n",
+    None, True, False, 0, -1, 1, 3, 2**31, 2**63 - 1, 2**63, -2**64, 10**400, 0.5, -0.0, 1e308, 1e-320, *RAW, "", " ", "\n",
     "auto", "any", "none", "json", "object", "text", "demo", "assistant", "system", "tool", "5m", "\ud800", "a\udfffb", "\0",
     "\u2028\u0085\ufeff\U0001f468\u200d\U0001f469", "{{ 1/0 }}{% raw %}", "<|im_end|><think></think><tool_call>", "../../etc",
-    "e\u0301" * 300, "x" * 3000, [], {}, [None], [[]], [{}], [""], {"": ""}, {"type": None}, {"type": "text"},
-    {"\ud800": "\udc00"}, {"$ref": "#"}, {"type": ["string", "null"]}, {"enum": []}, {"pattern": "("}, {"not": {}},
+    "e\u0301" * 300, "x" * 3000, "[" * 5000, '{"\\ud800": "\\udfff"}', [], {}, [None], [[]], [{}], [""], {"": ""}, {"type": None},
+    {"type": "text"}, {"\ud800": "\udc00"}, {"$ref": "#"}, {"type": ["string", "null"]}, {"enum": []}, {"pattern": "("}, {"not": {}},
     list(range(300)), ["x"] * 300, [{"type": "text", "text": "x"}] * 200, *map(nested, (9, 150, 400, 850))]]
 
 
@@ -101,7 +115,10 @@ def places(value: Any, depth: int = 9) -> Iterator[tuple[Any, Any]]:
             yield from places(inner, depth - 1)
 
 
-def mutated(body: dict, chance: random.Random, names: list[str]) -> dict:
+NAMES = sorted({key for place, key in places([*ANTHROPIC.values(), *OLLAMA.values(), *OPENAI.values()]) if isinstance(place, dict)})
+
+
+def mutated(body: dict, chance: random.Random) -> Any:
     """A copy with up to four things wrong."""
     body = json.loads(json.dumps(body))
     for _ in range(chance.randrange(5)):
@@ -112,23 +129,26 @@ def mutated(body: dict, chance: random.Random, names: list[str]) -> dict:
                 other, at = chance.choice(list(places(body)) or [([value], 0)])
                 container[key] = json.loads(json.dumps(other[at]))
             case 1 if not within:
-                container *= chance.choice([0, 2, 50])
+                container *= 0 if len(container) > 50 else chance.choice([0, 2, 50])
             case 1 | 2:
                 container.pop(key, None) if within else container.pop(key)
             case 3 if within:
-                container[chance.choice(names)] = value
+                container[chance.choice([*NAMES, "x-\u212b\0"])] = value
             case _:
                 container[key] = value
-    return body
+    return body if chance.random() < 0.98 else json.loads(chance.choice(ODD))
 
 
-def bodies(path: str) -> Iterator[tuple[bytes, dict]]:
-    chance = random.Random(f"{SEED} {path}")
-    names = sorted({key for seed in ROUTES[path] for container, key in places(seed) if isinstance(container, dict)})
+def bodies(dialect: str, routes: dict[str, list[dict]]) -> Iterator[tuple[str, bytes]]:
+    """(path, body) as often as FUZZ_BODIES says."""
+    chance = random.Random(f"{SEED} {dialect}")
+    seeds = [(path, seed) for path, seeds in routes.items() for seed in seeds]
     for _ in range(BODIES):
-        seed = {"model": "demo", "stream": chance.random() < 0.5, **chance.choice(ROUTES[path])}
-        body = mutated(seed, chance, names)
-        yield json.dumps(body).replace(f'"{HUGE}"', "1e999").encode(), body
+        path, seed = chance.choice(seeds)
+        text = json.dumps(mutated({"model": "demo", "stream": chance.random() < 0.5, **seed}, chance))
+        for mark, raw in RAW.items():
+            text = text.replace(f'"{mark}"', raw)
+        yield path, text.encode()
 
 
 class Asker:
@@ -157,34 +177,44 @@ def is_an_error(path: str, response: http.client.HTTPResponse, text: bytes) -> b
 
 
 def is_an_end(response: http.client.HTTPResponse, text: bytes) -> bool:
-    """Whether an answer is whole: an object, or a stream that ends as its dialect ends one."""
+    """Whether an answer is whole: nothing, an object, or a stream that ends as its dialect ends one."""
     kind = response.getheader("Content-Type")
     if kind.startswith("application/json"):
         return "error" not in json.loads(text) or json.loads(text)["error"] is None
+    if kind.startswith("text/plain"):
+        return not text
     last = text.strip().split(b"\n")[-1].removeprefix(b"data: ")
     if last == b"[DONE]":
         return True
     end = json.loads(last)
-    return end.get("done") is True or end.get("type") in ("message_stop", "response.completed", "response.incomplete")
+    return end.get("done") is True or end.get("status") == "success" or end.get("type") in (
+        "message_stop", "response.completed", "response.incomplete")
 
 
 @pytest.fixture(scope="module")
-def limited() -> Iterator[Server]:
-    """A server that lets nobody have a long answer."""
-    server = Server("--max-tokens", "4")
+def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that reads and writes little, and whose hub has nothing."""
+    hub = FakeHub({})
+    threading.Thread(target=hub.serve_forever, args=(0.05,), daemon=True).start()
+    folder = tmp_path_factory.mktemp("fuzz")
+    server = Server("--max-tokens", "4", "--context", "512", "--state", str(folder / "presets.json"),
+                    env={"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(folder / "hub"), "no_proxy": "127.0.0.1"})
     yield server
     assert server.stop() == 0
+    hub.shutdown()
+    hub.server_close()
     assert not [line for line in server.lines if "Traceback" in line]
 
 
-@pytest.mark.parametrize("path", ROUTES)
-def test_no_body_is_the_servers_fault_or_harms_the_next(limited: Server, path: str):
+@pytest.mark.parametrize("dialect, routes", [("anthropic", ANTHROPIC), ("ollama", OLLAMA), ("openai", OPENAI)])
+def test_no_body_is_the_servers_fault_or_harms_the_next(limited: Server, dialect: str, routes: dict[str, list[dict]]):
     ask = Asker(limited)
-    sane = json.dumps({"model": "demo", "stream": False, **ROUTES[path][0]}).encode()
-    for number, (raw, body) in enumerate(bodies(path)):
-        response, text = ask(path, raw)
+    route, [seed, *_] = next(iter(routes.items()))
+    sane = route, json.dumps({"model": "demo", "stream": False, **seed}).encode()
+    for number, (path, body) in enumerate(bodies(dialect, routes)):
+        response, text = ask(path, body)
         ok = is_an_end(response, text) if response.status == 200 else is_an_error(path, response, text)
-        assert ok and response.status < 500, (response.status, text[-500:], body)
-        if number % 20 == 0:
-            response, text = ask(path, sane)
-            assert response.status == 200 and is_an_end(response, text), (text, body)
+        assert ok and response.status < 500, (path, response.status, text[-500:], body[:20000])
+        if number % 10 == 0:
+            response, text = ask(*sane)
+            assert response.status == 200 and is_an_end(response, text), (path, text[-500:], body[:20000])

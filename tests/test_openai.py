@@ -15,7 +15,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from dialects import IMAGE_NOTE, OpenAIChat, OpenAICompletion, OpenAIResponses, WireError, openai_error
+from dialects import IMAGE_NOTE, OpenAIChat, OpenAICompletion, OpenAIResponses, WireError, call_arguments, openai_error
 from engine import (
     Done, EngineBusy, EngineClosed, EngineError, InvalidRequest, ModelLoadError, ModelNotFound, PromptTooLong, Request,
     Text, Thinking, ToolEnd, ToolInput, ToolStart, Usage,
@@ -91,6 +91,13 @@ def test_both_apis_make_the_same_conversation():
         {"type": "function_call_output", "call_id": "2", "output": [{"type": "input_text", "text": "G"}]},
         {"type": "function_call_output", "call_id": "1", "output": "F"}, {"type": "of_tomorrow"}])
     assert ours == theirs
+
+
+@pytest.mark.parametrize("written, read", [
+    ("", {}), ('{"x": 1}', {"x": 1}), ("[1]", {"input": [1]}), ("{", {"input": "{"}), ("[" * 5000, {"input": "[" * 5000}),
+    ('{"x": "\\ud800"}', {"x": "?"}), ('{"x": "\\ud83d\\ude00"}', {"x": "\U0001f600"})])
+def test_past_arguments_are_an_object_of_text_whatever_was_written(written: str, read: dict):
+    assert call_arguments(written) == read
 
 
 @pytest.mark.parametrize("choice, expected, left", [
