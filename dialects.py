@@ -685,7 +685,8 @@ class AnthropicMessages(Reply):
         self.request = _anthropic_request(body)
         self.stream = take(body, "stream", bool, default=False)
         self.request_id = request_id
-        self._hides_thinking = (body.get("thinking") or {}).get("display") == "omitted"
+        # "updates" are notes between calls, for which local models have no place: reasoning is not shown for them either.
+        self._hides_thinking = (body.get("thinking") or {}).get("display") in ("omitted", "updates")
         self._content: list[Object] = []
         self._open = ""  # the type of the block being written
         self._blank = ""  # leading blanks of a text that may turn out to be nothing else

@@ -195,7 +195,7 @@ def test_no_tokens_at_all_only_fill_the_cache(server: Server):
 
 def test_hidden_thinking_is_paid_for_but_not_told(server: Server):
     asked = [{"role": "user", "content": "think then say hello"}]
-    shown, hidden = (say(server, asked, thinking={"type": "adaptive", "display": display}) for display in ("updates", "omitted"))
+    shown, hidden = (say(server, asked, thinking={"type": "adaptive", "display": display}) for display in ("summarized", "updates"))
     assert shown.content[0].thinking and not hidden.content[0].thinking and hidden.content[0].signature
     assert [answer.content[1].text for answer in (shown, hidden)] == ["hello", "hello"]
     assert shown.usage.output_tokens_details == hidden.usage.output_tokens_details
