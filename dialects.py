@@ -971,6 +971,7 @@ class _OllamaReply(Reply):
     framing = "lines"
     purpose: str  # what a model must be able to do, in the words of the error
     nameless: tuple[int, str]  # status and text of the error when no model is named
+    _tells_context = False  # whether the answer ends with the tokens that another one can go on from
 
     def __init__(self, body: Object):
         if not isinstance(body, dict):
@@ -1025,7 +1026,7 @@ class _OllamaReply(Reply):
                 self._calls.append({"id": id, "function": function})
                 return [self._object("", tool_calls=self._calls[-1:])]
             case Done():
-                self._ending = _ollama_ending(event)
+                self._ending = _ollama_ending(event, self._tells_context)
                 return [self._object("", done=True) | self._ending]
         return []
 
@@ -1073,7 +1074,7 @@ class OllamaChat(_OllamaReply):
 
 
 class OllamaGenerate(_OllamaReply):
-    """POST /api/generate. `context` is ignored: the prefix cache does what it was for."""
+    """POST /api/generate."""
 
     purpose = "generate"
     nameless = 404, "model '' not found"
@@ -1084,9 +1085,10 @@ class OllamaGenerate(_OllamaReply):
             take(body, key, str, default="") for key in ("prompt", "system", "template", "suffix"))
         raw = take(body, "raw", bool, default=False)
         images = _ollama_images(body)
+        self.request.context, self._tells_context = items(body, "context", int), not raw
         if not prompt and self.request.keep_alive == 0:
             return self._only_load()
-        if raw and (template or system or body.get("context")):
+        if raw and (template or system or self.request.context):
             raise WireError(400, "raw mode does not support template, system, or context")
         if template:
             raise WireError(400, "template is not supported by this server: models use their own")
@@ -1156,7 +1158,7 @@ def _weighed(tokens: list[Object]) -> Object:
     return {"logprobs": tokens} if tokens else {}
 
 
-def _ollama_ending(done: Done) -> Object:
+def _ollama_ending(done: Done, tells_context: bool) -> Object:
     """The fields that close an answer. Durations are nanoseconds."""
     if done.reason == "load":
         return {"done_reason": "load"}
@@ -1164,6 +1166,7 @@ def _ollama_ending(done: Done) -> Object:
     seconds = {"total": usage.total_seconds, "load": usage.load_seconds, "prompt_eval": usage.prefill_seconds,
                "eval": usage.decode_seconds}
     return {"done_reason": "length" if done.reason in ("length", "context") else "stop",
+            **({"context": done.tokens} if tells_context else {}),
             **{f"{name}_duration": int(value * 1e9) for name, value in seconds.items()},
             "prompt_eval_count": usage.prompt_tokens, "eval_count": usage.completion_tokens}
 

@@ -88,6 +88,7 @@ class Request:
     `max_tokens` None means up to the context's end; 0 only fills the prompt cache. `logprobs` asks for the visible answer's
     tokens with their probabilities, and for so many of the likeliest ones beside each. `keep_alive` is in seconds
     (negative: for ever, 0: unload afterwards, None: the model's current setting).
+    `context` are tokens that the model reads before all that, an earlier answer's `Done.tokens`.
     `suffix` is raw text that the answer leads from `prompt` to, for models whose capabilities have "insert".
     `embed` asks for the prompt's `Embedding` instead of an answer, `truncate` for that of its beginning where it is too long.
 
@@ -102,6 +103,7 @@ class Request:
     model: str
     messages: list[Message] = field(default_factory=list)
     prompt: str | list[int] | None = None
+    context: list[int] = field(default_factory=list)
     suffix: str = ""
     tools: list[dict[str, Any]] = field(default_factory=list)
     deferred_tools: list[dict[str, Any]] = field(default_factory=list)
@@ -206,11 +208,12 @@ class Usage:
 class Done:
     """The last event. `reason` is "stop" (end of turn), "stop_sequence" (then `stop_sequence` names it), "length"
     (`max_tokens` reached), "context" (context window full), "tool_calls" (the turn ended and holds a call) or "load" (the
-    request had nothing to generate from: the model was loaded, that is all)."""
+    request had nothing to generate from: the model was loaded, that is all). `tokens` are the prompt's and the answer's."""
 
     reason: str
     usage: Usage
     stop_sequence: str | None = None
+    tokens: list[int] = field(default_factory=list)
 
 
 Event = Union[Thinking, Text, ToolStart, ToolInput, ToolEnd, Embedding, Tick, Done]
@@ -543,7 +546,7 @@ class Preset:
         if messages:
             own = messages[0]["role"] == "system"
             head = messages[:1] if own else [{"role": "system", "content": self.system}] if self.system else []
-            messages = [*head, *self.messages, *messages[own:]]
+            messages = [*head, *([] if request.context else self.messages), *messages[own:]]
         return dataclasses.replace(
             request, messages=messages, sampling=_filled(request.sampling, self.sampling), stop=request.stop or self.stop,
             max_tokens=self.max_tokens if request.max_tokens is None else request.max_tokens)
@@ -1081,7 +1084,7 @@ class Tongue:
             raw = request.prompt if request.prompt is not None else _untemplated(request.messages)
             if request.suffix:
                 raw = "".join(itertools.chain(*itertools.zip_longest(self._gap(), (raw, request.suffix), fillvalue="")))
-            return Prompt(self.tokenizer.encode(raw) if isinstance(raw, str) else raw)
+            return Prompt(request.context + (self.tokenizer.encode(raw) if isinstance(raw, str) else raw))
         tools = request.tools if request.tool_choice != "none" else []
         options = self._options(request)
         messages, answers = self._recall(request.messages)
@@ -1092,7 +1095,7 @@ class Tongue:
         opener = self._opener(messages, tools, options, text)
         opening = self.format.opening(request.tool_choice) if tools else ""
         start = (self.format.thinking or ("",))[0]
-        tokens = self._splice(text, answers, opener) + self._encode_whole(opening)
+        tokens = request.context + self._splice(text, answers, opener) + self._encode_whole(opening)
         return Prompt(
             tokens,
             root=self._root(request.messages, tools, options, text, len(tokens)),
@@ -1222,7 +1225,7 @@ class Tongue:
         def ends_within(index: int) -> bool:
             return len(self.template.render(messages[: index + 1], tools, options, generation=False)) <= len(before)
 
-        if self.template is None or not messages:
+        if self.template is None or not messages or request.context:
             return None
         try:
             at = bisect.bisect_left(range(len(messages) - 1), True, key=lambda index: not ends_within(index))
@@ -3036,6 +3039,7 @@ class Generation:
         # From here on the MLX thread's own notes.
         self._phase = Phase.WAITING
         self._line: Line | None = None
+        self._read = prompt.tokens  # and at the end what was written
         self._number = 0
         self._passed_over = 0  # chunks that others have got since its last one
         self._suspect = False  # it was decoding when a step failed, and decodes alone from then on
@@ -3138,7 +3142,7 @@ class Generation:
         elif reason == "length" and self._by_context:
             reason = "context"
         self.ending = "cancelled" if self._cancelled else reason
-        self._emit(Done(reason, self.usage, self._parser.stop_sequence))
+        self._emit(Done(reason, self.usage, self._parser.stop_sequence, self._read))
 
 
 # ------------------------------------------------------------------ one loaded model
@@ -3567,6 +3571,7 @@ class Runtime:
         job._emit(*job._parser.finish(cut=reason == "length"))
         if job._phase is Phase.DECODE:
             job._line.answers[self.tongue.remember(job)] = len(job._line.tokens)
+            job._read = list(job._line.tokens)
         if job._line is not None:
             self.prefixes.put(job._line)
             job._line = None
@@ -3957,7 +3962,8 @@ class Engine:
         self._check_open()
         tongue = self._tongue(local)
         request.sampling = _filled(request.sampling, tongue.defaults)
-        tongue.check_tokens([*(request.sampling.logit_bias or ()), *(request.prompt if isinstance(request.prompt, list) else ())])
+        given = request.prompt if isinstance(request.prompt, list) else []
+        tongue.check_tokens([*(request.sampling.logit_bias or ()), *request.context, *given])
         prompt = tongue.prompt(request) if request.messages or request.prompt else Prompt([])
         if request.embed:
             if not prompt.tokens:

@@ -170,6 +170,15 @@ def test_ollama_generate(llama: ollama.Client):
     assert "".join(p.response for p in llama.generate(model="demo", prompt="hello", stream=True)).startswith("Hello!")
 
 
+def test_ollama_generate_goes_on_from_a_context(server: Server, llama: ollama.Client):
+    first = llama.generate(model="demo", prompt="say a b c")
+    *_, last = llama.generate(model="demo", prompt="count to 3", context=first.context, stream=True)
+    assert last.context[:len(first.context)] == list(first.context) and last.prompt_eval_count > len(first.context)
+    assert server.wait_for(rf"prompt {last.prompt_eval_count}, reused {len(first.context)},")
+    with pytest.raises(ollama.ResponseError, match="no token 99999"):
+        llama.generate(model="demo", prompt="hi", context=[1, 99999])
+
+
 def test_ollama_tools_round_trip(llama: ollama.Client):
     def Bash(command: str) -> str:
         """Runs a command."""

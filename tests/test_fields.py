@@ -43,7 +43,7 @@ IGNORED: dict[type, list[dict]] = {
         {"metadata": {}}, {"top_logprobs": 3}, {"format": ""}, {"tools": []}, {"max_tokens": 1},
         *({"options": {key: 3}} for key in ("num_ctx", "num_keep", "num_batch", "num_gpu", "num_thread", "mirostat"))],
     OllamaGenerate: [
-        {"width": 1}, {"height": 1}, {"steps": 1}, {"context": [1, 2]}, {"suffix": ""}, {"template": ""}, {"images": []}],
+        {"width": 1}, {"height": 1}, {"steps": 1}, {"suffix": ""}, {"template": ""}, {"images": []}],
     OpenAIChat: [
         *({key: "x"} for key in ("user", "store", "service_tier", "prompt_cache_key", "verbosity", "safety_identifier")),
         {"stream_options": {"include_usage": True}}, {"response_format": {"type": "text"}}, {"tool_choice": "auto"}, {"n": 1}],
@@ -76,6 +76,7 @@ HONOURED: list[tuple[type, dict, dict]] = [  # what is asked for, and the fields
     (OllamaChat, TOOLS, TOOLS), (OllamaChat, {"format": SCHEMA}, {"format": SCHEMA, "messages": DEMAND}),
     (OllamaGenerate, {"system": "Be brief."}, {"messages": RULES}),
     (OllamaGenerate, {"images": ["aGk="]}, {"messages": [{"role": "user", "content": f"{IMAGE_NOTE}\nhi"}]}),
+    (OllamaGenerate, {"context": [1, 2]}, {"context": [1, 2]}),
     (OllamaGenerate, {"raw": True}, {"prompt": "hi", "messages": []}),
     *((ask, {"think": "low"}, {"thinking": True, "effort": "low"}) for ask in (OllamaChat, OllamaGenerate)),
     *((ask, {"keep_alive": -1}, {"keep_alive": -1}) for ask in (OllamaChat, OllamaGenerate)),
@@ -168,6 +169,13 @@ def test_the_largest_and_smallest_numbers_do_no_harm(server: Server, key: str):
         options = {"num_predict": 4, "temperature": 0.5, "repeat_penalty": 1.1, key: value}
         response, text = ask(server, "POST", "/api/chat", {"model": "demo", "stream": False, "messages": HI, "options": options})
         assert response.status == 200, text
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+def test_what_is_too_long_is_refused_whole_as_ollama_does_with_mlx_models(server: Server, truncate: bool):
+    body = {"model": "demo", "stream": False, "truncate": truncate, "messages": [*HI, {"role": "user", "content": "a b " * 80000}]}
+    response, text = ask(server, "POST", "/api/chat", body)
+    assert response.status == 400 and b"exceeds the model's maximum context length (131072 tokens)" in text
 
 
 def say(server: Server, messages: list[dict], **fields) -> anthropic.types.Message:
