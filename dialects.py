@@ -979,6 +979,8 @@ class _OllamaReply(Reply):
         count = take(body, "top_logprobs", int, default=0)
         if not 0 <= count <= 20:
             raise WireError(400, "top_logprobs must be between 0 and 20")
+        if take(body, "_debug_render_only", bool, default=False):
+            raise WireError(400, "_debug_render_only is not supported by this server")
         name = _ollama_name(body, *self.nameless)
         self.stream = take(body, "stream", bool, default=True)
         options = _ollama_options(body)

@@ -112,5 +112,6 @@ def test_claude_code_edits_odd_blanks_byte_for_byte(claude: Callable[..., subpro
         ("file_path", str(file)), ("old_string", old), ("new_string", new))}, "additionalProperties": False}
     tool = {"name": "Edit", "input_schema": {"type": "object", "required": [*schema["properties"]], **schema}}
     forced = {"tools": [tool], "tool_choice": {"type": "tool", "name": "Edit"}}
-    out = claude("edit it", "--model", "demo", "--bare", "--continue", "--max-turns", "1", CLAUDE_CODE_EXTRA_BODY=json.dumps(forced))
+    out = claude("edit it", "--model", "demo", "--bare", "--continue", "--max-turns", "1",
+                 CLAUDE_CODE_EXTRA_BODY=json.dumps(forced))
     assert file.read_bytes() == before.replace(old, new).encode(), out.stdout + out.stderr
