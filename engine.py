@@ -1550,12 +1550,14 @@ _FUNCTIONS = _shape(
     ("<parameter=", "</function>", "<function="), r"\s*<parameter=([^<>\n]+)>(?:\n|(?=[^\n]))", close="</parameter>",
     newlines=True, begins=("<function=",), opening="\n<function=NAME>\n",
     written=("<parameter=KEY>\n", "\n</parameter>\n", "</function>\n"))
+_LISTED = dataclasses.replace(_NAME_AND_JSON, opening='[{"name": "NAME", "arguments": ', written=("}]",))
 _MISTRAL = _shape(r"[\s,;]*(?:\[TOOL_CALLS\]\s*)?([\w.-]+)(?:\[CALL_ID\][\w-]*)?(?:\[ARGS\]\s*)?" + _JSON_START,
-                  r"[\s,;\]]*", begins=("NAME[", "NAME{", "[TOOL_CALLS]"))
+                  r"[\s,;\]]*", begins=("NAME[", "NAME{", "[TOOL_CALLS]"), opening="NAME[ARGS]", written=("",))
 _PYTHON = _shape(r"[\s,\[]*([\w.-]+)\((?=\s*(?:\)|\w+\s*=))", r"[\s,\]]*", (")", ","), r"(\w+)\s*=\s*(?=\S)",
-                 quotes=('"', "'"), begins=("NAME(", "["))
+                 quotes=('"', "'"), begins=("NAME(", "["), opening="[NAME(", written=("KEY=", ", ", ")]"))
 _KIMI_K2 = _shape(r"\s*<\|tool_call_begin\|>\s*(?:functions\.)?([^:<\s]+)(?::\d*)?\s*<\|tool_call_argument_begin\|>\s*"
-                  + _JSON_START, r"\s*(?:<\|tool_call_end\|>)?\s*")
+                  + _JSON_START, r"\s*(?:<\|tool_call_end\|>)?\s*", written=("<|tool_call_end|>",),
+                  opening="<|tool_call_begin|>functions.NAME:0<|tool_call_argument_begin|>")
 _KIMI_K3_HEAD = r'\s*<\|open\|>call [^<]*?\btool="([^"<]+)"[^<]*<\|sep\|>\s*'
 _KIMI_K3_OVER = r"(?:\s*<\|close\|>(?:json|call)<\|sep\|>)*\s*"
 _KIMI_K3 = (
@@ -1566,20 +1568,23 @@ _KIMI_K3 = (
            close="<|close|>argument<|sep|>"))
 _DEEPSEEK = _shape(  # V3 and R1 name a type first and fence the JSON, V3.1 does not
     r"\s*<｜tool▁call▁begin｜>\s*(?:function<｜tool▁sep｜>)?\s*([^\s<`]+)\s*(?:<｜tool▁sep｜>)?\s*(?:```(?:json)?)?\s*"
-    + _JSON_START, r"(?:[\s`]*<｜tool▁call▁end｜>)?\s*")
+    + _JSON_START, r"(?:[\s`]*<｜tool▁call▁end｜>)?\s*", opening="<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>",
+    written=("<｜tool▁call▁end｜>",))
 _HARMONY = _shape(r"(?:[^{]{0,40}?to=)?(?:functions\.)?([\w.-]+)[^{]*?<\|message\|>\s*" + _JSON_START, r"\s*",
-                  opening="functions.NAME <|constrain|>json<|message|>")
+                  opening="functions.NAME <|constrain|>json<|message|>", written=("",))
 _NS = "]<]minimax[>["
 _MINIMAX_M3 = _shape(
     rf"""\s*{re.escape(_NS)}<invoke name=["']?([^"'<>\n]+)["']?>(?=\s*{re.escape(_NS)}<)""",
     rf"\s*(?:{re.escape(_NS)}</invoke>)?\s*", (_NS + "<", _NS + "</invoke>", _NS + "<invoke "),
-    rf"\s*{re.escape(_NS)}<(?!invoke|/)([^<>\s]+)>", close=_NS + "</KEY>", opening=f'\n{_NS}<invoke name="NAME">\n')
+    rf"\s*{re.escape(_NS)}<(?!invoke|/)([^<>\s]+)>", close=_NS + "</KEY>", opening=f'\n{_NS}<invoke name="NAME">\n',
+    written=(_NS + "<KEY>", _NS + "</KEY>\n", _NS + "</invoke>\n"))
 
 
 def _gemma(quote: str) -> Shape:
     """`call:N{k:<|"|>v<|"|>,n:1}`."""
     return _shape(r"[\s,]*call:([\w.-]+)\s*\{(?=\s*(?:\}|[^\s{}:,<]+\s*:))", r"[\s,}]*", ("}", ","),
-                  rf"([^\s{{}}:,<]+)\s*:\s*(?=[^\s<]|{re.escape(quote)})", quotes=(quote,), begins=("call:",))
+                  rf"([^\s{{}}:,<]+)\s*:\s*(?=[^\s<]|{re.escape(quote)})", quotes=(quote,), begins=("call:",),
+                  opening="call:NAME{")
 
 
 @dataclass
@@ -1611,7 +1616,9 @@ class OutputFormat:
             (tags for tags in (("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]")) if tags[0] in template), None)
         if tokenizer.has_tool_calling and _NS not in template:
             parser = tokenizer.tool_parser
-            format = _FAMILIES.get(parser.__module__.rpartition(".")[2]) or cls(parse=_wrap(parser))
+            family = parser.__module__.rpartition(".")[2]
+            family += ", listed" if family == "mistral" and "[ARGS]" not in template else ""
+            format = _FAMILIES.get(family) or cls(parse=_wrap(parser))
             return dataclasses.replace(format, thinking=thinking, call=(tokenizer.tool_call_start, tokenizer.tool_call_end),
                                        noise=tuple(getattr(tokenizer, "_structural_markers", ())))
         format = next((format for known in (template, vocabulary) for mark, format in _MARKED.items() if mark in known), cls())
@@ -1635,7 +1642,8 @@ class OutputFormat:
         newline, calls, rules = literal("\n"), [], []
         for number, tool in enumerate(tools):
             name, schema = tool["function"]["name"], tool["function"].get("parameters") or _EMPTY_SCHEMA
-            arguments = _parameter_rules(f"a{number}", schema, *parameter, literal) if parameter else [json_rule(schema)]
+            arguments = [json_rule(schema)] if not parameter else _parameter_rules(
+                f"a{number}", schema, *parameter, literal, quoted=not shape.close)
             calls.append(f"{literal(shape.opens(name))} a{number} {literal(tail)}")
             rules += [f"a{number}: {arguments[0]}", *arguments[1:]]
         return "\n".join([f"start: call ({newline} call)*" if parallel else "start: call",
@@ -1654,6 +1662,7 @@ _FAMILIES = {  # by the name of mlx-lm's parser; some models fall back to JSON
     "minimax_m2": OutputFormat(shapes=(_invokes(),)),
     "muse_spark": OutputFormat(shapes=(_invokes("atem:"),)),
     "mistral": OutputFormat(parse=parse_json_calls, shapes=(_MISTRAL, _NAME_AND_JSON)),
+    "mistral, listed": OutputFormat(parse=parse_json_calls, shapes=(_LISTED, _MISTRAL)),
     "gemma4": OutputFormat(shapes=(_gemma('<|"|>'),)),
     "function_gemma": OutputFormat(shapes=(_gemma("<escape>"),)),
     "kimi_k2": OutputFormat(shapes=(_KIMI_K2,)),
@@ -1694,16 +1703,16 @@ def json_rule(schema: dict) -> str:
     return f"%json {json.dumps({**schema, 'x-guidance': _JSON_OPTIONS})}"
 
 
-def _parameter_rules(prefix: str, schema: dict, before: str, after: str, literal: Callable[[str], str]) -> list[str]:
-    """The grammar of arguments that stand in tags of their own, in the schema's order: one expression for all of them, then the
-    rules it needs. Strings are free up to their end tag unless there is a list of them; other values are JSON."""
+def _parameter_rules(prefix: str, schema: dict, before: str, after: str, literal: Callable[[str], str],
+                     quoted: bool = False) -> list[str]:
+    """The grammar of arguments that are no JSON object, in the schema's order: one expression for all of them, then the rules
+    it needs. Strings that are not `quoted` are free up to their end tag unless there is a list of them; all else is JSON."""
     properties = schema.get("properties") or {}
     definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-    end = literal(after)
     uses, rules = [], []
     for number, (key, value) in enumerate(properties.items()):
-        rule, types = f"{prefix}_{number}", _types(value)
-        if types and "string" not in types:
+        rule, types, end = f"{prefix}_{number}", _types(value), literal(after.replace("KEY", key))
+        if quoted or types and "string" not in types:
             text = f"{rule}_v {end}\n{rule}_v: {json_rule({**definitions, **value})}"
         elif types and value.get("enum"):
             text = f"({' | '.join(literal(one) for one in value['enum'] if isinstance(one, str))}) {end}"
