@@ -221,6 +221,11 @@ def function_tools(tools: list[Object]) -> list[Object]:
     return functions
 
 
+def any_strict(body: Object) -> bool:
+    """Whether one of a body's tools is strict: then the calls of all are held to their schemas."""
+    return any(nested(tool, "function", "")[0].get("strict") is True for tool in body.get("tools") or [])
+
+
 def nested(value: Object, key: str, path: str) -> tuple[Object, str]:
     """What one API writes into an object of its own and the other beside it, and the path to it."""
     return (value[key], f"{path}{key}.") if isinstance(value.get(key), dict) else (value, path)
@@ -489,6 +494,7 @@ def _anthropic_request(body: Object, counting: bool = False) -> Request:
     messages = canonical([Turn("system", _system_text(body.get("system") or "", "system")), *turns])
     request = Request(
         model, messages, tools=tools, deferred_tools=deferred, tool_choice=choice, parallel_tool_calls=parallel,
+        strict=any_strict(body),
         sampling=Sampling(
             temperature=take(body, "temperature", float, low=0, high=2),
             top_p=take(body, "top_p", float, low=0, high=1), top_k=take(body, "top_k", int, low=0)),
@@ -1343,6 +1349,7 @@ def _converse(request: Request, body: Object, turns: list[Turn], effort: str | N
     """Fills in what belongs to a conversation; `form` is the demanded output format, found at `path`."""
     request.messages = canonical(turns)
     request.tool_choice, request.tools = _openai_tool_choice(body, request.tools)
+    request.strict = any_strict(body)
     request.parallel_tool_calls = take(body, "parallel_tool_calls", bool, default=True)
     asked = take(take(body, "chat_template_kwargs", dict, default={}), "enable_thinking", bool, "chat_template_kwargs.")
     request.thinking = effort != "none" if asked is None and effort else asked

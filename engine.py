@@ -96,8 +96,8 @@ class Request:
 
     `format` is what the visible answer must be: "json" (any JSON object) or a JSON schema, here the schema's dict; with
     `tools` the model may call one instead. Thinking stays free. A forced call (`tool_choice` "any" or a name) is held to
-    the tools' names and, as far as the model's call syntax allows, their schemas. Both need the package llguidance;
-    without it a `format` is refused and a forced call only begun.
+    the tools' names and, as far as the model's call syntax allows, their schemas; so is, with `strict`, every call the model
+    makes. All this needs the package llguidance: without it a `format` is refused and a forced call only begun.
     """
 
     model: str
@@ -108,6 +108,7 @@ class Request:
     tools: list[dict[str, Any]] = field(default_factory=list)
     deferred_tools: list[dict[str, Any]] = field(default_factory=list)
     tool_choice: str = "auto"
+    strict: bool = False
     parallel_tool_calls: bool = True
     sampling: Sampling = field(default_factory=Sampling)
     stop: list[str] = field(default_factory=list)
@@ -1119,29 +1120,30 @@ class Tongue:
         return Prompt(prompt.tokens[:most - len(end)] + end)
 
     def constraint(self, request: Request, prompt: Prompt) -> Constraint | None:
-        """What holds the answer to the format or the call that the request demands; None if it demands neither, or a call
+        """What holds the answer to the format or the calls that the request demands; None if it demands neither, or calls
         that cannot be enforced. Raises InvalidRequest for a format that cannot be."""
-        if prompt.opening:
-            try:
-                return self._forced_call(request, prompt.opening)
-            except InvalidRequest as error:
-                log.warning("the call is begun but not enforced: %s", error)
-        elif request.format is not None:
+        if request.format is not None and not prompt.opening:
             return self._formatted(request, prompt)
+        if prompt.opening or request.strict:
+            try:
+                return self._calls(request, prompt.opening)
+            except InvalidRequest as error:
+                log.warning("calls are not held to their schemas: %s", error)
         return None
 
-    def _forced_call(self, request: Request, opening: str) -> Constraint | None:
+    def _calls(self, request: Request, opening: str) -> Constraint | None:
+        """Holds the call that is opened already or, without `opening`, each one from its tag on."""
         tools = [tool for tool in [*request.tools, *request.deferred_tools]
-                 if request.tool_choice in ("any", tool["function"]["name"])]
-        grammar = self.format.grammar(tools, request.parallel_tool_calls, self._literal)
-        if not grammar:
+                 if request.tool_choice in ("any", "auto", tool["function"]["name"])]
+        grammar = self.format.grammar(tools, request.parallel_tool_calls and bool(opening), self._literal)
+        if not grammar or not tools:
             return None
-        matcher = self._matcher(grammar)
-        if not matcher.consume_tokens(self._encode_whole(opening)):
+        matcher, begun = self._matcher(grammar), self._encode_whole(opening or self.format.call[0])
+        if not matcher.consume_tokens(begun):
             raise InvalidRequest(_grammar_error(matcher))
         for warning in matcher.get_grammar_warnings():
             log.warning("the call's arguments are not held to all of their schema: %s", warning)
-        return Constraint(matcher)
+        return Constraint(matcher, opener=[] if opening else begun)
 
     def _formatted(self, request: Request, prompt: Prompt) -> Constraint:
         schema = {"type": "object"} if request.format == "json" else request.format
@@ -2874,14 +2876,16 @@ class Constraint:
 
     `begins` is how many of the answer's tokens precede the text that is held: None as long as the model thinks, and for
     calls. `exits` are tokens that lead out of the grammar where that text could begin: into thinking (if True), which ends
-    with the tokens `thinking_end`, or to where nothing is held any more. `blanks` may precede the text.
+    with the tokens `thinking_end`, or to where nothing is held any more. `blanks` may precede the text. With an `opener` only
+    what follows these tokens is held, each time they come, up to the grammar's end.
     """
 
     def __init__(self, matcher: Any, begins: int | None = None, exits: dict[int, bool] | None = None,
-                 thinking_end: Sequence[int] = (), blanks: Sequence[int] = ()):
+                 thinking_end: Sequence[int] = (), blanks: Sequence[int] = (), opener: Sequence[int] = ()):
         self._matcher, self._begins, self._exits = matcher, begins, exits or {}
         self._thinking_end, self._blanks = list(thinking_end), blanks
-        self._state = "thinking" if begins is None and thinking_end else "held"
+        self._opener, self._opened = list(opener), matcher
+        self._state = "watching" if opener else "thinking" if begins is None and thinking_end else "held"
         self._length = 0  # of the answer so far
         self._latest: list[int] = []
         self._started = False
@@ -2926,7 +2930,11 @@ class Constraint:
     def _read(self, token: int) -> None:
         beginning = self._begins == self._length
         self._length += 1
-        if self._state == "thinking":
+        if self._state == "watching":
+            self._latest = [*self._latest, token][-len(self._opener):]
+            if self._latest == self._opener:
+                self._state, self._matcher = "held", self._opened.deep_copy()
+        elif self._state == "thinking":
             self._latest = [*self._latest, token][-len(self._thinking_end):]
             if self._latest == self._thinking_end:
                 self._state, self._begins = "held", self._length
@@ -2937,6 +2945,8 @@ class Constraint:
             self._matcher.consume_token(token)
             if beginning and token in self._blanks:
                 self._begins = self._length
+            if self._opener and self._matcher.is_accepting():
+                self._state = "watching"
 
 
 class ThinkingBudget:

@@ -257,6 +257,23 @@ def test_a_forced_call_is_a_valid_call(engine: Engine, family: str):
             Draft202012Validator(ARGUMENTS[name]).validate(arguments)
 
 
+@pytest.mark.parametrize("family", ["hermes", "qwen_coder"])
+def test_calls_of_strict_tools_match_their_schemas_and_what_is_said_beside_them_is_free(engine: Engine, family: str):
+    fields = {"tools": TOOLS[1:], "max_tokens": 200}
+    tag = engine.chat(HI, model=family, tool_choice="any", tools=TOOLS, max_tokens=0)._prompt.tokens[-1]
+    sampling = Sampling(temperature=1.0, seed=4, logit_bias={tag: 9.0})
+    events = list(ask(engine, model=family, strict=True, sampling=sampling, **fields))
+    names = [event.name for event in events if isinstance(event, ToolStart)]
+    whole = [event.arguments for event in events if isinstance(event, ToolEnd) and not event.cut]
+    assert len(whole) > 1  # the first one does not end what is held
+    for name, arguments in zip(names, whole):
+        Draft202012Validator(ARGUMENTS[name]).validate(arguments)
+    assert not [event for event in ask(engine, model=family, sampling=sampling, **fields) if isinstance(event, ToolEnd)]
+    free = Sampling(temperature=1.0, seed=4)
+    assert said(ask(engine, model=family, strict=True, sampling=free, **fields)) == said(
+        ask(engine, model=family, sampling=free, **fields))
+
+
 def test_free_strings_stay_free_in_tags_of_their_own(engine: Engine):
     schema = obj(["number"], words={"type": "string"}, number={"type": "integer", "maximum": 99, "minimum": 0})
     generation = ask(engine, model="qwen_coder", tools=[tool("put", schema)], tool_choice="put", max_tokens=1200,

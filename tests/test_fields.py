@@ -73,6 +73,9 @@ HONOURED: list[tuple[type, dict, dict]] = [  # what is asked for, and the fields
     *((AnthropicMessages, {"tools": [{**LOOK, key: value}]}, TOOLS) for key, value in {
         "type": "custom", "cache_control": {"type": "ephemeral"}, "eager_input_streaming": True, "input_examples": [{"a": "x"}],
         "allowed_callers": ["direct"], "strict": False}.items()),
+    (AnthropicMessages, {"tools": [{**LOOK, "strict": True}]}, {**TOOLS, "strict": True}),
+    (OpenAIChat, {"tools": [{**FUNCTION, "function": {**FUNCTION["function"], "strict": True}}]}, {**TOOLS, "strict": True}),
+    (OpenAIChat, TOOLS, TOOLS),
     *((AnthropicMessages, {"tools": [LOOK, {"type": kind, "name": "x"}]}, TOOLS) for kind in SERVER_TOOLS),
     (AnthropicMessages, {"tools": [LOOK], "tool_choice": {"type": "any"}}, {**TOOLS, "tool_choice": "any"}),
     (AnthropicMessages, {"tools": [LOOK], "tool_choice": {"type": "tool", "name": "look"}}, {**TOOLS, "tool_choice": "look"}),
@@ -117,7 +120,7 @@ HONOURED: list[tuple[type, dict, dict]] = [  # what is asked for, and the fields
          {"role": "assistant", "content": "", "tool_calls": [
              {"id": "c", "type": "function", "function": {"name": "sh", "arguments": {"input": "ls"}}}]},
          {"role": "tool", "tool_call_id": "c", "name": "sh", "content": "a"}]}),
-    (OpenAIResponses, {"max_output_tokens": 4}, {"max_tokens": 4}), (OpenAIResponses, {"tools": [FLAT]}, TOOLS),
+    (OpenAIResponses, {"max_output_tokens": 4}, {"max_tokens": 4}), (OpenAIResponses, {"tools": [FLAT]}, {**TOOLS, "strict": True}),
     (OpenAIResponses, {"reasoning": {"effort": "high"}}, {"thinking": True, "effort": "high"}),
     (OpenAIResponses, {"text": {"format": FORM}}, {"format": SCHEMA, "messages": DEMAND}),
 ]
