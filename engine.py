@@ -3239,6 +3239,17 @@ def _share(batch: Any) -> None:
         batch.prompt_cache = [layer.merge([layer]) for layer in batch.prompt_cache]
 
 
+def _pooling(local: LocalModel) -> str:
+    """Which of an embedding model's states, or their mean, is the embedding: "lasttoken", unless its folder says otherwise
+    (https://sbert.net/docs/package_reference/sentence_transformer/models.html). Raises ValueError for any other pooling."""
+    file = local.path / "1_Pooling" / "config.json"
+    modes = [key.removeprefix("pooling_mode_") for key, value in _json(file).items()
+             if key.startswith("pooling_mode_") and value] if file.is_file() else ["lasttoken"]
+    if modes not in (["lasttoken"], ["cls_token"], ["mean_tokens"]):
+        raise ValueError(f"its pooling is not supported: {', '.join(modes)}")
+    return modes[0]
+
+
 def _body(model: Any) -> Any:
     """The part of an mlx-lm model that comes before its head; None where it has another name."""
     model = getattr(model, "language_model", model)
@@ -3289,6 +3300,7 @@ class Runtime:
             embeds = "embedding" in local.capabilities
             self.model, _ = load_model(local.path, **({"get_model_classes": _headless} if embeds else {}))
             self._body = _body(self.model)
+            self._pooling = _pooling(local) if embeds else "mean_tokens"
             cache = self._new_cache()
             forward = self._body if embeds else self.model
             mx.eval(forward(mx.array([[0]]), cache=cache))  # compiles the kernels, and shows what KV takes
@@ -3436,15 +3448,16 @@ class Runtime:
             line.snapshot()
 
     def _embed(self, job: Generation) -> None:
-        """A chunk of a text to embed; behind the last one there is its vector. The prefix cache has no part in it. An
-        embedding model puts the meaning into its last state, of others it is the mean."""
+        """A chunk of a text to embed; behind the last one there is its vector. The prefix cache has no part in it."""
         import mlx.core as mx
 
         start, pooled, cache = job._embedded or (0, None, self._new_cache())
         tokens = job._prompt.tokens[start:start + self.CHUNK if job._left() > self.CHUNK else None]
         states = self._body(mx.array(tokens)[None], cache=cache)[0].astype(mx.float32)
-        if "embedding" in self.local.capabilities:
+        if self._pooling == "lasttoken":
             pooled = states[-1]
+        elif self._pooling == "cls_token":
+            pooled = states[0] if pooled is None else pooled
         else:
             pooled = states.sum(0) / job.prompt_tokens + (0 if pooled is None else pooled)
         mx.eval(pooled, [layer.state for layer in cache])
