@@ -119,7 +119,7 @@ def test_anthropic_0_60(server: Server):
 def test_clients_of_frameworks(server: Server, name: str):
     python = os.environ.get("OTHER_CLIENTS")
     if not python:
-        pytest.skip("OTHER_CLIENTS does not name a Python with langchain-anthropic, langchain-ollama and litellm")
+        pytest.skip("OTHER_CLIENTS does not name a Python with langchain-anthropic, langchain-ollama and litellm; .ci/run does")
     script = Path(__file__).with_name("other_clients.py")
     out = subprocess.run([python, str(script), name, server.url], capture_output=True, text=True, timeout=120)
     assert out.stdout.endswith(f"{name} ok\n"), out.stderr
