@@ -3240,14 +3240,16 @@ def _share(batch: Any) -> None:
 
 
 def _pooling(local: LocalModel) -> str:
-    """Which of an embedding model's states, or their mean, is the embedding: "lasttoken", unless its folder says otherwise
-    (https://sbert.net/docs/package_reference/sentence_transformer/models.html). Raises ValueError for any other pooling."""
+    """Which of an embedding model's states is the embedding: "lasttoken" or "cls", the first, or their "mean". Its folder says
+    so with a word or, older ones, with a flag for each: https://sbert.net/docs/package_reference/sentence_transformer/models.html
+    Raises ValueError for any other pooling."""
     file = local.path / "1_Pooling" / "config.json"
-    modes = [key.removeprefix("pooling_mode_") for key, value in _json(file).items()
-             if key.startswith("pooling_mode_") and value] if file.is_file() else ["lasttoken"]
-    if modes not in (["lasttoken"], ["cls_token"], ["mean_tokens"]):
-        raise ValueError(f"its pooling is not supported: {', '.join(modes)}")
-    return modes[0]
+    config = _json(file) if file.is_file() else {"pooling_mode": "lasttoken"}
+    flags = [re.sub("^pooling_mode_|_tokens?$", "", key) for key in config if key.startswith("pooling_mode_") and config[key]]
+    mode = config.get("pooling_mode") or " and ".join(flags)
+    if mode not in ("lasttoken", "cls", "mean"):
+        raise ValueError(f"its pooling '{mode}' is not supported")
+    return mode
 
 
 def _body(model: Any) -> Any:
@@ -3300,7 +3302,7 @@ class Runtime:
             embeds = "embedding" in local.capabilities
             self.model, _ = load_model(local.path, **({"get_model_classes": _headless} if embeds else {}))
             self._body = _body(self.model)
-            self._pooling = _pooling(local) if embeds else "mean_tokens"
+            self._pooling = _pooling(local) if embeds else "mean"
             cache = self._new_cache()
             forward = self._body if embeds else self.model
             mx.eval(forward(mx.array([[0]]), cache=cache))  # compiles the kernels, and shows what KV takes
@@ -3456,7 +3458,7 @@ class Runtime:
         states = self._body(mx.array(tokens)[None], cache=cache)[0].astype(mx.float32)
         if self._pooling == "lasttoken":
             pooled = states[-1]
-        elif self._pooling == "cls_token":
+        elif self._pooling == "cls":
             pooled = states[0] if pooled is None else pooled
         else:
             pooled = states.sum(0) / job.prompt_tokens + (0 if pooled is None else pooled)

@@ -20,7 +20,7 @@ from engine import Embedding, Engine, InvalidRequest, ModelLoadError, PromptTooL
 
 POOLINGS = {
     "mean-embed": {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "cls-embed": {"pooling_mode_cls_token": True},
-    "last-embed": {"pooling_mode_lasttoken": True}, "max-embed": {"pooling_mode_max_tokens": True},
+    "last-embed": {"pooling_mode_lasttoken": True}, "new-embed": {"pooling_mode": "mean"}, "max-embed": {"pooling_mode_max_tokens": True},
     "two-embed": {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}}
 LONG = "one two three four five " * 120
 
@@ -93,17 +93,18 @@ def test_an_embedding_model_gives_its_state_at_the_end_token(engine: Engine, fol
 
 
 @pytest.mark.parametrize("mode, pool", [
-    ("mean", lambda states: states.mean(0)), ("cls", lambda states: states[0]), ("last", lambda states: states[-1])])
+    ("mean", lambda states: states.mean(0)), ("cls", lambda states: states[0]), ("last", lambda states: states[-1]),
+    ("new", lambda states: states.mean(0))])
 def test_the_pooling_of_sentence_transformers_is_the_models_own(engine: Engine, folder: Path, mode: str, pool):
     for tokens in ([5, 6, 7], [number * 7 % 500 for number in range(900)]):
         numpy.testing.assert_allclose(embed(engine, tokens, f"{mode}-embed"), pool(states(folder / "embed", tokens)),
                                       rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["max-embed", "two-embed"])
-def test_another_pooling_is_refused(engine: Engine, name: str):
-    with pytest.raises(ModelLoadError, match="pooling"):
-        embed(engine, "hi", name)
+@pytest.mark.parametrize("mode, said", [("max", "max"), ("two", "cls and mean")])
+def test_another_pooling_is_refused(engine: Engine, mode: str, said: str):
+    with pytest.raises(ModelLoadError, match=f"its pooling '{said}' is not supported"):
+        embed(engine, "hi", f"{mode}-embed")
 
 
 @pytest.mark.parametrize("count", [1, 2, 511, 512, 513, 514, 999])
