@@ -221,6 +221,11 @@ def function_tools(tools: list[Object]) -> list[Object]:
     return functions
 
 
+def any_strict(body: Object) -> bool:
+    """Whether one of a body's tools is strict: then the calls of all are held to their schemas."""
+    return any(nested(tool, "function", "")[0].get("strict") is True for tool in body.get("tools") or [])
+
+
 def nested(value: Object, key: str, path: str) -> tuple[Object, str]:
     """What one API writes into an object of its own and the other beside it, and the path to it."""
     return (value[key], f"{path}{key}.") if isinstance(value.get(key), dict) else (value, path)
@@ -494,6 +499,7 @@ def _anthropic_request(body: Object, counting: bool = False) -> Request:
     messages = canonical([Turn("system", _system_text(body.get("system") or "", "system")), *turns])
     request = Request(
         model, messages, tools=tools, deferred_tools=deferred, tool_choice=choice, parallel_tool_calls=parallel,
+        strict=any_strict(body),
         sampling=Sampling(
             temperature=take(body, "temperature", float, low=0, high=2),
             top_p=take(body, "top_p", float, low=0, high=1), top_k=take(body, "top_k", int, low=0)),
@@ -690,7 +696,8 @@ class AnthropicMessages(Reply):
         self.request = _anthropic_request(body)
         self.stream = take(body, "stream", bool, default=False)
         self.request_id = request_id
-        self._hides_thinking = (body.get("thinking") or {}).get("display") == "omitted"
+        # "updates" are notes between calls, for which local models have no place: reasoning is not shown for them either.
+        self._hides_thinking = (body.get("thinking") or {}).get("display") in ("omitted", "updates")
         self._content: list[Object] = []
         self._open = ""  # the type of the block being written
         self._blank = ""  # leading blanks of a text that may turn out to be nothing else
@@ -975,6 +982,7 @@ class _OllamaReply(Reply):
     framing = "lines"
     purpose: str  # what a model must be able to do, in the words of the error
     nameless: tuple[int, str]  # status and text of the error when no model is named
+    _tells_context = False  # whether the answer ends with the tokens that another one can go on from
 
     def __init__(self, body: Object):
         if not isinstance(body, dict):
@@ -982,6 +990,8 @@ class _OllamaReply(Reply):
         count = take(body, "top_logprobs", int, default=0)
         if not 0 <= count <= 20:
             raise WireError(400, "top_logprobs must be between 0 and 20")
+        if take(body, "_debug_render_only", bool, default=False):
+            raise WireError(400, "_debug_render_only is not supported by this server")
         name = _ollama_name(body, *self.nameless)
         self.stream = take(body, "stream", bool, default=True)
         options = _ollama_options(body)
@@ -1029,7 +1039,7 @@ class _OllamaReply(Reply):
                 self._calls.append({"id": id, "function": function})
                 return [self._object("", tool_calls=self._calls[-1:])]
             case Done():
-                self._ending = _ollama_ending(event)
+                self._ending = _ollama_ending(event, self._tells_context)
                 return [self._object("", done=True) | self._ending]
         return []
 
@@ -1077,7 +1087,7 @@ class OllamaChat(_OllamaReply):
 
 
 class OllamaGenerate(_OllamaReply):
-    """POST /api/generate. `context` is ignored: the prefix cache does what it was for."""
+    """POST /api/generate."""
 
     purpose = "generate"
     nameless = 404, "model '' not found"
@@ -1088,9 +1098,10 @@ class OllamaGenerate(_OllamaReply):
             take(body, key, str, default="") for key in ("prompt", "system", "template", "suffix"))
         raw = take(body, "raw", bool, default=False)
         images = _ollama_images(body)
+        self.request.context, self._tells_context = items(body, "context", int), not raw
         if not prompt and self.request.keep_alive == 0:
             return self._only_load()
-        if raw and (template or system or body.get("context")):
+        if raw and (template or system or self.request.context):
             raise WireError(400, "raw mode does not support template, system, or context")
         if template:
             raise WireError(400, "template is not supported by this server: models use their own")
@@ -1160,7 +1171,7 @@ def _weighed(tokens: list[Object]) -> Object:
     return {"logprobs": tokens} if tokens else {}
 
 
-def _ollama_ending(done: Done) -> Object:
+def _ollama_ending(done: Done, tells_context: bool) -> Object:
     """The fields that close an answer. Durations are nanoseconds."""
     if done.reason == "load":
         return {"done_reason": "load"}
@@ -1168,6 +1179,7 @@ def _ollama_ending(done: Done) -> Object:
     seconds = {"total": usage.total_seconds, "load": usage.load_seconds, "prompt_eval": usage.prefill_seconds,
                "eval": usage.decode_seconds}
     return {"done_reason": "length" if done.reason in ("length", "context") else "stop",
+            **({"context": done.tokens} if tells_context else {}),
             **{f"{name}_duration": int(value * 1e9) for name, value in seconds.items()},
             "prompt_eval_count": usage.prompt_tokens, "eval_count": usage.completion_tokens}
 
@@ -1343,6 +1355,7 @@ def _converse(request: Request, body: Object, turns: list[Turn], effort: str | N
     """Fills in what belongs to a conversation; `form` is the demanded output format, found at `path`."""
     request.messages = canonical(turns)
     request.tool_choice, request.tools = _openai_tool_choice(body, request.tools)
+    request.strict = any_strict(body)
     request.parallel_tool_calls = take(body, "parallel_tool_calls", bool, default=True)
     asked = take(take(body, "chat_template_kwargs", dict, default={}), "enable_thinking", bool, "chat_template_kwargs.")
     request.thinking = effort != "none" if asked is None and effort else asked

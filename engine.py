@@ -88,6 +88,7 @@ class Request:
     `max_tokens` None means up to the context's end; 0 only fills the prompt cache. `logprobs` asks for the visible answer's
     tokens with their probabilities, and for so many of the likeliest ones beside each. `keep_alive` is in seconds
     (negative: for ever, 0: unload afterwards, None: the model's current setting).
+    `context` are tokens that the model reads before all that, an earlier answer's `Done.tokens`.
     `suffix` is raw text that the answer leads from `prompt` to, for models whose capabilities have "insert".
     `embed` asks for the prompt's `Embedding` instead of an answer, `truncate` for that of its beginning where it is too long.
 
@@ -95,17 +96,19 @@ class Request:
 
     `format` is what the visible answer must be: "json" (any JSON object) or a JSON schema, here the schema's dict; with
     `tools` the model may call one instead. Thinking stays free. A forced call (`tool_choice` "any" or a name) is held to
-    the tools' names and, as far as the model's call syntax allows, their schemas. Both need the package llguidance;
-    without it a `format` is refused and a forced call only begun.
+    the tools' names and, as far as the model's call syntax allows, their schemas; so is, with `strict`, every call the model
+    makes. All this needs the package llguidance: without it a `format` is refused and a forced call only begun.
     """
 
     model: str
     messages: list[Message] = field(default_factory=list)
     prompt: str | list[int] | None = None
+    context: list[int] = field(default_factory=list)
     suffix: str = ""
     tools: list[dict[str, Any]] = field(default_factory=list)
     deferred_tools: list[dict[str, Any]] = field(default_factory=list)
     tool_choice: str = "auto"
+    strict: bool = False
     parallel_tool_calls: bool = True
     sampling: Sampling = field(default_factory=Sampling)
     stop: list[str] = field(default_factory=list)
@@ -206,11 +209,12 @@ class Usage:
 class Done:
     """The last event. `reason` is "stop" (end of turn), "stop_sequence" (then `stop_sequence` names it), "length"
     (`max_tokens` reached), "context" (context window full), "tool_calls" (the turn ended and holds a call) or "load" (the
-    request had nothing to generate from: the model was loaded, that is all)."""
+    request had nothing to generate from: the model was loaded, that is all). `tokens` are the prompt's and the answer's."""
 
     reason: str
     usage: Usage
     stop_sequence: str | None = None
+    tokens: list[int] = field(default_factory=list)
 
 
 Event = Union[Thinking, Text, ToolStart, ToolInput, ToolEnd, Embedding, Tick, Done]
@@ -546,7 +550,7 @@ class Preset:
         if messages:
             own = messages[0]["role"] == "system"
             head = messages[:1] if own else [{"role": "system", "content": self.system}] if self.system else []
-            messages = [*head, *self.messages, *messages[own:]]
+            messages = [*head, *([] if request.context else self.messages), *messages[own:]]
         return dataclasses.replace(
             request, messages=messages, sampling=_filled(request.sampling, self.sampling), stop=request.stop or self.stop,
             max_tokens=self.max_tokens if request.max_tokens is None else request.max_tokens)
@@ -1109,7 +1113,7 @@ class Tongue:
             raw = request.prompt if request.prompt is not None else _untemplated(request.messages)
             if request.suffix:
                 raw = "".join(itertools.chain(*itertools.zip_longest(self._gap(), (raw, request.suffix), fillvalue="")))
-            return Prompt(self.tokenizer.encode(raw) if isinstance(raw, str) else raw)
+            return Prompt(request.context + (self.tokenizer.encode(raw) if isinstance(raw, str) else raw))
         tools = request.tools if request.tool_choice != "none" else []
         options = self._options(request)
         messages, answers = self._recall(request.messages)
@@ -1120,7 +1124,7 @@ class Tongue:
         opener = self._opener(messages, tools, options, text)
         opening = self.format.opening(request.tool_choice) if tools else ""
         start = (self.format.thinking or ("",))[0]
-        tokens = self._splice(text, answers, opener) + self._encode_whole(opening)
+        tokens = request.context + self._splice(text, answers, opener) + self._encode_whole(opening)
         return Prompt(
             tokens,
             root=self._root(request.messages, tools, options, text, len(tokens)),
@@ -1144,29 +1148,30 @@ class Tongue:
         return Prompt(prompt.tokens[:most - len(end)] + end)
 
     def constraint(self, request: Request, prompt: Prompt) -> Constraint | None:
-        """What holds the answer to the format or the call that the request demands; None if it demands neither, or a call
+        """What holds the answer to the format or the calls that the request demands; None if it demands neither, or calls
         that cannot be enforced. Raises InvalidRequest for a format that cannot be."""
-        if prompt.opening:
-            try:
-                return self._forced_call(request, prompt.opening)
-            except InvalidRequest as error:
-                log.warning("the call is begun but not enforced: %s", error)
-        elif request.format is not None:
+        if request.format is not None and not prompt.opening:
             return self._formatted(request, prompt)
+        if prompt.opening or request.strict:
+            try:
+                return self._calls(request, prompt.opening)
+            except InvalidRequest as error:
+                log.warning("calls are not held to their schemas: %s", error)
         return None
 
-    def _forced_call(self, request: Request, opening: str) -> Constraint | None:
+    def _calls(self, request: Request, opening: str) -> Constraint | None:
+        """Holds the call that is opened already or, without `opening`, each one from its tag on."""
         tools = [tool for tool in [*request.tools, *request.deferred_tools]
-                 if request.tool_choice in ("any", tool["function"]["name"])]
-        grammar = self.format.grammar(tools, request.parallel_tool_calls, self._literal)
-        if not grammar:
+                 if request.tool_choice in ("any", "auto", tool["function"]["name"])]
+        grammar = self.format.grammar(tools, request.parallel_tool_calls and bool(opening), self._literal)
+        if not grammar or not tools:
             return None
-        matcher = self._matcher(grammar)
-        if not matcher.consume_tokens(self._encode_whole(opening)):
+        matcher, begun = self._matcher(grammar), self._encode_whole(opening or self.format.call[0])
+        if not matcher.consume_tokens(begun):
             raise InvalidRequest(_grammar_error(matcher))
         for warning in matcher.get_grammar_warnings():
             log.warning("the call's arguments are not held to all of their schema: %s", warning)
-        return Constraint(matcher)
+        return Constraint(matcher, opener=[] if opening else begun)
 
     def _formatted(self, request: Request, prompt: Prompt) -> Constraint:
         schema = {"type": "object"} if request.format == "json" else request.format
@@ -1255,7 +1260,7 @@ class Tongue:
         def ends_within(index: int) -> bool:
             return len(self.template.render(messages[: index + 1], tools, options, generation=False)) <= len(before)
 
-        if self.template is None or not messages:
+        if self.template is None or not messages or request.context:
             return None
         try:
             at = bisect.bisect_left(range(len(messages) - 1), True, key=lambda index: not ends_within(index))
@@ -1580,12 +1585,14 @@ _FUNCTIONS = _shape(
     ("<parameter=", "</function>", "<function="), r"\s*<parameter=([^<>\n]+)>(?:\n|(?=[^\n]))", close="</parameter>",
     newlines=True, begins=("<function=",), opening="\n<function=NAME>\n",
     written=("<parameter=KEY>\n", "\n</parameter>\n", "</function>\n"))
+_LISTED = dataclasses.replace(_NAME_AND_JSON, opening='[{"name": "NAME", "arguments": ', written=("}]",))
 _MISTRAL = _shape(r"[\s,;]*(?:\[TOOL_CALLS\]\s*)?([\w.-]+)(?:\[CALL_ID\][\w-]*)?(?:\[ARGS\]\s*)?" + _JSON_START,
-                  r"[\s,;\]]*", begins=("NAME[", "NAME{", "[TOOL_CALLS]"))
+                  r"[\s,;\]]*", begins=("NAME[", "NAME{", "[TOOL_CALLS]"), opening="NAME[ARGS]", written=("",))
 _PYTHON = _shape(r"[\s,\[]*([\w.-]+)\((?=\s*(?:\)|\w+\s*=))", r"[\s,\]]*", (")", ","), r"(\w+)\s*=\s*(?=\S)",
-                 quotes=('"', "'"), begins=("NAME(", "["))
+                 quotes=('"', "'"), begins=("NAME(", "["), opening="[NAME(", written=("KEY=", ", ", ")]"))
 _KIMI_K2 = _shape(r"\s*<\|tool_call_begin\|>\s*(?:functions\.)?([^:<\s]+)(?::\d*)?\s*<\|tool_call_argument_begin\|>\s*"
-                  + _JSON_START, r"\s*(?:<\|tool_call_end\|>)?\s*")
+                  + _JSON_START, r"\s*(?:<\|tool_call_end\|>)?\s*", written=("<|tool_call_end|>",),
+                  opening="<|tool_call_begin|>functions.NAME:0<|tool_call_argument_begin|>")
 _KIMI_K3_HEAD = r'\s*<\|open\|>call [^<]*?\btool="([^"<]+)"[^<]*<\|sep\|>\s*'
 _KIMI_K3_OVER = r"(?:\s*<\|close\|>(?:json|call)<\|sep\|>)*\s*"
 _KIMI_K3 = (
@@ -1596,20 +1603,23 @@ _KIMI_K3 = (
            close="<|close|>argument<|sep|>"))
 _DEEPSEEK = _shape(  # V3 and R1 name a type first and fence the JSON, V3.1 does not
     r"\s*<｜tool▁call▁begin｜>\s*(?:function<｜tool▁sep｜>)?\s*([^\s<`]+)\s*(?:<｜tool▁sep｜>)?\s*(?:```(?:json)?)?\s*"
-    + _JSON_START, r"(?:[\s`]*<｜tool▁call▁end｜>)?\s*")
+    + _JSON_START, r"(?:[\s`]*<｜tool▁call▁end｜>)?\s*", opening="<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>",
+    written=("<｜tool▁call▁end｜>",))
 _HARMONY = _shape(r"(?:[^{]{0,40}?to=)?(?:functions\.)?([\w.-]+)[^{]*?<\|message\|>\s*" + _JSON_START, r"\s*",
-                  opening="functions.NAME <|constrain|>json<|message|>")
+                  opening="functions.NAME <|constrain|>json<|message|>", written=("",))
 _NS = "]<]minimax[>["
 _MINIMAX_M3 = _shape(
     rf"""\s*{re.escape(_NS)}<invoke name=["']?([^"'<>\n]+)["']?>(?=\s*{re.escape(_NS)}<)""",
     rf"\s*(?:{re.escape(_NS)}</invoke>)?\s*", (_NS + "<", _NS + "</invoke>", _NS + "<invoke "),
-    rf"\s*{re.escape(_NS)}<(?!invoke|/)([^<>\s]+)>", close=_NS + "</KEY>", opening=f'\n{_NS}<invoke name="NAME">\n')
+    rf"\s*{re.escape(_NS)}<(?!invoke|/)([^<>\s]+)>", close=_NS + "</KEY>", opening=f'\n{_NS}<invoke name="NAME">\n',
+    written=(_NS + "<KEY>", _NS + "</KEY>\n", _NS + "</invoke>\n"))
 
 
 def _gemma(quote: str) -> Shape:
     """`call:N{k:<|"|>v<|"|>,n:1}`."""
     return _shape(r"[\s,]*call:([\w.-]+)\s*\{(?=\s*(?:\}|[^\s{}:,<]+\s*:))", r"[\s,}]*", ("}", ","),
-                  rf"([^\s{{}}:,<]+)\s*:\s*(?=[^\s<]|{re.escape(quote)})", quotes=(quote,), begins=("call:",))
+                  rf"([^\s{{}}:,<]+)\s*:\s*(?=[^\s<]|{re.escape(quote)})", quotes=(quote,), begins=("call:",),
+                  opening="call:NAME{")
 
 
 @dataclass
@@ -1641,7 +1651,9 @@ class OutputFormat:
             (tags for tags in (("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]")) if tags[0] in template), None)
         if tokenizer.has_tool_calling and _NS not in template:
             parser = tokenizer.tool_parser
-            format = _FAMILIES.get(parser.__module__.rpartition(".")[2]) or cls(parse=_wrap(parser))
+            family = parser.__module__.rpartition(".")[2]
+            family += ", listed" if family == "mistral" and "[ARGS]" not in template else ""
+            format = _FAMILIES.get(family) or cls(parse=_wrap(parser))
             return dataclasses.replace(format, thinking=thinking, call=(tokenizer.tool_call_start, tokenizer.tool_call_end),
                                        noise=tuple(getattr(tokenizer, "_structural_markers", ())))
         format = next((format for known in (template, vocabulary) for mark, format in _MARKED.items() if mark in known), cls())
@@ -1665,7 +1677,8 @@ class OutputFormat:
         newline, calls, rules = literal("\n"), [], []
         for number, tool in enumerate(tools):
             name, schema = tool["function"]["name"], tool["function"].get("parameters") or _EMPTY_SCHEMA
-            arguments = _parameter_rules(f"a{number}", schema, *parameter, literal) if parameter else [json_rule(schema)]
+            arguments = [json_rule(schema)] if not parameter else _parameter_rules(
+                f"a{number}", schema, *parameter, literal, quoted=not shape.close)
             calls.append(f"{literal(shape.opens(name))} a{number} {literal(tail)}")
             rules += [f"a{number}: {arguments[0]}", *arguments[1:]]
         return "\n".join([f"start: call ({newline} call)*" if parallel else "start: call",
@@ -1684,6 +1697,7 @@ _FAMILIES = {  # by the name of mlx-lm's parser; some models fall back to JSON
     "minimax_m2": OutputFormat(shapes=(_invokes(),)),
     "muse_spark": OutputFormat(shapes=(_invokes("atem:"),)),
     "mistral": OutputFormat(parse=parse_json_calls, shapes=(_MISTRAL, _NAME_AND_JSON)),
+    "mistral, listed": OutputFormat(parse=parse_json_calls, shapes=(_LISTED, _MISTRAL)),
     "gemma4": OutputFormat(shapes=(_gemma('<|"|>'),)),
     "function_gemma": OutputFormat(shapes=(_gemma("<escape>"),)),
     "kimi_k2": OutputFormat(shapes=(_KIMI_K2,)),
@@ -1724,16 +1738,16 @@ def json_rule(schema: dict) -> str:
     return f"%json {json.dumps({**schema, 'x-guidance': _JSON_OPTIONS})}"
 
 
-def _parameter_rules(prefix: str, schema: dict, before: str, after: str, literal: Callable[[str], str]) -> list[str]:
-    """The grammar of arguments that stand in tags of their own, in the schema's order: one expression for all of them, then the
-    rules it needs. Strings are free up to their end tag unless there is a list of them; other values are JSON."""
+def _parameter_rules(prefix: str, schema: dict, before: str, after: str, literal: Callable[[str], str],
+                     quoted: bool = False) -> list[str]:
+    """The grammar of arguments that are no JSON object, in the schema's order: one expression for all of them, then the rules
+    it needs. Strings that are not `quoted` are free up to their end tag unless there is a list of them; all else is JSON."""
     properties = schema.get("properties") or {}
     definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-    end = literal(after)
     uses, rules = [], []
     for number, (key, value) in enumerate(properties.items()):
-        rule, types = f"{prefix}_{number}", _types(value)
-        if types and "string" not in types:
+        rule, types, end = f"{prefix}_{number}", _types(value), literal(after.replace("KEY", key))
+        if quoted or types and "string" not in types:
             text = f"{rule}_v {end}\n{rule}_v: {json_rule({**definitions, **value})}"
         elif types and value.get("enum"):
             text = f"({' | '.join(literal(one) for one in value['enum'] if isinstance(one, str))}) {end}"
@@ -2895,14 +2909,16 @@ class Constraint:
 
     `begins` is how many of the answer's tokens precede the text that is held: None as long as the model thinks, and for
     calls. `exits` are tokens that lead out of the grammar where that text could begin: into thinking (if True), which ends
-    with the tokens `thinking_end`, or to where nothing is held any more. `blanks` may precede the text.
+    with the tokens `thinking_end`, or to where nothing is held any more. `blanks` may precede the text. With an `opener` only
+    what follows these tokens is held, each time they come, up to the grammar's end.
     """
 
     def __init__(self, matcher: Any, begins: int | None = None, exits: dict[int, bool] | None = None,
-                 thinking_end: Sequence[int] = (), blanks: Sequence[int] = ()):
+                 thinking_end: Sequence[int] = (), blanks: Sequence[int] = (), opener: Sequence[int] = ()):
         self._matcher, self._begins, self._exits = matcher, begins, exits or {}
         self._thinking_end, self._blanks = list(thinking_end), blanks
-        self._state = "thinking" if begins is None and thinking_end else "held"
+        self._opener, self._opened = list(opener), matcher
+        self._state = "watching" if opener else "thinking" if begins is None and thinking_end else "held"
         self._length = 0  # of the answer so far
         self._latest: list[int] = []
         self._started = False
@@ -2947,7 +2963,11 @@ class Constraint:
     def _read(self, token: int) -> None:
         beginning = self._begins == self._length
         self._length += 1
-        if self._state == "thinking":
+        if self._state == "watching":
+            self._latest = [*self._latest, token][-len(self._opener):]
+            if self._latest == self._opener:
+                self._state, self._matcher = "held", self._opened.deep_copy()
+        elif self._state == "thinking":
             self._latest = [*self._latest, token][-len(self._thinking_end):]
             if self._latest == self._thinking_end:
                 self._state, self._begins = "held", self._length
@@ -2958,6 +2978,8 @@ class Constraint:
             self._matcher.consume_token(token)
             if beginning and token in self._blanks:
                 self._begins = self._length
+            if self._opener and self._matcher.is_accepting():
+                self._state = "watching"
 
 
 class ThinkingBudget:
@@ -3069,6 +3091,7 @@ class Generation:
         # From here on the MLX thread's own notes.
         self._phase = Phase.WAITING
         self._line: Line | None = None
+        self._read = prompt.tokens  # and at the end what was written
         self._number = 0
         self._passed_over = 0  # chunks that others have got since its last one
         self._suspect = False  # it was decoding when a step failed, and decodes alone from then on
@@ -3172,7 +3195,7 @@ class Generation:
         elif reason == "length" and self._by_context:
             reason = "context"
         self.ending = "cancelled" if self._cancelled else reason
-        self._emit(Done(reason, self.usage, self._parser.stop_sequence))
+        self._emit(Done(reason, self.usage, self._parser.stop_sequence, self._read))
 
 
 # ------------------------------------------------------------------ one loaded model
@@ -3250,6 +3273,19 @@ def _share(batch: Any) -> None:
         batch.prompt_cache = [layer.merge([layer]) for layer in batch.prompt_cache]
 
 
+def _pooling(local: LocalModel) -> str:
+    """Which of an embedding model's states is the embedding: "lasttoken" or "cls", the first, or their "mean". Its folder says
+    so with a word or, older ones, with a flag for each: https://sbert.net/docs/package_reference/sentence_transformer/models.html
+    Raises ValueError for any other pooling."""
+    file = local.path / "1_Pooling" / "config.json"
+    config = _json(file) if file.is_file() else {"pooling_mode": "lasttoken"}
+    flags = [re.sub("^pooling_mode_|_tokens?$", "", key) for key in config if key.startswith("pooling_mode_") and config[key]]
+    mode = config.get("pooling_mode") or " and ".join(flags)
+    if mode not in ("lasttoken", "cls", "mean"):
+        raise ValueError(f"its pooling '{mode}' is not supported")
+    return mode
+
+
 def _body(model: Any) -> Any:
     """The part of an mlx-lm model that comes before its head; None where it has another name."""
     model = getattr(model, "language_model", model)
@@ -3302,6 +3338,7 @@ class Runtime:
             embeds = "embedding" in local.capabilities
             self.model, _ = load_model(local.path, **({"get_model_classes": _headless} if embeds else {}))
             self._body = _body(self.model)
+            self._pooling = _pooling(local) if embeds else "mean"
             cache = self._new_cache()
             forward = self._body if embeds else self.model
             mx.eval(forward(mx.array([[0]]), cache=cache))  # compiles the kernels, and shows what KV takes
@@ -3460,15 +3497,16 @@ class Runtime:
                  f"{done:,}", f"{job.prompt_tokens:,}", speed, job._left() / speed)
 
     def _embed(self, job: Generation) -> None:
-        """A chunk of a text to embed; behind the last one there is its vector. The prefix cache has no part in it. An
-        embedding model puts the meaning into its last state, of others it is the mean."""
+        """A chunk of a text to embed; behind the last one there is its vector. The prefix cache has no part in it."""
         import mlx.core as mx
 
         start, pooled, cache = job._embedded or (0, None, self._new_cache())
         tokens = job._prompt.tokens[start:start + self.CHUNK if job._left() > self.CHUNK else None]
         states = self._body(mx.array(tokens)[None], cache=cache)[0].astype(mx.float32)
-        if "embedding" in self.local.capabilities:
+        if self._pooling == "lasttoken":
             pooled = states[-1]
+        elif self._pooling == "cls":
+            pooled = states[0] if pooled is None else pooled
         else:
             pooled = states.sum(0) / job.prompt_tokens + (0 if pooled is None else pooled)
         mx.eval(pooled, [layer.state for layer in cache])
@@ -3614,6 +3652,7 @@ class Runtime:
         job._emit(*job._parser.finish(cut=reason == "length"))
         if job._phase is Phase.DECODE:
             job._line.answers[self.tongue.remember(job)] = len(job._line.tokens)
+            job._read = list(job._line.tokens)
         if job._line is not None:
             self.prefixes.put(job._line)
             job._line = None
@@ -4003,7 +4042,8 @@ class Engine:
         self._check_open()
         tongue = self._tongue(local)
         request.sampling = _filled(request.sampling, tongue.defaults)
-        tongue.check_tokens([*(request.sampling.logit_bias or ()), *(request.prompt if isinstance(request.prompt, list) else ())])
+        given = request.prompt if isinstance(request.prompt, list) else []
+        tongue.check_tokens([*(request.sampling.logit_bias or ()), *request.context, *given])
         prompt = tongue.prompt(request) if request.messages or request.prompt else Prompt([])
         if request.embed:
             if not prompt.tokens:

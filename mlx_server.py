@@ -256,7 +256,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answered, self.origin, self.model = False, "", None
         self.body_read = not ({"content-length", "transfer-encoding"} & {name.lower() for name in self.headers})
         self.route, _, query = self.path.partition("?")
-        self.route, self.query = unquote(self.route), dict(parse_qsl(query))
+        self.route, self.query = unquote(self.route).rstrip("/") or "/", dict(parse_qsl(query))
         self.anthropic = self.route.startswith("/v1/")
         self.openai = self.route in OPENAI
         try:
@@ -822,6 +822,9 @@ class Handler(BaseHTTPRequestHandler):
     def get_ps(self) -> None:
         self.send_json(dialects.ollama_ps(self.server.engine.loaded()))
 
+    def get_status(self) -> None:
+        self.send_json({"cloud": {"disabled": True, "source": "config"}})
+
     def get_version(self) -> None:
         self.send_json({"version": OLLAMA_VERSION})
 
@@ -850,6 +853,7 @@ ROUTES: dict[str, dict[str, Callable[[Handler], None]]] = {
     "/api/pull": {"POST": Handler.post_pull},
     "/api/push": {"POST": Handler.post_push},
     "/api/ps": {"GET": Handler.get_ps},
+    "/api/status": {"GET": Handler.get_status},
     "/api/version": {"GET": Handler.get_version},
 }
 

@@ -517,9 +517,10 @@ def test_an_empty_answer_is_one_empty_text(events: list) -> None:
     assert shape(objects)[1:4] == ["0 start text", "ping", "0 stop"]
 
 
-def test_omitted_thinking_streams_only_its_signature() -> None:
+@pytest.mark.parametrize("display", ["omitted", "updates"])
+def test_hidden_thinking_streams_only_its_signature(display: str) -> None:
     objects, whole = answer(Thinking("secret"), Thinking("!"), Text("x"), Done("stop", USAGE),
-                            thinking={"type": "adaptive", "display": "omitted"})
+                            thinking={"type": "adaptive", "display": display})
     assert shape(objects)[1:5] == ["0 start thinking", "ping", "0 delta signature_delta", "0 stop"]
     assert "secret" not in json.dumps([objects, whole]) and whole["content"][0]["signature"]
 

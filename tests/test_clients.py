@@ -119,7 +119,7 @@ def test_anthropic_0_60(server: Server):
 def test_clients_of_frameworks(server: Server, name: str):
     python = os.environ.get("OTHER_CLIENTS")
     if not python:
-        pytest.skip("OTHER_CLIENTS does not name a Python with langchain-anthropic, langchain-ollama and litellm")
+        pytest.skip("OTHER_CLIENTS does not name a Python with langchain-anthropic, langchain-ollama and litellm; .ci/run does")
     script = Path(__file__).with_name("other_clients.py")
     out = subprocess.run([python, str(script), name, server.url], capture_output=True, text=True, timeout=120)
     assert out.stdout.endswith(f"{name} ok\n"), out.stderr
@@ -168,6 +168,15 @@ def test_ollama_generate(llama: ollama.Client):
     limited = llama.generate(model="demo", prompt="count to 9", options={"num_predict": 3, "stop": ["zzz"]})
     assert limited.done_reason == "length"
     assert "".join(p.response for p in llama.generate(model="demo", prompt="hello", stream=True)).startswith("Hello!")
+
+
+def test_ollama_generate_goes_on_from_a_context(server: Server, llama: ollama.Client):
+    first = llama.generate(model="demo", prompt="say a b c")
+    *_, last = llama.generate(model="demo", prompt="count to 3", context=first.context, stream=True)
+    assert last.context[:len(first.context)] == list(first.context) and last.prompt_eval_count > len(first.context)
+    assert server.wait_for(rf"prompt {last.prompt_eval_count}, reused {len(first.context)},")
+    with pytest.raises(ollama.ResponseError, match="no token 99999"):
+        llama.generate(model="demo", prompt="hi", context=[1, 99999])
 
 
 def test_ollama_tools_round_trip(llama: ollama.Client):

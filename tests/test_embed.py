@@ -16,8 +16,12 @@ from conftest import Server
 from models import build_model
 from test_http import ask
 
-from engine import Embedding, Engine, InvalidRequest, PromptTooLong, Request
+from engine import Embedding, Engine, InvalidRequest, ModelLoadError, PromptTooLong, Request
 
+POOLINGS = {
+    "mean-embed": {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "cls-embed": {"pooling_mode_cls_token": True},
+    "last-embed": {"pooling_mode_lasttoken": True}, "new-embed": {"pooling_mode": "mean"}, "max-embed": {"pooling_mode_max_tokens": True},
+    "two-embed": {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}}
 LONG = "one two three four five " * 120
 
 
@@ -44,7 +48,7 @@ def tokens_of(path: Path, text: str) -> list[int]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """An embedding model, whose tokenizer ends each text with a token, the same one saved without a head, a model that chats,
-    and one that mlx-lm would read in one direction only."""
+    one that mlx-lm would read in one direction only, and some of sentence-transformers' with poolings of their own."""
     folder = tmp_path_factory.mktemp("models")
     path = build_model("qwen3", folder / "embed")
     tokenizer = json.loads((path / "tokenizer.json").read_text())
@@ -65,6 +69,9 @@ def folder(tmp_path_factory) -> Path:
     build_model("hybrid", folder / "chat")
     both = shutil.copytree(path, folder / "both-ways-embed")
     (both / "config.json").write_text(json.dumps({**config, "use_bidirectional_attention": True}))
+    for mode, pooling in POOLINGS.items():
+        (shutil.copytree(path, folder / mode) / "1_Pooling").mkdir()
+        (folder / mode / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     return folder
 
 
@@ -83,6 +90,21 @@ def test_an_embedding_model_gives_its_state_at_the_end_token(engine: Engine, fol
     assert tokens_of(folder / "embed", "hi")[-1] == 0
     numpy.testing.assert_allclose(embed(engine, text, truncate=True), states(folder / "embed", [*tokens[:-1], 0])[-1],
                                   rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode, pool", [
+    ("mean", lambda states: states.mean(0)), ("cls", lambda states: states[0]), ("last", lambda states: states[-1]),
+    ("new", lambda states: states.mean(0))])
+def test_the_pooling_of_sentence_transformers_is_the_models_own(engine: Engine, folder: Path, mode: str, pool):
+    for tokens in ([5, 6, 7], [number * 7 % 500 for number in range(900)]):
+        numpy.testing.assert_allclose(embed(engine, tokens, f"{mode}-embed"), pool(states(folder / "embed", tokens)),
+                                      rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode, said", [("max", "max"), ("two", "cls and mean")])
+def test_another_pooling_is_refused(engine: Engine, mode: str, said: str):
+    with pytest.raises(ModelLoadError, match=f"its pooling '{said}' is not supported"):
+        embed(engine, "hi", f"{mode}-embed")
 
 
 @pytest.mark.parametrize("count", [1, 2, 511, 512, 513, 514, 999])

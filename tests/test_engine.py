@@ -52,6 +52,19 @@ def test_a_resent_prompt_is_not_prefilled_again(engine: Engine):
     assert generation.usage.cached_tokens == generation.cached_tokens >= generation.usage.prompt_tokens - REREAD
 
 
+def test_tokens_before_the_conversation_are_read_before_it_and_found_again(engine: Engine):
+    first = engine.chat("one", max_tokens=9)
+    *_, done = first
+    assert done.tokens[:first.prompt_tokens] == list(first._prompt.tokens) and len(done.tokens) == first.prompt_tokens + 9
+    follow_up = engine.chat([user("two")], context=done.tokens, max_tokens=9)
+    *events, last = follow_up
+    assert follow_up.usage.cached_tokens == len(done.tokens)
+    engine.unload(engine._default.name)
+    prompt = [*done.tokens, *engine.chat([user("two")], max_tokens=0)._prompt.tokens]
+    *_, again = engine.submit(Request("default", prompt=prompt, max_tokens=9))
+    assert last.tokens == again.tokens and last.tokens[:len(prompt)] == prompt
+
+
 def test_a_continued_conversation_prefills_only_what_is_new_and_answers_as_if_cold(engine: Engine):
     messages = [SYSTEM, user("one")]
     text, generation = answer(engine, messages)

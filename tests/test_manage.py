@@ -124,6 +124,8 @@ def test_a_copy_is_another_name_until_it_is_deleted(server: Server, client: olla
     ("POST", "/api/create", {"model": "a b", "from": "demo"}, 400, "invalid model name"),
     ("POST", "/api/create", {"from": "demo"}, 400, "invalid model name"),
     ("POST", "/api/create", {"model": "x", "from": "demo", "template": "{{ .Prompt }}"}, 400, "'template' is not supported"),
+    *(("POST", "/api/create", {"model": "x", "from": "demo", key: value}, 400, f"'{key}' is not supported") for key, value in {
+        "files": {"a": "b"}, "adapters": {"a": "b"}, "quantize": "q4_K_M", "renderer": "r", "parser": "p"}.items()),
     ("POST", "/api/create", {"model": "x", "files": {"a": "sha256:0"}}, 400, "'files' is not supported"),
     ("POST", "/api/create", {"model": "x", "from": "demo", "parameters": {"top_k": "many"}}, 400, "top_k"),
     ("POST", "/api/create", {"model": "x", "from": "demo", "messages": HI}, 400, "the assistant's"),

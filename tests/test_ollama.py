@@ -178,7 +178,7 @@ def test_a_growing_chat_is_append_only() -> None:
 
 
 def test_generate_is_a_chat_of_one_message() -> None:
-    assert brief(generate(system="s", images=["AAAA"], context=[1, 2]).messages) == [
+    assert brief(generate(system="s", images=["AAAA"]).messages) == [
         ("system", "s"), ("user", f"{IMAGE_NOTE}\nhi")]
 
 
@@ -292,11 +292,17 @@ def test_chat_stream() -> None:
 
 
 def test_generate_stream() -> None:
-    objects, whole = answer(OllamaGenerate, Thinking("hmm"), Text("Hel"), Text("lo"), Done("stop", USAGE))
-    ending = {"done": True, "done_reason": "stop", **METRICS}
+    objects, whole = answer(OllamaGenerate, Thinking("hmm"), Text("Hel"), Text("lo"), Done("stop", USAGE, tokens=[5, 6]))
+    ending = {"done": True, "done_reason": "stop", "context": [5, 6], **METRICS}
     assert objects == [{"response": "", "thinking": "hmm", "done": False}, {"response": "Hel", "done": False},
                        {"response": "lo", "done": False}, {"response": "", **ending}]
     assert whole == {"response": "Hello", "thinking": "hmm", **ending}
+
+
+def test_a_chat_and_a_raw_prompt_have_no_context() -> None:
+    done = Done("stop", USAGE, tokens=[5, 6])
+    for objects, whole in answer(OllamaGenerate, done, raw=True), answer(OllamaChat, done):
+        assert "context" not in objects[-1] | whole
 
 
 def test_counts_and_durations_are_integers() -> None:

@@ -27,13 +27,13 @@ TOOLS = [
 ]
 
 
-def of_kind(kind, thinking=True):
+def of_kind(kind, thinking=True, template=""):
     """The format of a tokenizer for which mlx-lm has chosen its parser `kind`."""
     module = pytest.importorskip(f"mlx_lm.tool_parsers.{kind}")
     return OutputFormat.of(SimpleNamespace(
         has_thinking=thinking, think_start="<think>" if thinking else None, think_end="</think>" if thinking else None,
         has_tool_calling=True, tool_call_start=module.tool_call_start, tool_call_end=module.tool_call_end,
-        tool_parser=module.parse_tool_call))
+        tool_parser=module.parse_tool_call, chat_template=template))
 
 
 HERMES, QWEN_CODER, GLM, MINIMAX = map(of_kind, ("json_tools", "qwen3_coder", "glm47", "minimax_m2"))
@@ -367,6 +367,17 @@ def test_the_opening_of_a_demanded_call(format, choice, opening, rest):
     assert parse(opening + rest, format) == [bash()]
 
 
+@pytest.mark.parametrize("family", [
+    "hermes", "qwen coder", "seed", "glm", "minimax m2", "minimax m3", "muse", "deepseek v3.1", "deepseek v4", "mistral",
+    "mistral, list", "llama 4", "lfm", "gemma 4", "function gemma", "kimi k2", "harmony"])
+def test_the_opening_of_a_demanded_call_is_all_up_to_its_arguments(family):
+    format, start, write, _, end = FAMILIES[family]
+    written = start + write("Bash", {"command": "ls"}) + end
+    squeezed, opening = ("".join(text.split()) for text in (written, format.opening("Bash")))
+    assert squeezed.startswith(opening) and opening.rfind("Bash") > 0 and "command" not in opening
+    assert "Bash" not in squeezed[len(opening):] and parse(format.opening("Bash"), format)[:1] != [bash()]
+
+
 def test_ids_are_unique():
     parser = OutputParser(HERMES, TOOLS)
     events = parser.feed(LS * 50)
@@ -605,8 +616,9 @@ FAMILIES = {  # format, what opens a block, how one call is written, what separa
                     prefixed(DSML, "｜DSML｜", truth), "", "</｜DSML｜tool_calls>"),
     "deepseek v4.1": (marked("<｜DSML｜ calls>"), "<｜DSML｜ calls>\n",
                       prefixed(DSML, "｜DSML｜ ", truth), "", "</｜DSML｜ calls>"),
-    "mistral": (of_kind("mistral"), "[TOOL_CALLS]", named_json("NAME[ARGS]", ""), "[TOOL_CALLS]", ""),
-    "mistral, ids": (of_kind("mistral"), "[TOOL_CALLS]", named_json("NAME[CALL_ID]abcdefg12[ARGS]", ""), "", ""),
+    "mistral": (of_kind("mistral", template="[ARGS]"), "[TOOL_CALLS]", named_json("NAME[ARGS]", ""), "[TOOL_CALLS]", ""),
+    "mistral, ids": (of_kind("mistral", template="[ARGS]"), "[TOOL_CALLS]", named_json(
+        "NAME[CALL_ID]abcdefg12[ARGS]", ""), "", ""),
     "mistral, list": (of_kind("mistral"), "[TOOL_CALLS][", named_json(
         '{"name": "NAME", "arguments": ', ', "id": "123456789"}'), ", ", "]"),
     "llama": (marked("<|python_tag|>"), "<|python_tag|>", PARAMETERS, "; ", ""),

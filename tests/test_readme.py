@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Callable
 
 import pytest
 from conftest import ROOT, Server
@@ -61,8 +63,9 @@ def test_the_installed_command_is_the_program():
     assert subprocess.run([command, "--version"], capture_output=True, text=True).stdout.startswith("mlx-server")
 
 
-def test_claude_code(server: Server, tmp_path: Path):
-    """The real CLI with the README's variables: a real tool call, with and without --model, and a second turn."""
+@pytest.fixture
+def claude(server: Server, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """The real CLI with the README's variables, in an empty home. It works in the folder `project`."""
     cli = os.environ.get("CLAUDE_CLI")
     if not cli:
         pytest.skip("CLAUDE_CLI does not name Claude Code's program; .ci/run does")
@@ -73,18 +76,42 @@ def test_claude_code(server: Server, tmp_path: Path):
     clean = {"PATH": os.environ["PATH"], "HOME": str(home), "IS_SANDBOX": "1", "DISABLE_TELEMETRY": "1",
              "DISABLE_AUTOUPDATER": "1", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"}
 
-    def claude(*flags: str) -> str:
+    def run(*flags: str, **env: str) -> subprocess.CompletedProcess:
         script = f'{exports.replace("http://localhost:11435", server.url)}\nexec "$@"'
-        out = subprocess.run(["sh", "-c", script, "sh", cli, "-p", *flags, "--permission-mode", "acceptEdits",
-                              "--allowedTools", "Bash Read Edit Write"], cwd=project, env=clean, stdin=subprocess.DEVNULL,
-                             capture_output=True, text=True, timeout=400)
+        return subprocess.run(["sh", "-c", script, "sh", cli, "-p", *flags, "--permission-mode", "acceptEdits",
+                               "--allowedTools", "Bash Read Edit Write"], cwd=project, env={**clean, **env},
+                              stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=400)
+
+    return run
+
+
+def test_claude_code(server: Server, claude: Callable[..., subprocess.CompletedProcess]):
+    """A real tool call, with and without --model, and a second turn."""
+    def answer(*flags: str) -> str:
+        out = claude(*flags)
         assert out.returncode == 0, out.stdout + out.stderr
         return out.stdout
 
-    answer = "The tool answered: hello-from-mlx"
-    assert answer in claude("run echo hello-from-mlx", "--model", "demo")
+    said = "The tool answered: hello-from-mlx"
+    assert said in answer("run echo hello-from-mlx", "--model", "demo")
     seen = len(server.lines)
-    assert "The tool answered: second" in claude("run echo second", "--model", "demo", "--continue")
+    assert "The tool answered: second" in answer("run echo second", "--model", "demo", "--continue")
     prompt, reused = map(int, server.wait_for(r"prompt (\d+), reused (\d+),", since=seen).groups())
     assert reused > 0.9 * prompt
-    assert answer in claude("run echo hello-from-mlx")
+    assert said in answer("run echo hello-from-mlx")
+
+
+def test_claude_code_edits_odd_blanks_byte_for_byte(claude: Callable[..., subprocess.CompletedProcess], tmp_path: Path):
+    """The model was never taught to edit: a schema of constants, sent beside a forced choice, makes it write just this call."""
+    file = tmp_path / "project" / "odd.md"  # the CLI itself strips lines of other files
+    before = "def f():\n\tif x:  \n\t \treturn 1\t \n\n    y = 2   \n \t"
+    old, new = "\tif x:  \n\t \treturn 1\t \n", "\tif  x :\t\n \t return\t2  \n\t\n"
+    file.write_bytes(before.encode())
+    assert "The tool answered: 1" in claude("read odd.md", "--model", "demo", "--bare").stdout
+    schema = {"properties": {key: {"const": value} for key, value in (
+        ("file_path", str(file)), ("old_string", old), ("new_string", new))}, "additionalProperties": False}
+    tool = {"name": "Edit", "input_schema": {"type": "object", "required": [*schema["properties"]], **schema}}
+    forced = {"tools": [tool], "tool_choice": {"type": "tool", "name": "Edit"}}
+    out = claude("edit it", "--model", "demo", "--bare", "--continue", "--max-turns", "1",
+                 CLAUDE_CODE_EXTRA_BODY=json.dumps(forced))
+    assert file.read_bytes() == before.replace(old, new).encode(), out.stdout + out.stderr
