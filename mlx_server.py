@@ -1650,12 +1650,13 @@ class JSONLine(logging.Formatter):
 def _start_logging(args: argparse.Namespace) -> None:
     """Raises OSError when the log file cannot be written."""
     form = "mlx-server: %(message)s" if args.run else "%(asctime)s %(message)s"
-    lines = _log_file(args.log_file) if args.log_file else logging.StreamHandler(sys.stderr)
-    lines.setFormatter(JSONLine() if args.log_json else OneLine(form, "%Y-%m-%d %H:%M:%S" if args.log_file else "%H:%M:%S"))
+    to_file = args.log_file and not args.run
+    lines = _log_file(args.log_file) if to_file else logging.StreamHandler(sys.stderr)
+    lines.setFormatter(JSONLine() if args.log_json else OneLine(form, "%Y-%m-%d %H:%M:%S" if to_file else "%H:%M:%S"))
     level = logging.DEBUG if args.verbose else logging.WARNING if args.run else logging.INFO
     last_words = logging.StreamHandler(sys.stderr)  # why it did not start is for who starts it
     last_words.setLevel(logging.CRITICAL)
-    logging.basicConfig(level=level, handlers=[lines, last_words] if args.log_file else [lines])
+    logging.basicConfig(level=level, handlers=[lines, last_words] if to_file else [lines])
     if not args.verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its remarks on model types concern nobody here
         logging.getLogger("httpx").setLevel(logging.WARNING)
