@@ -520,11 +520,15 @@ def table(args: argparse.Namespace) -> None:
         raise SystemExit("bench: --plot needs matplotlib: pip install -e '.[bench]'")
     parts, trouble, seconds = args.what or list(PARTS), [], args.minutes * 60
     with target(args) as side:
-        other = None if args.url else Generate(side.model)
         if args.against:
             other = find_out(urlsplit(args.against).netloc, args.against, args.against_api, args.against_model)
+        else:
+            other = None if args.url else Generate(side.model)
         sides = [side, other] if other else [side]
-        plan = calibrate(side, other, seconds / len(parts) / len(sides) / 4)
+        try:
+            plan = calibrate(side, other, seconds / len(parts) / len(sides) / 4)
+        except FAILURES as error:
+            raise SystemExit(f"bench: warming up failed: {error}") from None
         ours, theirs = (measure(sides, plan, parts, seconds / len(parts), trouble) + [{}])[:2]
     if not args.against:
         theirs |= {row.key: ours[row.reference] for row in ROWS if row.reference in ours}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import bench
@@ -12,14 +15,26 @@ from conftest import Server
 NUMBER = r"([\d.,]+(?:e[+-]\d+)?)"
 
 
-def test_every_row_of_the_table_has_numbers_for_both_servers(server: Server, folder: Path, capsys: pytest.CaptureFixture):
-    other = Server("--models-dir", str(folder))
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bench") / "table.png"
+
+
+@pytest.fixture(scope="module")
+def printed(server: Server, folder: Path, picture: Path) -> str:
+    """The table of two servers, the second of which speaks Ollama's API."""
+    other, out = Server("--models-dir", str(folder)), io.StringIO()
+    plot = ["--plot", str(picture)] if find_spec("matplotlib") else []
     try:
-        bench.main(["--minutes", "0.02", "--url", server.url, "--against", other.url, "--against-model", "qwen2",
-                    "--against-api", "ollama"])
+        with contextlib.redirect_stdout(out):
+            bench.main(["--minutes", "0.02", "--url", server.url, "--against", other.url, "--against-model", "qwen2",
+                        "--against-api", "ollama", *plot])
     finally:
         assert other.stop() == 0
-    printed = capsys.readouterr().out
+    return out.getvalue()
+
+
+def test_every_row_of_the_table_has_numbers_for_both_servers(printed: str):
     rows = re.findall(rf"^[↑↓] (.+?) \(\S+\) +{NUMBER} +(≤ )?{NUMBER} +{NUMBER}$", printed, re.M)
     assert [title for title, *_ in rows] == [row.title for row in bench.ROWS], printed
     assert rows[2][1] == "1", "the server has prefilled something twice"
@@ -27,10 +42,9 @@ def test_every_row_of_the_table_has_numbers_for_both_servers(server: Server, fol
     assert "asked in its API 'messages'" in printed and "mlx-server 0." in printed
 
 
-def test_the_table_is_drawn(server: Server, tmp_path: Path):
+def test_the_table_is_drawn(printed: str, picture: Path):
     pytest.importorskip("matplotlib")
-    bench.main(["decode", "--minutes", "0.02", "--url", server.url, "--api", "chat", "--plot", str(tmp_path / "table.png")])
-    assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("flags, sentence", [
