@@ -16,6 +16,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+def example(part: str) -> str:
+    """The line of the README's fenced examples that holds `part`."""
+    blocks = re.findall(r"```\w+\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    return next(line for block in blocks for line in block.splitlines() if part in line)
+
+
 class Server:
     """`python mlx_server.py` on a free port. `lines` are what it has logged so far."""
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import shlex
 from importlib.util import find_spec
 from pathlib import Path
 
 import bench
 import pytest
-from conftest import Server
+from conftest import Server, example
 
 NUMBER = r"([\d.,]+(?:e[+-]\d+)?)"
 
@@ -22,13 +23,14 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def printed(server: Server, folder: Path, picture: Path) -> str:
-    """The table of two servers, the second of which speaks Ollama's API."""
+    """The table of the README's command, for two servers of which the second speaks Ollama's API."""
     other, out = Server("--models-dir", str(folder)), io.StringIO()
     plot = ["--plot", str(picture)] if find_spec("matplotlib") else []
+    shown = example("bench.py").replace("--against-model qwen3:8b", "--against-model qwen2").replace("qwen3:8b", "demo")
+    flags = shlex.split(shown.replace("http://localhost:11434", other.url))[2:]
     try:
         with contextlib.redirect_stdout(out):
-            bench.main(["--minutes", "0.02", "--url", server.url, "--against", other.url, "--against-model", "qwen2",
-                        "--against-api", "ollama", *plot])
+            bench.main([*flags, "--minutes", "0.02", "--url", server.url, "--against-api", "ollama", *plot])
     finally:
         assert other.stop() == 0
     return out.getvalue()

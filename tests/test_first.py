@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Iterator
 
 import pytest
-from conftest import ROOT, Server
+from conftest import ROOT, Server, example
 from models import build_model
 
 PROGRAM = [sys.executable, str(ROOT / "mlx_server.py")]
@@ -104,6 +105,11 @@ def test_the_environment_follows_the_flags(tmp_path: Path):
         "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "5120", "API_TIMEOUT_MS": "3000000", "API_FORCE_IDLE_TIMEOUT": "0",
         "CLAUDE_STREAM_IDLE_TIMEOUT_MS": "900000"}.items()
     assert "CLAUDE_CODE_MAX_OUTPUT_TOKENS=700\n" in run(*flags, "--max-tokens", "700").stdout
+
+
+def test_the_readmes_line_starts_an_agent_on_the_default_port(tmp_path: Path):
+    env = shell(example("--print-env").replace("python mlx_server.py", shlex.join(PROGRAM)), tmp_path)
+    assert (env["ANTHROPIC_BASE_URL"], env["ANTHROPIC_MODEL"]) == ("http://127.0.0.1:11435", "demo")
 
 
 def test_an_environment_that_fails_starts_nothing(tmp_path: Path):

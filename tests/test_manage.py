@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from urllib.parse import parse_qsl, urlsplit
 import ollama
 import pytest
 from anthropic import Anthropic
-from conftest import ROOT, Server
+from conftest import ROOT, Server, example
 from test_http import ask
 from test_library import add_repo
 
@@ -338,6 +339,12 @@ def pull(hub: FakeHub, cache: Path, *words: str, **how) -> subprocess.Popen:
     env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(cache), "no_proxy": "127.0.0.1"}
     program = [sys.executable, str(ROOT / "mlx_server.py"), *words]
     return subprocess.Popen(program, env=env, stdout=subprocess.PIPE, text=True, **how)
+
+
+def test_the_readmes_pull(hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(hub.repos, "mlx-community/Qwen3-8B-8bit", hub.repos["org/own"])
+    program = pull(hub, cache, *shlex.split(example("mlx_server.py pull"))[2:])
+    assert "pulled mlx-community/Qwen3-8B-8bit" in program.communicate(timeout=30)[0]
 
 
 @pytest.mark.parametrize("memory, name, repo, why", [

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Callable
 
 import pytest
-from conftest import ROOT, Server
+from conftest import ROOT, Server, example
 
 from mlx_server import arguments
 
@@ -24,7 +24,12 @@ ANSWERS = {"Anthropic's client": "hello from the stream", "OpenAI's client": "on
 
 
 def test_every_example_is_known_here():
-    assert {title for title, _, _ in BLOCKS} == {"Start", "Claude Code", "curl", "Many clients", *ANSWERS}
+    assert {title for title, _, _ in BLOCKS} == {"Start", "Claude Code", "curl", "Many clients", "Performance", *ANSWERS}
+
+
+def test_the_russian_quick_start_shows_the_same_examples():
+    ours, russian = (re.findall(r"```.*?```", text, re.DOTALL) for text in (README, (ROOT / "README.ru.md").read_text("utf-8")))
+    assert russian and {*russian} <= {*ours}
 
 
 def test_every_flag_is_described():
@@ -69,14 +74,13 @@ def claude(server: Server, tmp_path: Path) -> Callable[..., subprocess.Completed
     cli = os.environ.get("CLAUDE_CLI")
     if not cli:
         pytest.skip("CLAUDE_CLI does not name Claude Code's program; .ci/run does")
-    exports = next(code for name, _, code in BLOCKS if name == "Claude Code").splitlines()[0]
     project, home = tmp_path / "project", tmp_path / "home"
     project.mkdir()
     home.mkdir()
     clean = {"PATH": os.environ["PATH"], "HOME": str(home), "IS_SANDBOX": "1", "DISABLE_TELEMETRY": "1",
              "DISABLE_AUTOUPDATER": "1", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"}
 
-    def run(*flags: str, **env: str) -> subprocess.CompletedProcess:
+    def run(*flags: str, exports: str = example("export "), **env: str) -> subprocess.CompletedProcess:
         script = f'{exports.replace("http://localhost:11435", server.url)}\nexec "$@"'
         return subprocess.run(["sh", "-c", script, "sh", cli, "-p", *flags, "--permission-mode", "acceptEdits",
                                "--allowedTools", "Bash Read Edit Write"], cwd=project, env={**clean, **env},
@@ -87,8 +91,8 @@ def claude(server: Server, tmp_path: Path) -> Callable[..., subprocess.Completed
 
 def test_claude_code(server: Server, claude: Callable[..., subprocess.CompletedProcess]):
     """A real tool call, with and without --model, and a second turn."""
-    def answer(*flags: str) -> str:
-        out = claude(*flags)
+    def answer(*flags: str, **how: str) -> str:
+        out = claude(*flags, **how)
         assert out.returncode == 0, out.stdout + out.stderr
         return out.stdout
 
@@ -98,7 +102,9 @@ def test_claude_code(server: Server, claude: Callable[..., subprocess.CompletedP
     assert "The tool answered: second" in answer("run echo second", "--model", "demo", "--continue")
     prompt, reused = map(int, server.wait_for(r"prompt (\d+), reused (\d+),", since=seen).groups())
     assert reused > 0.9 * prompt
-    assert said in answer("run echo hello-from-mlx")
+    printed = example("--print-env").partition(" && ")[0]
+    program = f"{shlex.join([sys.executable, str(ROOT / 'mlx_server.py')])} --port {server.port}"
+    assert said in answer("run echo hello-from-mlx", exports=printed.replace("python mlx_server.py", program))
 
 
 def test_claude_code_edits_odd_blanks_byte_for_byte(claude: Callable[..., subprocess.CompletedProcess], tmp_path: Path):
