@@ -1187,7 +1187,7 @@ class Tongue:
         if matcher.is_error():
             raise InvalidRequest(f"the output format cannot be enforced: {_grammar_error(matcher)}")
         probe = matcher.deep_copy()
-        probe.consume_tokens(self._encode_whole("\n") if blanks else [])
+        probe.consume_tokens(self._encode_whole(blanks[-1]) if blanks else [])
         probe.compute_bitmask()
         if probe.is_error():  # as with a schema that is nothing but a reference to itself
             raise InvalidRequest("the output format cannot be enforced: no text matches it")

@@ -310,9 +310,10 @@ def test_a_family_whose_calls_are_not_known_keeps_its_opener(engine: Engine):
     ({"type": "integer", "minimum": 5, "maximum": 3}, "Unsatisfiable"), ({"$ref": "http://example.org/x"}, "example.org"),
     ({"$ref": "#"}, "no text matches"), ({"anyOf": [{"$ref": "#"}]}, "no text matches"),
     ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf not fully supported$")])
-def test_a_format_that_cannot_be_enforced_is_refused_and_the_reason_named(engine: Engine, schema: dict, why: str):
+@pytest.mark.parametrize("thinking", [False, None])
+def test_a_format_that_cannot_be_enforced_is_refused_and_the_reason_named(engine: Engine, schema: dict, why: str, thinking):
     with pytest.raises(InvalidRequest, match=why) as refused:
-        ask(engine, format=schema)
+        ask(engine, format=schema, thinking=thinking)
     assert "\n" not in str(refused.value) and str(refused.value).startswith("the output format cannot be enforced: ")
 
 
