@@ -47,7 +47,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 import dialects
 from dialects import Object, Reply, WireError, is_a, items
-from engine import Done, Engine, EngineBusy, EngineError, ModelNotFound, Preset, Priority, Tick, best_repo
+from engine import Done, Engine, EngineBusy, EngineError, Group, ModelNotFound, Preset, Priority, Ranks, Tick, best_repo
 
 __version__ = "0.1.0"
 log = logging.getLogger("mlx_server")
@@ -1214,6 +1214,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--memory", metavar="SIZE", type=_bytes,
                         help="memory for models and KV states together (default: nine tenths of what the GPU may use)")
     parser.add_argument("--max-loaded", metavar="N", type=_positive, help="most models in memory (default: what fits)")
+    parser.add_argument("--pipeline", action="store_true",
+                        help="with mlx.launch: give each process some of the layers, instead of a part of each")
     parser.add_argument("--keep-alive", metavar="DURATION", type=_seconds,
                         help="unload models that were idle for so long, e.g. 30m (default: when their memory is needed)")
     parser.add_argument("--max-queue", metavar="N", type=_positive, default=64,
@@ -1240,17 +1242,41 @@ class OneLine(logging.Formatter):
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().formatMessage(record))
 
 
+def _engine(args: argparse.Namespace, group: Group) -> Engine:
+    """Raises EngineError."""
+    try:
+        return Engine(args.model, models_dirs=args.models_dir, aliases=args.alias, context=args.context,
+                      max_tokens=args.max_tokens, cache_limit=args.prompt_cache, cache_dir=args.cache_dir,
+                      cache_dir_limit=args.cache_dir_size, kv_bits=args.kv_bits, memory=args.memory,
+                      max_loaded=args.max_loaded, max_queue=args.max_queue, keep_alive=args.keep_alive,
+                      state=args.state, group=group)
+    except OSError as error:
+        raise EngineError(f"cannot keep a prompt cache in {args.cache_dir}: {error.strerror}") from None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the server until SIGINT or SIGTERM; returns the exit status."""
+    """Runs the server until SIGINT or SIGTERM, or as long as rank 0 runs; returns the exit status."""
     args = arguments().parse_args(argv)
+    launched = "MLX_RANK" in os.environ  # by mlx.launch
     if args.overflow and not args.upstream:
         arguments().error("--overflow needs --upstream")
+    if args.pipeline and not launched:
+        arguments().error("--pipeline needs mlx.launch")
     lines = logging.StreamHandler(sys.stderr)
     lines.setFormatter(OneLine("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.DEBUG if args.verbose else logging.INFO, handlers=[lines])
     if not args.verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its remarks on model types concern nobody here
         logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        group = Ranks(args.pipeline) if launched else Group()
+        if group.rank:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 gets it as well, and ends all
+            lines.setFormatter(OneLine(f"%(asctime)s rank {group.rank}: %(message)s", "%H:%M:%S"))
+            return int(not _engine(args, group).follow())
+    except EngineError as error:
+        print(f"mlx-server: {error}", file=sys.stderr)
+        return 1
     try:
         upstream = Upstream(args.upstream, args.overflow) if args.upstream else None
         keys = args.api_key or [_key(key) for key in filter(None, [os.environ.get("MLX_SERVER_API_KEY")])]
@@ -1260,14 +1286,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mlx-server: cannot listen on {args.host}:{args.port}: {reason}", file=sys.stderr)
         return 1
     try:
-        server.engine = Engine(args.model, models_dirs=args.models_dir, aliases=args.alias, context=args.context,
-                               max_tokens=args.max_tokens, cache_limit=args.prompt_cache, cache_dir=args.cache_dir,
-                               cache_dir_limit=args.cache_dir_size, kv_bits=args.kv_bits, memory=args.memory,
-                               max_loaded=args.max_loaded, max_queue=args.max_queue, keep_alive=args.keep_alive,
-                               state=args.state)
-    except (EngineError, OSError) as error:
-        reason = f"cannot keep a prompt cache in {args.cache_dir}: {error.strerror}" if isinstance(error, OSError) else error
-        print(f"mlx-server: {reason}", file=sys.stderr)
+        server.engine = _engine(args, group)
+    except EngineError as error:
+        print(f"mlx-server: {error}", file=sys.stderr)
         server.server_close()
         return 1
     stopper = threading.Thread(target=server.stop, args=(args.drain,))
@@ -1279,8 +1300,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     stopper.join()
     if not server.engine.close(0):
         logging.shutdown()
-        os._exit(0)  # an engine in the midst of a long step would crash the interpreter's own way out
-    return 0
+        os._exit(bool(group.lost))  # an engine in the midst of a long step would crash the interpreter's own way out
+    return int(bool(group.lost))
 
 
 if __name__ == "__main__":
