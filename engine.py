@@ -2335,7 +2335,7 @@ class OutputParser:
 
 
 class Group:
-    """The processes that run one model together, each on its part of the weights; here it is a process alone.
+    """The processes that run one model together, each with its part of the weights. This one is alone.
 
     All of them take the same steps. Only rank 0 has callers: what differs between processes (who has come and gone, clocks,
     bytes) it finds, and the others are told; what follows from it each finds by itself. On the MLX thread.
@@ -2345,14 +2345,14 @@ class Group:
     lost = ""  # why the group is no more
 
     def start(self, twin: Callable[..., Generation], lose: Callable[[str], None]) -> None:
-        """Is called before anything else: `twin` makes a request of rank 0's one of this process, `lose` ends what runs."""
+        """Comes before all else. `twin` makes this process's `Generation` of one of rank 0's, `lose` ends what runs there."""
 
     def decide(self, find: Callable[[], Any]) -> Any:
         """What `find` returns on rank 0, where alone it is called."""
         return find()
 
     def agree(self, tokens: Any) -> Any:
-        """The tokens that rank 0 has picked: an array like `tokens`."""
+        """The tokens that rank 0 has picked, an array: on other hardware the logits may differ in their last bits."""
         return tokens
 
     def least(self, number: int) -> int:
@@ -2365,20 +2365,21 @@ class Group:
 
         return load_model(path, **options)[0]
 
-    def failed(self) -> None:
-        """Is called where a failure is survived."""
+    def failed(self, error: Exception) -> None:
+        """Says that this process goes on after a failure, which all of them have to have had."""
 
     def give_up(self, reason: str) -> None:
-        """Is called where one is that may concern this process alone."""
+        """Says that this process cannot go on."""
 
     def close(self) -> None:
-        """The work has come to its end."""
+        """Says that the work is done."""
 
 
 class Ranks(Group):
-    """The processes that `mlx.launch` has started, on one machine or several: each tensor is split, or with `pipeline` the layers.
+    """The processes that `mlx.launch` has started, on one machine or several. They share each tensor or, with `pipeline`, the
+    layers.
 
-    Rank 0 holds a TCP connection to every other one, on which it tells what it decides: waiting there costs nothing, and
+    Rank 0 has a TCP connection to every other one, on which it tells what it decides: waiting there costs nothing, and
     whoever is gone is missed at once. MLX's collectives wait for ever for a process that does not take part. So the group
     ends, on rank 0 by `lose` and elsewhere at once, when a connection closes or is silent, or when one process fails alone.
     Raises EngineError if the group does not come together.
@@ -2388,7 +2389,7 @@ class Ranks(Group):
     SILENCE = 30.0  # seconds without one after which a process counts as gone
     SKEW = 15.0  # seconds within which a failure that all have in common shows everywhere
     _BEAT, _FAILED, _END = b"", b"failed", b"end"  # what is no pickle
-    _APART = "the processes of the group are out of step"
+    _GONE, _APART = "a machine of the group is gone", "the machines of the group are out of step"
 
     def __init__(self, pipeline: bool):
         import mlx.core as mx
@@ -2439,7 +2440,7 @@ class Ranks(Group):
     def agree(self, tokens: Any) -> Any:
         import mlx.core as mx
 
-        agreed = mx.distributed.all_sum(tokens if self.rank == 0 else mx.zeros_like(tokens), stream=mx.cpu)
+        agreed = mx.distributed.all_sum(tokens * int(self.rank == 0))
         mx.async_eval(agreed)  # everywhere before the next collective, which need not depend on it
         return agreed
 
@@ -2466,12 +2467,14 @@ class Ranks(Group):
         self.least(0)  # waits for the slowest disk: a GPU must not
         return model
 
-    def failed(self) -> None:
-        if self.rank:
+    def failed(self, error: Exception) -> None:
+        if str(error).startswith(("[ring]", "[jaccl]")):
+            self._lose(f"{self._GONE}: {error}")
+        elif self.rank:
             return self._tell(self._FAILED)
         try:
             for _ in self._peers:
-                self._failures.get(timeout=self.SKEW)
+                self._failures.get(timeout=0 if self.lost else self.SKEW)
         except queue.Empty:
             self._lose(self._APART)
             raise SystemExit from None
@@ -2499,7 +2502,7 @@ class Ranks(Group):
                 try:
                     message = peer.recv_bytes()
                 except (EOFError, OSError):
-                    return self._lose(f"rank {self._peers[peer]} of the group is gone")
+                    return self._lose(f"{self._GONE}: rank {self._peers[peer]} has left")
                 heard[peer] = time.monotonic()
                 if message == self._END:
                     return
@@ -2511,7 +2514,7 @@ class Ranks(Group):
             now = time.monotonic()
             silent = next((rank for peer, rank in self._peers.items() if now - heard[peer] > self.SILENCE), None)
             if silent is not None:
-                return self._lose(f"rank {silent} of the group does not answer any more")
+                return self._lose(f"{self._GONE}: rank {silent} is silent")
             if not self._failures.empty() and now - failed > self.SKEW:
                 return self._lose(self._APART)
             if now - told >= self.BEAT and not self._sending.locked():  # whoever sends shows life
@@ -3560,7 +3563,7 @@ class Runtime:
         try:
             self._restore(job)
         except Exception as error:
-            self._group.failed()
+            self._group.failed(error)
             self._drop(job, error)
 
     def decoding(self) -> list[Generation]:
@@ -3591,7 +3594,7 @@ class Runtime:
             if job._left() <= 0 and self._may_decode(job):
                 self._start_decoding(job)
         except Exception as error:
-            self._group.failed()
+            self._group.failed(error)
             self._salvage(job)
             self._drop(job, error)
 
@@ -3724,7 +3727,7 @@ class Runtime:
             try:
                 self._take_token(job, response)
             except Exception as error:
-                self._group.failed()
+                self._group.failed(error)
                 self._decoder.discard(job._number)
                 self._drop(job, error)
 
@@ -3761,7 +3764,7 @@ class Runtime:
     def _part(self, jobs: list[Generation], error: Exception) -> None:
         """A step of several requests has failed, and whose fault it was cannot be told: each of them reads what it had once
         more and goes on alone, where only the guilty one fails again."""
-        self._group.failed()
+        self._group.failed(error)
         self._decoder, batch = self._new_decoder(), self._decoder._batch
         if len(jobs) == 1 or any(job._suspect for job in jobs):
             for job in jobs:
@@ -4091,10 +4094,9 @@ class Engine:
     the bytes that weights, KV and prefix cache may take together (by default nine tenths of what the GPU may use, the rest
     being for computing), `max_loaded` the number of models, `max_queue` the number of requests that may wait, `keep_alive`
     the seconds that an idle model stays (None: until its memory is needed). `state` is the file where presets are kept (None:
-    nowhere, they end with the engine). With a `group` all its processes make the same engine; those that are not rank 0 only
-    `follow`.
-    Raises ModelNotFound or ModelLoadError for a bad `model`, OSError for a `cache_dir` that cannot be written to, EngineError
-    for what a group cannot do.
+    nowhere, they end with the engine). With a `group` of several processes each makes the same engine, with a `model`, the only
+    one then, and without a `cache_dir`; those that are not rank 0 `follow`.
+    Raises ModelNotFound or ModelLoadError for a bad `model`, OSError for a `cache_dir` that cannot be written to.
     """
 
     SETTLE = 1.0  # seconds without work after which the prefix cache is written to disk
@@ -4106,8 +4108,6 @@ class Engine:
                  cache_limit: int | None = None, cache_dir: str | Path | None = None, cache_dir_limit: int = 32 * 2**30,
                  kv_bits: int | None = None, memory: int | None = None, max_loaded: int | None = None, max_queue: int = 64,
                  keep_alive: float | None = None, state: str | Path | None = None, group: Group = Group()):
-        if group.size > 1 and (model is None or cache_dir):
-            raise EngineError("a group serves one model, which has to be named, and keeps no prompt cache on disk")
         self._group = group
         self._library = Library([Path(d) for d in models_dirs], aliases, Path(state).expanduser() if state else None)
         self._default = self._library.resolve(model, trusted=True) if model else None
@@ -4420,6 +4420,7 @@ class Engine:
             self._open(local, self._tongue(local))
         except EngineError as error:
             log.error("%s", error)
+            self._group.give_up(str(error))
 
     def _open(self, local: LocalModel, tongue: Tongue) -> Runtime | None:
         try:
@@ -4455,8 +4456,8 @@ class Engine:
         try:
             self._step(turn)
             self._tidy()
-        except Exception:
-            self._group.failed()
+        except Exception as error:
+            self._group.failed(error)
             log.critical("unexpected failure in the engine", exc_info=True)
             for job in self._pool.forget():
                 job._fail(EngineError("the engine failed; it starts afresh, please try again"))

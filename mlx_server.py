@@ -1262,6 +1262,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments().error("--overflow needs --upstream")
     if args.pipeline and not launched:
         arguments().error("--pipeline needs mlx.launch")
+    if launched and (not args.model or args.cache_dir):
+        arguments().error("with mlx.launch there is one model, named by --model, and no --cache-dir")
     lines = logging.StreamHandler(sys.stderr)
     lines.setFormatter(OneLine("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.DEBUG if args.verbose else logging.INFO, handlers=[lines])
@@ -1298,10 +1300,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.info("mlx-server %s is listening on http://%s:%d", __version__, host, server.server_port)
     server.serve_forever(poll_interval=0.1)
     stopper.join()
-    if not server.engine.close(0):
+    if not server.engine.close(0) or group.lost:
         logging.shutdown()
-        os._exit(bool(group.lost))  # an engine in the midst of a long step would crash the interpreter's own way out
-    return int(bool(group.lost))
+        os._exit(bool(group.lost))  # an engine in the midst of a step would crash or stop the interpreter's own way out
+    return 0
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any, Iterator
 from urllib.request import Request, urlopen
@@ -16,7 +17,9 @@ import pytest
 from conftest import ROOT, Server
 from models import CONFIGS, build_model
 
-CONFIG = {**CONFIGS["qwen2"], "num_key_value_heads": 4, "num_hidden_layers": 5}  # which no number of ranks divides
+from mlx_server import main
+
+CONFIG = {**CONFIGS["qwen2"], "num_key_value_heads": 4, "num_hidden_layers": 5}  # which neither two nor four can share evenly
 SYSTEM = "You are one of many. " * 8
 
 
@@ -40,7 +43,7 @@ class Group:
         self.server = Server(*flags, env=envs[0])
 
     def stop(self) -> list[int]:
-        """The exit status of each rank after rank 0 was told to end."""
+        """Tells rank 0 to end; returns the exit status of each rank."""
         return [self.server.stop(), *(follower.wait(20) for follower in self.followers)]
 
     def kill(self) -> None:
@@ -49,19 +52,25 @@ class Group:
             process.wait()
 
 
+def send(server: Server, text: str, **fields: Any) -> HTTPResponse:
+    """The answer of Anthropic's API."""
+    body = {"model": "default", "max_tokens": 3, "system": SYSTEM, "messages": [{"role": "user", "content": text}], **fields}
+    return urlopen(Request(f"{server.url}/v1/messages", json.dumps(body).encode()), timeout=60)
+
+
 def ask(server: Server, text: str, **fields: Any) -> dict:
-    """An answer of Anthropic's API."""
-    body = {"model": "default", "max_tokens": 8, "system": SYSTEM, "messages": [{"role": "user", "content": text}], **fields}
-    with urlopen(Request(f"{server.url}/v1/messages", json.dumps(body).encode()), timeout=60) as answer:
+    with send(server, text, **fields) as answer:
         return json.load(answer)
 
 
 def conversation(server: Server) -> list:
-    """Four answers at once, then two one after the other with what these took from the prompt cache."""
-    with ThreadPoolExecutor(4) as pool:
-        many = list(pool.map(lambda n: ask(server, f"number {n}", max_tokens=4 + n), range(4)))
-    again = [ask(server, "number 1, once more"), ask(server, "number 1, once more, please")]
-    return [one["content"] for one in many] + [(one["content"], one["usage"]) for one in again]
+    """Answers to one client, to two at once, and to the first again, with what this one takes from the prompt cache."""
+    first = ask(server, "number 0")
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda n: ask(server, f"number {n}", max_tokens=n), (2, 3)))
+    again = ask(server, "number 0, once more")
+    assert again["usage"]["cache_read_input_tokens"]
+    return [first["content"], *(one["content"] for one in both), again["content"], again["usage"]]
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +80,38 @@ def alone(model: Path) -> Iterator[list]:
     server.stop()
 
 
-@pytest.mark.parametrize("size, flags", [(2, []), (2, ["--pipeline"]), (4, []), (4, ["--pipeline"])])
-def test_a_group_answers_as_one_process_does(size: int, flags: list[str], model: Path, alone: list, tmp_path: Path):
-    group = Group(tmp_path, size, "--model", str(model), *flags)
+@pytest.mark.parametrize("flags", [[], ["--pipeline"]])
+def test_two_processes_answer_as_one_does(flags: list[str], model: Path, alone: list, tmp_path: Path):
+    group = Group(tmp_path, 2, "--model", str(model), *flags)
     try:
         assert conversation(group.server) == alone
-        assert group.stop() == [0] * size
+        assert group.stop() == [0, 0]
     finally:
         group.kill()
+
+
+@pytest.mark.parametrize("flags", [[], ["--pipeline"]])
+def test_of_four_processes_one_is_killed_which_running_requests_say_and_all_end(
+        flags: list[str], model: Path, alone: list, tmp_path: Path):
+    group = Group(tmp_path, 4, "--model", str(model), *flags)
+    try:
+        assert ask(group.server, "number 0")["content"] == alone[0]
+        with send(group.server, "number 0", max_tokens=1000, stream=True) as answer:
+            next(line for line in answer if b"content_block_delta" in line)
+            group.followers[0].kill()
+            assert "a machine of the group is gone" in answer.read().decode()
+        statuses = [process.wait(20) for process in [group.server.process, *group.followers[1:]]]
+        assert statuses == [1, 1, 1]
+    finally:
+        group.kill()
+
+
+def test_what_a_group_cannot_do_is_refused_at_once(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    def refusal(*flags: str) -> str:
+        with pytest.raises(SystemExit):
+            main(flags)
+        return capsys.readouterr().err
+
+    assert "--pipeline needs mlx.launch" in refusal("--model", "demo", "--pipeline")
+    monkeypatch.setenv("MLX_RANK", "0")
+    assert "one model" in refusal() and "no --cache-dir" in refusal("--model", "demo", "--cache-dir", "x")
