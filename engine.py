@@ -2433,6 +2433,8 @@ class Ranks(Group):
         if self.rank:
             return _GroupUnpickler(self._told.get(), self._jobs, self._twin).load()
         found, out = find(), io.BytesIO()
+        if self.lost:
+            raise SystemExit  # ends the thread
         _GroupPickler(out, self._jobs).dump(found)
         self._tell(out.getvalue())
         return found
@@ -2484,7 +2486,7 @@ class Ranks(Group):
 
     def close(self) -> None:
         self._closed = True
-        if not self.rank and not self.lost:
+        if not self.rank:
             self._tell(self._END)
 
     def _tell(self, message: bytes) -> None:
@@ -4553,7 +4555,7 @@ class Engine:
             self._last_writes()
         for _, done in self._unloads:
             done.set()
-        if self._ready:
+        if self._ready and not self._group.lost:  # a torn connection would hold MLX for ever
             import mlx.core as mx
 
             self._pool.forget()
