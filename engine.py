@@ -2403,7 +2403,7 @@ class Ranks(Group):
         self._jobs: weakref.WeakValueDictionary[str, Generation] = weakref.WeakValueDictionary()  # that all know
         self._told: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._failures: queue.SimpleQueue[int] = queue.SimpleQueue()  # ranks with one that rank 0 has not had yet
-        self._sending = threading.Lock()
+        self._sending = threading.Lock()  # the MLX thread and `_watch` both do
         self._closed = False
 
     def _connect(self, host: str) -> dict[connection.Connection, int]:
@@ -2431,13 +2431,34 @@ class Ranks(Group):
 
     def decide(self, find: Callable[[], Any]) -> Any:
         if self.rank:
-            return _GroupUnpickler(self._told.get(), self._jobs, self._twin).load()
+            unpickler = pickle.Unpickler(io.BytesIO(self._told.get()))
+            unpickler.persistent_load = self._named
+            return unpickler.load()
         found, out = find(), io.BytesIO()
         if self.lost:
             raise SystemExit  # ends the thread
-        _GroupPickler(out, self._jobs).dump(found)
+        pickler = pickle.Pickler(out)
+        pickler.persistent_id = self._name
+        pickler.dump(found)
         self._tell(out.getvalue())
         return found
+
+    def _name(self, value: Any) -> tuple[str, tuple | None] | None:
+        """How a request is sent: once as a whole, and by its id from then on."""
+        if not isinstance(value, Generation):
+            return None
+        fields = None
+        if value.id not in self._jobs:
+            fields = value.request, value._prompt, value._limit, value._by_context, value._born
+            self._jobs[value.id] = value
+        return value.id, fields
+
+    def _named(self, name: tuple[str, tuple | None]) -> Generation:
+        key, fields = name
+        if fields is None:
+            return self._jobs[key]
+        self._jobs[key] = job = self._twin(*fields)
+        return job
 
     def agree(self, tokens: Any) -> Any:
         import mlx.core as mx
@@ -2471,18 +2492,15 @@ class Ranks(Group):
 
     def failed(self, error: Exception) -> None:
         if str(error).startswith(("[ring]", "[jaccl]")):
-            self._lose(f"{self._GONE}: {error}")
+            self.give_up(f"{self._GONE}: {error}")
         elif self.rank:
             return self._tell(self._FAILED)
         try:
             for _ in self._peers:
                 self._failures.get(timeout=0 if self.lost else self.SKEW)
         except queue.Empty:
-            self._lose(self._APART)
+            self.give_up(self._APART)
             raise SystemExit from None
-
-    def give_up(self, reason: str) -> None:
-        self._lose(reason)
 
     def close(self) -> None:
         self._closed = True
@@ -2504,7 +2522,7 @@ class Ranks(Group):
                 try:
                     message = peer.recv_bytes()
                 except (EOFError, OSError):
-                    return self._lose(f"{self._GONE}: rank {self._peers[peer]} has left")
+                    return self.give_up(f"{self._GONE}: rank {self._peers[peer]} has left")
                 heard[peer] = time.monotonic()
                 if message == self._END:
                     return
@@ -2516,14 +2534,14 @@ class Ranks(Group):
             now = time.monotonic()
             silent = next((rank for peer, rank in self._peers.items() if now - heard[peer] > self.SILENCE), None)
             if silent is not None:
-                return self._lose(f"{self._GONE}: rank {silent} is silent")
+                return self.give_up(f"{self._GONE}: rank {silent} is silent")
             if not self._failures.empty() and now - failed > self.SKEW:
-                return self._lose(self._APART)
+                return self.give_up(self._APART)
             if now - told >= self.BEAT and not self._sending.locked():  # whoever sends shows life
                 self._tell(self._BEAT)
                 told = now
 
-    def _lose(self, reason: str) -> None:
+    def give_up(self, reason: str) -> None:
         if self._closed or self.lost:
             return
         self.lost = reason
@@ -2531,34 +2549,6 @@ class Ranks(Group):
         if self.rank:
             os._exit(1)
         self._on_loss(reason)
-
-
-class _GroupPickler(pickle.Pickler):
-    """Sends a request the first time, and its id from then on."""
-
-    def __init__(self, out: io.BytesIO, jobs: weakref.WeakValueDictionary[str, Generation]):
-        super().__init__(out, pickle.HIGHEST_PROTOCOL)
-        self._jobs = jobs
-
-    def persistent_id(self, value: Any) -> Any:
-        if not isinstance(value, Generation):
-            return None
-        known = value.id in self._jobs
-        self._jobs[value.id] = value
-        return value.id, None if known else (value.request, value._prompt, value._limit, value._by_context, value._born)
-
-
-class _GroupUnpickler(pickle.Unpickler):
-    def __init__(self, message: bytes, jobs: weakref.WeakValueDictionary[str, Generation], twin: Callable[..., Generation]):
-        super().__init__(io.BytesIO(message))
-        self._jobs, self._twin = jobs, twin
-
-    def persistent_load(self, known: tuple[str, tuple | None]) -> Generation:
-        job, fields = known
-        if fields is None:
-            return self._jobs[job]
-        self._jobs[job] = twin = self._twin(*fields)
-        return twin
 
 
 def _leader() -> str:
