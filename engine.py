@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import bisect
 import collections
+import contextlib
 import copy
 import dataclasses
 import datetime
@@ -23,20 +24,27 @@ import functools
 import gc
 import hashlib
 import importlib
+import io
 import itertools
 import json
 import logging
 import math
 import os
+import pickle
+import queue
 import re
 import secrets
 import shutil
+import signal
+import socket
 import string
 import sys
 import threading
 import time
+import weakref
 import zlib
 from dataclasses import dataclass, field
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Sequence, Union
 
@@ -618,6 +626,7 @@ class Library:
     def __init__(self, models_dirs: Sequence[str | Path] = (), aliases: Sequence[tuple[str, str]] = (),
                  state: Path | None = None):
         self.presets = Presets(state)
+        self.only: LocalModel | None = None  # the one that can be served, if there are no others
         self._dirs = [Path(folder).expanduser() for folder in models_dirs]
         self._aliases = [(pattern.lower(), target) for pattern, target in aliases]
         self._explicit: list[Path] = []  # trusted paths outside those folders; they are listed from then on
@@ -625,6 +634,8 @@ class Library:
 
     def models(self) -> list[LocalModel]:
         """Every loadable model. Cheap enough for every request: folders that have not changed are not read again."""
+        if self.only is not None:
+            return [self.only]
         found: dict[str, LocalModel] = {}
         for name, path in self._folders():
             if name.lower() not in found and (model := self._describe(name, path)):
@@ -2384,6 +2395,239 @@ class OutputParser:
             self._events.append(kind(text))
 
 
+# ------------------------------------------------------------------ several processes, one model
+
+
+class Group:
+    """The processes that run one model together, each with its part of the weights. This one is alone.
+
+    All of them take the same steps. Only rank 0 has callers: what differs between processes (who has come and gone, clocks,
+    bytes) it finds, and the others are told; what follows from it each finds by itself. On the MLX thread.
+    """
+
+    rank, size = 0, 1
+    lost = ""  # why the group is no more
+
+    def start(self, twin: Callable[..., Generation], lose: Callable[[str], None]) -> None:
+        """Comes before all else. `twin` makes this process's `Generation` of one of rank 0's, `lose` ends what runs there."""
+
+    def decide(self, find: Callable[[], Any]) -> Any:
+        """What `find` returns on rank 0, where alone it is called."""
+        return find()
+
+    def agree(self, tokens: Any) -> Any:
+        """The tokens that rank 0 has picked, an array: on other hardware the logits may differ in their last bits."""
+        return tokens
+
+    def memory(self) -> int:
+        """Bytes that each process may use."""
+        return usable_memory()
+
+    def load(self, path: Path, **options: Any) -> Any:
+        """This process's part of a model; `options` are those of mlx-lm's `load_model`."""
+        from mlx_lm.utils import load_model
+
+        return load_model(path, **options)[0]
+
+    def failed(self, error: Exception) -> None:
+        """Says that this process goes on after a failure, which all of them have to have had."""
+
+    def give_up(self, reason: str) -> None:
+        """Says that this process cannot go on."""
+
+    def close(self) -> None:
+        """Says that the work is done."""
+
+
+class Ranks(Group):
+    """The processes that `mlx.launch` has started, on one machine or several. They share each tensor or, with `pipeline`, the
+    layers.
+
+    Rank 0 has a TCP connection to every other one, on which it tells what it decides: waiting there costs nothing, and
+    whoever is gone is missed at once. MLX's collectives wait for ever for a process that does not take part. So the group
+    ends, on rank 0 by `lose` and elsewhere at once, when a connection closes or is silent, or when one process fails alone.
+    Raises EngineError if the group does not come together.
+    """
+
+    BEAT = 5.0  # seconds between two signs of life
+    SILENCE = 30.0  # seconds without one after which a process counts as gone
+    SKEW = 15.0  # seconds within which a failure that all have in common shows everywhere
+    _BEAT, _FAILED, _END = b"", b"failed", b"end"  # what is no pickle
+    _GONE, _APART = "a machine of the group is gone", "the machines of the group are out of step"
+
+    def __init__(self, pipeline: bool):
+        import mlx.core as mx
+
+        try:
+            group = mx.distributed.init(strict=True)
+            self.rank, self.size, self._pipeline = group.rank(), group.size(), pipeline
+            self._peers = self._connect(_leader())
+            self._memory = self._least(usable_memory())
+        except (RuntimeError, ValueError, LookupError, OSError, EOFError, connection.AuthenticationError) as error:
+            raise EngineError(f"the group does not come together: {_first_line(error)}") from error
+        self._jobs: weakref.WeakValueDictionary[str, Generation] = weakref.WeakValueDictionary()  # that all know
+        self._told: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._failures: queue.SimpleQueue[int] = queue.SimpleQueue()  # ranks with one that rank 0 has not had yet
+        self._sending = threading.Lock()  # the MLX thread and `_watch` both do
+        self._closed = False
+
+    def _connect(self, host: str) -> dict[connection.Connection, int]:
+        """Connections by the rank at their other end. Nobody gets one without the key, which MLX's own connections carry."""
+        import mlx.core as mx
+
+        key = secrets.token_bytes(32)
+        listener = None if self.rank else connection.Listener((host, 0), backlog=self.size, authkey=key)
+        ours = [listener.address[1], *key] if listener else [0] * 33
+        port, *key = mx.distributed.all_sum(mx.array(ours), stream=mx.cpu).tolist()
+        if listener:
+            with listener:
+                peers = {peer: peer.recv() for peer in (listener.accept() for _ in range(1, self.size))}
+        else:
+            peers = {connection.Client((host, port), authkey=bytes(key)): 0}
+            next(iter(peers)).send(self.rank)
+        for peer in peers:
+            with socket.fromfd(peer.fileno(), socket.AF_INET, socket.SOCK_STREAM) as end:
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return peers
+
+    def start(self, twin: Callable[..., Generation], lose: Callable[[str], None]) -> None:
+        self._twin, self._on_loss = twin, lose
+        threading.Thread(target=self._watch, name="group", daemon=True).start()
+
+    def decide(self, find: Callable[[], Any]) -> Any:
+        if self.rank:
+            unpickler = pickle.Unpickler(io.BytesIO(self._told.get()))
+            unpickler.persistent_load = self._named
+            return unpickler.load()
+        found, out = find(), io.BytesIO()
+        if self.lost:
+            raise SystemExit  # ends the thread
+        pickler = pickle.Pickler(out)
+        pickler.persistent_id = self._name
+        pickler.dump(found)
+        self._tell(out.getvalue())
+        return found
+
+    def _name(self, value: Any) -> tuple[str, tuple | None] | None:
+        """How a request is sent: once as a whole, and by its id from then on."""
+        if not isinstance(value, Generation):
+            return None
+        fields = None
+        if value.id not in self._jobs:
+            fields = value.request, value._prompt, value._limit, value._by_context, value._born
+            self._jobs[value.id] = value
+        return value.id, fields
+
+    def _named(self, name: tuple[str, tuple | None]) -> Generation:
+        key, fields = name
+        if fields is None:
+            return self._jobs[key]
+        self._jobs[key] = job = self._twin(*fields)
+        return job
+
+    def agree(self, tokens: Any) -> Any:
+        import mlx.core as mx
+
+        agreed = mx.distributed.all_sum(tokens * int(self.rank == 0))
+        mx.async_eval(agreed)  # everywhere before the next collective, which need not depend on it
+        return agreed
+
+    def memory(self) -> int:
+        return self._memory
+
+    def _least(self, number: int) -> int:
+        """The smallest of the numbers that the processes have."""
+        import mlx.core as mx
+
+        return mx.distributed.all_min(mx.array(number, mx.int64), stream=mx.cpu).item()
+
+    def load(self, path: Path, **options: Any) -> Any:
+        import mlx.core as mx
+        import mlx_lm
+        from mlx_lm.utils import load_config, load_model
+
+        files = sorted((file.name, file.stat().st_size) for file in path.glob("*.safetensors"))
+        what = [load_config(path), files, mlx_lm.__version__]
+        if self.decide(lambda: what) != what:
+            raise ValueError("rank 0 has other files of that name, or another version of mlx-lm")
+        model = load_model(path, lazy=True, **options)[0]
+        whole, split = (_body(model), "pipeline") if self._pipeline else (model, "shard")
+        if not hasattr(whole, split):
+            raise ValueError(f"mlx-lm cannot split it so; try {'without' if self._pipeline else 'with'} --pipeline")
+        getattr(whole, split)(mx.distributed.init())
+        mx.eval(model.parameters())
+        self._least(0)  # waits for the slowest disk: a GPU must not
+        return model
+
+    def failed(self, error: Exception) -> None:
+        if str(error).startswith(("[ring]", "[jaccl]")):
+            self.give_up(f"{self._GONE}: {error}")
+        elif self.rank:
+            return self._tell(self._FAILED)
+        try:
+            for _ in self._peers:
+                self._failures.get(timeout=0 if self.lost else self.SKEW)
+        except queue.Empty:
+            self.give_up(self._APART)
+            raise SystemExit from None
+
+    def close(self) -> None:
+        self._closed = True
+        if not self.rank:
+            self._tell(self._END)
+
+    def _tell(self, message: bytes) -> None:
+        with self._sending:
+            for peer in self._peers:
+                with contextlib.suppress(OSError):  # `_watch` finds out
+                    peer.send_bytes(message)
+
+    def _watch(self) -> None:
+        """Takes what the others send, until one of them is gone."""
+        told = failed = time.monotonic()
+        heard = dict.fromkeys(self._peers, told)
+        while True:
+            for peer in connection.wait(self._peers, self.BEAT):
+                try:
+                    message = peer.recv_bytes()
+                except (EOFError, OSError):
+                    return self.give_up(f"{self._GONE}: rank {self._peers[peer]} has left")
+                heard[peer] = time.monotonic()
+                if message == self._END:
+                    return
+                if message == self._FAILED:
+                    self._failures.put(self._peers[peer])
+                    failed = heard[peer]
+                elif message != self._BEAT:
+                    self._told.put(message)
+            now = time.monotonic()
+            silent = next((rank for peer, rank in self._peers.items() if now - heard[peer] > self.SILENCE), None)
+            if silent is not None:
+                return self.give_up(f"{self._GONE}: rank {silent} is silent")
+            if not self._failures.empty() and now - failed > self.SKEW:
+                return self.give_up(self._APART)
+            if now - told >= self.BEAT and not self._sending.locked():  # whoever sends shows life
+                self._tell(self._BEAT)
+                told = now
+
+    def give_up(self, reason: str) -> None:
+        if self._closed or self.lost:
+            return
+        self.lost = reason
+        log.critical("%s; the server ends", reason)
+        if self.rank:
+            os._exit(1)
+        self._on_loss(reason)
+
+
+def _leader() -> str:
+    """Rank 0's address, from what `mlx.launch` tells of its back ends ring and jaccl:
+    https://ml-explore.github.io/mlx/build/html/usage/distributed.html"""
+    hosts = os.environ.get("MLX_HOSTFILE")
+    address = json.loads(Path(hosts).read_text())[0][0] if hosts else os.environ["MLX_JACCL_COORDINATOR"]
+    return address.rpartition(":")[0]
+
+
 # ------------------------------------------------------------------ the prefix cache
 
 
@@ -2521,9 +2765,9 @@ class PrefixCache:
 
     ONE_OFF = 600.0
 
-    def __init__(self, room: Callable[[], int]):
+    def __init__(self, room: Callable[[], int], group: Group = Group()):
         """`room` tells how many bytes there are for it at the moment."""
-        self._room = room
+        self._room, self._group = room, group
         self._lines: dict[Line, int] = {}  # with the bytes of their caches, which do not change in here
 
     @property
@@ -2579,7 +2823,7 @@ class PrefixCache:
         import mlx.core as mx
 
         mx.eval([_own(layer).state for layer in line.cache if not _cuttable(layer)])
-        if line.nbytes > self.limit:
+        if self._group.decide(lambda: line.nbytes > self.limit):
             line = self._beginning(line)
         if not line.tokens:
             return
@@ -2605,18 +2849,18 @@ class PrefixCache:
 
     def _beginning(self, line: Line) -> Line:
         """The longest beginning of a line that fits."""
-        length = int(len(line.tokens) * self.limit / line.nbytes * 0.95)
+        length = self._group.decide(lambda: int(len(line.tokens) * self.limit / line.nbytes * 0.95))
         while length := line.restorable(length):
             shorter = line.branch(length)
-            if shorter.nbytes <= self.limit:
+            if self._group.decide(lambda: shorter.nbytes <= self.limit):
                 return shorter
             length -= 1 + length // 8
         return Line([], [])
 
     def evict(self, spare: int = 0) -> None:
         """Keeps within its room, and so many bytes below. On the MLX thread."""
-        while self._lines and self.nbytes > self.limit - spare:
-            victim = min(self._lines, key=lambda line: line.used - (0 if line.hits else self.ONE_OFF))
+        while self._lines and (at := self._group.decide(lambda: self._surplus(spare))) is not None:
+            victim = list(self._lines)[at]
             del self._lines[victim]
             if 0 < victim.root < len(victim.tokens) and victim.restorable(victim.root) == victim.root:
                 others = self.lines(victim.model)
@@ -2624,6 +2868,13 @@ class PrefixCache:
                     kept = victim.branch(victim.root)
                     kept.hits, kept.used, kept.shelved = 1, victim.used, victim.shelved
                     self._lines[kept] = kept.cache_nbytes
+
+    def _surplus(self, spare: int) -> int | None:
+        """Which line has to go, if one has to."""
+        if self.nbytes <= self.limit - spare:
+            return None
+        ages = [line.used - (0 if line.hits else self.ONE_OFF) for line in self._lines]
+        return ages.index(min(ages))
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
@@ -3208,10 +3459,10 @@ class Decoder:
     cache class works. When another one joins, both are merged into batch caches. On the MLX thread.
     """
 
-    def __init__(self, model: Any, end_tokens: Iterable[int]):
+    def __init__(self, model: Any, end_tokens: Iterable[int], group: Group):
         from mlx_lm.generate import StopSequences
 
-        self._model, self._ends = model, StopSequences([[token] for token in end_tokens])
+        self._model, self._ends, self._group = model, StopSequences([[token] for token in end_tokens]), group
         self._batch: Any = None
         self._count = 0
 
@@ -3232,6 +3483,7 @@ class Decoder:
         batch = GenerationBatch(self._model, [self._count], mx.array([token]), line.cache, [list(line.tokens)], [sampler],
                                 sampler, [tuple(processors)], [self._ends], [limit])
         batch.extract_cache = lambda _: list(batch.prompt_cache)  # nobody else's rows are in there
+        batch._next_tokens = self._group.agree(batch._next_tokens)
         if len(self):
             _share(self._batch)
             _share(batch)
@@ -3242,7 +3494,10 @@ class Decoder:
 
     def step(self) -> list[Any]:
         """One token for everyone: mlx-lm's responses, the last one of a request with its caches and all its tokens."""
-        return self._batch.next() if len(self) else []
+        responses = self._batch.next() if len(self) else []
+        if len(self):
+            self._batch._next_tokens = self._group.agree(self._batch._next_tokens)
+        return responses
 
     def peek(self, number: int) -> tuple[list[int], list[Any]]:
         """The tokens a request has read and its caches, which are still in use if it decodes alone."""
@@ -3325,18 +3580,18 @@ class Runtime:
     INSPECTED = 32  # tokens between two looks whether the model still computes numbers
     TELL = 4.0  # seconds between two words on how far a long prompt is
 
-    def __init__(self, local: LocalModel, tongue: Tongue, prefixes: PrefixCache, kv_bits: int | None, shelf: Shelf | None):
+    def __init__(self, local: LocalModel, tongue: Tongue, prefixes: PrefixCache, kv_bits: int | None, shelf: Shelf | None,
+                 group: Group):
         import mlx.core as mx
         from mlx.utils import tree_flatten
-        from mlx_lm.utils import load_model
 
         started = time.perf_counter()
         log.info("loading %s, %s", local.name, gigabytes(local.size))
-        self.local, self.tongue, self.prefixes, self.shelf = local, tongue, prefixes, shelf
+        self.local, self.tongue, self.prefixes, self.shelf, self._group = local, tongue, prefixes, shelf, group
         self.fingerprint, self._kv_bits = fingerprint(local, kv_bits), kv_bits
         try:
             embeds = "embedding" in local.capabilities
-            self.model, _ = load_model(local.path, **({"get_model_classes": _headless} if embeds else {}))
+            self.model = group.load(local.path, **({"get_model_classes": _headless} if embeds else {}))
             self._body = _body(self.model)
             self._pooling = _pooling(local) if embeds else "mean"
             cache = self._new_cache()
@@ -3344,8 +3599,8 @@ class Runtime:
             mx.eval(forward(mx.array([[0]]), cache=cache))  # compiles the kernels, and shows what KV takes
         except Exception as error:
             raise _unloadable(local, f"model '{local.name}'", error) from error
-        self.size = sum(array.nbytes for _, array in tree_flatten(self.model.parameters()))
-        self.state = StateSize.of(cache)
+        size = sum(array.nbytes for _, array in tree_flatten(self.model.parameters()))
+        self.size, self.state = group.decide(lambda: (size, StateSize.of(cache)))
         self.load_seconds = time.perf_counter() - started
         self.jobs: list[Generation] = []
         self.keep_alive: float | None = None
@@ -3365,7 +3620,7 @@ class Runtime:
         return [quantized(layer) for layer in cache] if self._kv_bits and head % 32 == 0 else cache
 
     def _new_decoder(self) -> Decoder:
-        return Decoder(self.model, self.tongue.tokenizer.eos_token_ids)
+        return Decoder(self.model, self.tongue.tokenizer.eos_token_ids, self._group)
 
     @property
     def expires(self) -> float | None:
@@ -3394,6 +3649,7 @@ class Runtime:
         try:
             self._restore(job)
         except Exception as error:
+            self._group.failed(error)
             self._drop(job, error)
 
     def decoding(self) -> list[Generation]:
@@ -3425,6 +3681,7 @@ class Runtime:
             if job._left() <= 0 and self._may_decode(job):
                 self._start_decoding(job)
         except Exception as error:
+            self._group.failed(error)
             self._salvage(job)
             self._drop(job, error)
 
@@ -3568,6 +3825,7 @@ class Runtime:
             try:
                 self._take_token(job, response)
             except Exception as error:
+                self._group.failed(error)
                 self._decoder.discard(job._number)
                 self._drop(job, error)
 
@@ -3604,6 +3862,7 @@ class Runtime:
     def _part(self, jobs: list[Generation], error: Exception) -> None:
         """A step of several requests has failed, and whose fault it was cannot be told: each of them reads what it had once
         more and goes on alone, where only the guilty one fails again."""
+        self._group.failed(error)
         self._decoder, batch = self._new_decoder(), self._decoder._batch
         if len(jobs) == 1 or any(job._suspect for job in jobs):
             for job in jobs:
@@ -3639,9 +3898,9 @@ class Runtime:
 
     # -- the end
 
-    def drop_cancelled(self) -> None:
-        """Ends cancelled requests; what they have computed goes to the prefix cache."""
-        for job in [job for job in self.jobs if job._cancelled]:
+    def drop_cancelled(self, cancelled: list[Generation]) -> None:
+        """Ends those of these requests that are here; what they have computed goes to the prefix cache."""
+        for job in [job for job in self.jobs if job in cancelled]:
             if job._phase is Phase.DECODE:
                 self._reclaim(job)
             self._end(job, "stop")
@@ -3732,9 +3991,10 @@ class Pool:
     latest request of the lowest priority is paused. `max_loaded` bounds the number of models.
     """
 
-    def __init__(self, memory: int, cache_limit: int, max_loaded: int | None, kv_bits: int | None, shelf: Shelf | None):
-        self.memory = memory
-        self.prefixes = PrefixCache(self._spare)
+    def __init__(self, memory: int, cache_limit: int, max_loaded: int | None, kv_bits: int | None, shelf: Shelf | None,
+                 group: Group):
+        self.memory, self._group = memory, group
+        self.prefixes = PrefixCache(self._spare, group)
         self.runtimes: dict[str, Runtime] = {}
         self.states: dict[str, tuple[int, StateSize]] = {}  # by model: bytes of the weights and of a state, once it was loaded
         self._cache_limit, self._max_loaded, self._kv_bits, self._shelf = cache_limit, max_loaded, kv_bits, shelf
@@ -3757,12 +4017,13 @@ class Pool:
         """The model, loaded if need be; None if it has to wait for room. Raises ModelLoadError."""
         if runtime := self.runtimes.get(local.name):
             return runtime
-        while self._committed() + local.size > self.memory or len(self.runtimes) >= (self._max_loaded or math.inf):
+        size = local.size // self._group.size
+        while self._committed() + size > self.memory or len(self.runtimes) >= (self._max_loaded or math.inf):
             if not self._unload_idle():
                 return None
-        self.prefixes.evict(spare=local.size)
+        self.prefixes.evict(spare=size)
         try:
-            runtime = Runtime(local, tongue, self.prefixes, self._kv_bits, self._shelf)
+            runtime = Runtime(local, tongue, self.prefixes, self._kv_bits, self._shelf, self._group)
         finally:
             self._clean()
         self.runtimes[local.name] = runtime
@@ -3817,7 +4078,7 @@ class Pool:
     def forget(self) -> list[Generation]:
         """Drops everything, as after a failure that leaves nothing to rely on; returns the requests that ran."""
         jobs = self.jobs()
-        self.runtimes, self.prefixes = {}, PrefixCache(self._spare)
+        self.runtimes, self.prefixes = {}, PrefixCache(self._spare, self._group)
         self._clean()
         return jobs
 
@@ -3914,6 +4175,14 @@ class Stats:
     totals: Totals
 
 
+@dataclass
+class Turn:
+    """What callers want of a step: the requests that wait, in the order they came, and those that are cancelled."""
+
+    waiting: list[Generation]
+    cancelled: list[Generation]
+
+
 class Engine:
     """Local MLX models behind one thread.
 
@@ -3930,7 +4199,8 @@ class Engine:
     the bytes that weights, KV and prefix cache may take together (by default nine tenths of what the GPU may use, the rest
     being for computing), `max_loaded` the number of models, `max_queue` the number of requests that may wait, `keep_alive`
     the seconds that an idle model stays (None: until its memory is needed). `state` is the file where presets are kept (None:
-    nowhere, they end with the engine).
+    nowhere, they end with the engine). With a `group` of several processes each makes the same engine, with a `model`, the only
+    one then, and without a `cache_dir`; those that are not rank 0 `follow`.
     Raises ModelNotFound or ModelLoadError for a bad `model`, OSError for a `cache_dir` that cannot be written to.
     """
 
@@ -3942,20 +4212,22 @@ class Engine:
                  aliases: Sequence[tuple[str, str]] = (), context: int | None = None, max_tokens: int | None = None,
                  cache_limit: int | None = None, cache_dir: str | Path | None = None, cache_dir_limit: int = 32 * 2**30,
                  kv_bits: int | None = None, memory: int | None = None, max_loaded: int | None = None, max_queue: int = 64,
-                 keep_alive: float | None = None, state: str | Path | None = None):
+                 keep_alive: float | None = None, state: str | Path | None = None, group: Group = Group()):
+        self._group = group
         self._library = Library([Path(d) for d in models_dirs], aliases, Path(state).expanduser() if state else None)
         self._default = self._library.resolve(model, trusted=True) if model else None
+        self._library.only = self._default if group.size > 1 else None
         self._context, self._max_tokens, self._kv_bits = context, max_tokens, kv_bits
         self._max_queue, self._keep_alive = max_queue, keep_alive
         self._shelf = Shelf(Path(cache_dir), cache_dir_limit) if cache_dir else None
-        memory = memory or usable_memory() * 9 // 10
+        memory = memory or group.memory() * 9 // 10
         self._mutex = threading.RLock()
         self._lock = threading.Condition(self._mutex)
         self._queue: list[Generation] = []
         self._tongues: dict[str, Tongue | None] = {}  # None while a thread builds it
         self._unloads: list[tuple[str, threading.Event]] = []
         self._last_used: LocalModel | None = None
-        self._pool = Pool(memory, cache_limit or memory // 4, max_loaded, kv_bits, self._shelf)
+        self._pool = Pool(memory, cache_limit or memory // 4, max_loaded, kv_bits, self._shelf, group)
         if self._default is not None:
             self._check_size(self._default)
         self._schedule = Schedule()
@@ -3963,6 +4235,7 @@ class Engine:
         self._ready = self._draining = self._closing = False
         self._broken: str | None = None
         self._stepping: float | None = None  # since when the current step runs, in monotonic seconds
+        group.start(self._twin, self._lose)
         self._thread = threading.Thread(target=self._main, name="mlx", daemon=True)
         self._thread.start()
 
@@ -4142,7 +4415,7 @@ class Engine:
         deadline = time.monotonic() + seconds
         with self._lock:
             self._draining = True
-            while (self._queue or self._pool.jobs()) and not self._closing and self._thread.is_alive() and (
+            while (self._queue or self._pool.jobs()) and not (self._closing or self._broken) and self._thread.is_alive() and (
                     time.monotonic() < deadline):
                 self._lock.wait(0.05)
 
@@ -4156,6 +4429,27 @@ class Engine:
             self._lock.notify_all()
         self._thread.join(grace)
         return not self._thread.is_alive()
+
+    def follow(self) -> bool:
+        """Does what rank 0 decides, until it ends; returns whether all went well."""
+        self._thread.join()
+        return not self._broken
+
+    def _twin(self, request: Request, prompt: Prompt, limit: int, by_context: bool, born: float) -> Generation:
+        """This process's own of a request that has come to rank 0."""
+        job = Generation(request, self._default, self._tongue(self._default), prompt, limit, by_context, self._mutex)
+        job._born = born
+        return job
+
+    def _lose(self, reason: str) -> None:
+        """Ends everything, as a signal would: a process of the group is gone, for which the MLX thread may wait for ever."""
+        self._broken = reason
+        with self._lock:
+            jobs = [*self._queue, *self._pool.jobs()]
+            self._lock.notify_all()
+        for job in jobs:
+            job._fail(EngineClosed(reason))
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _tongue(self, local: LocalModel) -> Tongue:
         with self._lock:
@@ -4205,8 +4499,9 @@ class Engine:
                 self._lock.notify_all()
             if self._default is not None:
                 self._preload(self._default)
-            while self._wait():
-                self._guarded_step()
+            while turn := self._group.decide(self._wait):
+                self._guarded_step(turn)
+            self._group.close()
         except Exception:
             log.critical("the engine has stopped", exc_info=True)
             self._broken = "the engine has stopped after an internal error"
@@ -4219,57 +4514,65 @@ class Engine:
             self._open(local, self._tongue(local))
         except EngineError as error:
             log.error("%s", error)
+            self._group.give_up(str(error))
 
     def _check_size(self, local: LocalModel) -> None:
-        memory = self._pool.memory
-        if local.size <= memory:
+        memory, size = self._pool.memory, local.size // self._group.size
+        if size <= memory:
             return
         fitting = [model for model in self._library.models() if model.size <= memory and "completion" in model.capabilities]
         best = max(fitting, key=lambda model: model.size, default=None)
         raise ModelLoadError(
-            f"model '{local.name}' needs {gigabytes(local.size)} of memory, and {gigabytes(memory)} can be used; "
+            f"model '{local.name}' needs {gigabytes(size)} of memory, and {gigabytes(memory)} can be used; "
             + (f"'{best.name}' ({gigabytes(best.size)}) fits" if best else "take a smaller or more quantised one"))
 
     def _open(self, local: LocalModel, tongue: Tongue) -> Runtime | None:
-        self._check_size(local)
-        runtime = self._pool.open(local, tongue)
+        try:
+            self._check_size(local)
+            runtime = self._pool.open(local, tongue)
+        except ModelLoadError as error:
+            self._group.give_up(str(error))
+            raise
         if runtime is not None and runtime.keep_alive is None:
             runtime.keep_alive = self._keep_alive
         return runtime
 
-    def _wait(self) -> bool:
-        """Sleeps until there is work; False when the engine is to end."""
+    def _wait(self) -> Turn | None:
+        """Sleeps until there is work; None when the engine is to end."""
         self._stepping = None
         with self._lock:
             while not self._closing:
                 if self._queue or self._unloads or self._pool.jobs():
                     self._stepping = time.monotonic()
-                    return True
+                    cancelled = [job for job in [*self._queue, *self._pool.jobs()] if job._cancelled]
+                    self._queue = [job for job in self._queue if not job._cancelled]
+                    return Turn(self._queue.copy(), cancelled)
                 runtimes = self._pool.runtimes.values()
                 writes = [runtime.used + self.SETTLE for runtime in runtimes if runtime.unshelved()]
                 due = min([*writes, *(r.expires for r in runtimes if r.expires is not None)], default=None)
                 if due is not None and due <= time.monotonic():
-                    return True
+                    return Turn([], [])
                 self._lock.wait(None if due is None else max(0.01, due - time.monotonic()))
-            return False
+            return None
 
-    def _guarded_step(self) -> None:
+    def _guarded_step(self, turn: Turn) -> None:
         """A step that cannot end the thread: what nobody below caught costs the running requests and the loaded models,
         whose state is unknown then, and nothing else."""
         try:
-            self._step()
+            self._step(turn)
             self._tidy()
-        except Exception:
+        except Exception as error:
+            self._group.failed(error)
             log.critical("unexpected failure in the engine", exc_info=True)
             for job in self._pool.forget():
                 job._fail(EngineError("the engine failed; it starts afresh, please try again"))
 
-    def _step(self) -> None:
+    def _step(self, turn: Turn) -> None:
         """Ends what was cancelled, takes in what is new, reads a chunk of one prompt, adds a token to each answer."""
         jobs = self._pool.jobs()
         for runtime in self._pool.runtimes.values():
-            runtime.drop_cancelled()  # first, so that the same request sent again finds what was computed
-        jobs += self._admit()
+            runtime.drop_cancelled(turn.cancelled)  # first, so that the same request sent again finds what was computed
+        jobs += self._admit(turn.waiting)
         if paused := self._pool.settle():
             log.info("out of memory for all answers at once: one waits after %d tokens", paused.usage.completion_tokens)
             with self._lock:
@@ -4278,7 +4581,7 @@ class Engine:
         decoding = [job for runtime in runtimes for job in runtime.decoding()]
         owner = {job: runtime for runtime in runtimes for job in runtime.candidates()}
         started = time.perf_counter()
-        if chosen := self._schedule.choose(list(owner), decoding):
+        if chosen := owner and self._group.decide(lambda: self._schedule.choose(list(owner), decoding)):
             owner[chosen].prefill(chosen)
             self._schedule.prefilled(chosen, time.perf_counter() - started, decoding)
             started = time.perf_counter()
@@ -4287,14 +4590,13 @@ class Engine:
         self._schedule.decoded(time.perf_counter() - started)
         self._count(jobs)
 
-    def _admit(self) -> list[Generation]:
+    def _admit(self, waiting: list[Generation]) -> list[Generation]:
         """Lets requests in, the highest priority first and then as they came, until one has to wait for a model or for
         memory; then everyone behind it waits, too. Returns those that are in."""
         admitted: list[Generation] = []
-        with self._lock:
-            self._queue = [job for job in self._queue if not job._cancelled]
-            queue = sorted(self._queue, key=lambda job: job.request.priority)
-        for job in queue:
+        if self._group.rank:
+            self._queue = waiting.copy()
+        for job in sorted(waiting, key=lambda job: job.request.priority):
             try:
                 runtime = self._open(job.model, job._tongue)
                 if runtime is None or not self._pool.fits(runtime, job):
@@ -4325,10 +4627,14 @@ class Engine:
     def _tidy(self) -> None:
         """Unloads what is due and not in use, and writes to disk when there is nothing else to do."""
         pool, now = self._pool, time.monotonic()
-        with self._lock:
-            asked = {name for name, _ in self._unloads}
-        due = {name for name, r in pool.runtimes.items() if r.expires is not None and r.expires <= now}
-        for name in [name for name, r in pool.runtimes.items() if not r.jobs and name in asked | due]:
+
+        def due() -> list[str]:
+            with self._lock:
+                asked = {name for name, _ in self._unloads}
+            return [name for name in idle if name in asked or (pool.runtimes[name].expires or math.inf) <= now]
+
+        idle = [name for name, runtime in pool.runtimes.items() if not runtime.jobs]
+        for name in idle and self._group.decide(due):
             pool.unload(name)
         if not self._queue and not pool.jobs():
             settled = (r for r in pool.runtimes.values() if r.unshelved() and now >= r.used + self.SETTLE)
@@ -4352,7 +4658,7 @@ class Engine:
             self._last_writes()
         for _, done in self._unloads:
             done.set()
-        if self._ready:
+        if self._ready and not self._group.lost:  # a torn connection would hold MLX for ever
             import mlx.core as mx
 
             self._pool.forget()
@@ -4365,7 +4671,7 @@ class Engine:
             for runtime in self._pool.runtimes.values():
                 for job in runtime.jobs:
                     job._cancelled, job._phase = True, Phase.DECODE if job._number else Phase.PREFILL
-                runtime.drop_cancelled()
+                runtime.drop_cancelled(runtime.jobs)
                 while runtime.unshelved() and time.monotonic() < until:
                     runtime.write()
         except Exception:

@@ -58,8 +58,8 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 import dialects
 from dialects import Object, Reply, WireError, is_a, items
-from engine import (Done, Engine, EngineBusy, EngineError, Library, LocalModel, ModelNotFound, Preset, Priority, Tick,
-                    best_repo, gigabytes, parse_name, shortcoming, usable_memory)
+from engine import (Done, Engine, EngineBusy, EngineError, Group, Library, LocalModel, ModelNotFound, Preset, Priority,
+                    Ranks, Tick, best_repo, gigabytes, parse_name, shortcoming, usable_memory)
 
 __version__ = "0.1.0"
 log = logging.getLogger("mlx_server")
@@ -1367,6 +1367,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--memory", metavar="SIZE", type=_bytes,
                         help="memory for models and KV states together (default: nine tenths of what the GPU may use)")
     parser.add_argument("--max-loaded", metavar="N", type=_positive, help="most models in memory (default: what fits)")
+    parser.add_argument("--pipeline", action="store_true",
+                        help="with mlx.launch: give each process some of the layers, instead of a part of each")
     parser.add_argument("--keep-alive", metavar="DURATION", type=_seconds,
                         help="unload models that were idle for so long, e.g. 30m (default: when their memory is needed)")
     parser.add_argument("--max-queue", metavar="N", type=_positive, default=64,
@@ -1649,7 +1651,8 @@ class JSONLine(logging.Formatter):
 
 def _start_logging(args: argparse.Namespace) -> None:
     """Raises OSError when the log file cannot be written."""
-    form = "mlx-server: %(message)s" if args.run else "%(asctime)s %(message)s"
+    rank = os.environ.get("MLX_RANK", "0")
+    form = "mlx-server: %(message)s" if args.run else "%(asctime)s " + f"rank {rank}: " * (rank != "0") + "%(message)s"
     to_file = args.log_file and not args.run
     lines = _log_file(args.log_file) if to_file else logging.StreamHandler(sys.stderr)
     lines.setFormatter(JSONLine() if args.log_json else OneLine(form, "%Y-%m-%d %H:%M:%S" if to_file else "%H:%M:%S"))
@@ -1747,11 +1750,36 @@ def _env_command(args: argparse.Namespace, port: int) -> str:
     return f"{_program()} {shlex.join(words + keys)}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the server until SIGINT or SIGTERM, or a command; returns the exit status."""
-    args = arguments().parse_args(argv)
+def _check(args: argparse.Namespace) -> None:
+    """Ends the program where flags do not go together."""
+    launched = "MLX_RANK" in os.environ  # by mlx.launch
     if args.overflow and not args.upstream:
         arguments().error("--overflow needs --upstream")
+    if args.pipeline and not launched:
+        arguments().error("--pipeline needs mlx.launch")
+    if launched and (not args.model or args.cache_dir):
+        arguments().error("with mlx.launch there is one model, named by --model, and no --cache-dir")
+
+
+def _engine(args: argparse.Namespace, group: Group) -> Engine:
+    """Raises EngineError."""
+    try:
+        return Engine(args.model, models_dirs=args.models_dir, aliases=args.alias, context=args.context,
+                      max_tokens=args.max_tokens, cache_limit=args.prompt_cache, cache_dir=args.cache_dir,
+                      cache_dir_limit=args.cache_dir_size, kv_bits=args.kv_bits, memory=args.memory,
+                      max_loaded=args.max_loaded, max_queue=args.max_queue, keep_alive=args.keep_alive,
+                      state=args.state, group=group)
+    except ModelNotFound as error:
+        raise EngineError(f"{error}; to download it: {_program()} pull {shlex.quote(args.model)}") from None
+    except OSError as error:
+        raise EngineError(f"cannot keep a prompt cache in {args.cache_dir}: {error.strerror}") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the server until SIGINT or SIGTERM, as a rank above 0 as long as rank 0 runs, or a command; returns the exit
+    status."""
+    args = arguments().parse_args(argv)
+    _check(args)
     args.argv = sys.argv[1:] if argv is None else argv
     args.run = print_env if args.print_env else print_service if args.service else args.run
     try:
@@ -1765,27 +1793,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.critical("%s", missing)
         return 1
     try:
-        upstream = Upstream(args.upstream, args.overflow) if args.upstream else None
-        server = MLXServer((args.host, args.port), api_keys=_api_keys(args), priorities=args.priority, upstream=upstream)
-    except (OSError, ValueError) as error:
-        if getattr(error, "errno", None) == errno.EADDRINUSE:
-            log.critical("port %d is already in use by %s; take another one: --port %d", args.port,
-                         _holder(args.host, args.port), args.port + 1)
-        else:
-            log.critical("cannot listen on %s:%d: %s", args.host, args.port, error)
+        group = Ranks(args.pipeline) if "MLX_RANK" in os.environ else Group()
+        if group.rank:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 gets it as well, and ends all
+            return int(not _engine(args, group).follow())
+        server = _listen(args)
+    except EngineError as error:
+        log.critical("%s", error)
         return 1
     try:
-        server.engine = Engine(args.model, models_dirs=args.models_dir, aliases=args.alias, context=args.context,
-                               max_tokens=args.max_tokens, cache_limit=args.prompt_cache, cache_dir=args.cache_dir,
-                               cache_dir_limit=args.cache_dir_size, kv_bits=args.kv_bits, memory=args.memory,
-                               max_loaded=args.max_loaded, max_queue=args.max_queue, keep_alive=args.keep_alive,
-                               state=args.state)
-    except (EngineError, OSError) as error:
-        reason = f"cannot keep a prompt cache in {args.cache_dir}: {error.strerror}" if isinstance(error, OSError) else error
-        hint = f"; to download it: {_program()} pull {shlex.quote(args.model)}" if isinstance(error, ModelNotFound) else ""
-        log.critical("%s%s", reason, hint)
+        server.engine = _engine(args, group)
+    except EngineError as error:
+        log.critical("%s", error)
         server.server_close()
         return 1
+    _serve(args, server)
+    if not server.engine.close(0) or group.lost:
+        logging.shutdown()
+        os._exit(bool(group.lost))  # an engine in the midst of a step would crash or stop the interpreter's own way out
+    return 0
+
+
+def _listen(args: argparse.Namespace) -> MLXServer:
+    """A server, still without an engine. Raises EngineError if it cannot listen."""
+    try:
+        upstream = Upstream(args.upstream, args.overflow) if args.upstream else None
+        return MLXServer((args.host, args.port), api_keys=_api_keys(args), priorities=args.priority, upstream=upstream)
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            raise EngineError(f"port {args.port} is already in use by {_holder(args.host, args.port)}; take another one: "
+                              f"--port {args.port + 1}") from None
+        raise EngineError(f"cannot listen on {args.host}:{args.port}: {error}") from None
+
+
+def _serve(args: argparse.Namespace, server: MLXServer) -> None:
+    """Answers until a signal says that it is enough."""
     stopper = threading.Thread(target=server.stop, args=(args.drain,))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the second one does not wait
         signal.signal(number, lambda *_: server.engine.close(0) if stopper.ident else stopper.start())
@@ -1802,10 +1844,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.flush()
     except (OSError, AttributeError):
         sys.stderr = None  # nobody reads it, which the interpreter would take for a failure
-    if not server.engine.close(0):
-        logging.shutdown()
-        os._exit(0)  # an engine in the midst of a long step would crash the interpreter's own way out
-    return 0
 
 
 if __name__ == "__main__":

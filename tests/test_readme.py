@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Callable
 
 import pytest
 from conftest import ROOT, Server, example
+from models import build_model
+from test_distributed import CONFIG
 
 from mlx_server import arguments
 
@@ -24,7 +27,8 @@ ANSWERS = {"Anthropic's client": "hello from the stream", "OpenAI's client": "on
 
 
 def test_every_example_is_known_here():
-    assert {title for title, _, _ in BLOCKS} == {"Start", "Claude Code", "curl", "Many clients", "Performance", *ANSWERS}
+    assert {title for title, _, _ in BLOCKS} == {"Start", "Claude Code", "curl", "Many clients", "Performance",
+                                                  "Several Macs", *ANSWERS}
 
 
 def test_the_russian_quick_start_shows_the_same_examples():
@@ -42,6 +46,18 @@ def test_the_example_for_many_clients():
     code = next(code for name, _, code in BLOCKS if name == "Many clients")
     server = Server(*shlex.split(code)[2:])
     assert server.stop() == 0
+
+
+def test_the_example_for_several_macs_with_this_machine_as_both(tmp_path: Path):
+    code = next(code for name, _, code in BLOCKS if name == "Several Macs")
+    code = re.sub(r"mac\d\.local|10\.0\.0\.\d", "127.0.0.1", code)
+    model = build_model("qwen2", tmp_path / "wide", config=CONFIG)
+    code = code.replace("mlx_server.py", f"{ROOT}/mlx_server.py --port 0").replace("qwen3:235b", str(model))
+    process = subprocess.Popen(["sh", "-ec", code], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    loaded = (line for line in process.stderr if "loaded wide" in line)
+    assert next(loaded) and next(loaded)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
+    assert not re.search(r"\[WARN\]", process.communicate(timeout=60)[1])  # of a status other than 0
 
 
 @pytest.mark.parametrize("title", ANSWERS)

@@ -1,0 +1,117 @@
+"""One model on several machines: `mlx.launch`'s processes answer as one does, and end together."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPResponse
+from pathlib import Path
+from typing import Any, Iterator
+from urllib.request import Request, urlopen
+
+import pytest
+from conftest import ROOT, Server
+from models import CONFIGS, build_model
+
+from mlx_server import main
+
+CONFIG = {**CONFIGS["qwen2"], "num_key_value_heads": 4, "num_hidden_layers": 5}  # which neither two nor four can share evenly
+SYSTEM = "You are one of many. " * 8
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_model("qwen2", tmp_path_factory.mktemp("model") / "wide", config=CONFIG)
+
+
+class Group:
+    """Processes as `mlx.launch --backend ring` starts them. `server` is rank 0, the only one that listens."""
+
+    def __init__(self, folder: Path, size: int, *flags: str):
+        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(size)]
+        hosts = folder / "hosts.json"
+        hosts.write_text(json.dumps([[f"127.0.0.1:{one.getsockname()[1]}"] for one in sockets]))
+        for one in sockets:
+            one.close()
+        envs = [{"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)} for rank in range(size)]
+        command = [sys.executable, str(ROOT / "mlx_server.py"), *flags]
+        self.followers = [subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, **env}) for env in envs[1:]]
+        self.server = Server(*flags, env=envs[0])
+
+    def stop(self) -> list[int]:
+        """Tells rank 0 to end; returns the exit status of each rank."""
+        return [self.server.stop(), *(follower.wait(20) for follower in self.followers)]
+
+    def kill(self) -> None:
+        for process in [self.server.process, *self.followers]:
+            process.kill()
+            process.wait()
+
+
+def send(server: Server, text: str, **fields: Any) -> HTTPResponse:
+    """The answer of Anthropic's API."""
+    body = {"model": "default", "max_tokens": 3, "system": SYSTEM, "messages": [{"role": "user", "content": text}], **fields}
+    return urlopen(Request(f"{server.url}/v1/messages", json.dumps(body).encode()), timeout=60)
+
+
+def ask(server: Server, text: str, **fields: Any) -> dict:
+    with send(server, text, **fields) as answer:
+        return json.load(answer)
+
+
+def conversation(server: Server) -> list:
+    """Answers to one client, to two at once, and to the first again, with what this one takes from the prompt cache."""
+    first = ask(server, "number 0")
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda n: ask(server, f"number {n}", max_tokens=n), (2, 3)))
+    again = ask(server, "number 0, once more")
+    assert again["usage"]["cache_read_input_tokens"]
+    return [first["content"], *(one["content"] for one in both), again["content"], again["usage"]]
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path) -> Iterator[list]:
+    server = Server("--model", str(model))
+    yield conversation(server)
+    server.stop()
+
+
+@pytest.mark.parametrize("flags", [[], ["--pipeline"]])
+def test_two_processes_answer_as_one_does(flags: list[str], model: Path, alone: list, tmp_path: Path):
+    group = Group(tmp_path, 2, "--model", str(model), *flags)
+    try:
+        assert conversation(group.server) == alone
+        assert group.stop() == [0, 0]
+    finally:
+        group.kill()
+
+
+@pytest.mark.parametrize("flags", [[], ["--pipeline"]])
+def test_of_four_processes_one_is_killed_which_running_requests_say_and_all_end(
+        flags: list[str], model: Path, alone: list, tmp_path: Path):
+    group = Group(tmp_path, 4, "--model", str(model), *flags)
+    try:
+        assert ask(group.server, "number 0")["content"] == alone[0]
+        with send(group.server, "number 0", max_tokens=1000, stream=True) as answer:
+            next(line for line in answer if b"content_block_delta" in line)
+            group.followers[0].kill()
+            assert "a machine of the group is gone" in answer.read().decode()
+        statuses = [process.wait(20) for process in [group.server.process, *group.followers[1:]]]
+        assert statuses == [1, 1, 1]
+    finally:
+        group.kill()
+
+
+def test_what_a_group_cannot_do_is_refused_at_once(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    def refusal(*flags: str) -> str:
+        with pytest.raises(SystemExit):
+            main(flags)
+        return capsys.readouterr().err
+
+    assert "--pipeline needs mlx.launch" in refusal("--model", "demo", "--pipeline")
+    monkeypatch.setenv("MLX_RANK", "0")
+    assert "one model" in refusal() and "no --cache-dir" in refusal("--model", "demo", "--cache-dir", "x")
