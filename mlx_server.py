@@ -1438,6 +1438,8 @@ def print_env(args: argparse.Namespace) -> None:
     default = library.resolve(args.model, trusted=True) if args.model else _default(library.resolve)
     tiers = {tier: library.resolve(f"claude-{tier}-5-5", default=default).name for tier in ("opus", "sonnet", "haiku")}
     context = min(filter(None, [default.context_length, args.context]))
+    if context < 32_000:
+        log.warning("%s reads at most %s tokens, and Claude Code's first prompt alone has 15,000", default.name, f"{context:,}")
     variables = {
         "ANTHROPIC_BASE_URL": _url_of(args.host, args.port),
         "ANTHROPIC_AUTH_TOKEN": next(iter(_api_keys(args)), "none"),  # without one it asks for a login

@@ -105,6 +105,7 @@ def test_the_environment_follows_the_flags(tmp_path: Path):
         "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "5120", "API_TIMEOUT_MS": "3000000", "API_FORCE_IDLE_TIMEOUT": "0",
         "CLAUDE_STREAM_IDLE_TIMEOUT_MS": "900000"}.items()
     assert "CLAUDE_CODE_MAX_OUTPUT_TOKENS=700\n" in run(*flags, "--max-tokens", "700").stdout
+    assert "My-1B-4bit reads at most 4,096 tokens" in run(*flags, "--context", "4096").stderr
 
 
 def test_the_readmes_line_starts_an_agent_on_the_default_port(tmp_path: Path):
