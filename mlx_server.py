@@ -1395,16 +1395,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--print-systemd", dest="service", action="store_const", const=systemd_unit,
                         help="print a systemd user unit that does so")
     parser.add_argument("--version", action="version", version=f"mlx-server {__version__}")
-    commands = parser.add_subparsers(title="instead of serving", metavar="COMMAND")
-    for name, run, about in (("pull", pull_model, "download a model, by a name like qwen3:8b or as ORG/NAME"),
-                             ("show", show_model, "tell about an installed model"),
-                             ("rm", remove_model, "delete a model or a name given to one"),
-                             ("list", list_models, "list the installed models")):
-        command = commands.add_parser(name, help=about, description=about)
-        command.set_defaults(run=run)
-        if run is not list_models:
-            command.add_argument("name", metavar="NAME")
-    parser.set_defaults(run=None)
+    parser.add_argument("command", metavar="COMMAND", nargs="?", choices=COMMANDS, help="instead of serving: pull NAME (download "
+                        "a model, by a name like qwen3:8b or as ORG/NAME), list, show NAME, rm NAME (what is installed)")
+    parser.add_argument("name", metavar="NAME", nargs="?")
     return parser
 
 
@@ -1543,6 +1536,9 @@ def remove_model(args: argparse.Namespace) -> None:
     if not library.presets.remove(args.name):
         library.delete(args.name, library.resolve(args.name))
     print(f"deleted {args.name}")
+
+
+COMMANDS = {"pull": pull_model, "list": list_models, "show": show_model, "rm": remove_model}
 
 
 # ------------------------------------------------------------------ a service
@@ -1761,6 +1757,8 @@ def _check(args: argparse.Namespace) -> None:
         arguments().error("--pipeline needs mlx.launch")
     if launched and (not args.model or args.cache_dir):
         arguments().error("with mlx.launch there is one model, named by --model, and no --cache-dir")
+    if bool(args.name) != (args.command in ("pull", "show", "rm")):
+        arguments().error("pull, show and rm take one NAME, and nothing else does")
 
 
 def _engine(args: argparse.Namespace, group: Group) -> Engine:
@@ -1780,10 +1778,10 @@ def _engine(args: argparse.Namespace, group: Group) -> Engine:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the server until SIGINT or SIGTERM, as a rank above 0 as long as rank 0 runs, or a command; returns the exit
     status."""
-    args = arguments().parse_args(argv)
+    args = arguments().parse_intermixed_args(argv)
     _check(args)
     args.argv = sys.argv[1:] if argv is None else argv
-    args.run = print_env if args.print_env else print_service if args.service else args.run
+    args.run = print_env if args.print_env else print_service if args.service else COMMANDS.get(args.command)
     try:
         _start_logging(args)
     except OSError as error:

@@ -123,13 +123,13 @@ def test_an_environment_that_fails_starts_nothing(tmp_path: Path):
 def test_models_are_listed_shown_and_removed(tmp_path: Path):
     give(tmp_path, "My-1B-4bit")
     flags = ["--models-dir", str(tmp_path), "--state", str(tmp_path / "presets.json")]
-    listed = run(*flags, "list").stdout.splitlines()
+    listed = run("list", *flags).stdout.splitlines()
     assert listed[0].split() == ["NAME", "SIZE", "MODIFIED"]
     assert re.fullmatch(r"My-1B-4bit +5 MB +\d+ months ago", listed[-1])
     shown = run(*flags, "show", "my:1b").stdout
     assert re.search(r"name +My-1B-4bit\narchitecture +gear\nparameters +2\.4M\nquantization +F16\ncontext +131,072 tokens\n"
                      rf"capabilities +completion, tools, thinking\nsize +5 MB\npath +{tmp_path}", shown)
-    removed = run(*flags, "rm", "My-1B-4bit")
+    removed = run("rm", *flags, "My-1B-4bit")
     assert removed.stdout == "deleted My-1B-4bit\n" and not (tmp_path / "My-1B-4bit").exists()
     again = run(*flags, "show", "My-1B-4bit")
     assert again.returncode == 1 and again.stderr == "mlx-server: model 'My-1B-4bit' not found; installed: demo\n"
