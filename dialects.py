@@ -232,7 +232,7 @@ def nested(value: Object, key: str, path: str) -> tuple[Object, str]:
 
 
 def forced_choice(kind: str, name: str | None, tools: list[Object], path: str) -> str:
-    """`Request.tool_choice` for the demand of a call, of the tool `name` if there is one. Raises WireError if that cannot be."""
+    """`Request.tool_choice` for a demanded call, of the tool `name` if there is one. Raises WireError if that cannot be."""
     if not tools:
         raise WireError(400, f"tool_choice: '{kind}' needs tools to choose from")
     if name is not None and name not in [tool["function"]["name"] for tool in tools]:

@@ -607,7 +607,8 @@ class Presets:
                 os.replace(new, self._path)
             except OSError as error:
                 new.unlink(missing_ok=True)
-                raise EngineError(f"{self._path.name} cannot be written: {error.strerror}; the change lasts until the end") from None
+                raise EngineError(
+                    f"{self._path.name} cannot be written: {error.strerror}; the change lasts until the end") from None
 
 
 def _demos() -> list[Path]:
@@ -3530,7 +3531,8 @@ def _share(batch: Any) -> None:
 
 def _pooling(local: LocalModel) -> str:
     """Which of an embedding model's states is the embedding: "lasttoken" or "cls", the first, or their "mean". Its folder says
-    so with a word or, older ones, with a flag for each: https://sbert.net/docs/package_reference/sentence_transformer/models.html
+    so with a word or, older ones, with a flag for each.
+    https://sbert.net/docs/package_reference/sentence_transformer/models.html
     Raises ValueError for any other pooling."""
     file = local.path / "1_Pooling" / "config.json"
     config = _json(file) if file.is_file() else {"pooling_mode": "lasttoken"}
@@ -4407,8 +4409,8 @@ class Engine:
 
         pool = self._pool
         running = sum(job._phase is not Phase.WAITING for job in pool.jobs())
-        return Stats(self._waiting(), running, len(pool.runtimes), pool.prefixes.nbytes, pool.prefixes.limit, get_active_memory(),
-                     pool.memory, self._totals)
+        return Stats(self._waiting(), running, len(pool.runtimes), pool.prefixes.nbytes, pool.prefixes.limit,
+                     get_active_memory(), pool.memory, self._totals)
 
     def drain(self, seconds: float) -> None:
         """Takes no more requests, and waits at most so long for those there are."""

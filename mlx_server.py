@@ -1363,7 +1363,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--cache-dir", metavar="DIR", help="keep these states in DIR, too, where they survive a restart")
     parser.add_argument("--cache-dir-size", metavar="SIZE", type=_bytes, default=32 * 2**30,
                         help="most bytes of files in DIR (default: 32GB)")
-    parser.add_argument("--kv-bits", type=int, choices=(4, 8), help="keep the KV cache quantised: half or a quarter of its size")
+    parser.add_argument("--kv-bits", type=int, choices=(4, 8),
+                        help="keep the KV cache quantised: half or a quarter of its size")
     parser.add_argument("--memory", metavar="SIZE", type=_bytes,
                         help="memory for models and KV states together (default: nine tenths of what the GPU may use)")
     parser.add_argument("--max-loaded", metavar="N", type=_positive, help="most models in memory (default: what fits)")
@@ -1395,8 +1396,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--print-systemd", dest="service", action="store_const", const=systemd_unit,
                         help="print a systemd user unit that does so")
     parser.add_argument("--version", action="version", version=f"mlx-server {__version__}")
-    parser.add_argument("command", metavar="COMMAND", nargs="?", choices=COMMANDS, help="instead of serving: pull NAME (download "
-                        "a model, by a name like qwen3:8b or as ORG/NAME), list, show NAME, rm NAME (what is installed)")
+    parser.add_argument("command", metavar="COMMAND", nargs="?", choices=COMMANDS,
+                        help="instead of serving: pull NAME (download a model, by a name like qwen3:8b or as ORG/NAME), "
+                        "list, show NAME, rm NAME (what is installed)")
     parser.add_argument("name", metavar="NAME", nargs="?")
     return parser
 

@@ -342,7 +342,7 @@ def test_what_is_streamed_is_the_whole_answer(engine: Engine, make):
 
 
 def test_the_official_clients_get_what_they_ask_for(server: Server):
-    claude = anthropic.Anthropic(base_url=server.url, api_key="any", max_retries=0)
+    claude = anthropic.Anthropic(base_url=server.url, api_key="any", max_retries=0, _strict_response_validation=True)
     asked = {"model": "demo", "max_tokens": 400, "messages": HI, "extra_body": {"temperature": 1}}
     message = claude.messages.create(**asked, output_config={"format": {"type": "json_schema", "schema": TITLE}})
     check(message.content[-1].text, TITLE)

@@ -357,7 +357,7 @@ def test_a_silent_stream_says_that_it_is_alive(server: Server):
 
 def test_a_broken_stream_ends_with_an_error():
     server = Server("--drain", "0")
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, _strict_response_validation=True)
     streams = [client.chat.completions.create(model="demo", messages=user("word " * 20000), stream=True),
                client.responses.create(model="demo", input="work " * 20000, stream=True)]
     first = [next(iter(stream)) for stream in streams]
