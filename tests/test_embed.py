@@ -156,8 +156,8 @@ def test_a_cancelled_embedding_leaves_the_engine_idle(engine: Engine):
 @pytest.fixture(scope="module")
 def clients(folder: Path) -> Iterator[tuple[Server, ollama.Client, openai.OpenAI]]:
     server = Server("--models-dir", str(folder), "--context", "1000")
-    strict = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0, _strict_response_validation=True)
-    yield server, ollama.Client(server.url), strict
+    # Not strict: the client's own type knows no base64, which it asks for.
+    yield server, ollama.Client(server.url), openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0)
     assert server.stop() == 0
 
 
