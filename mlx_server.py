@@ -1422,9 +1422,12 @@ def _api_keys(args: argparse.Namespace) -> dict[str, Priority]:
 
 
 def _url_of(host: str, port: int) -> str:
-    """Where a server that listens there is reached from this machine."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _reached(host: str, port: int) -> str:
+    """Where a server that listens there is reached from this machine."""
+    return _url_of({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
 
 
 def print_env(args: argparse.Namespace) -> None:
@@ -1436,7 +1439,7 @@ def print_env(args: argparse.Namespace) -> None:
     if context < 32_000:
         log.warning("%s reads at most %s tokens, and Claude Code's first prompt alone has 15,000", default.name, f"{context:,}")
     variables = {
-        "ANTHROPIC_BASE_URL": _url_of(args.host, args.port),
+        "ANTHROPIC_BASE_URL": _reached(args.host, args.port),
         "ANTHROPIC_AUTH_TOKEN": next(iter(_api_keys(args)), "none"),  # without one it asks for a login
         "ANTHROPIC_API_KEY": "",  # a real one is none of ours
         "ANTHROPIC_MODEL": default.name,
@@ -1697,7 +1700,7 @@ def _missing() -> str | None:
 def _holder(host: str, port: int) -> str:
     """Who listens at an address, as far as that can be found out."""
     def ask(path: str) -> tuple[int, bytes]:
-        netloc = urlsplit(_url_of(host, port)).netloc
+        netloc = urlsplit(_reached(host, port)).netloc
         with contextlib.closing(http.client.HTTPConnection(netloc, timeout=ASKING)) as connection:
             connection.request("GET", path)
             answer = connection.getresponse()
@@ -1740,10 +1743,10 @@ def _default(resolve: Callable[[str], LocalModel]) -> LocalModel:
 
 def _env_command(args: argparse.Namespace, port: int) -> str:
     """What prints Claude Code's variables for this server, without its keys."""
-    words = ["--print-env", "--port", str(port)]
+    words, untouched = ["--print-env", "--port", str(port)], arguments()
     for name in ("host", "model", "models_dir", "alias", "state", "context", "max_tokens"):
         given = getattr(args, name)
-        for value in [] if given == arguments().get_default(name) else given if isinstance(given, list) else [given]:
+        for value in [] if given == untouched.get_default(name) else given if isinstance(given, list) else [given]:
             value = "=".join(value) if isinstance(value, tuple) else str(value)
             words += [f"--{name.replace('_', '-')}", os.path.abspath(value) if os.path.exists(value) else value]
     keys = ["--api-key", "YOUR_KEY"] if _api_keys(args) else []
@@ -1835,8 +1838,7 @@ def _serve(args: argparse.Namespace, server: MLXServer) -> None:
         signal.signal(number, lambda *_: server.engine.close(0) if stopper.ident else stopper.start())
     if not sys.stderr or not sys.stderr.isatty():  # only a terminal that is closed hangs up to end its programs
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    host = f"[{args.host}]" if ":" in args.host else args.host
-    log.info("mlx-server %s is listening on http://%s:%d", __version__, host, server.server_port)
+    log.info("mlx-server %s is listening on %s", __version__, _url_of(args.host, server.server_port))
     if not server.loopback and not server.api_keys:
         log.warning("whoever reaches this machine may use the server: demand a key with --api-key-file, or leave out --host")
     _welcome(args, server.engine, server.server_port)
