@@ -40,6 +40,8 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 from urllib.parse import urlsplit
 
+from soak import Soak, figure, memory
+
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 FAILURES = OSError, ValueError, LookupError, http.client.HTTPException  # of other people's servers
@@ -110,7 +112,7 @@ class Side:
         with contextlib.suppress(*FAILURES):
             if self.api == "ollama":
                 return sum(one["size"] for one in json.loads(get(self.url, "/api/ps"))["models"]) / 1e9
-            return (figure(self.url, "memory_bytes") or 0) / 1e9
+            return figure(self.url, "memory_bytes") / 1e9
         return 0
 
 
@@ -129,12 +131,6 @@ def get(url: str, path: str) -> str:
     """The text that GET brings, empty if the status is not 200."""
     with request(url, path) as response:
         return response.read().decode() if response.status == 200 else ""
-
-
-def figure(url: str, name: str) -> float | None:
-    """A figure of the `/metrics` of a server of ours."""
-    found = re.search(rf"^mlx_server_{name} (\S+)$", get(url, "/metrics"), re.M)
-    return float(found[1]) if found else None
 
 
 def find_out(name: str, url: str, api: str | None, model: str | None) -> Side:
@@ -419,8 +415,9 @@ def contended(side: Side, plan: Plan, salt: str) -> dict[str, float]:
     with ThreadPoolExecutor(1) as pool:
         long = pool.submit(side.ask, say(text(salt, plan.long), 2))
         time.sleep(0.1)
-        while figure(side.url, "running_requests") == 0 and not long.done():
-            time.sleep(0.02)
+        with contextlib.suppress(LookupError):  # others do not tell whether they have begun
+            while figure(side.url, "running_requests") == 0 and not long.done():
+                time.sleep(0.02)
         if long.done():
             raise ValueError(f"a prompt of {long.result().prompt} tokens was read before the short request came")
         short = side.ask(say(text(f"{salt} short", 20), 2))
@@ -572,10 +569,10 @@ def draw(path: str, head: list[str], names: tuple[str, str], ours: dict[str, flo
     """A panel for each line of the table, as PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 7), layout="constrained")
-    figure.suptitle("\n".join(head), fontsize=8)
-    figure.get_layout_engine().set(h_pad=0.2, w_pad=0.2)
-    for row, panel in zip(ROWS, figure.subplots(2, 4).flat):
+    sheet = Figure(figsize=(14, 7), layout="constrained")
+    sheet.suptitle("\n".join(head), fontsize=8)
+    sheet.get_layout_engine().set(h_pad=0.2, w_pad=0.2)
+    for row, panel in zip(ROWS, sheet.subplots(2, 4).flat):
         bars = panel.bar([0, 1], [ours.get(row.key, 0), theirs.get(row.key, 0)], 0.6, color=["#2a6f97", "#b8bcc2"])
         panel.bar_label(bars, [number(ours.get(row.key)), number(theirs.get(row.key))], padding=2)
         panel.set_xticks([0, 1], [names[0], names[1] or row.label])
@@ -583,7 +580,7 @@ def draw(path: str, head: list[str], names: tuple[str, str], ours: dict[str, flo
         panel.spines[["top", "right", "left"]].set_visible(False)
         panel.set(yticks=[], xlim=(-0.6, 1.6))
         panel.margins(y=0.15)
-    figure.savefig(path, format="png", dpi=120)
+    sheet.savefig(path, format="png", dpi=120)
 
 
 # ------------------------------------------------------------------ the commands
@@ -634,8 +631,6 @@ def reuse(args: argparse.Namespace) -> None:
 
 def soak(args: argparse.Namespace) -> None:
     """64 connections and 1,000 requests of all dialects, a fifth of which hang up."""
-    from soak import Soak, memory
-
     with target(args, "--max-queue", "128") as side:
         port = urlsplit(side.url).port
         trouble = Soak(port, 64, [], requests=1000)

@@ -16,10 +16,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+def fences(file: str) -> list[str]:
+    """A text's fenced examples, with the marks around them."""
+    return re.findall(r"```.*?```", (ROOT / file).read_text("utf-8"), re.DOTALL)
+
+
 def example(part: str) -> str:
     """The line of the README's fenced examples that holds `part`."""
-    blocks = re.findall(r"```\w+\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-    return next(line for block in blocks for line in block.splitlines() if part in line)
+    return next(line for block in fences("README.md") for line in block.splitlines() if part in line)
 
 
 class Server:

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 PROMPTS = [
     "say hello world", "say the quick brown fox", "count to 7", "count to 12", "hello", "Привет!", "run echo hi",
@@ -260,13 +261,17 @@ class Soak:
             self.report.done[kind] += 1
 
 
-def figure(port: int, name: str) -> float:
-    """A figure of the server's `/metrics`."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    connection.request("GET", "/metrics")
-    text = connection.getresponse().read().decode()
+def figure(url: str, name: str) -> float:
+    """A figure of a server's `/metrics`. Raises LookupError if it has none of that name."""
+    address = urlsplit(url)
+    connection = http.client.HTTPConnection(address.netloc, timeout=30)
+    connection.request("GET", f"{address.path.rstrip('/')}/metrics")
+    text = connection.getresponse().read().decode(errors="replace")
     connection.close()
-    return float(re.search(rf"^mlx_server_{re.escape(name)} (\S+)$", text, re.M)[1])
+    found = re.search(rf"^mlx_server_{re.escape(name)} (\S+)$", text, re.M)
+    if not found:
+        raise LookupError(f"{url}/metrics has no {name}")
+    return float(found[1])
 
 
 def memory(port: int, others: list[str]) -> float:
@@ -276,11 +281,11 @@ def memory(port: int, others: list[str]) -> float:
         connection.request("POST", "/api/generate", json.dumps(body))
         connection.getresponse().read()
         connection.close()
-    deadline = time.monotonic() + 60
-    while figure(port, "running_requests") or figure(port, "waiting_requests"):
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 60
+    while figure(url, "running_requests") or figure(url, "waiting_requests"):
         if time.monotonic() > deadline:
             raise TimeoutError("a request is stuck")
-    return figure(port, "memory_bytes")
+    return figure(url, "memory_bytes")
 
 
 if __name__ == "__main__":

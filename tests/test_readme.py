@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Callable
 
 import pytest
-from conftest import ROOT, Server, example
+from conftest import ROOT, Server, example, fences
 from models import build_model
 from test_distributed import CONFIG
 
@@ -32,8 +32,8 @@ def test_every_example_is_known_here():
 
 
 def test_the_russian_quick_start_shows_the_same_examples():
-    ours, russian = (re.findall(r"```.*?```", text, re.DOTALL) for text in (README, (ROOT / "README.ru.md").read_text("utf-8")))
-    assert russian and {*russian} <= {*ours}
+    russian = fences("README.ru.md")
+    assert russian and {*russian} <= {*fences("README.md")}
 
 
 def test_every_flag_is_described():

@@ -96,7 +96,7 @@ def get(server: Server, path: str) -> tuple[int, str]:
 
 def until(server: Server, name: str, value: float) -> None:
     deadline = time.monotonic() + 30
-    while figure(server.port, name) != value:
+    while figure(server.url, name) != value:
         assert time.monotonic() < deadline, f"{name} never was {value}"
 
 
@@ -203,14 +203,14 @@ def test_metrics_count_what_was_done(start):
     list(Call(server, "/api/generate", "").lines())  # only loads the model
     assert messages(server, "hi", model="nobody").wait().status == 404
     server.wait_for("nobody")
-    assert figure(server.port, 'http_requests_total{dialect="anthropic",status="200"}') == 1
-    assert figure(server.port, 'http_requests_total{dialect="anthropic",status="404"}') == 1
-    assert figure(server.port, 'generations_total{ending="length"}') == 2
+    assert figure(server.url, 'http_requests_total{dialect="anthropic",status="200"}') == 1
+    assert figure(server.url, 'http_requests_total{dialect="anthropic",status="404"}') == 1
+    assert figure(server.url, 'generations_total{ending="length"}') == 2
     until(server, 'generations_total{ending="load"}', 1)
-    assert figure(server.port, "completion_tokens_total") == 5
-    assert 0 < figure(server.port, "cached_tokens_total") < figure(server.port, "prompt_tokens_total")
-    assert figure(server.port, "time_to_first_token_seconds_count") == 2
-    assert 0 < figure(server.port, "memory_bytes") < figure(server.port, "memory_limit_bytes")
+    assert figure(server.url, "completion_tokens_total") == 5
+    assert 0 < figure(server.url, "cached_tokens_total") < figure(server.url, "prompt_tokens_total")
+    assert figure(server.url, "time_to_first_token_seconds_count") == 2
+    assert 0 < figure(server.url, "memory_bytes") < figure(server.url, "memory_limit_bytes")
     for line in get(server, "/metrics")[1].splitlines():
         assert re.fullmatch(r"# (HELP|TYPE) mlx_server_\w+ .+|mlx_server_\w+(\{[^{}]*\})? [0-9.e+-]+", line), line
 

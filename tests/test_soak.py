@@ -22,9 +22,9 @@ def test_a_long_day_with_many_clients(tmp_path: Path):
         report = soak.run()
         assert not report.wrong, report.wrong[:5]
         assert all(report.done[kind] for kind in ("ask", "hang up", "nonsense", "other model"))
-        assert figure(server.port, "prefix_cache_bytes") <= 64 * 2**20
+        assert figure(server.url, "prefix_cache_bytes") <= 64 * 2**20
         assert memory(server.port, others) <= 1.05 * before
-        assert figure(server.port, "up") == 1
+        assert figure(server.url, "up") == 1
     finally:
         assert server.stop() == 0
     assert not [line for line in server.lines if "Traceback" in line]
