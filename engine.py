@@ -1167,7 +1167,7 @@ class Tongue:
         if prompt.opening or request.strict:
             try:
                 return self._calls(request, prompt.opening)
-            except InvalidRequest as error:
+            except (InvalidRequest, RecursionError) as error:
                 log.warning("calls are not held to their schemas: %s", error)
         return None
 
@@ -1196,13 +1196,9 @@ class Tongue:
         blanks = ["\n", "\n\n"] if exits or prompt.in_thinking else []  # what models put behind their thinking
         lead = f"({' | '.join(map(json.dumps, blanks))})?" if blanks else ""
         matcher = self._matcher(f"start: {lead} value\nvalue: {json_rule(schema)}")
-        if matcher.is_error():
-            raise InvalidRequest(f"the output format cannot be enforced: {_grammar_error(matcher)}")
-        probe = matcher.deep_copy()
-        probe.consume_tokens(self._encode_whole(blanks[-1]) if blanks else [])
-        probe.compute_bitmask()
-        if probe.is_error():  # as with a schema that is nothing but a reference to itself
-            raise InvalidRequest("the output format cannot be enforced: no text matches it")
+        if matcher.is_error() or not _ends(schema):
+            reason = _grammar_error(matcher) if matcher.is_error() else "no text matches it"
+            raise InvalidRequest(f"the output format cannot be enforced: {reason}")
         for warning in matcher.get_grammar_warnings():
             if not warning.startswith("Unknown format"):  # which JSON Schema itself takes for no more than a note
                 raise InvalidRequest(f"the output format cannot be enforced: {warning.partition(', falling back')[0]}")
@@ -1538,7 +1534,8 @@ class Shape:
     the value belong to its tags. `after` is what follows a value: the object's end and its next argument, or the next
     argument's tag and the tags that end the call. `begins` is how another call may begin where no end tag would tell, and
     `opening` what follows the call tag, both with NAME for the tool's name. `written` is how the rest is written where that
-    is to be enforced: what precedes and what follows each value, for arguments that are no JSON object, and the call's end.
+    is to be enforced: for arguments that are no JSON object, what precedes and what follows each value and what stands
+    between two arguments; then the call's end. `kind` spells a value's JSON type where the markup has it (KIND).
     """
 
     head: re.Pattern
@@ -1548,6 +1545,7 @@ class Shape:
     begins: tuple[str, ...] = ()
     opening: str = ""
     written: tuple[str, ...] = ()
+    kind: Callable[[str], str] | None = None
     quotes: tuple[str, ...] = ('"',)
     outer: bool = False
     close: str = ""
@@ -1574,17 +1572,18 @@ def _pairs(prefix: str = "") -> Shape:
     key, value = f"{prefix}arg_key", f"{prefix}arg_value"
     return _shape(rf"\s*([^<>\n{{]+?)\s*(?=<{key}>|</{prefix}tool_call>)", r"\s*", (f"<{key}>",),
                   rf"\s*<{key}>([^<]*)</{key}>\s*<{value}>", close=f"</{value}>", opening="NAME\n",
-                  written=(f"<{key}>KEY</{key}>\n<{value}>", f"</{value}>\n", ""))
+                  written=(f"<{key}>KEY</{key}>\n<{value}>", f"</{value}>\n", "", ""))
 
 
-def _invokes(prefix: str = "") -> Shape:
-    """`<invoke name="N"><parameter name="K">V</parameter></invoke>` (MiniMax, DeepSeek), with a prefix in each tag."""
+def _invokes(prefix: str = "", kind: Callable[[str], str] | None = None) -> Shape:
+    """`<invoke name="N"><parameter name="K">V</parameter></invoke>` (MiniMax, DeepSeek, Muse), with a prefix in each tag."""
     name = r"""\bname=["']?([^"'<>\n]+)["']?"""
+    mark = ' string="KIND"' if kind else ""
     return _shape(rf"\s*<{prefix}invoke [^<>]*?{name}[^<>]*>(?=\s*<(?:{prefix}parameter|/{prefix}invoke))",
                   rf"\s*(?:</{prefix}invoke>)?\s*", (f"<{prefix}parameter ", f"</{prefix}invoke>", f"<{prefix}invoke "),
                   rf"""\s*<{prefix}parameter [^<>]*?{name}(?: string="(\w+)")?[^<>]*>""", close=f"</{prefix}parameter>",
-                  opening=f'\n<{prefix}invoke name="NAME">\n',
-                  written=() if prefix else ('<parameter name="KEY">', "</parameter>\n", "</invoke>\n"))
+                  opening=f'\n<{prefix}invoke name="NAME">\n', kind=kind,
+                  written=(f'<{prefix}parameter name="KEY"{mark}>', f"</{prefix}parameter>\n", "", f"</{prefix}invoke>\n"))
 
 
 _NAME_AND_JSON = _shape(
@@ -1596,27 +1595,31 @@ _FUNCTIONS = _shape(
     r"\s*<function=([^<>\n]+)>(?=\s*<(?:parameter=|/function>|function=|/(?:seed:)?tool_call>))", r"\s*(?:</function>)?\s*",
     ("<parameter=", "</function>", "<function="), r"\s*<parameter=([^<>\n]+)>(?:\n|(?=[^\n]))", close="</parameter>",
     newlines=True, begins=("<function=",), opening="\n<function=NAME>\n",
-    written=("<parameter=KEY>\n", "\n</parameter>\n", "</function>\n"))
+    written=("<parameter=KEY>\n", "\n</parameter>\n", "", "</function>\n"))
 _LISTED = dataclasses.replace(_NAME_AND_JSON, opening='[{"name": "NAME", "arguments": ', written=("}]",))
 _MISTRAL = _shape(r"[\s,;]*(?:\[TOOL_CALLS\]\s*)?([\w.-]+)(?:\[CALL_ID\][\w-]*)?(?:\[ARGS\]\s*)?" + _JSON_START,
                   r"[\s,;\]]*", begins=("NAME[", "NAME{", "[TOOL_CALLS]"), opening="NAME[ARGS]", written=("",))
 _PYTHON = _shape(r"[\s,\[]*([\w.-]+)\((?=\s*(?:\)|\w+\s*=))", r"[\s,\]]*", (")", ","), r"(\w+)\s*=\s*(?=\S)",
-                 quotes=('"', "'"), begins=("NAME(", "["), opening="[NAME(", written=("KEY=", ", ", ")]"))
+                 quotes=('"', "'"), begins=("NAME(", "["), opening="[NAME(", written=("KEY=", "", ", ", ")]"))
 _KIMI_K2 = _shape(r"\s*<\|tool_call_begin\|>\s*(?:functions\.)?([^:<\s]+)(?::\d*)?\s*<\|tool_call_argument_begin\|>\s*"
                   + _JSON_START, r"\s*(?:<\|tool_call_end\|>)?\s*", written=("<|tool_call_end|>",),
                   opening="<|tool_call_begin|>functions.NAME:0<|tool_call_argument_begin|>")
 _KIMI_K3_HEAD = r'\s*<\|open\|>call [^<]*?\btool="([^"<]+)"[^<]*<\|sep\|>\s*'
 _KIMI_K3_OVER = r"(?:\s*<\|close\|>(?:json|call)<\|sep\|>)*\s*"
 _KIMI_K3 = (
-    _shape(_KIMI_K3_HEAD + r"<\|open\|>json[^<]*<\|sep\|>\s*" + _JSON_START, _KIMI_K3_OVER),
     _shape(_KIMI_K3_HEAD + r"(?=<\|(?:open\|>argument|close\|>call))", _KIMI_K3_OVER,
            ("<|open|>argument ", "<|close|>call<|sep|>"),
            r'\s*<\|open\|>argument [^<]*?\bkey="([^"<]*)"(?:[^<]*?\btype="(\w+)")?[^<]*<\|sep\|>',
-           close="<|close|>argument<|sep|>"))
+           close="<|close|>argument<|sep|>", opening='<|open|>call tool="NAME" index="1"<|sep|>',
+           kind=lambda kind: "number" if kind == "integer" else kind,
+           written=('<|open|>argument key="KEY" type="KIND"<|sep|>', "<|close|>argument<|sep|>", "", "<|close|>call<|sep|>")),
+    _shape(_KIMI_K3_HEAD + r"<\|open\|>json[^<]*<\|sep\|>\s*" + _JSON_START, _KIMI_K3_OVER))
 _DEEPSEEK = _shape(  # V3 and R1 name a type first and fence the JSON, V3.1 does not
     r"\s*<｜tool▁call▁begin｜>\s*(?:function<｜tool▁sep｜>)?\s*([^\s<`]+)\s*(?:<｜tool▁sep｜>)?\s*(?:```(?:json)?)?\s*"
     + _JSON_START, r"(?:[\s`]*<｜tool▁call▁end｜>)?\s*", opening="<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>",
     written=("<｜tool▁call▁end｜>",))
+_DEEPSEEK_FENCED = dataclasses.replace(
+    _DEEPSEEK, opening="<｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME\n```json\n", written=("\n```<｜tool▁call▁end｜>",))
 _HARMONY = _shape(r"(?:[^{]{0,40}?to=)?(?:functions\.)?([\w.-]+)[^{]*?<\|message\|>\s*" + _JSON_START, r"\s*",
                   opening="functions.NAME <|constrain|>json<|message|>", written=("",))
 _NS = "]<]minimax[>["
@@ -1624,14 +1627,17 @@ _MINIMAX_M3 = _shape(
     rf"""\s*{re.escape(_NS)}<invoke name=["']?([^"'<>\n]+)["']?>(?=\s*{re.escape(_NS)}<)""",
     rf"\s*(?:{re.escape(_NS)}</invoke>)?\s*", (_NS + "<", _NS + "</invoke>", _NS + "<invoke "),
     rf"\s*{re.escape(_NS)}<(?!invoke|/)([^<>\s]+)>", close=_NS + "</KEY>", opening=f'\n{_NS}<invoke name="NAME">\n',
-    written=(_NS + "<KEY>", _NS + "</KEY>\n", _NS + "</invoke>\n"))
+    written=(_NS + "<KEY>", _NS + "</KEY>\n", "", _NS + "</invoke>\n"))
+
+
+_BARE_KEY = r"([^\s{}\[\]:,<](?:[^{}\[\]:,<]*[^\s{}\[\]:,<])?)\s*:"
 
 
 def _gemma(quote: str) -> Shape:
     """`call:N{k:<|"|>v<|"|>,n:1}`."""
-    return _shape(r"[\s,]*call:([\w.-]+)\s*\{(?=\s*(?:\}|[^\s{}:,<]+\s*:))", r"[\s,}]*", ("}", ","),
-                  rf"([^\s{{}}:,<]+)\s*:\s*(?=[^\s<]|{re.escape(quote)})", quotes=(quote,), begins=("call:",),
-                  opening="call:NAME{")
+    return _shape(rf"[\s,]*call:([\w.-]+)\s*\{{(?=\s*(?:\}}|{_BARE_KEY}))", r"[\s,}]*", ("}", ","),
+                  rf"{_BARE_KEY}\s*(?=[^\s<]|{re.escape(quote)})", quotes=(quote,), begins=("call:",), opening="call:NAME{",
+                  written=("KEY:", "", ",", "}"))
 
 
 @dataclass
@@ -1669,6 +1675,8 @@ class OutputFormat:
             return dataclasses.replace(format, thinking=thinking, call=(tokenizer.tool_call_start, tokenizer.tool_call_end),
                                        noise=tuple(getattr(tokenizer, "_structural_markers", ())))
         format = next((format for known in (template, vocabulary) for mark, format in _MARKED.items() if mark in known), cls())
+        if _DEEPSEEK in format.shapes and "```json" in template:
+            format = dataclasses.replace(format, shapes=(_DEEPSEEK_FENCED,))
         return format if format.thinking else dataclasses.replace(format, thinking=thinking)
 
     def opening(self, choice: str) -> str:
@@ -1681,24 +1689,32 @@ class OutputFormat:
     def grammar(self, tools: Sequence[dict], parallel: bool, literal: Callable[[str], str]) -> str:
         """The grammar (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md) of an answer that is one call to one
         of `tools`, or several calls if `parallel`; "" when it is not known how this format writes its calls. `literal` makes
-        an expression of a text."""
+        an expression of a text. Raises InvalidRequest for a tool that nothing can be passed to."""
         if self.call is None or not self.shapes or not self.shapes[0].written:
             return ""
         shape = self.shapes[0]
-        *parameter, tail = shape.written
         newline, calls, rules = literal("\n"), [], []
         for number, tool in enumerate(tools):
-            name, schema = tool["function"]["name"], tool["function"].get("parameters") or _EMPTY_SCHEMA
-            arguments = [json_rule(schema)] if not parameter else _parameter_rules(
-                f"a{number}", schema, *parameter, literal, quoted=not shape.close)
-            calls.append(f"{literal(shape.opens(name))} a{number} {literal(tail)}")
-            rules += [f"a{number}: {arguments[0]}", *arguments[1:]]
+            schema = tool["function"].get("parameters") or _EMPTY_SCHEMA
+            if not _ends(schema):
+                raise InvalidRequest(f"no arguments match the schema of {tool['function']['name']}")
+            rules += _Arguments(shape, schema, f"a{number}", literal).rules if len(shape.written) > 1 else [
+                f"a{number}: {json_rule(schema)}"]
+            calls.append(f"{literal(shape.opens(tool['function']['name']))} a{number} {literal(shape.written[-1])}")
         return "\n".join([f"start: call ({newline} call)*" if parallel else "start: call",
                           f"call: {literal(self.call[0])} ({' | '.join(calls)}) {literal(self.call[1])}", *rules])
 
 
 HERMES = OutputFormat(None, ("<tool_call>", "</tool_call>"), parse_json_calls, (_NAME_AND_JSON,))
 """`<tool_call>{"name": N, "arguments": {…}}</tool_call>`: the form for models that have none of their own."""
+
+
+def _dsml(tag: str, gap: str = "") -> OutputFormat:
+    """DeepSeek from V3.2 on; its markup tells strings from JSON."""
+    mark = f"｜DSML｜{gap}"
+    return OutputFormat(call=(f"<{mark}{tag}>", f"</{mark}{tag}>"),
+                        shapes=(_invokes(mark, lambda kind: "true" if kind == "string" else "false"),))
+
 
 _FAMILIES = {  # by the name of mlx-lm's parser; some models fall back to JSON
     "json_tools": HERMES,
@@ -1724,9 +1740,9 @@ _MARKED = {  # by a tag, the surest first
         openers=(" to=functions.", "<|channel|>analysis to="),
         noise=("<|channel|>final<|message|>", "<|channel|>commentary<|message|>", "<|start|>assistant", "<|end|>"),
         final=("<|call|>", "<|return|>")),
-    "<｜DSML｜ calls>": OutputFormat(call=("<｜DSML｜ calls>", "</｜DSML｜ calls>"), shapes=(_invokes("｜DSML｜ "),)),
-    "<｜DSML｜tool_calls>": OutputFormat(call=("<｜DSML｜tool_calls>", "</｜DSML｜tool_calls>"), shapes=(_invokes("｜DSML｜"),)),
-    "｜DSML｜": OutputFormat(call=("<｜DSML｜function_calls>", "</｜DSML｜function_calls>"), shapes=(_invokes("｜DSML｜"),)),
+    "<｜DSML｜ calls>": _dsml("calls", " "),
+    "<｜DSML｜tool_calls>": _dsml("tool_calls"),
+    "｜DSML｜": _dsml("function_calls"),
     "<｜tool▁calls▁begin｜>": OutputFormat(call=("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"), shapes=(_DEEPSEEK,)),
     "<seed:tool_call>": OutputFormat(
         call=("<seed:tool_call>", "</seed:tool_call>"), shapes=(_FUNCTIONS,), openers=("<function=",)),
@@ -1750,54 +1766,225 @@ def json_rule(schema: dict) -> str:
     return f"%json {json.dumps({**schema, 'x-guidance': _JSON_OPTIONS})}"
 
 
-def _parameter_rules(prefix: str, schema: dict, before: str, after: str, literal: Callable[[str], str],
-                     quoted: bool = False) -> list[str]:
-    """The grammar of arguments that are no JSON object, in the schema's order: one expression for all of them, then the rules
-    it needs. Strings that are not `quoted` are free up to their end tag unless there is a list of them; all else is JSON."""
-    properties = schema.get("properties") or {}
-    definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-    uses, rules = [], []
-    for number, (key, value) in enumerate(properties.items()):
-        rule, types, end = f"{prefix}_{number}", _types(value), literal(after.replace("KEY", key))
-        if quoted or types and "string" not in types:
-            text = f"{rule}_v {end}\n{rule}_v: {json_rule({**definitions, **value})}"
-        elif types and value.get("enum"):
-            text = f"({' | '.join(literal(one) for one in value['enum'] if isinstance(one, str))}) {end}"
-        elif end.startswith('"'):
-            text = f"{rule}_v\n{rule}_v[suffix={end}]: /(?s:.*)/"
-        else:
-            text = f"/(?s:.*)/ {end}"
-        rules.append(f"{rule}: {literal(before.replace('KEY', key))} {text}")
-        uses.append(rule if key in (schema.get("required") or ()) else f"{rule}?")
-    return [" ".join(uses) or '""', *rules]
+class _Arguments:
+    """The grammar of a tool's arguments that are no JSON object, as `rules` of which the first has the name `prefix`.
+
+    Arguments come in the order of the schema's properties. Between tags, strings are free up to their end tag and all else is
+    JSON; where strings have quotes that are not JSON's, objects and arrays are written with these. Of what a schema says of
+    strings their lengths, patterns and lists are kept. `literal` makes an expression of a text.
+    """
+
+    def __init__(self, shape: Shape, schema: dict, prefix: str, literal: Callable[[str], str]):
+        self._shape, self._root, self._prefix, self._literal = shape, schema, prefix, literal
+        self._before, self._behind, self._between, _ = shape.written
+        self._definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        self._names: dict[str, str] = {}  # a schema in JSON -> the rule of its values
+        self.rules = [""]
+        self.rules[0] = f"{prefix}: {' | '.join(map(self._members, _flat(schema, schema)))}"
+
+    def _add(self, expression: str, terminal: bool = False, option: str = "") -> str:
+        name = f"{self._prefix}_{len(self.rules)}"
+        name = name.upper() if terminal else name
+        self.rules.append(f"{name}{option}: {expression}")
+        return name
+
+    def _members(self, schema: dict) -> str:
+        """An object's members, without its braces."""
+        required, others = schema.get("required", []), schema.get("additionalProperties", {})
+        properties = {**{key: others for key in required if isinstance(key, str)}, **schema.get("properties", {})}
+        if not properties and others is not False and not self._shape.close:
+            pair = self._add(f'/[\\w.-]+/ ":" {self._value(others)}')
+            return f"({pair} ({self._literal(self._between)} {pair})*)?"
+        first = rest = '""'  # what may come behind nothing, and behind another member
+        for key, value in reversed(properties.items()):
+            member = self._add(self._member(key, value))
+            follows, optional = f"{self._literal(self._between)} {member}", key not in required
+            first = self._add(f"{member} {rest}" + (f" | {first}" if optional else ""))
+            rest = self._add(f"({follows})? {rest}" if optional else f"{follows} {rest}")
+        return first
+
+    def _member(self, key: str, schema: Any) -> str:
+        before, behind = self._before.replace("KEY", key), self._literal(self._behind.replace("KEY", key))
+        if not self._shape.close:
+            return f"{self._literal(before)} {self._value(schema)} {behind}"
+        texts, others = [], []
+        for part in _flat(schema, self._root):
+            for kind in sorted(_kinds(part)) or ["string"]:
+                head = self._literal(before.replace("KIND", self._shape.kind(kind) if self._shape.kind else ""))
+                value = self._text(part, behind) if kind == "string" else f"{self._json(part, kind)} {behind}"
+                (texts if kind == "string" else others).append(f"{head} {value}")
+        return " | ".join(texts + others if self._shape.kind else texts or others)
+
+    def _value(self, schema: Any) -> str:
+        """The name of the rule of a value that does not stand between tags."""
+        if self._shape.quotes[0] == '"':
+            return self._add(json_rule({**self._definitions, **schema} if isinstance(schema, dict) else {}))
+        known = json.dumps(schema)
+        if known not in self._names:
+            self._names[known] = name = self._add("")  # it may hold itself
+            at = len(self.rules) - 1
+            self.rules[at] += " | ".join(self._quoted(part, kind) for part in _flat(schema, self._root)
+                                         for kind in sorted(_kinds(part) or _EVERY_KIND))
+        return self._names[known]
+
+    def _quoted(self, part: dict, kind: str) -> str:
+        """One kind of value in an object like `{k:<|"|>v<|"|>,n:[1]}`."""
+        quote, listed = self._shape.quotes[0], _listed(part)
+        if kind in ("string", "array", "object") and listed is not None:
+            return " | ".join(self._literal(self._spelled(value)) for value in listed if _KINDS[type(value)] & {kind})
+        if kind == "string":
+            return f"{self._literal(quote)} {self._text(part, self._literal(quote))}"
+        if kind == "object":
+            return f'"{{" ({self._members(part)}) "}}"'
+        if kind == "array":
+            return f'"[" {self._items(part)} "]"'
+        return self._json(part, kind)
+
+    def _items(self, part: dict) -> str:
+        """An array's items, without its brackets; those that have places of their own are never left out."""
+        least, most, others = part.get("minItems", 0), part.get("maxItems"), part.get("items", {})
+        placed = [self._value(item) for item in part.get("prefixItems", ())]
+        if placed and others is False:
+            most = len(placed)
+        if most == 0:
+            return '""'
+        item = "" if most == len(placed) else self._value(others)
+        first = placed or [item]
+        items = ' "," '.join(first)
+        if most != len(first):
+            items += f' ("," {item}){{{max(least - len(first), 0)},{"" if most is None else most - len(first)}}}'
+        return items if placed or least else f"({items})?"
+
+    def _spelled(self, value: Any) -> str:
+        if isinstance(value, str):
+            return f"{self._shape.quotes[0]}{value}{self._shape.quotes[0]}"
+        if isinstance(value, dict):
+            return "{" + ",".join(f"{key}:{self._spelled(item)}" for key, item in value.items()) + "}"
+        return f"[{','.join(map(self._spelled, value))}]" if isinstance(value, list) else json.dumps(value)
+
+    def _json(self, part: dict, kind: str) -> str:
+        return self._add(json_rule({**self._definitions, **part, "type": kind}))
+
+    def _text(self, part: dict, behind: str) -> str:
+        """A string and what is written `behind` it, an expression of texts and special tokens."""
+        if (listed := _listed(part)) is not None:
+            return f"({' | '.join(self._literal(one) for one in listed if isinstance(one, str))}) {behind}"
+        text = [f"/(?s:.{{{part.get('minLength', 0)},{part.get('maxLength', '')}}})/"]
+        if "pattern" in part:
+            text.append(_anywhere(part["pattern"]))
+        name = self._add(" & ".join(text), terminal=True)
+        lead = re.match(r'"(?:[^"\\]|\\.)*"', behind)
+        if lead is None:
+            return f"{name} {behind}"
+        if lead[0] == behind:
+            return self._add(name, option=f"[suffix={behind}]")
+        # The text may hold what precedes the special token, so that only both together end it.
+        return f"{self._add(f'{name} {lead[0]}', terminal=True)} {behind[lead.end():]}"
+
+
+def _anywhere(pattern: str) -> str:
+    """The expression of a text in which a schema's pattern is found."""
+    begins, ends = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith(r"\$")
+    inner = pattern[begins:len(pattern) - ends].replace("/", r"\/").replace("\n", r"\n").replace(r"\d", "[0-9]")
+    return f"/{'' if begins else '(?s:.*)'}(?:{inner}){'' if ends else '(?s:.*)'}/"
 
 
 _KINDS = {bool: {"boolean"}, int: {"integer", "number"}, float: {"number"}, str: {"string"}, list: {"array"},
           dict: {"object"}, type(None): {"null"}}
+_EVERY_KIND = set().union(*_KINDS.values()) - {"integer"}
 _PYTHON_WORDS = {"True": True, "False": False, "None": None}
 
 
-def _types(schema: Any) -> set[str]:
+# What a keyword must be to count at all.
+_FORMS = {"$ref": str, "allOf": list, "anyOf": list, "oneOf": list, "enum": list, "type": (str, list), "properties": dict,
+          "required": list, "prefixItems": list, "minItems": int, "maxItems": int, "minLength": int, "maxLength": int,
+          "pattern": str}
+
+
+def _flat(schema: Any, root: Any, path: tuple[str, ...] = ()) -> list[dict]:
+    """The alternatives of a schema, at most 64, without references into `root` and combinations on their highest level; none
+    if it refers to nothing but itself."""
+    if not isinstance(schema, dict) or len(path) > 64:
+        return [] if schema is False else [{}]
+    schema = {key: value for key, value in schema.items() if isinstance(value, _FORMS.get(key, object))}
+    parts = [{key: value for key, value in schema.items() if key not in ("$ref", "allOf", "anyOf", "oneOf")}]
+    groups = [[one] for one in schema.get("allOf", ())] + [schema[key] for key in ("anyOf", "oneOf") if schema.get(key)]
+    if reference := schema.get("$ref", ""):
+        if reference in path:
+            return []
+        groups.append([_pointed(root, reference)])
+    for group in groups:
+        choices = (one for choice in group for one in _flat(choice, root, (*path, reference)))
+        pairs = itertools.product(parts, itertools.islice(choices, 64))
+        parts = [_merged(one, other) for one, other in itertools.islice(pairs, 64)]
+    return parts
+
+
+def _pointed(root: Any, reference: str) -> Any:
+    """What a reference within a schema points to (RFC 6901); {} when that is nowhere."""
+    for step in reference.lstrip("#").split("/")[1:]:
+        step = step.replace("~1", "/").replace("~0", "~")
+        root = root.get(step, {}) if isinstance(root, dict) else {}
+    return root
+
+
+def _merged(one: dict, other: dict) -> dict:
+    return {**one, **other, "properties": {**one.get("properties", {}), **other.get("properties", {})},
+            "required": [*one.get("required", ()), *other.get("required", ())]}
+
+
+def _listed(part: dict) -> list | None:
+    """The only values that a schema allows, if it lists them."""
+    return [part["const"]] if "const" in part else part.get("enum")
+
+
+def _kinds(part: dict) -> set[str]:
+    """The JSON types that a schema without combinations allows; empty when it does not say."""
+    named = part.get("type", [])
+    kinds = {named} if isinstance(named, str) else {name for name in named if isinstance(name, str)}
+    listed = _listed(part)
+    if listed is None:
+        return kinds
+    possible = {kind for value in listed for kind in _KINDS[type(value)]}
+    return kinds & possible or possible
+
+
+def _types(schema: Any, root: Any) -> set[str]:
     """The JSON types that a property's schema allows; empty when it does not say."""
-    if not isinstance(schema, dict):
-        return set()
-
-    def listed(key: str) -> list:
-        return schema[key] if isinstance(schema.get(key), list) else []
-
-    types = {name for name in listed("type") + [schema.get("type")] if isinstance(name, str)}
-    for part in listed("allOf"):
-        types |= _types(part)
-    for part in listed("anyOf") + listed("oneOf"):
-        types |= _types(part) or {"string"}  # an untyped alternative may well be a string
-    if not types:
-        types = {kind for value in listed("enum") for kind in _KINDS[type(value)]}
-    return types
+    parts = _flat(schema, root)
+    if len(parts) == 1:
+        return _kinds(parts[0])
+    return {kind for part in parts for kind in _kinds(part) or {"string"}}  # an untyped alternative may well be a string
 
 
-def coerce(value: Any, schema: Any) -> Any:
-    """`value`, or what it spells when it is text and `schema` allows other types but no string."""
-    types = _types(schema)
+def _ends(schema: Any) -> bool:
+    """Whether a value that matches can come to an end: no part of it needs another of its own kind, without end."""
+    needs: dict[int, list[list[Any]]] = {}  # schema -> what each of its alternatives holds at least
+    waiting, root = [schema], schema
+    while waiting:
+        one = waiting.pop()
+        if id(one) in needs:
+            continue
+        needs[id(one)] = parts = []
+        for part in _flat(one, root):
+            kinds, needed = _kinds(part) if _listed(part) is None else set(), []
+            if kinds == {"object"}:
+                properties = part.get("properties", {})
+                needed = [properties[key] for key in properties if key in part.get("required", ())]
+            elif kinds == {"array"}:
+                first, least = part.get("prefixItems", []), part.get("minItems", 0)
+                needed = first[:least] + [part.get("items", {})] * (least > len(first))
+            parts.append(needed)
+            waiting += needed
+    ended: set[int] = set()
+    while new := {one for one, parts in needs.items() if one not in ended and any(
+            all(id(need) in ended for need in needed) for needed in parts)}:
+        ended |= new
+    return id(schema) in ended
+
+
+def coerce(value: Any, types: set[str]) -> Any:
+    """`value`, or what it spells when it is text and may be of one of `types`, but no string."""
     if not isinstance(value, str) or not types or "string" in types:
         return value
     try:
@@ -1812,15 +1999,16 @@ def coerce(value: Any, schema: Any) -> Any:
     return spelled if _KINDS[type(spelled)] & types else value
 
 
-def _declared(tools: Iterable[dict]) -> dict[str, dict[str, dict]]:
-    """Tool name -> property name -> schema. What is not shaped like a schema counts as not said."""
+def _declared(tools: Iterable[dict]) -> dict[str, collections.defaultdict[str, set[str]]]:
+    """Tool name -> property name -> the types it allows. What is not shaped like a schema counts as not said."""
     declared = {}
     for tool in tools:
         schema = tool["function"].get("parameters")
-        properties = schema.get("properties") if isinstance(schema, dict) else None
-        properties = properties if isinstance(properties, dict) else {}
-        declared[tool["function"]["name"]] = {
-            key: value for key, value in properties.items() if isinstance(value, dict)}
+        parts = _flat(schema, schema)
+        others = set().union(*(_types(part.get("additionalProperties"), schema) for part in parts))
+        types = declared[tool["function"]["name"]] = collections.defaultdict(lambda others=others: others)
+        for key, value in ((key, value) for part in parts for key, value in part.get("properties", {}).items()):
+            types[key] = types.get(key, set()) | _types(value, schema)
     return declared
 
 
@@ -1853,11 +2041,11 @@ def _unescape(text: str) -> str:
 
 def _spell(text: str, missing: str, quote: str) -> Any:
     """The value that `text` spells, if need be with the closing brackets it is `missing`; else `text` itself."""
-    for source in (text, text + missing):
+    for source in (text.strip(), text.strip() + missing):
         if quote != '"':  # then keys stand without any
-            token = re.compile(rf"{re.escape(quote)}(.*?){re.escape(quote)}|(?<=[{{,])\s*([^\s{{}}\[\]:,]+)\s*:", re.DOTALL)
+            token = re.compile(rf"{re.escape(quote)}(.*?){re.escape(quote)}|(?<=[{{,])\s*{_BARE_KEY}", re.DOTALL)
             source = token.sub(lambda found: json.dumps(found[2] or found[1]) + ":" * bool(found[2]), source)
-        for read in (lambda: read_json(source), lambda: (ast.literal_eval(source.strip()), "")):
+        for read in (lambda: read_json(source), lambda: (ast.literal_eval(source), "")):
             try:
                 value, rest = read()
                 if not rest.strip():
@@ -1996,12 +2184,13 @@ class CallReader:
             self._open(name)
             for key, value in arguments.items():
                 self._write_key(key)
-                self._write_value(coerce(value, self._tools[name].get(key)), value)
+                self._write_value(coerce(value, self._tools[name][key]), value)
             self._close()
 
     def _described(self) -> list[dict]:
-        return [{"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
-                for name, properties in self._tools.items()]
+        return [{"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {
+            key: {"type": kind} for key, kinds in types.items() for kind in kinds if len(kinds) == 1}}}}
+                for name, types in self._tools.items()]
 
     def _read_call(self, shape: Shape, name: str) -> Iterator[bool]:
         """One call from its arguments to the end of the object they stand in, if that ends."""
@@ -2013,7 +2202,7 @@ class CallReader:
             end, missing = yield from self._scan(shape, ["}"])
             self.text = self.text if missing else self.text[end:]
 
-    def _read_object(self, shape: Shape, properties: dict[str, dict]) -> Iterator[bool]:
+    def _read_object(self, shape: Shape, types: collections.defaultdict[str, set[str]]) -> Iterator[bool]:
         """The arguments up to the closing brace; returns whether that came."""
         brace = shape.after[0]
         while True:
@@ -2031,13 +2220,13 @@ class CallReader:
             self._write_key(key)
             if quote := next((quote for quote in shape.quotes if self.text.startswith(quote)), ""):
                 self.text = self.text[len(quote):]
-                yield from self._read_text((quote,), shape.after, properties.get(key), escapes=len(quote) == 1)
+                yield from self._read_text((quote,), shape.after, types[key], escapes=len(quote) == 1)
             else:
                 end, missing = yield from self._scan(shape, [])
                 text, self.text = self.text[:end].strip(), self.text[end:]
                 self._write_value(_spell(text, missing, shape.quotes[0]), text)
 
-    def _read_tags(self, shape: Shape, properties: dict[str, dict]) -> Iterator[bool]:
+    def _read_tags(self, shape: Shape, types: collections.defaultdict[str, set[str]]) -> Iterator[bool]:
         """The arguments up to what ends the call, which is left; returns whether that came."""
         while True:
             argument = shape.key.match(self.text)
@@ -2053,7 +2242,7 @@ class CallReader:
             close = shape.close.replace("KEY", key)
             closes = (f"\n{close}", close) if shape.newlines else (close,)
             typed = argument.re.groups > 1 and argument[2] not in (None, "true", "string")
-            yield from self._read_text(closes, shape.after, properties.get(key), typed=typed)
+            yield from self._read_text(closes, shape.after, types[key], typed=typed)
 
     def _gives_up(self, begins: tuple[str, ...]) -> bool:
         """Whether what should be the next argument never will be: what is left is text, but a mere beginning is nothing."""
@@ -2061,12 +2250,11 @@ class CallReader:
             self.text = ""
         return self._last or len(self.text) > self.LIMIT or bool(self._end) and self._end in self.text
 
-    def _read_text(self, closes: tuple[str, ...], after: tuple[str, ...], schema: Any, *, escapes: bool = False,
+    def _read_text(self, closes: tuple[str, ...], after: tuple[str, ...], types: set[str], *, escapes: bool = False,
                    typed: bool = False) -> Iterator[bool]:
         """A value of text. What closes it counts only where the markup can go on; elsewhere it is part of the value. An end
         tag within the value counts when nothing or another call follows."""
         parts: list[str] = []
-        types = _types(schema)
         streams = not typed and (not types or "string" in types)
         say = self._write_text if streams else parts.append
         self._write('"' * streams)
@@ -2095,7 +2283,7 @@ class CallReader:
         self._write('"' * streams)
         if not streams:
             text = "".join(parts)
-            self._write_value(_spell(text, "", '"') if typed else coerce(text, schema), text)
+            self._write_value(_spell(text, "", '"') if typed else coerce(text, types), text)
 
     def _scan(self, shape: Shape, closers: list[str]) -> Iterator[bool]:
         """Where a value ends that is not just text, or the object of which `closers` is the closing bracket, and which
@@ -3163,17 +3351,21 @@ class Constraint:
     calls. `exits` are tokens that lead out of the grammar where that text could begin: into thinking (if True), which ends
     with the tokens `thinking_end`, or to where nothing is held any more. `blanks` may precede the text. With an `opener` only
     what follows these tokens is held, each time they come, up to the grammar's end.
+
+    To be held, a token must be known before the next one is picked, and the model waits for that. What is awaited, the end of
+    the thinking or an opener, costs no such wait: there the mask depends on the token that is still being computed.
     """
 
     def __init__(self, matcher: Any, begins: int | None = None, exits: dict[int, bool] | None = None,
                  thinking_end: Sequence[int] = (), blanks: Sequence[int] = (), opener: Sequence[int] = ()):
-        self._matcher, self._begins, self._exits = matcher, begins, exits or {}
-        self._thinking_end, self._blanks = list(thinking_end), blanks
-        self._opener, self._opened = list(opener), matcher
-        self._state = "watching" if opener else "thinking" if begins is None and thinking_end else "held"
-        self._length = 0  # of the answer so far
+        self._matcher, self._opened, self._begins, self._exits = matcher, matcher.deep_copy(), begins, exits or {}
+        self._blanks, self._opener = blanks, list(opener)
+        self._awaited = self._opener or list(thinking_end)  # the tokens from which on the answer is held
+        self._state = "waiting" if opener or begins is None and thinking_end else "held"
+        self._length = 0  # of the answer as far as it was read
         self._latest: list[int] = []
         self._started = False
+        self._first: Any = None  # the mask right behind what is awaited
 
     def after(self, answer: Sequence[int]) -> Constraint:
         """A copy to go on with behind what is already written of the answer."""
@@ -3188,50 +3380,65 @@ class Constraint:
         """What made the matcher give up, which ends the turn: a grammar may outgrow llguidance's limits. Or ""."""
         return _grammar_error(self._matcher) if self._matcher.is_error() else ""
 
-    def opens(self, token: int, before: int) -> bool:
-        """Whether the text that is held opens with `token`, which `before` tokens of the answer precede."""
+    def take(self, token: int, before: int) -> bool:
+        """Must be told each token of the answer and how many precede it, before the next call; returns whether the text that is
+        held opens with it."""
+        if before == self._length:
+            self._read(token)
         return self._begins == before and token not in self._exits and token not in self._blanks
 
     def __call__(self, context: Any, logits: Any) -> Any:
         """The logits (1, vocabulary) with all tokens ruled out that may not follow the tokens `context`. On the MLX thread."""
         import mlx.core as mx
 
-        if self._started and self._state != "free":
-            token = context[-1:]
+        token, fresh, self._started = context[-1:], self._started, True
+        if self._state == "waiting":
+            *known, last = self._awaited
+            if not fresh or self._latest[len(self._latest) - len(known):] != known:
+                return logits
+            if self._first is None:
+                exits = [token for token, thinks in self._exits.items() if not thinks]
+                self._first = self._mask(self._opened, exits, logits.shape[-1])
+            return mx.where(mx.logical_or(token != last, self._first), logits, -math.inf)
+        if fresh and self._state == "held":
             mx.async_eval(token)
             mx.async_eval(logits)  # the model computes while the mask is made
             self._read(token.item())
-        self._started = True
         if self._state != "held":
             return logits
-        vocabulary = logits.shape[-1]
-        mask = bytearray(self._matcher.compute_bitmask().ljust(vocabulary // 8 + 1, b"\0"))
-        for token, thinks in self._exits.items() if self._length == self._begins else ():
-            if not thinks or token == mx.argmax(logits).item():  # not merely because all else is ruled out
-                mask[token // 8] |= 1 << token % 8
+        # Thinking is not begun merely because all else is ruled out.
+        exits = [token for token, thinks in self._exits.items() if not thinks or token == mx.argmax(logits).item()
+                 ] if self._length == self._begins else []
+        return mx.where(self._mask(self._matcher, exits, logits.shape[-1]), logits, -math.inf)
+
+    @staticmethod
+    def _mask(matcher: Any, exits: Sequence[int], vocabulary: int) -> Any:
+        import mlx.core as mx
+
+        mask = bytearray(matcher.compute_bitmask().ljust(vocabulary // 8 + 1, b"\0"))
+        for token in exits:
+            mask[token // 8] |= 1 << token % 8
         bits = mx.array(memoryview(mask))[:, None] >> mx.arange(8, dtype=mx.uint8) & 1
-        return mx.where(bits.reshape(1, -1)[:, :vocabulary], logits, -math.inf)
+        return bits.reshape(1, -1)[:, :vocabulary].astype(mx.bool_)
 
     def _read(self, token: int) -> None:
         beginning = self._begins == self._length
         self._length += 1
-        if self._state == "watching":
-            self._latest = [*self._latest, token][-len(self._opener):]
-            if self._latest == self._opener:
+        if self._state == "waiting":
+            self._latest = [*self._latest, token][-len(self._awaited):]
+            if self._latest == self._awaited:
                 self._state, self._matcher = "held", self._opened.deep_copy()
-        elif self._state == "thinking":
-            self._latest = [*self._latest, token][-len(self._thinking_end):]
-            if self._latest == self._thinking_end:
-                self._state, self._begins = "held", self._length
-                self._exits = {token: thinks for token, thinks in self._exits.items() if not thinks}
+                if not self._opener:
+                    self._begins = self._length
+                    self._exits = {token: thinks for token, thinks in self._exits.items() if not thinks}
         elif beginning and token in self._exits:
-            self._state, self._begins = "thinking" if self._exits[token] else "free", None
+            self._state, self._begins = "waiting" if self._exits[token] else "free", None
         elif self._state == "held":
             self._matcher.consume_token(token)
             if beginning and token in self._blanks:
                 self._begins = self._length
             if self._opener and self._matcher.is_accepting():
-                self._state = "watching"
+                self._state, self._latest = "waiting", []
 
 
 class ThinkingBudget:
@@ -3837,7 +4044,7 @@ class Runtime:
         if response.token == 0 or usage.completion_tokens % self.INSPECTED == 0:
             if math.isnan(response.logprobs[0].item()):
                 raise ArithmeticError("the model's output is not a number")
-        if job._constraint is not None and job._constraint.opens(response.token, usage.completion_tokens):
+        if job._constraint is not None and job._constraint.take(response.token, usage.completion_tokens):
             parser.verbatim()
         usage.completion_tokens += 1
         usage.thinking_tokens += parser.state == "thinking"

@@ -4,6 +4,7 @@ forward passes and caches."""
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 CHATML = """{%- if tools %}<|im_start|>system
@@ -55,27 +56,31 @@ CONFIGS = {
 }
 
 
-def build_model(kind: str, path: Path, *, template: str = CHATML, seed: int = 7, config: dict | None = None) -> Path:
-    """Writes a loadable model of one of `CONFIGS`, or of another `config`, to `path` and returns it. Weights depend on `seed` only."""
+def build_model(kind: str, path: Path, *, template: str = CHATML, seed: int = 7, config: dict | None = None,
+                marks: Sequence[str] = ()) -> Path:
+    """Writes a loadable model of one of `CONFIGS`, or of another `config`, to `path` and returns it. Weights depend on `seed` only.
+    `marks` are special tokens beside ChatML's."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
     from mlx_lm.utils import _get_classes
 
-    build_tokenizer(path, template)
-    config = {**(config or CONFIGS[kind]), "eos_token_id": 2, "torch_dtype": "float32"}
+    build_tokenizer(path, template, marks)
+    config = {"eos_token_id": 2, "torch_dtype": "float32", **(config or CONFIGS[kind])}
+    config["vocab_size"] += len(marks)
     (path / "config.json").write_text(json.dumps(config))
     model_class, args_class = _get_classes(config)
     mx.random.seed(seed)
     model = model_class(args_class.from_dict(config))
     weights = {name: mx.random.normal(value.shape) * 0.2 if value.ndim > 1 else value
                for name, value in tree_flatten(model.parameters())}
-    weights["model.embed_tokens.weight"][-4:] = 0  # the tags of `build_tokenizer`, which no random answer should open
+    tags = len(marks) + 4  # those of `build_tokenizer`, which no random answer should open
+    weights["model.embed_tokens.weight"][-tags:] = 0
     mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "mlx"})
     return path
 
 
-def build_tokenizer(path: Path, template: str = CHATML) -> None:
-    """Writes a byte-level BPE tokenizer of 512 entries with ChatML's special tokens."""
+def build_tokenizer(path: Path, template: str = CHATML, marks: Sequence[str] = ()) -> None:
+    """Writes a byte-level BPE tokenizer of 512 entries with ChatML's special tokens, and `marks` behind them."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     path.mkdir(parents=True, exist_ok=True)
@@ -87,6 +92,7 @@ def build_tokenizer(path: Path, template: str = CHATML) -> None:
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     tokenizer.train_from_iterator([__doc__, CHATML, Path(__file__).read_text("utf-8")], trainer)
     tokenizer.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
+    tokenizer.add_special_tokens(list(marks))
     tokenizer.save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",

@@ -25,7 +25,12 @@ FAMILIES = {"hermes": "{# tool_call.name #}", "qwen_coder": "{# <tool_call>\n<fu
             "minimax": "{# <minimax:tool_call> #}", "minimax_3": "{# ]<]minimax[>[<tool_call> #}",
             "mistral": "{# [TOOL_CALLS] [ARGS] #}", "mistral_list": "{# [TOOL_CALLS] #}",
             "kimi": "{# <|tool_calls_section_begin|> #}", "deepseek": "{# <｜tool▁calls▁begin｜> #}",
-            "harmony": "{# <|channel|> #}", "lfm": "{# <|tool_call_start|> #}", "gemma": "{# <|tool_call> <tool_call|> #}"}
+            "harmony": "{# <|channel|> #}", "lfm": "{# <|tool_call_start|> #}", "gemma": "{# <|tool_call> <tool_call|> #}",
+            "function_gemma": "{# <start_function_call> #}", "muse": "{# <atem:function_calls> #}",
+            "deepseek_3": "{# <｜tool▁calls▁begin｜> ```json #}", "deepseek_32": "{# ｜DSML｜ #}", "deepseek_4": "{# <｜DSML｜tool_calls> #}",
+            "kimi_3": "", "gemma, special": "{# <|tool_call> <tool_call|> #}", "deepseek_4, special": "{# <｜DSML｜tool_calls> #}"}
+MARKS = {"kimi_3": ["<|open|>", "<|close|>", "<|sep|>", "<|end_of_msg|>"], "deepseek_4, special": ["｜DSML｜"],
+         "gemma, special": ["<|tool_call>", "<tool_call|>", '<|"|>']}
 
 
 def obj(required: list[str] | None = None, **properties: dict) -> dict:
@@ -84,7 +89,8 @@ SCHEMAS += LIKE_CLAUDE_CODE
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models")
     for family, mention in FAMILIES.items():
-        build_model("", path / family, template=CHATML + mention, config={**CONFIGS["qwen2"], "num_hidden_layers": 1})
+        build_model("", path / family, template=CHATML + mention, config={**CONFIGS["qwen2"], "num_hidden_layers": 1},
+                    marks=MARKS.get(family, ()))
     return path
 
 
@@ -218,14 +224,22 @@ def test_a_call_may_follow_the_thinking_when_there_are_tools(engine: Engine):
     constraint = tongue.constraint(request, dataclasses.replace(tongue.prompt(request), in_thinking=True))
     think, end, call, brace, newline = (tongue.encode(text)[0] for text in ("x", "</think>", "<tool_call>", "{", "\n"))
 
-    def allowed(*context: int) -> list[int]:
-        logits = constraint(mx.array(context), mx.zeros((1, 520)))  # some models have more rows than there are tokens
-        return [token for token, logit in enumerate(logits[0].tolist()) if logit == 0]
+    said, opens = [], []
 
-    assert len(allowed(1)) == len(allowed(1, think)) == 520
-    assert {call, brace, newline} < set(allowed(think, end)) and think not in allowed(end, newline)
-    assert {call, brace} < set(allowed(end, newline, newline)) and constraint.opens(brace, 4) and not constraint.opens(call, 4)
-    assert call not in allowed(newline, brace) and constraint.opens(brace, 4)
+    def allowed(*tokens: int) -> set[int]:
+        """What may follow when these, too, are said; the answer's last token is taken only when the next one is picked."""
+        for token in tokens:
+            said.append(token)
+            logits = constraint(mx.array([1, *said]), mx.zeros((1, 520)))  # some models have more rows than there are tokens
+            opens.append(constraint.take(token, len(said) - 1))
+        return {token for token, logit in enumerate(logits[0].tolist()) if logit == 0}
+
+    constraint(mx.array([1]), mx.zeros((1, 520)))
+    assert len(allowed(think)) == 520
+    assert {call, brace, newline} < allowed(end)
+    assert think not in allowed(newline)
+    assert {call, brace} < allowed(newline)
+    assert call not in allowed(brace) and opens == [False, False, False, False, True]
 
 
 def test_a_matcher_that_gives_up_ends_the_turn_and_says_why(engine: Engine):
@@ -244,7 +258,7 @@ TOOLS = [tool("Todo_Write", obj(todos=rows(TASK, 1))), tool("set", obj(["on"], o
 ARGUMENTS = {one["function"]["name"]: one["function"]["parameters"] for one in TOOLS}
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_forced_call_is_a_valid_call(engine: Engine, family: str):
     asked = [("any", True), *((choice, False) for choice in ["any", *ARGUMENTS])]
     answers = [ask(engine, seed, family, tools=TOOLS, tool_choice=choice, parallel_tool_calls=parallel, max_tokens=300)
@@ -299,9 +313,33 @@ def test_without_a_choice_no_call_is_made(engine: Engine):
     assert not [event for event in events if isinstance(event, ToolStart)]
 
 
-def test_a_family_whose_calls_are_not_known_keeps_its_opener(engine: Engine):
-    generation = ask(engine, model="gemma", tools=TOOLS, tool_choice="set", max_tokens=4)
-    assert generation._prompt.opening == "<|tool_call>call:set{" and said(generation)[1] == "length"
+LIST = {**obj(value={"type": "boolean"}, next={"anyOf": [{"$ref": "#/$defs/list"}, {"type": "null"}]})}
+REFERRED = [
+    {"$ref": "#/$defs/list", "$defs": {"list": LIST}}, {**obj(list={"$ref": "#/$defs/list"}), "$defs": {"list": LIST}},
+    {"anyOf": [obj(a={"const": "x"}), obj(b={"enum": [1, 2]}, c={"const": None})]},
+    {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a", "c"], "allOf": [
+        {"properties": {"b": {"type": "null"}, "c": {"enum": [1, 2]}}, "required": ["b"]}]},
+    {"type": "object", "required": ["a"], "additionalProperties": {"type": "integer", "minimum": 1, "maximum": 4}},
+    obj([], a={"type": "boolean"}, b={"type": "null"}, c=text(3)), obj(n=rows({"type": "null"}, 1), m=rows(text(2), 4, minItems=3)),
+]
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma, special", "deepseek_4, special", "qwen_coder", "lfm"])
+def test_forced_arguments_that_are_no_json_match_their_schemas_too(engine: Engine, family: str):
+    schemas = [obj(value=part) for part in PARTS if "$ref" not in part and "format" not in part] + LIKE_CLAUDE_CODE[1:6] + REFERRED
+    answers = [ask(engine, seed, family, tools=[tool("t", schema)], tool_choice="t", parallel_tool_calls=False)
+               for seed, schema in enumerate(schemas)]
+    for schema, generation in zip(schemas, answers):
+        [(_, arguments)], reason = calls(generation)
+        assert reason == "tool_calls"
+        Draft202012Validator(schema).validate(arguments)
+
+
+@pytest.mark.parametrize("family", ["hermes", "gemma"])
+def test_a_tool_that_nothing_can_be_passed_to_is_not_held_to_its_schema(
+        engine: Engine, family: str, caplog: pytest.LogCaptureFixture):
+    generation = ask(engine, model=family, tools=[tool("t", obj(a={"$ref": "#"}))], tool_choice="t", max_tokens=9)
+    assert said(generation)[1] == "length" and "no arguments match the schema of t" in caplog.text
 
 
 @pytest.mark.parametrize("schema, why", [
@@ -309,6 +347,7 @@ def test_a_family_whose_calls_are_not_known_keeps_its_opener(engine: Engine):
     ({"type": "strnig"}, "Invalid type: strnig"), ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
     ({"type": "integer", "minimum": 5, "maximum": 3}, "Unsatisfiable"), ({"$ref": "http://example.org/x"}, "example.org"),
     ({"$ref": "#"}, "no text matches"), ({"anyOf": [{"$ref": "#"}]}, "no text matches"),
+    (obj(a=obj(b={"$ref": "#"})), "no text matches"), (rows({"$ref": "#"}, minItems=1), "no text matches"),
     ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf not fully supported$")])
 @pytest.mark.parametrize("thinking", [False, None])
 def test_a_format_that_cannot_be_enforced_is_refused_and_the_reason_named(engine: Engine, schema: dict, why: str, thinking):

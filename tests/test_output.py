@@ -469,6 +469,16 @@ def test_strange_parameter_schemas(parameters):
     assert parse("<|tool_call>call:Bash{command:<|\"|>ls<|\"|>}<tool_call|>", of_kind("gemma4"), tools) == [bash()]
 
 
+@pytest.mark.parametrize("parameters", [
+    {"properties": {"p": {"$ref": "#/$defs/n"}}, "$defs": {"n": {"type": "integer"}}}, {"additionalProperties": {"type": "integer"}},
+    {"$ref": "#/$defs/all", "$defs": {"all": {"properties": {"p": {"anyOf": [{"const": 7}, {"$ref": "#/$defs/all"}]}}, "type": "object"}}},
+    {"allOf": [{"properties": {"p": {"type": "integer"}}}]}, {"oneOf": [{"properties": {"p": {"enum": [7]}}}, {"properties": {}}]}])
+def test_types_are_found_behind_references_and_combinations(parameters):
+    tools = [{"type": "function", "function": {"name": "T", "parameters": parameters}}]
+    assert parse("<tool_call><function=T><parameter=p>7</parameter></function></tool_call>", QWEN_CODER, tools) == [
+        ("call", "T", {"p": 7})]
+
+
 def test_json_arguments_are_coerced_and_strings_are_not():
     arguments = {"flag": "true", "ratio": "0.5", "items": "[1]", "options": '{"a": 1}', "maybe": "null",
                  "count": "null", "undeclared": "5"}
