@@ -221,9 +221,9 @@ def function_tools(tools: list[Object]) -> list[Object]:
     return functions
 
 
-def any_strict(body: Object) -> bool:
-    """Whether one of a body's tools is strict: then the calls of all are held to their schemas."""
-    return any(nested(tool, "function", "")[0].get("strict") is True for tool in body.get("tools") or [])
+def any_strict(tools: list[Object]) -> bool:
+    """Whether one of the tools of a body is strict: then the calls of all are held to their schemas."""
+    return any(nested(tool, "function", "")[0].get("strict") is True for tool in tools)
 
 
 def nested(value: Object, key: str, path: str) -> tuple[Object, str]:
@@ -499,7 +499,7 @@ def _anthropic_request(body: Object, counting: bool = False) -> Request:
     messages = canonical([Turn("system", _system_text(body.get("system") or "", "system")), *turns])
     request = Request(
         model, messages, tools=tools, deferred_tools=deferred, tool_choice=choice, parallel_tool_calls=parallel,
-        strict=any_strict(body),
+        strict=any_strict(body.get("tools") or []),
         sampling=Sampling(
             temperature=take(body, "temperature", float, low=0, high=2),
             top_p=take(body, "top_p", float, low=0, high=1), top_k=take(body, "top_k", int, low=0)),
@@ -1351,11 +1351,12 @@ def _logit_bias(given: Object) -> dict[int, float] | None:
     return {int(key): take(given, key, float, "logit_bias.", default=0, low=-100, high=100) for key in given} or None
 
 
-def _converse(request: Request, body: Object, turns: list[Turn], effort: str | None, form: Object, path: str) -> None:
+def _converse(request: Request, body: Object, tools: list[Object], turns: list[Turn], effort: str | None, form: Object,
+              path: str) -> None:
     """Fills in what belongs to a conversation; `form` is the demanded output format, found at `path`."""
     request.messages = canonical(turns)
-    request.tool_choice, request.tools = _openai_tool_choice(body, request.tools)
-    request.strict = any_strict(body)
+    request.tool_choice, request.tools = _openai_tool_choice(body, function_tools(tools))
+    request.strict = any_strict(tools)
     request.parallel_tool_calls = take(body, "parallel_tool_calls", bool, default=True)
     asked = take(take(body, "chat_template_kwargs", dict, default={}), "enable_thinking", bool, "chat_template_kwargs.")
     request.thinking = effort != "none" if asked is None and effort else asked
@@ -1380,9 +1381,9 @@ def _openai_tool_choice(body: Object, tools: list[Object]) -> tuple[str, list[Ob
         allowed = [nested(tool, "function", path)[0].get("name") for tool in items(inner, "tools", dict, path, required=True)]
         tools = [tool for tool in tools if tool["function"]["name"] in allowed]
         kind = take(inner, "mode", str, path, default="auto")
-    elif kind == "function":
+    elif kind in ("function", "custom"):
         name = take(inner, "name", str, path, required=True)
-    if kind in ("required", "function"):
+    if kind in ("required", "function", "custom"):
         return forced_choice(kind, name, tools, path), tools
     if kind not in ("auto", "none"):
         raise WireError(400, "tool_choice: Input should be 'none', 'auto', 'required', a function or allowed tools")
@@ -1516,10 +1517,10 @@ class OpenAIChat(_Completions):
         super().__init__(body, "max_completion_tokens", "max_tokens")
         top = take(body, "top_logprobs", int, default=0, low=0, high=20)
         self.request.logprobs = top if take(body, "logprobs", bool, default=False) else None
-        self.request.tools = function_tools(items(body, "tools", dict))
         turns = not_silent(chat_turns(items(body, "messages", dict, required=True), _openai_text))
         form = take(body, "response_format", dict, default={})
-        _converse(self.request, body, turns, take(body, "reasoning_effort", str), form, "response_format.")
+        _converse(self.request, body, items(body, "tools", dict), turns, take(body, "reasoning_effort", str), form,
+                  "response_format.")
 
     def open(self, generation: Any) -> list[Object]:
         super().open(generation)
@@ -1603,13 +1604,14 @@ class OpenAICompletion(_Completions):
 # ------------------------------------------------------------------ OpenAI: responses
 
 
-_ITEMS = {"reasoning": "rs", "message": "msg", "function_call": "fc"}  # what their ids begin with
+_ITEMS = {"reasoning": "rs", "message": "msg", "function_call": "fc", "custom_tool_call": "ctc"}  # what their ids begin with
 _PARTS = {  # by the item's type: the key of its parts, a part, what its events say beside it, and the names of those
     "reasoning": ("summary", {"type": "summary_text"}, {"summary_index": 0}, "reasoning_summary_part",
                   "reasoning_summary_text"),
     "message": ("content", {"type": "output_text", "annotations": [], "logprobs": []},
                 {"content_index": 0, "logprobs": []}, "content_part", "output_text"),
 }
+_FREE = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}  # of a custom tool
 
 
 class OpenAIResponses(Reply):
@@ -1627,11 +1629,14 @@ class OpenAIResponses(Reply):
             if body.get(key):
                 raise WireError(400, f"{key}: not supported by this server; send the whole conversation as input")
         self._spaces: dict[str, tuple[str, str]] = {}  # (namespace, name) by the name that the model sees
-        self.request.tools = function_tools(self._flat_tools(items(body, "tools", dict)))
+        tools = self._flat_tools(items(body, "tools", dict))
+        self._custom = {tool["name"] for tool in tools if tool.get("parameters") is _FREE}
+        if "message.output_text.logprobs" in items(body, "include", str):
+            self.request.logprobs = take(body, "top_logprobs", int, default=0, low=0, high=20)
         turns = [Turn("system", take(body, "instructions", str, default="")), *not_silent(_responses_turns(body), "input")]
         effort = take(take(body, "reasoning", dict, default={}), "effort", str, "reasoning.")
         form = take(take(body, "text", dict, default={}), "format", dict, "text.", default={})
-        _converse(self.request, body, turns, effort, form, "text.format.")
+        _converse(self.request, body, tools, turns, effort, form, "text.format.")
         self._response: Object = {
             "object": "response", "model": self.request.model, "status": "in_progress", "output": [], "error": None,
             "incomplete_details": None, "instructions": body.get("instructions"), "usage": None,
@@ -1649,17 +1654,22 @@ class OpenAIResponses(Reply):
         match event:
             case Thinking(text):
                 return self._say("reasoning", text)
-            case Text(text):
-                return self._say("message", text)
-            case ToolStart(id, name):
-                space, name = self._spaces.get(name, (None, name))
-                return self._start("function_call", call_id=id, name=name, arguments="",
+            case Text(text, tokens):
+                return self._say("message", text, token_objects(tokens))
+            case ToolStart(id, called):
+                space, name = self._spaces.get(called, (None, called))
+                kind = {"input": ""} if called in self._custom else {"arguments": ""}
+                return self._start("custom_tool_call" if "input" in kind else "function_call", call_id=id, name=name, **kind,
                                    **({"namespace": space} if space else {}))
-            case ToolInput(piece):
+            case ToolInput(piece) if self._open == "function_call":
                 self._output[-1]["arguments"] += piece
                 return [self._event("function_call_arguments.delta", **self._place(), delta=piece)]
-            case ToolEnd(cut=cut):
-                return self._stop("incomplete" if cut else "completed")
+            case ToolEnd(arguments, cut):
+                out = []
+                if self._open == "custom_tool_call":
+                    self._output[-1]["input"] = text = str(arguments.get("input", ""))
+                    out = [self._event("custom_tool_call_input.delta", **self._place(), delta=text)]
+                return [*out, *self._stop("incomplete" if cut else "completed")]
             case Done():
                 return self._done(event)
         return []
@@ -1678,26 +1688,30 @@ class OpenAIResponses(Reply):
         """The tools with those of namespaces among them."""
         flat = []
         for number, tool in enumerate(tools):
-            if tool.get("type") != "namespace":
-                flat.append(tool)
-                continue
             at = f"tools.{number}."
+            if tool.get("type") != "namespace":
+                flat.append(_as_function(tool, at))
+                continue
             space = take(tool, "name", str, at, required=True)
             for inner in items(tool, "tools", dict, at):
                 name = take(inner, "name", str, f"{at}tools.", required=True)
                 self._spaces[_in_space(space, name)] = (space, name)
-                flat.append({**inner, "name": _in_space(space, name)})
+                flat.append({**_as_function(inner, f"{at}tools."), "name": _in_space(space, name)})
         return flat
 
-    def _say(self, kind: str, text: str) -> list[Object]:
+    def _say(self, kind: str, text: str, logprobs: list[Object] | None = None) -> list[Object]:
         key, part, _, part_name, text_name = _PARTS[kind]
         out = []
         if self._open != kind:
             out = self._start(kind, **{key: []}, **({"role": "assistant"} if kind == "message" else {}))
             self._output[-1][key] = [{**part, "text": ""}]
             out.append(self._event(f"{part_name}.added", **self._place(), part={**part, "text": ""}))
-        self._output[-1][key][0]["text"] += text
-        return [*out, self._event(f"{text_name}.delta", **self._place(), delta=text)]
+        out.append(self._event(f"{text_name}.delta", **self._place(), delta=text))
+        said = self._output[-1][key][0]
+        said["text"] += text
+        if logprobs:
+            said["logprobs"], out[-1]["logprobs"] = [*said["logprobs"], *logprobs], logprobs
+        return out
 
     def _start(self, kind: str, **fields: Any) -> list[Object]:
         out = self._stop()
@@ -1713,8 +1727,11 @@ class OpenAIResponses(Reply):
         item["status"] = status
         if self._open in _PARTS:
             key, _, _, part_name, text_name = _PARTS[self._open]
-            out = [self._event(f"{text_name}.done", **where, text=item[key][0]["text"]),
-                   self._event(f"{part_name}.done", **where, part=item[key][0])]
+            part = item[key][0]
+            said = {name: part[name] for name in ("text", "logprobs") if name in part}
+            out = [self._event(f"{text_name}.done", **where | said), self._event(f"{part_name}.done", **where, part=part)]
+        elif self._open == "custom_tool_call":
+            out = [self._event("custom_tool_call_input.done", **where, input=item["input"])]
         else:
             out = [self._event("function_call_arguments.done", **where, name=item["name"], arguments=item["arguments"])]
         self._open = ""
@@ -1742,6 +1759,16 @@ class OpenAIResponses(Reply):
         return {"type": f"response.{name}", "sequence_number": self._count - 1, **fields}
 
 
+def _as_function(tool: Object, at: str) -> Object:
+    """A custom tool, whose input is free text, as a function of one string; others as they are. A grammar that the text is to
+    follow is told, not enforced."""
+    if tool.get("type") != "custom":
+        return tool
+    form = take(tool, "format", dict, at, default={})
+    told = [take(tool, "description", str, at, default=""), take(form, "definition", str, f"{at}format.", default="")]
+    return {"type": "function", "name": tool.get("name"), "description": "\n\n".join(filter(None, told)), "parameters": _FREE}
+
+
 def _in_space(space: str | None, name: str) -> str:
     """The name by which the model knows a tool of a namespace."""
     return f"{space}__{name}" if space else name
@@ -1760,10 +1787,14 @@ def _responses_turns(body: Object) -> list[Turn]:
             turns.append(Turn(_CHAT_ROLES.get(role, "user"), _openai_text(item, at)))
         elif kind in ("function_call", "custom_tool_call"):
             id, name = (take(item, key, str, at, required=True) for key in ("call_id", "name"))
-            arguments = call_arguments(item.get("arguments", item.get("input")))
+            arguments = call_arguments(item.get("arguments")) if kind == "function_call" else {
+                "input": take(item, "input", str, at, default="")}
             turns.append(Turn("assistant", calls=[(id, _in_space(take(item, "namespace", str, at), name), arguments)]))
-        elif kind in ("function_call_output", "custom_tool_call_output"):
-            id = take(item, "call_id", str, at, required=True)
+        elif kind == "local_shell_call":
+            id, action = take(item, "call_id", str, at, required=True), take(item, "action", dict, at, required=True)
+            turns.append(Turn("assistant", calls=[(id, "local_shell", action)]))
+        elif kind in ("function_call_output", "custom_tool_call_output", "local_shell_call_output"):
+            id = take(item, "call_id" if "call_id" in item else "id", str, at, required=True)
             turns.append(Turn("tool", _openai_text(item, at, "output"), call_id=id))
         elif kind == "reasoning":
             turns.append(Turn("assistant", reasoning=_openai_text(item, at) or _openai_text(item, at, "summary")))

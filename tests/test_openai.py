@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from dialects import IMAGE_NOTE, OpenAIChat, OpenAICompletion, OpenAIResponses, WireError, call_arguments, openai_error
 from engine import (
     Done, EngineBusy, EngineClosed, EngineError, InvalidRequest, ModelLoadError, ModelNotFound, PromptTooLong, Request,
-    Text, Thinking, ToolEnd, ToolInput, ToolStart, Usage,
+    Text, Thinking, Token, ToolEnd, ToolInput, ToolStart, Usage,
 )
 
 HI = [{"role": "user", "content": "hi"}]
@@ -220,11 +220,62 @@ def test_responses_events_make_the_whole():
                               "output_tokens_details": {"reasoning_tokens": 7}}
 
 
+PATCH = {"type": "custom", "name": "apply_patch", "description": "Edits.", "format": {
+    "type": "grammar", "syntax": "lark", "definition": "start: /.+/"}}
+
+
+def test_a_custom_tool_is_called_with_text():
+    reply = OpenAIResponses({"model": "m", "input": "hi", "tools": [PATCH], "tool_choice": {"type": "custom", "name": "apply_patch"}})
+    assert reply.request.tool_choice == "apply_patch"
+    [offered] = reply.request.tools
+    assert offered["function"]["description"] == "Edits.\n\nstart: /.+/"
+    assert offered["function"]["parameters"]["required"] == ["input"]
+    objects, whole = answer(reply, ToolStart("toolu_1", "apply_patch"), ToolInput('{"input": "a'), ToolInput('\\n"}'),
+                            ToolEnd({"input": "a\n"}), Done("tool_calls", Usage(9, 0, 1)))
+    for one in objects:
+        STREAM_EVENTS.validate_python(one, strict=True)
+    Response.model_validate_json(json.dumps(whole), strict=True)
+    assert [one["type"].removeprefix("response.") for one in objects[2:-1]] == [
+        "output_item.added", "custom_tool_call_input.delta", "custom_tool_call_input.done", "output_item.done"]
+    [item] = whole["output"]
+    assert (item["type"], item["call_id"], item["name"], item["input"]) == ("custom_tool_call", "toolu_1", "apply_patch", "a\n")
+    [_, called, result] = respond(tools=[PATCH], input=[*HI, {**item, "input": '{"x": 1}'}, {
+        "type": "custom_tool_call_output", "call_id": "toolu_1", "output": "done"}]).messages
+    assert called["tool_calls"][0]["function"]["arguments"] == {"input": '{"x": 1}'} and result["content"] == "done"
+
+
+def test_a_local_shell_call_in_the_history_is_a_call():
+    action = {"type": "exec", "command": ["ls"], "env": {}}
+    [_, called, result] = respond(input=[
+        *HI, {"type": "local_shell_call", "id": "lsh_1", "call_id": "c1", "action": action, "status": "completed"},
+        {"type": "local_shell_call_output", "id": "c1", "output": "a.txt"}]).messages
+    assert called["tool_calls"][0]["function"] == {"name": "local_shell", "arguments": action}
+    assert (result["role"], result["content"]) == ("tool", "a.txt")
+
+
+def test_responses_weigh_their_tokens_where_that_is_asked_for():
+    body = {"model": "m", "input": "hi", "include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    reply = OpenAIResponses(body)
+    assert reply.request.logprobs == 2
+    tokens = [Token(text, text.encode(), -0.5, [Token("x", b"x", -0.25)]) for text in ("He", "y")]
+    objects, whole = answer(reply, Text("He", tokens[:1]), Text("y", tokens[1:]), Done("stop", Usage(9, 0, 2)))
+    for one in objects:
+        STREAM_EVENTS.validate_python(one, strict=True)
+    Response.model_validate_json(json.dumps(whole), strict=True)
+    pieces = [one["logprobs"] for one in objects if one["type"] == "response.output_text.delta"]
+    weighed = whole["output"][0]["content"][0]["logprobs"]
+    assert [one["token"] for one in weighed] == ["He", "y"] and weighed == [*pieces[0], *pieces[1]]
+    assert [one["logprobs"] for one in objects if one["type"] == "response.output_text.done"] == [weighed]
+    assert OpenAIResponses({"model": "m", "input": "hi", "top_logprobs": 2}).request.logprobs is None
+
+
 def test_a_tool_of_a_namespace_keeps_its_name_when_its_call_comes_back():
     request = respond(tools=[NAMESPACE], input=[
         *HI, {"type": "function_call", "call_id": "1", "namespace": "ns", "name": "g", "arguments": "{}"}])
     called = request.messages[1]["tool_calls"][0]["function"]["name"]
     assert called == request.tools[0]["function"]["name"] != "g"
+    strict = {**NAMESPACE, "tools": [{**NAMESPACE["tools"][0], "strict": True}]}
+    assert respond(tools=[strict]).strict and not respond(tools=[NAMESPACE]).strict
 
 
 @pytest.mark.parametrize("reason, finish, status", [
