@@ -90,7 +90,7 @@ def build_tokenizer(path: Path, template: str = CHATML, marks: Sequence[str] = (
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(vocab_size=508, special_tokens=special,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    tokenizer.train_from_iterator([__doc__, CHATML, Path(__file__).read_text("utf-8")], trainer)
+    tokenizer.train_from_iterator([__doc__, CHATML, json.dumps(CONFIGS)], trainer)
     tokenizer.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
     tokenizer.add_special_tokens(list(marks))
     tokenizer.save(str(path / "tokenizer.json"))
