@@ -3858,7 +3858,7 @@ class Runtime:
         try:
             self._restore(job)
         except Exception as error:
-            self._group.failed(error)
+            self._failed(error)
             self._drop(job, error)
 
     def decoding(self) -> list[Generation]:
@@ -3890,7 +3890,7 @@ class Runtime:
             if job._left() <= 0 and self._may_decode(job):
                 self._start_decoding(job)
         except Exception as error:
-            self._group.failed(error)
+            self._failed(error)
             self._salvage(job)
             self._drop(job, error)
 
@@ -4028,21 +4028,25 @@ class Runtime:
         try:
             responses = self._decoder.step()
         except Exception as error:
-            return self._part(list(by_number.values()), error)
+            return self.part(error)
         for response in responses:
             job = by_number[response.uid]
             try:
                 self._take_token(job, response)
             except Exception as error:
-                self._group.failed(error)
+                self._failed(error)
                 self._decoder.discard(job._number)
                 self._drop(job, error)
 
     def _take_token(self, job: Generation, response: Any) -> None:
+        import mlx.core as mx
+
         usage, parser, detokenizer = job.usage, job._parser, job._detokenizer
         # Of logits that are no numbers every sampler picks token 0; a model that has once lost them never comes back.
         if response.token == 0 or usage.completion_tokens % self.INSPECTED == 0:
-            if math.isnan(response.logprobs[0].item()):
+            with mx.stream(mx.cpu):  # on the GPU it would have to wait for the next step
+                broken = math.isnan(response.logprobs[0].item())
+            if broken:
                 raise ArithmeticError("the model's output is not a number")
         if job._constraint is not None and job._constraint.take(response.token, usage.completion_tokens):
             parser.verbatim()
@@ -4051,7 +4055,8 @@ class Runtime:
         if response.finish_reason != "stop":
             detokenizer.add_token(response.token)
             if job.request.logprobs is not None:
-                job._untold.append(weigh(response.token, response.logprobs, job.request.logprobs, self.tongue.spell))
+                with mx.stream(mx.cpu):
+                    job._untold.append(weigh(response.token, response.logprobs, job.request.logprobs, self.tongue.spell))
         if response.finish_reason:
             detokenizer.finalize()
         piece = detokenizer.last_segment
@@ -4068,10 +4073,11 @@ class Runtime:
         """Takes a request's state back from the decoder."""
         job._line.tokens, job._line.cache = self._decoder.remove(job._number)
 
-    def _part(self, jobs: list[Generation], error: Exception) -> None:
-        """A step of several requests has failed, and whose fault it was cannot be told: each of them reads what it had once
+    def part(self, error: Exception) -> None:
+        """The step of those who decode has failed, and whose fault it was cannot be told: each of them reads what it had once
         more and goes on alone, where only the guilty one fails again."""
-        self._group.failed(error)
+        jobs = self.decoding()
+        self._failed(error)
         self._decoder, batch = self._new_decoder(), self._decoder._batch
         if len(jobs) == 1 or any(job._suspect for job in jobs):
             for job in jobs:
@@ -4127,6 +4133,14 @@ class Runtime:
         if job._constraint is not None and job._constraint.error:
             return job._fail(InvalidRequest(f"the output format asks too much: {job._constraint.error}"))
         job._finish(reason)
+
+    def _failed(self, error: Exception) -> None:
+        """Comes first after a failure: what was computed at the same time may fail as well, and nobody else is to hear of it."""
+        import mlx.core as mx
+
+        self._group.failed(error)
+        with contextlib.suppress(Exception):
+            mx.synchronize()
 
     def _drop(self, job: Generation, error: Exception) -> None:
         """Fails one request; its state is not kept."""
@@ -4231,11 +4245,11 @@ class Pool:
             if not self._unload_idle():
                 return None
         self.prefixes.evict(spare=size)
+        self._wire(size)
         try:
-            runtime = Runtime(local, tongue, self.prefixes, self._kv_bits, self._shelf, self._group)
+            runtime = self.runtimes[local.name] = Runtime(local, tongue, self.prefixes, self._kv_bits, self._shelf, self._group)
         finally:
             self._clean()
-        self.runtimes[local.name] = runtime
         self.states[local.name] = runtime.size, runtime.state
         return runtime
 
@@ -4283,6 +4297,15 @@ class Pool:
 
         gc.collect()
         mx.clear_cache()
+        self._wire()
+
+    def _wire(self, coming: int = 0) -> None:
+        """Keeps the weights in memory, and as many bytes of those that are to be loaded. States come and go, which has made
+        macOS panic where they were wired, too: https://github.com/ml-explore/mlx/issues/3186"""
+        import mlx.core as mx
+
+        if mx.metal.is_available():
+            mx.set_wired_limit(min(usable_memory(), coming + sum(runtime.size for runtime in self.runtimes.values())))
 
     def forget(self) -> list[Generation]:
         """Drops everything, as after a failure that leaves nothing to rely on; returns the requests that ran."""
@@ -4700,7 +4723,6 @@ class Engine:
             importlib.import_module("mlx_lm.generate")  # slow: done here so that callers need not wait for it
             if mx.metal.is_available():
                 usable = usable_memory()
-                mx.set_wired_limit(usable)  # weights and caches stay resident; the system's own limit is far lower
                 mx.set_memory_limit(usable)
                 mx.set_cache_limit(usable // 16)  # freed buffers that MLX keeps for itself
             with self._lock:
@@ -4738,6 +4760,8 @@ class Engine:
     def _open(self, local: LocalModel, tongue: Tongue) -> Runtime | None:
         try:
             self._check_size(local)
+            if local.name not in self._pool.runtimes:
+                self._settle()
             runtime = self._pool.open(local, tongue)
         except ModelLoadError as error:
             self._group.give_up(str(error))
@@ -4779,6 +4803,8 @@ class Engine:
     def _step(self, turn: Turn) -> None:
         """Ends what was cancelled, takes in what is new, reads a chunk of one prompt, adds a token to each answer."""
         jobs = self._pool.jobs()
+        if turn.cancelled:
+            self._settle()
         for runtime in self._pool.runtimes.values():
             runtime.drop_cancelled(turn.cancelled)  # first, so that the same request sent again finds what was computed
         jobs += self._admit(turn.waiting)
@@ -4791,13 +4817,28 @@ class Engine:
         owner = {job: runtime for runtime in runtimes for job in runtime.candidates()}
         started = time.perf_counter()
         if chosen := owner and self._group.decide(lambda: self._schedule.choose(list(owner), decoding)):
+            self._settle()
             owner[chosen].prefill(chosen)
             self._schedule.prefilled(chosen, time.perf_counter() - started, decoding)
             started = time.perf_counter()
         for runtime in runtimes:
+            if len(runtimes) > 1:
+                self._settle()
             runtime.decode()
         self._schedule.decoded(time.perf_counter() - started)
         self._count(jobs)
+
+    def _settle(self) -> None:
+        """Waits for the tokens that are being computed, before anything else is: MLX tells of a failure whoever comes next,
+        and leaves those whose tokens it were with wrong ones."""
+        import mlx.core as mx
+
+        try:
+            mx.synchronize()
+        except Exception as error:
+            for runtime in self._pool.runtimes.values():
+                if runtime.decoding():
+                    runtime.part(error)
 
     def _admit(self, waiting: list[Generation]) -> list[Generation]:
         """Lets requests in, the highest priority first and then as they came, until one has to wait for a model or for
@@ -4816,6 +4857,7 @@ class Engine:
                 job._fail(error)
                 continue
             self._leave_queue(job)
+            self._settle()
             runtime.admit(job)
             admitted.append(job)
         return admitted

@@ -317,6 +317,31 @@ def test_a_step_that_fails_for_one_request_fails_no_other(engine: Engine):
     assert answer(engine, "number 0", max_tokens=60)[0] == expected[0]
 
 
+def test_a_step_that_fails_while_it_is_computed_is_not_blamed_on_what_comes_next(folder: Path):
+    import mlx.core as mx
+
+    with Engine(str(folder / "qwen2")) as engine:
+        expected = [answer(engine, f"number {n}", max_tokens=60)[0] for n in range(2)]
+        engine.unload(engine._default.name)
+        guests = [engine.chat("number 0", max_tokens=60)]
+        victim = engine.chat("victim", max_tokens=4000)
+        for generation in (*guests, victim):
+            until(generation, Phase.DECODE)
+
+        def bad(logprobs: Any) -> Any:
+            if len(guests) == 1:
+                guests.append(engine.chat("number 1", max_tokens=60))  # its prompt is read while the step is computed
+            return mx.argmax(logprobs, axis=-1) + mx.linalg.inv(mx.zeros((2, 2)), stream=mx.cpu).sum().astype(mx.uint32)
+
+        batch = runtime(engine)._decoder._batch
+        batch.samplers[batch.uids.index(victim._number)] = victim._sampler = bad
+        with pytest.raises(EngineError, match="try again"):
+            list(victim)
+        for guest in guests:
+            list(guest)
+        assert [guest._visible for guest in guests] == expected
+
+
 def test_an_answer_that_cannot_be_decoded_fails_alone(engine: Engine):
     class Broken:
         last_segment = ""
