@@ -3783,6 +3783,8 @@ class Runtime:
     """
 
     CHUNK = 512  # tokens; larger ones gain no speed but memory peaks and waiting time
+    LARGE = 2048  # but up to a fifth with experts, all of which each chunk reads: https://github.com/ml-explore/mlx-lm/pull/406
+    DEEP = 16384  # tokens up to which a large chunk's attention takes no more memory than a small one's does at 64k
     SPARSE = 4096  # tokens between two restore points inside a long prompt
     BATCH = 32  # requests that decode side by side
     EXPECTED = 4096  # tokens of an answer to keep memory free for; who writes more may have to wait in between
@@ -3810,6 +3812,8 @@ class Runtime:
             raise _unloadable(local, f"model '{local.name}'", error) from error
         size = sum(array.nbytes for _, array in tree_flatten(self.model.parameters()))
         self.size, self.state = group.decide(lambda: (size, StateSize.of(cache)))
+        experts = any(type(module).__name__.endswith("SwitchLinear") for module in self.model.modules())
+        self._undisturbed = self.LARGE if experts and group.size == 1 else self.CHUNK  # a GPU must not wait long for another
         self.load_seconds = time.perf_counter() - started
         self.jobs: list[Generation] = []
         self.keep_alive: float | None = None
@@ -3877,15 +3881,15 @@ class Runtime:
 
     # -- prefill
 
-    def prefill(self, job: Generation) -> None:
-        """One chunk of a request's prompt; behind the last one it decodes."""
+    def prefill(self, job: Generation, alone: bool) -> None:
+        """One chunk of a request's prompt, a large one if nobody else is here to wait for it; behind the last one it decodes."""
         job._phase = Phase.PREFILL
         try:
             if job.request.embed:
                 return self._embed(job)
             self._restore(job)
             if job._left() > 0:
-                self._read_chunk(job)
+                self._read_chunk(job, self._undisturbed if alone else self.CHUNK)
                 self._tell(job)
             if job._left() <= 0 and self._may_decode(job):
                 self._start_decoding(job)
@@ -3938,13 +3942,13 @@ class Runtime:
         others = [other for other in self.jobs if other is not job and other._line is not None]
         return max(((read(other), other) for other in others), key=lambda pair: pair[0], default=(0, None))
 
-    def _read_chunk(self, job: Generation) -> None:
+    def _read_chunk(self, job: Generation, most: int) -> None:
         import mlx.core as mx
 
         tokens, line, prompt = job._prompt.tokens, job._line, job._prompt
         start, end = len(line.tokens), len(tokens) - 1
         marks = sorted({prompt.root, prompt.turn, prompt.body or end, (start // self.SPARSE + 1) * self.SPARSE, end})
-        stop = min(next(at for at in marks if at > start), start + self.CHUNK)
+        stop = min(next(at for at in marks if at > start), start + (most if start < self.DEEP else self.CHUNK))
         self.model(mx.array(tokens[start:stop])[None], cache=line.cache)
         mx.eval([c.state for c in line.cache])
         mx.clear_cache()
@@ -4818,7 +4822,7 @@ class Engine:
         started = time.perf_counter()
         if chosen := owner and self._group.decide(lambda: self._schedule.choose(list(owner), decoding)):
             self._settle()
-            owner[chosen].prefill(chosen)
+            owner[chosen].prefill(chosen, alone=len(self._pool.jobs()) == 1)
             self._schedule.prefilled(chosen, time.perf_counter() - started, decoding)
             started = time.perf_counter()
         for runtime in runtimes:

@@ -95,6 +95,30 @@ def test_a_cancelled_prefill_keeps_what_it_has_and_resuming_changes_nothing(engi
     assert resumed.usage.cached_tokens >= Runtime.CHUNK
 
 
+def test_a_model_with_experts_reads_large_chunks_while_nobody_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name, tokens in (("CHUNK", 32), ("LARGE", 128), ("DEEP", 256)):
+        monkeypatch.setattr(Runtime, name, tokens)
+    experts = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+               "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
+    with Engine(str(build_model("", tmp_path / "moe", config={**CONFIGS["qwen3"], **experts}))) as engine:
+        answer(engine, "loads the model")
+        runtime, sizes = engine._pool.runtimes["moe"], []
+        model = runtime.model
+
+        def measured(tokens, cache):
+            sizes.append(tokens.shape[1])
+            return model(tokens, cache=cache)
+
+        runtime.model, measured.layers = measured, model.layers
+        list(engine.submit(Request("moe", prompt=[5] * 300, max_tokens=1)))
+        assert sizes == [128, 128, 32, 11]
+        running = engine.submit(Request("moe", prompt=[6], max_tokens=4000))
+        next(iter(running.text()))
+        sizes.clear()
+        list(engine.submit(Request("moe", prompt=[7] * 60, max_tokens=1)))
+        assert sizes == [32, 27]
+
+
 def test_a_twin_of_a_running_request_is_not_prefilled_again(engine: Engine):
     messages = [user("twins " * 300)]
     expected = cold(engine, messages)
