@@ -45,6 +45,7 @@ import shutil
 import signal
 import socket
 import socketserver
+import ssl
 import subprocess
 import threading
 import time
@@ -71,6 +72,7 @@ LOOK_AFTER = 0.1  # seconds after which an answer in the making looks again whet
 PATIENCE = 300.0  # seconds that a client may take to read some of an answer, or to send its next request
 ARRIVAL = 120.0  # seconds that a request may take to arrive, from its first byte on
 CONNECTIONS = 512  # at the same time; fewer where a process may not open twice as many files
+FILES = 4096  # to be open at the same time, if that is allowed: a large model alone has hundreds
 TURNED_AWAY = 32  # more that are told that there is no room
 ASKING = 2.0  # seconds that an upstream may take to accept a connection, or to say what it has
 FRESH = 5.0  # seconds for which the upstream's last word on that counts
@@ -510,7 +512,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def drain(self) -> None:
         """Lets a client finish sending what will not be read, or it would see a reset instead of the answer."""
-        self.connection.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # a Mac's word for a client that has gone is no ConnectionError
+            self.connection.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + 2
         while (left := deadline - time.monotonic()) > 0 and _readable(self.connection, left):
             if not self.connection.recv(1 << 16):
@@ -1105,6 +1108,9 @@ class Hub:
         self._cache = cache
         self._url = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
         self._token = os.environ.get("HF_TOKEN", "")
+        self._trust = ssl.create_default_context()
+        with contextlib.suppress(ImportError):  # python.org's Python knows no authorities; mlx-lm's packages bring some
+            self._trust.load_verify_locations(importlib.import_module("certifi").where())
 
     def pull(self, name: str) -> Iterator[Object]:
         """Downloads the model that a name means, or what is missing of it, and yields Ollama's progress objects. Nothing is
@@ -1249,7 +1255,7 @@ class Hub:
         if self._token:  # for the hub alone, not for where it keeps its files
             request.add_unredirected_header("Authorization", f"Bearer {self._token}")
         try:
-            return urllib.request.urlopen(request, timeout=self.SILENCE)
+            return urllib.request.urlopen(request, timeout=self.SILENCE, context=self._trust)
         except urllib.error.HTTPError as error:
             if error.code in (401, 403, 404):
                 raise WireError(404, f"the hub {self._url} says {error.code} to {path}: there is no such repo, or it takes "
@@ -1589,7 +1595,6 @@ def launchd_job(args: argparse.Namespace, command: list[str]) -> str:
         "ThrottleInterval": 30,
         "ExitTimeOut": _stop_seconds(args),
         "ProcessType": "Interactive",  # others are slowed down
-        "SoftResourceLimits": {"NumberOfFiles": 4096},
         "StandardOutPath": f"{logs}/mlx-server.err",
         "StandardErrorPath": f"{logs}/mlx-server.err",
         "EnvironmentVariables": _environment(),
@@ -1694,7 +1699,19 @@ def _missing() -> str | None:
             raise ImportError("No module named 'mlx_lm'")
     except ImportError as error:
         return f"MLX cannot be imported ({error}); install it: {shlex.quote(sys.executable)} -m pip install mlx mlx-lm"
+    except RuntimeError as error:
+        return f"MLX finds no GPU: {error}"
     return None
+
+
+def _is_taken(host: str, port: int) -> bool:
+    """Whether someone listens there. macOS lets one server listen at an address and another one at all of them, and clients
+    reach only the former: https://stackoverflow.com/a/14388707"""
+    try:
+        socket.create_connection((urlsplit(_reached(host, port)).hostname, port), ASKING).close()
+    except OSError:
+        return False
+    return True
 
 
 def _holder(host: str, port: int) -> str:
@@ -1797,6 +1814,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing := _missing():
         log.critical("%s", missing)
         return 1
+    _allow_files()
     try:
         group = Ranks(args.pipeline) if "MLX_RANK" in os.environ else Group()
         if group.rank:
@@ -1819,9 +1837,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _allow_files() -> None:
+    """macOS lets a process open 256 files, unless it asks for more."""
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files != resource.RLIM_INFINITY and files < FILES:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (FILES if most == resource.RLIM_INFINITY else min(FILES, most), most))
+
+
 def _listen(args: argparse.Namespace) -> MLXServer:
     """A server, still without an engine. Raises EngineError if it cannot listen."""
     try:
+        if args.port and _is_taken(args.host, args.port):
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
         upstream = Upstream(args.upstream, args.overflow) if args.upstream else None
         return MLXServer((args.host, args.port), api_keys=_api_keys(args), priorities=args.priority, upstream=upstream)
     except (OSError, ValueError) as error:

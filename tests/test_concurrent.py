@@ -287,6 +287,24 @@ def test_idle_models_make_room_the_least_recently_used_first(folder: Path):
         assert mx.get_active_memory() - empty < min(sizes.values()) / 10
 
 
+def test_weights_are_wired_and_nothing_else_is(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    import mlx.core as mx
+
+    wired: list[int] = []
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)  # what a Mac's GPU would be told
+    monkeypatch.setattr(mx, "set_wired_limit", wired.append)
+    for name in ("set_memory_limit", "set_cache_limit"):
+        monkeypatch.setattr(mx, name, lambda limit: None)
+    with Engine(models_dirs=[folder]) as engine:
+        for name in ("qwen2", "qwen3"):
+            list(engine.submit(Request(name, [user("hi")], max_tokens=1)))
+        sizes = {name: loaded.size for name, loaded in engine._pool.runtimes.items()}
+        assert wired[-1] == sum(sizes.values()) <= wired[-2]  # there was room for what was being loaded
+        engine.unload("qwen2")
+        assert wired[-1] == sizes["qwen3"]
+    assert wired[-1] == 0
+
+
 def test_a_model_larger_than_memory_is_refused(folder: Path):
     with Engine(models_dirs=[folder], memory=1000) as engine:
         with pytest.raises(ModelLoadError, match="needs .* of memory"):

@@ -214,6 +214,9 @@ def test_a_machine_that_cannot_run_mlx_is_told_why():
     patch = "import os, runpy, sys; sys.argv = ['mlx_server.py']; {}; runpy.run_path('mlx_server.py', run_name='__main__')"
     intel = "os.uname = lambda: os.uname_result(('Darwin', 'mac', '24', '', 'x86_64'))"
     assert "needs Apple silicon" in said(program=[sys.executable, "-c", patch.format(intel)])
+    blind = ("import mlx.core as mx; mx.metal.is_available = lambda: True; "
+             "mx.device_info = lambda: (_ for _ in ()).throw(RuntimeError('No Metal device available'))")
+    assert "finds no GPU: No Metal device" in said(program=[sys.executable, "-c", patch.format(blind)])
     old = "sys.version_info, sys.version = (3, 9, 6, 'final', 0), '3.9.6 (x)'"
     assert "needs Python 3.11 or newer, not 3.9.6" in said(program=[sys.executable, "-c", patch.format(old)])
 

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import ssl
 import subprocess
 import sys
 import threading
@@ -24,6 +25,7 @@ from test_http import ask
 from test_library import add_repo
 
 from engine import Engine, EngineError, InvalidRequest, ModelNotFound, Preset
+from mlx_server import Hub
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -197,6 +199,13 @@ def test_only_models_inside_ones_own_folders_can_be_deleted(tmp_path: Path, monk
 
 
 # ------------------------------------------------------------------ pulling
+
+
+def test_the_hub_is_trusted_where_python_itself_knows_no_authorities(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SSL_CERT_FILE", "/nonexistent")
+    monkeypatch.setenv("SSL_CERT_DIR", "/nonexistent")
+    assert not ssl.create_default_context().cert_store_stats()["x509_ca"]
+    assert Hub(Path("/nonexistent"))._trust.cert_store_stats()["x509_ca"] > 50
 
 
 class FakeHub(ThreadingHTTPServer):

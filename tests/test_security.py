@@ -163,6 +163,21 @@ def test_the_room_leaves_files_to_open():
         assert 0 < server.room <= resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
 
 
+def test_it_asks_for_the_files_it_needs():
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, most))  # as in a Mac's terminal
+    try:
+        server = Server()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
+    with ExitStack() as stack:
+        for _ in range(130):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=20))
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+    assert server.stop() == 0
+
+
 # ------------------------------------------------------------------ keys
 
 
