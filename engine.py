@@ -2619,7 +2619,11 @@ class Group:
         return load_model(path, **options)[0]
 
     def failed(self, error: Exception) -> None:
-        """Says that this process goes on after a failure, which all of them have to have had."""
+        """Says that this process goes on after a failure, which all of them have to have had. It does not if macOS has lost its
+        patience with it: https://github.com/jundot/omlx/issues/3706"""
+        if "SubmissionsIgnored" in str(error):
+            self.lost = "the GPU takes no more work from this process"
+            log.critical("%s, which has to start anew", self.lost)
 
     def give_up(self, reason: str) -> None:
         """Says that this process cannot go on."""
@@ -4637,6 +4641,11 @@ class Engine:
             return "the server is shutting down"
         return "the engine hangs" if since is not None and time.monotonic() - since > self.STUCK else None
 
+    @property
+    def broken(self) -> bool:
+        """Whether it has failed for good, which only a new process changes."""
+        return bool(self._broken)
+
     def stats(self) -> Stats:
         """Figures of this moment."""
         from mlx.core import get_active_memory
@@ -4669,7 +4678,7 @@ class Engine:
     def follow(self) -> bool:
         """Does what rank 0 decides, until it ends; returns whether all went well."""
         self._thread.join()
-        return not self._broken
+        return not self.broken
 
     def _twin(self, request: Request, prompt: Prompt, limit: int, by_context: bool, born: float) -> Generation:
         """This process's own of a request that has come to rank 0."""
@@ -4736,6 +4745,9 @@ class Engine:
                 self._preload(self._default)
             while turn := self._group.decide(self._wait):
                 self._guarded_step(turn)
+                if self._group.lost:
+                    self._broken = self._group.lost
+                    return
             self._group.close()
         except Exception:
             log.critical("the engine has stopped", exc_info=True)

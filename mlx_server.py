@@ -198,6 +198,10 @@ class MLXServer(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("connection failed", exc_info=True)
 
+    def service_actions(self) -> None:
+        if self.engine is not None and self.engine.broken:
+            os.kill(os.getpid(), signal.SIGTERM)  # what supervises the program starts it anew
+
     def stop(self, drain: float = 0.0, grace: float = 4.5) -> None:
         """Takes no new work, gives the running answers `drain` seconds, ends those left with an error their clients
         understand, then everything else, within `grace` seconds."""
@@ -1833,8 +1837,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _serve(args, server)
     if not server.engine.close(0) or group.lost:
         logging.shutdown()
-        os._exit(bool(group.lost))  # an engine in the midst of a step would crash or stop the interpreter's own way out
-    return 0
+        os._exit(server.engine.broken)  # an engine in the midst of a step would crash or stop the interpreter's own way out
+    return int(server.engine.broken)
 
 
 def _allow_files() -> None:

@@ -269,6 +269,15 @@ def printed(home: Path, *flags: str) -> str:
     return out.stdout
 
 
+def test_a_server_whose_gpu_takes_no_more_work_ends_to_be_started_anew(tmp_path: Path):
+    refused = "[METAL] Command buffer execution failed: Ignored (00000004:kIOGPUCommandBufferCallbackErrorSubmissionsIgnored)"
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import engine\ndef step(self):\n    raise RuntimeError({refused!r})\nengine.Decoder.step = step\n")
+    server = Server("--model", "demo", env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    assert ask(server, "POST", "/api/generate", {"model": "demo", "prompt": "hi", "stream": False})[0].status == 500
+    assert server.process.wait(20) == 1
+
+
 class Service:
     """A server started by a whole command, that logs to a file or, without one, to `stderr`."""
 
