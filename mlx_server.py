@@ -1114,7 +1114,9 @@ class Hub:
         self._token = os.environ.get("HF_TOKEN", "")
         self._trust = ssl.create_default_context()
         with contextlib.suppress(ImportError):  # python.org's Python knows no authorities; mlx-lm's packages bring some
-            self._trust.load_verify_locations(importlib.import_module("certifi").where())
+            import certifi
+
+            self._trust.load_verify_locations(certifi.where())
 
     def pull(self, name: str) -> Iterator[Object]:
         """Downloads the model that a name means, or what is missing of it, and yields Ollama's progress objects. Nothing is

@@ -314,6 +314,17 @@ def test_a_model_larger_than_memory_is_refused(folder: Path):
 # ------------------------------------------------------------------ faults
 
 
+def beside_a_failure(engine: Engine, victim: Generation, sampler: Any, guests: list[Generation]) -> list[str]:
+    """What guests are told when a request that decodes with them gets a sampler that makes it fail."""
+    batch = runtime(engine)._decoder._batch
+    batch.samplers[batch.uids.index(victim._number)] = victim._sampler = sampler
+    with pytest.raises(EngineError, match="try again"):
+        list(victim)
+    for guest in guests:
+        list(guest)
+    return [guest._visible for guest in guests]
+
+
 def test_a_step_that_fails_for_one_request_fails_no_other(engine: Engine):
     expected = [answer(engine, f"number {n}", max_tokens=60)[0] for n in range(3)]
 
@@ -325,13 +336,7 @@ def test_a_step_that_fails_for_one_request_fails_no_other(engine: Engine):
     victim = engine.chat("victim", max_tokens=4000)
     for generation in (*guests, victim):
         until(generation, Phase.DECODE)
-    batch = runtime(engine)._decoder._batch
-    batch.samplers[batch.uids.index(victim._number)] = victim._sampler = bad
-    with pytest.raises(EngineError, match="try again"):
-        list(victim)
-    for guest in guests:
-        list(guest)
-    assert [guest._visible for guest in guests] == expected
+    assert beside_a_failure(engine, victim, bad, guests) == expected
     assert answer(engine, "number 0", max_tokens=60)[0] == expected[0]
 
 
@@ -351,13 +356,7 @@ def test_a_step_that_fails_while_it_is_computed_is_not_blamed_on_what_comes_next
                 guests.append(engine.chat("number 1", max_tokens=60))  # its prompt is read while the step is computed
             return mx.argmax(logprobs, axis=-1) + mx.linalg.inv(mx.zeros((2, 2)), stream=mx.cpu).sum().astype(mx.uint32)
 
-        batch = runtime(engine)._decoder._batch
-        batch.samplers[batch.uids.index(victim._number)] = victim._sampler = bad
-        with pytest.raises(EngineError, match="try again"):
-            list(victim)
-        for guest in guests:
-            list(guest)
-        assert [guest._visible for guest in guests] == expected
+        assert beside_a_failure(engine, victim, bad, guests) == expected
 
 
 def test_an_answer_that_cannot_be_decoded_fails_alone(engine: Engine):
