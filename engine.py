@@ -3788,6 +3788,7 @@ class Runtime:
 
     CHUNK = 512  # tokens; larger ones gain no speed but memory peaks and waiting time
     LARGE = 2048  # but up to a fifth with experts, all of which each chunk reads: https://github.com/ml-explore/mlx-lm/pull/406
+    LEAST = 64  # tokens that a chunk has after failures
     DEEP = 16384  # tokens up to which a large chunk's attention takes no more memory than a small one's does at 64k
     SPARSE = 4096  # tokens between two restore points inside a long prompt
     BATCH = 32  # requests that decode side by side
@@ -3899,7 +3900,10 @@ class Runtime:
                 self._start_decoding(job)
         except Exception as error:
             self._failed(error)
-            self._salvage(job)
+            if _on_gpu(error):  # which had it too long, or had no room: smaller chunks may do
+                self.CHUNK = self._undisturbed = max(self.CHUNK // 2, self.LEAST)
+            else:
+                self._salvage(job)
             self._drop(job, error)
 
     def _restore(self, job: Generation) -> None:
@@ -4045,6 +4049,8 @@ class Runtime:
                 self._failed(error)
                 self._decoder.discard(job._number)
                 self._drop(job, error)
+                if _on_gpu(error) and self.decoding():
+                    return self.part(error)
 
     def _take_token(self, job: Generation, response: Any) -> None:
         import mlx.core as mx
@@ -4094,6 +4100,9 @@ class Runtime:
         log.warning("a step of %d requests has failed: they go on one by one", len(jobs), exc_info=error)
         read = dict(zip(batch.uids, batch.tokens))
         for job in jobs:
+            if job._number not in read:  # it has ended meanwhile
+                self._drop(job, error)
+                continue
             written = job.prompt_tokens + job.usage.completion_tokens
             self._begin_again(job, read[job._number][:written])
             job._suspect = True
@@ -4129,7 +4138,11 @@ class Runtime:
             self._end(job, "stop")
 
     def _end(self, job: Generation, reason: str) -> None:
-        job.usage.decode_seconds += job._lap() if job._phase is Phase.DECODE else 0.0
+        import mlx.core as mx
+
+        if job._phase is Phase.DECODE:
+            job.usage.decode_seconds += job._lap()
+            mx.synchronize()  # the next step has changed its state already: if that fails, none is kept
         self._release(job)
         job._emit(*job._parser.finish(cut=reason == "length"))
         if job._phase is Phase.DECODE:
@@ -4175,6 +4188,11 @@ class Runtime:
         line = self.prefixes.unshelved(self.fingerprint)
         marks = {line.root, *line.snapshots, *range(self.SPARSE, len(line.tokens), self.SPARSE)}
         line.shelved = self.shelf.write(self.fingerprint, line, self.tongue.answer, marks)
+
+
+def _on_gpu(error: Exception) -> bool:
+    """Whether it was the GPU that failed. What its commands were to write or to move, earlier tokens' states among it, is lost."""
+    return str(error).startswith("[METAL]")
 
 
 @dataclass(frozen=True)

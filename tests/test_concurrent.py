@@ -359,6 +359,26 @@ def test_a_step_that_fails_while_it_is_computed_is_not_blamed_on_what_comes_next
         assert beside_a_failure(engine, victim, bad, guests) == expected
 
 
+def test_a_state_that_a_failed_step_has_changed_is_not_kept(folder: Path):
+    import mlx.core as mx
+
+    with Engine(str(folder / "qwen2")) as engine:
+        answer(engine, "loads the model")
+        steps = 0
+
+        def bad(logprobs: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            wrong = mx.linalg.inv(mx.zeros((2, 2)), stream=mx.cpu).sum() if steps > 4 else mx.array(0)  # behind the last token
+            return mx.array([300], mx.uint32) + wrong.astype(mx.uint32)
+
+        victim = engine.chat("victim " * 100, max_tokens=4)
+        victim._sampler = bad
+        with pytest.raises(EngineError, match="try again"):
+            list(victim)
+        assert steps == 5 and len(engine._pool.prefixes._lines) == 1
+
+
 def test_an_answer_that_cannot_be_decoded_fails_alone(engine: Engine):
     class Broken:
         last_segment = ""
