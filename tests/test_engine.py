@@ -121,22 +121,22 @@ def test_a_model_with_experts_reads_large_chunks_while_nobody_waits(tmp_path: Pa
 
 def test_what_is_too_much_for_the_gpu_is_tried_in_smaller_chunks_and_leaves_nothing(folder: Path):
     with Engine(str(folder / "qwen2")) as engine:
-        expected = cold(engine, "deep " * 800)
+        expected = cold(engine, "deep " * 250)
         engine.unload(engine._default.name)
         answer(engine, "loads the model")
         runtime = engine._pool.runtimes[engine._default.name]
         model = runtime.model
 
         def watched(tokens, cache):
-            if cache[0].offset > 600 and tokens.shape[1] > 128:
+            if cache[0].offset > 300 and tokens.shape[1] > 128:
                 raise RuntimeError("[METAL] Command buffer execution failed: Impacting Interactivity")
             return model(tokens, cache=cache)
 
         runtime.model, watched.layers = watched, model.layers
         for _ in range(2):
             with pytest.raises(EngineError, match="try again"):
-                answer(engine, "deep " * 800)
-        text, generation = answer(engine, "deep " * 800)
+                answer(engine, "deep " * 250)
+        text, generation = answer(engine, "deep " * 250)
         assert text == expected and generation.usage.cached_tokens < REREAD
 
 
