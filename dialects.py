@@ -1667,7 +1667,8 @@ class OpenAIResponses(Reply):
             case ToolEnd(arguments, cut):
                 out = []
                 if self._open == "custom_tool_call":
-                    self._output[-1]["input"] = text = str(arguments.get("input", ""))
+                    given = arguments.get("input", "")
+                    self._output[-1]["input"] = text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
                     out = [self._event("custom_tool_call_input.delta", **self._place(), delta=text)]
                 return [*out, *self._stop("incomplete" if cut else "completed")]
             case Done():
@@ -1766,7 +1767,8 @@ def _as_function(tool: Object, at: str) -> Object:
         return tool
     form = take(tool, "format", dict, at, default={})
     told = [take(tool, "description", str, at, default=""), take(form, "definition", str, f"{at}format.", default="")]
-    return {"type": "function", "name": tool.get("name"), "description": "\n\n".join(filter(None, told)), "parameters": _FREE}
+    name = take(tool, "name", str, at, required=True)
+    return {"type": "function", "name": name, "description": "\n\n".join(filter(None, told)), "parameters": _FREE}
 
 
 def _in_space(space: str | None, name: str) -> str:
@@ -1791,10 +1793,11 @@ def _responses_turns(body: Object) -> list[Turn]:
                 "input": take(item, "input", str, at, default="")}
             turns.append(Turn("assistant", calls=[(id, _in_space(take(item, "namespace", str, at), name), arguments)]))
         elif kind == "local_shell_call":
-            id, action = take(item, "call_id", str, at, required=True), take(item, "action", dict, at, required=True)
+            id = take(item, "id" if item.get("call_id") is None else "call_id", str, at, required=True)
+            action = take(item, "action", dict, at, required=True)
             turns.append(Turn("assistant", calls=[(id, "local_shell", action)]))
         elif kind in ("function_call_output", "custom_tool_call_output", "local_shell_call_output"):
-            id = take(item, "call_id" if "call_id" in item else "id", str, at, required=True)
+            id = take(item, "id" if item.get("call_id") is None else "call_id", str, at, required=True)
             turns.append(Turn("tool", _openai_text(item, at, "output"), call_id=id))
         elif kind == "reasoning":
             turns.append(Turn("assistant", reasoning=_openai_text(item, at) or _openai_text(item, at, "summary")))

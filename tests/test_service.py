@@ -30,7 +30,7 @@ import mlx_server
 from dialects import AnthropicMessages
 from engine import Engine, Text, Usage
 
-SLOW = "slow " * 400  # enough words to be busy with for a while
+SLOW = "slow " * 240  # enough words to be busy with for a while
 
 
 @pytest.fixture(scope="module")
