@@ -1658,9 +1658,8 @@ class OpenAIResponses(Reply):
                 return self._say("message", text, token_objects(tokens))
             case ToolStart(id, called):
                 space, name = self._spaces.get(called, (None, called))
-                kind = {"input": ""} if called in self._custom else {"arguments": ""}
-                return self._start("custom_tool_call" if "input" in kind else "function_call", call_id=id, name=name, **kind,
-                                   **({"namespace": space} if space else {}))
+                kind, key = ("custom_tool_call", "input") if called in self._custom else ("function_call", "arguments")
+                return self._start(kind, call_id=id, name=name, **{key: ""}, **({"namespace": space} if space else {}))
             case ToolInput(piece) if self._open == "function_call":
                 self._output[-1]["arguments"] += piece
                 return [self._event("function_call_arguments.delta", **self._place(), delta=piece)]
@@ -1776,6 +1775,12 @@ def _in_space(space: str | None, name: str) -> str:
     return f"{space}__{name}" if space else name
 
 
+def _item_call_id(item: Object, kind: str, at: str) -> str:
+    """The id of the call that an item is or answers; those of the local shell may have no `call_id`."""
+    own = kind.startswith("local_shell_call") and item.get("call_id") is None
+    return take(item, "id" if own else "call_id", str, at, required=True)
+
+
 def _responses_turns(body: Object) -> list[Turn]:
     """The turns of an input: a text, or items of which one assistant's turn may have several."""
     if isinstance(body.get("input"), str):
@@ -1793,11 +1798,10 @@ def _responses_turns(body: Object) -> list[Turn]:
                 "input": take(item, "input", str, at, default="")}
             turns.append(Turn("assistant", calls=[(id, _in_space(take(item, "namespace", str, at), name), arguments)]))
         elif kind == "local_shell_call":
-            id = take(item, "id" if item.get("call_id") is None else "call_id", str, at, required=True)
             action = take(item, "action", dict, at, required=True)
-            turns.append(Turn("assistant", calls=[(id, "local_shell", action)]))
+            turns.append(Turn("assistant", calls=[(_item_call_id(item, kind, at), "local_shell", action)]))
         elif kind in ("function_call_output", "custom_tool_call_output", "local_shell_call_output"):
-            id = take(item, "id" if item.get("call_id") is None else "call_id", str, at, required=True)
+            id = _item_call_id(item, kind, at)
             turns.append(Turn("tool", _openai_text(item, at, "output"), call_id=id))
         elif kind == "reasoning":
             turns.append(Turn("assistant", reasoning=_openai_text(item, at) or _openai_text(item, at, "summary")))

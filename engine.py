@@ -1196,8 +1196,8 @@ class Tongue:
         blanks = ["\n", "\n\n"] if exits or prompt.in_thinking else []  # what models put behind their thinking
         lead = f"({' | '.join(map(json.dumps, blanks))})?" if blanks else ""
         matcher = self._matcher(f"start: {lead} value\nvalue: {json_rule(schema)}")
-        if matcher.is_error() or not _ends(schema):
-            reason = _grammar_error(matcher) if matcher.is_error() else "no text matches it"
+        reason = _grammar_error(matcher) if matcher.is_error() else "" if _ends(schema) else "no text matches it"
+        if reason:
             raise InvalidRequest(f"the output format cannot be enforced: {reason}")
         for warning in matcher.get_grammar_warnings():
             if not warning.startswith("Unknown format"):  # which JSON Schema itself takes for no more than a note
@@ -1821,7 +1821,7 @@ class _Arguments:
             return self._add(json_rule({**self._definitions, **schema} if isinstance(schema, dict) else {}))
         known = json.dumps(schema)
         if known not in self._names:
-            self._names[known] = name = self._add("")  # it may hold itself
+            self._names[known] = self._add("")  # it may hold itself
             at = len(self.rules) - 1
             self.rules[at] += " | ".join(self._quoted(part, kind) for part in _flat(schema, self._root)
                                          for kind in sorted(_kinds(part) or _EVERY_KIND))
@@ -3362,7 +3362,7 @@ class Constraint:
 
     def __init__(self, matcher: Any, begins: int | None = None, exits: dict[int, bool] | None = None,
                  thinking_end: Sequence[int] = (), blanks: Sequence[int] = (), opener: Sequence[int] = ()):
-        self._matcher, self._opened, self._begins, self._exits = matcher, matcher.deep_copy(), begins, exits or {}
+        self._matcher, self._opened, self._begins, self._exits = matcher, matcher, begins, exits or {}
         self._blanks, self._opener = blanks, list(opener)
         self._awaited = self._opener or list(thinking_end)  # the tokens from which on the answer is held
         self._state = "waiting" if opener or begins is None and thinking_end else "held"

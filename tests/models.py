@@ -65,7 +65,7 @@ def build_model(kind: str, path: Path, *, template: str = CHATML, seed: int = 7,
     from mlx_lm.utils import _get_classes
 
     build_tokenizer(path, template, marks)
-    config = {"eos_token_id": 2, "torch_dtype": "float32", **(config or CONFIGS[kind])}
+    config = {**(config or CONFIGS[kind]), "eos_token_id": 2, "torch_dtype": "float32"}
     config["vocab_size"] += len(marks)
     (path / "config.json").write_text(json.dumps(config))
     model_class, args_class = _get_classes(config)

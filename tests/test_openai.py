@@ -358,7 +358,8 @@ BAD = [  # path, what differs from a good body, the parameter that is blamed
         ({"input": [{"type": "function_call", "name": "f"}]}, "input.0.call_id"), ({"input": [{"type": "item_reference"}]}, "input.0.type"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"), ({"background": True}, "background"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"), ({"tools": [{"type": "web_search"}]}, "tools"),
-        ({"tools": [{"type": "custom", "name": []}]}, "tools.0.name")]),
+        ({"tools": [{"type": "custom", "name": []}]}, "tools.0.name"),
+        ({"input": [{"type": "function_call_output", "id": "fco_1", "output": "x"}]}, "input.0.call_id")]),
 ]
 GOOD = {CHAT: {"model": "demo", "messages": user("say hello")}, COMPLETIONS: {"model": "demo", "prompt": "x", "max_tokens": 2},
         RESPONSES: {"model": "demo", "input": "say hello"}}
