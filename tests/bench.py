@@ -165,7 +165,8 @@ class Generate:
     def __init__(self, path: str):
         from mlx_lm.utils import load_model
 
-        from engine import Library, Tongue
+        from _mlx_server.inference.renderer import Tongue
+        from engine import Library
 
         self._model, _ = load_model(Path(path))
         self._tokenizer = Tongue(Library([]).resolve(path, trusted=True)).tokenizer
@@ -556,7 +557,7 @@ def machine() -> str:
     """When and on what this was measured."""
     import mlx.core as mx
 
-    from mlx_server import __version__
+    from _mlx_server import __version__
 
     device = mx.device_info()
     memory = device.get("memory_size") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -659,7 +660,9 @@ def random_model(kind: str) -> Iterator[str]:
 
 
 def render(args: argparse.Namespace) -> None:
-    from engine import Library, Line, PrefixCache, Request, Tongue
+    from _mlx_server.inference.prefix_cache import Line, PrefixCache
+    from _mlx_server.inference.renderer import Tongue
+    from engine import Library, Request
 
     local = Library([]).resolve(args.model, trusted=True)
     requests = []

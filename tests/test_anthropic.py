@@ -12,15 +12,11 @@ from anthropic.types import Message, ModelInfo
 from anthropic.types.raw_message_stream_event import RawMessageStreamEvent
 from pydantic import TypeAdapter
 
-from dialects import (
-    IMAGE_NOTE, NO_RESULT, AnthropicMessages, Turn, WireError, anthropic_count, anthropic_error, anthropic_model,
-    anthropic_models, canonical,
-)
-from engine import (
-    Done, EngineClosed, EngineError, InvalidRequest, LocalModel, ModelLoadError, ModelNotFound, PromptTooLong, Request,
-    Text,
-    Thinking, Tick, ToolEnd, ToolInput, ToolStart, Usage,
-)
+from _mlx_server.wire.anthropic import AnthropicMessages, anthropic_count, anthropic_error
+from _mlx_server.wire.conversation import IMAGE_NOTE, NO_RESULT, Turn, canonical
+from _mlx_server.wire.fields import WireError
+from dialects import anthropic_model, anthropic_models
+from engine import Done, EngineClosed, EngineError, InvalidRequest, LocalModel, ModelLoadError, ModelNotFound, PromptTooLong, Request, Text, Thinking, Tick, ToolEnd, ToolInput, ToolStart, Usage
 
 HI = [{"role": "user", "content": "hi"}]
 WEATHER = {"name": "weather", "description": "Tells it.", "input_schema": {"type": "object", "properties": {}}}

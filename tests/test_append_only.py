@@ -13,8 +13,11 @@ import pytest
 from conftest import ROOT, Server
 from models import build_tokenizer
 
-from dialects import AnthropicMessages
-from engine import Generation, Line, Prompt, Tongue, common_prefix, describe
+from _mlx_server.wire.anthropic import AnthropicMessages
+from _mlx_server.inference.models import describe
+from _mlx_server.inference.prefix_cache import Line, common_prefix
+from _mlx_server.inference.renderer import Prompt, Tongue
+from engine import Generation
 
 # ------------------------------------------------------------------ templates with the habits of real families
 

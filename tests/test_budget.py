@@ -10,8 +10,10 @@ import pytest
 from jsonschema import Draft202012Validator
 from models import CHATML, build_model
 
-from dialects import AnthropicMessages, WireError
-from engine import Engine, Generation, Sampling, Text, Thinking, ThinkingBudget
+from _mlx_server.wire.anthropic import AnthropicMessages
+from _mlx_server.wire.fields import WireError
+from _mlx_server.inference.constraint import ThinkingBudget
+from engine import Engine, Generation, Sampling, Text, Thinking
 
 SCHEMA = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False}
 OPENS = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}{# enable_thinking #}")

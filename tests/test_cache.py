@@ -15,7 +15,10 @@ from conftest import Server
 from models import CONFIGS
 from test_engine import REREAD, ROOT, SYSTEM, answer, cold, user
 
-from engine import Engine, EngineError, Line, Request, Runtime, Shelf
+from _mlx_server.inference.disk_cache import Shelf
+from _mlx_server.inference.prefix_cache import Line
+from _mlx_server.inference.runner import Runtime
+from engine import Engine, EngineError, Request
 
 LONG = [SYSTEM, user("long " * 600)]
 

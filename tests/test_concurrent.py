@@ -9,10 +9,10 @@ import pytest
 from models import CONFIGS
 from test_engine import REREAD, SYSTEM, answer, cold, user
 
-from engine import (
-    Done, Engine, EngineBusy, EngineError, Generation, ModelLoadError, Phase, Priority, PromptTooLong, Request, Runtime,
-    Sampling, Schedule, Text,
-)
+from _mlx_server.inference.generation import Phase
+from _mlx_server.inference.runner import Runtime
+from _mlx_server.inference.scheduler import Schedule
+from engine import Done, Engine, EngineBusy, EngineError, Generation, ModelLoadError, Priority, PromptTooLong, Request, Sampling, Text
 
 
 @pytest.fixture(scope="module", params=list(CONFIGS))

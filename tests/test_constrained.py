@@ -16,8 +16,10 @@ from conftest import ROOT, Server
 from jsonschema import Draft202012Validator
 from models import CHATML, CONFIGS, build_model
 
-from dialects import AnthropicMessages, OllamaChat
-from engine import Done, Engine, Generation, InvalidRequest, Request, Runtime, Sampling, Text, Thinking, ToolEnd, ToolStart
+from _mlx_server.wire.anthropic import AnthropicMessages
+from _mlx_server.wire.ollama import OllamaChat
+from _mlx_server.inference.runner import Runtime
+from engine import Done, Engine, Generation, InvalidRequest, Request, Sampling, Text, Thinking, ToolEnd, ToolStart
 
 HI = [{"role": "user", "content": "hi"}]
 # A template that only mentions a family's tags is taken for one of that family.

@@ -13,10 +13,8 @@ from pathlib import Path
 import pytest
 from models import CONFIGS, build_model
 
-from engine import (
-    Done, Engine, EngineClosed, EngineError, Generation, InvalidRequest, ModelLoadError, ModelNotFound, PromptTooLong, Request,
-    Runtime, Sampling, Text, Tick,
-)
+from _mlx_server.inference.runner import Runtime
+from engine import Done, Engine, EngineClosed, EngineError, Generation, InvalidRequest, ModelLoadError, ModelNotFound, PromptTooLong, Request, Sampling, Text, Tick
 
 ROOT = Path(__file__).parent.parent
 REREAD = 8  # tokens: layers that cannot be cut are restored at the end of the conversation, before the generation prompt

@@ -17,9 +17,12 @@ import pytest
 from conftest import Server
 from test_http import ask
 
-from dialects import (
-    IMAGE_NOTE, AnthropicMessages, OllamaChat, OllamaGenerate, OpenAIChat, OpenAICompletion, OpenAIResponses, WireError,
-)
+from _mlx_server.wire.anthropic import AnthropicMessages
+from _mlx_server.wire.conversation import IMAGE_NOTE
+from _mlx_server.wire.fields import WireError
+from _mlx_server.wire.ollama import OllamaChat, OllamaGenerate
+from _mlx_server.wire.openai import OpenAIChat, OpenAICompletion
+from _mlx_server.wire.responses import OpenAIResponses
 
 HI = [{"role": "user", "content": "hi"}]
 BASE = {"model": "m", "max_tokens": 9, "messages": HI, "prompt": "hi", "input": "hi"}

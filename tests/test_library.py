@@ -487,7 +487,7 @@ def test_the_built_in_model_needs_no_folder(home):
 
 def test_the_built_in_model_of_an_installation(home, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
-    monkeypatch.setattr(sys.modules["engine"], "__file__", str(tmp_path / "site-packages/engine.py"))
+    monkeypatch.setattr(sys.modules["_mlx_server.inference.library"], "__file__", str(tmp_path / "a/b/c/library.py"))
     make_model(tmp_path / "share/mlx-server/demo")
     assert [model.path for model in Library().models()] == [tmp_path / "share/mlx-server/demo"]
 

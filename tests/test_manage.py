@@ -25,7 +25,7 @@ from test_http import ask
 from test_library import add_repo
 
 from engine import Engine, EngineError, InvalidRequest, ModelNotFound, Preset
-from mlx_server import Hub
+from _mlx_server.front.hub import Hub
 
 HI = [{"role": "user", "content": "hi"}]
 

@@ -10,15 +10,12 @@ from pathlib import Path
 import pytest
 from ollama import ChatResponse, GenerateResponse, ListResponse, ProcessResponse, ShowResponse
 
-from dialects import (
-    IMAGE_NOTE, OllamaChat, OllamaGenerate, WireError, ollama_error, ollama_ps, ollama_show, ollama_tags,
-    parse_keep_alive,
-)
-from engine import (
-    Done, EngineClosed, EngineError, InvalidRequest, Loaded, LocalModel, ModelLoadError, ModelNotFound, PromptTooLong,
-    Request,
-    Text, Thinking, Tick, ToolEnd, ToolInput, ToolStart, Usage,
-)
+from _mlx_server.wire.conversation import IMAGE_NOTE
+from _mlx_server.wire.fields import WireError
+from _mlx_server.wire.ollama import OllamaChat, OllamaGenerate, ollama_error, parse_keep_alive
+from _mlx_server.wire.ollama_models import ollama_ps, ollama_show
+from dialects import ollama_tags
+from engine import Done, EngineClosed, EngineError, InvalidRequest, Loaded, LocalModel, ModelLoadError, ModelNotFound, PromptTooLong, Request, Text, Thinking, Tick, ToolEnd, ToolInput, ToolStart, Usage
 
 HI = [{"role": "user", "content": "hi"}]
 DEMO = LocalModel("demo", Path("/x"), 10, 1_700_000_000.5, "ab" * 32, {}, "qwen2", 1000, "1.0K", "int4", 4096, 64,

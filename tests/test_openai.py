@@ -15,11 +15,12 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from dialects import IMAGE_NOTE, OpenAIChat, OpenAICompletion, OpenAIResponses, WireError, call_arguments, openai_error
-from engine import (
-    Done, EngineBusy, EngineClosed, EngineError, InvalidRequest, ModelLoadError, ModelNotFound, PromptTooLong, Request,
-    Text, Thinking, Token, ToolEnd, ToolInput, ToolStart, Usage,
-)
+from _mlx_server.wire.conversation import IMAGE_NOTE
+from _mlx_server.wire.fields import WireError
+from _mlx_server.wire.openai import OpenAIChat, OpenAICompletion, openai_error
+from _mlx_server.wire.responses import OpenAIResponses
+from _mlx_server.wire.tools import call_arguments
+from engine import Done, EngineBusy, EngineClosed, EngineError, InvalidRequest, ModelLoadError, ModelNotFound, PromptTooLong, Request, Text, Thinking, Token, ToolEnd, ToolInput, ToolStart, Usage
 
 HI = [{"role": "user", "content": "hi"}]
 BASH = {"type": "function", "function": {"name": "Bash", "description": "Runs a command.", "parameters": {

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine import OutputFormat, OutputParser, Text, Thinking, ToolEnd, ToolInput, ToolStart
+from _mlx_server.inference.formats import OutputFormat
+from _mlx_server.inference.parser import OutputParser
+from engine import Text, Thinking, ToolEnd, ToolInput, ToolStart
 
 
 def tool(name, **properties):

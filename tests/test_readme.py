@@ -18,7 +18,7 @@ from conftest import ROOT, Server, example, fences
 from models import build_model
 from test_distributed import CONFIG
 
-from mlx_server import arguments
+from _mlx_server.front.cli import arguments
 
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"## ([^\n]+)\n(?:(?!## ).)*?```(\w+)\n(.*?)```", README, re.DOTALL)

@@ -24,7 +24,8 @@ from test_http import ask, post, raw
 
 import mlx_server
 from engine import Engine, Priority
-from mlx_server import OPENAI, RELAYED, MLXServer, Upstream
+from _mlx_server.front.upstream import Upstream
+from mlx_server import MLXServer, OPENAI, RELAYED
 
 TAGS = [{"name": "far:latest", "modified_at": "2026-05-04T17:37:44.706015396-07:00", "size": 1, "unknown": [None]},
         {"name": "Org/GGUF:Q4_K_M", "details": {"family": "llama"}}, {"name": "DEMO:latest", "digest": "not the local one"},
@@ -102,7 +103,7 @@ def front(foreign_and_front, foreign: Foreign) -> MLXServer:
 @pytest.fixture
 def remember(monkeypatch: pytest.MonkeyPatch) -> None:
     """However slow the machine, what the upstream has said of its models is remembered."""
-    monkeypatch.setattr(mlx_server, "FRESH", 1e9)
+    monkeypatch.setattr("_mlx_server.front.upstream.FRESH", 1e9)
 
 
 KEY = {"x-api-key": "secret"}

@@ -98,7 +98,7 @@ def test_no_foreign_page_is_let_into_the_private_network(server: Server):
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> Iterator[mlx_server.MLXServer]:
     """A server without an engine that has little patience, and room for four connections and two more to turn away."""
-    monkeypatch.setattr(mlx_server, "ARRIVAL", 0.4)
+    monkeypatch.setattr("_mlx_server.front.http.ARRIVAL", 0.4)
     monkeypatch.setattr(mlx_server, "CONNECTIONS", 4)
     monkeypatch.setattr(mlx_server, "TURNED_AWAY", 2)
     server = mlx_server.MLXServer(("127.0.0.1", 0))

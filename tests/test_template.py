@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 from models import CHATML, build_model
 
-from engine import InvalidRequest, Request, Template, Tongue, describe
+from _mlx_server.inference.models import describe
+from _mlx_server.inference.renderer import Tongue
+from _mlx_server.inference.template import Template
+from engine import InvalidRequest, Request
 
 TOOLS = [{"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {
     "type": "object", "properties": {"at": {"type": "string"}}}}}]

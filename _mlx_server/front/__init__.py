@@ -1,0 +1,1 @@
+"""Bytes: HTTP, the command line, logs and services. It knows no models."""

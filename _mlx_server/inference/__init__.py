@@ -1,0 +1,1 @@
+"""Models and tokens. It knows no HTTP and no vendor's JSON."""

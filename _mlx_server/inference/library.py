@@ -1,0 +1,212 @@
+"""The models on this machine and the one resolver of their names."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Callable, Iterator, Sequence
+
+from _mlx_server.inference.models import LocalModel, describe
+from _mlx_server.inference.names import _VENDORS, _by_name, _plain, _stand_in
+from _mlx_server.inference.presets import Preset, Presets
+from _mlx_server.inference.protocol import EngineError, InvalidRequest, ModelLoadError, ModelNotFound
+
+log = logging.getLogger("mlx_server")
+
+
+def _demos() -> list[Path]:
+    return [Path(__file__).parents[2] / "tests" / "demo",  # in a checkout
+            Path(sys.prefix) / "share" / "mlx-server" / "demo"]  # installed
+
+
+class Library:
+    """The models on this machine and the one resolver of their names.
+
+    It looks into `models_dirs` (each a model, or a folder of NAME or ORG/NAME), the Hugging Face cache, LM Studio's
+    folders, and for the built-in `demo`; where two have one name, the first counts. `aliases` are pairs of (glob,
+    name), `state` is the file of the presets.
+    """
+
+    def __init__(self, models_dirs: Sequence[str | Path] = (), aliases: Sequence[tuple[str, str]] = (),
+                 state: Path | None = None):
+        self.presets = Presets(state)
+        self.only: LocalModel | None = None  # the one that can be served, if there are no others
+        self._dirs = [Path(folder).expanduser() for folder in models_dirs]
+        self._aliases = [(pattern.lower(), target) for pattern, target in aliases]
+        self._explicit: list[Path] = []  # trusted paths outside those folders; they are listed from then on
+        self._described: dict[Path, tuple[tuple[int, int], LocalModel | None]] = {}
+
+    def models(self) -> list[LocalModel]:
+        """Every loadable model. Cheap enough for every request: folders that have not changed are not read again."""
+        if self.only is not None:
+            return [self.only]
+        found: dict[str, LocalModel] = {}
+        for name, path in self._folders():
+            if name.lower() not in found and (model := self._describe(name, path)):
+                found[name.lower()] = model
+        return list(found.values())
+
+    def catalog(self) -> list[LocalModel]:
+        """Every model that can be served, presets as models of their names."""
+        models = self.models()
+        by_name = {model.name: model for model in models}
+        return models + [dataclasses.replace(by_name[preset.model], name=preset.name, modified=preset.modified)
+                         for preset in self.presets if preset.model in by_name]
+
+    def resolve(self, name: str, *, default: LocalModel | None = None, last_used: LocalModel | None = None,
+                trusted: bool = False) -> LocalModel:
+        """The model that `name` means, by the first of these that fits:
+
+        1. a path: of any folder if `trusted` (the command line, scripts), else only of a model that is listed already;
+        2. an alias, whose target is then resolved as a trusted name, or a preset;
+        3. a repo id or folder name, in any case, without its org if need be; `:latest` never counts;
+        4. family, size and variant, as in `qwen2.5-coder:32b-instruct-q8_0`. Family, version, variant (VL, Coder, Base,
+           Thinking, ...) and size have to agree. Of several that do, the best is: the last used if no size is asked
+           for; an instruct model; 4-bit, then 5, 6, 8, 3, unquantised; the smaller; the later revision; the plainer
+           name;
+        5. a vendor's name (`claude-*`, `gpt-*`, `opus`, ...) or "default": `default`, else `last_used`, else the newest
+           one that can chat, rather one that knows tools, else `demo`.
+
+        Raises ModelNotFound; ModelLoadError for a trusted path or name of something that is no MLX model.
+        """
+        meant, by_owner = name, trusted
+        if not _is_path(name, trusted):
+            meant = self._aliased(name)
+            trusted = trusted or meant is not name
+            if preset := self.presets.get(meant):
+                meant = preset.model
+        models = self.models()
+        if _is_path(meant, trusted):
+            try:
+                model = self._by_path(meant, models, trusted)
+            except (ModelLoadError, ValueError, RuntimeError) as error:  # the latter two for what cannot be a path
+                if by_owner:
+                    raise
+                log.warning("%s cannot be served: %s", name, error)
+                model = None
+        else:
+            plain = _plain(meant)
+            model = _by_name(plain, models, last_used)
+            if model is None and _VENDORS.fullmatch(plain):
+                model = default or last_used or _stand_in(models)
+        if model is None and trusted:
+            for folder, path in self._folders():
+                if folder.lower() == _plain(meant):
+                    describe(meant, path)  # it is there, and the error says why it cannot be served
+        if model is None:
+            raise ModelNotFound(name, [model.name for model in models])
+        return model
+
+    def _aliased(self, name: str) -> str:
+        plain = _plain(name)
+        return next((target for pattern, target in self._aliases if fnmatch.fnmatchcase(plain, pattern)), name)
+
+    def preset(self, name: str) -> Preset | None:
+        """The preset that `name` means."""
+        return self.presets.get(self._aliased(name))
+
+    def delete(self, name: str, model: LocalModel, release: Callable[[LocalModel], None] = lambda model: None) -> None:
+        """Deletes a model's files, once `release` has returned. Raises InvalidRequest if `name` is not its whole one or it is
+        not ours to delete, and EngineError."""
+        if _plain(name) != model.name.lower():
+            raise InvalidRequest(f"to delete a model, say its whole name: '{model.name}'")
+        folder = self.folder(model)
+        if folder is None:
+            raise InvalidRequest(f"model '{model.name}' is not this server's to delete")
+        release(model)
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            log.error("%s cannot be deleted: %s", error.filename, error.strerror)
+            raise EngineError(f"model '{model.name}' cannot be deleted: {error.strerror}") from None
+        log.info("deleted %s", folder)
+
+    def folder(self, model: LocalModel) -> Path | None:
+        """What holds a model's files and nothing else, if it is ours to delete: it lies in `models_dirs` or the Hugging Face
+        cache, not only by a link, and is not the demo."""
+        path = Path(os.path.realpath(model.path))
+        if path in map(Path, map(os.path.realpath, _demos())):
+            return None
+        for root in map(Path, map(os.path.realpath, [*self._dirs, self.hub])):
+            if path != root and path.is_relative_to(root):
+                repo = root / path.relative_to(root).parts[0]
+                return repo if repo.name.startswith("models--") else path
+        return None
+
+    @property
+    def hub(self) -> Path:
+        """The Hugging Face cache: https://huggingface.co/docs/huggingface_hub/guides/manage-cache"""
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or cache / "huggingface") / "hub"
+        return Path(hub).expanduser()
+
+    def _by_path(self, name: str, models: list[LocalModel], trusted: bool) -> LocalModel | None:
+        path = Path(name).expanduser()
+        if path.name.startswith("models--"):  # a repo's folder in a Hugging Face cache
+            path = next(_snapshots(path), path)
+        path = Path(os.path.realpath(path))
+        known = next((model for model in models if os.path.realpath(model.path) == str(path)), None)
+        if known is None and trusted:
+            known = describe(path.name, path)
+            self._explicit.append(path)
+        return known
+
+    def _describe(self, name: str, path: Path) -> LocalModel | None:
+        try:
+            seen = path.stat().st_mtime_ns, (path / "config.json").stat().st_mtime_ns
+        except OSError:
+            return None
+        if self._described.get(path, (None,))[0] != seen:
+            try:
+                model = describe(name, path)
+            except ModelLoadError as error:
+                # Folders of other kinds are nobody's mistake; files that cannot be read are.
+                log.log(logging.WARNING if error.__cause__ else logging.DEBUG, "model skipped: %s", error)
+                model = None
+            self._described[path] = seen, model
+        return self._described[path][1]
+
+    def _folders(self) -> Iterator[tuple[str, Path]]:
+        """Where models may be, with the names they would have."""
+        for path in self._explicit:
+            yield path.name, path
+        studio = [Path.home() / ".lmstudio" / "models", Path.home() / ".cache" / "lm-studio" / "models"]
+        for root in [*self._dirs, self.hub, *studio]:
+            if (root / "config.json").exists():
+                yield root.resolve().name, root
+                continue
+            for child in _subfolders(root):
+                if child.name.startswith("models--"):
+                    name = child.name.removeprefix("models--").replace("--", "/")
+                    yield from ((name, snapshot) for snapshot in _snapshots(child))
+                elif (child / "config.json").exists():
+                    yield child.name, child
+                else:
+                    yield from ((f"{child.name}/{path.name}", path) for path in _subfolders(child))
+        yield from (("demo", path) for path in _demos())
+
+
+def _subfolders(path: Path) -> list[Path]:
+    try:
+        return sorted(Path(entry.path) for entry in os.scandir(path) if entry.is_dir() and entry.name[0] != ".")
+    except OSError:
+        return []
+
+
+def _snapshots(repo: Path) -> Iterator[Path]:
+    """A cached repo's revisions: the one `main` points to, then the others, newest first."""
+    try:
+        yield repo / "snapshots" / (repo / "refs" / "main").read_text("utf-8").strip()
+    except (OSError, ValueError):
+        pass
+    yield from sorted(_subfolders(repo / "snapshots"), key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _is_path(name: str, trusted: bool) -> bool:
+    return name.startswith(("/", "~", "./", "../")) or trusted and (
+        name in (".", "..") or name.endswith(".gguf") or os.path.exists(os.path.join(name, "config.json")))
