@@ -13,7 +13,7 @@ from typing import Iterable
 
 from _mlx_server.inference.models import LocalModel
 from _mlx_server.wire.fields import Object, WireError, timestamp
-from _mlx_server.wire.ollama_models import _listed, _not_hidden
+from _mlx_server.wire.ollama_models import listed_model, not_hidden
 
 
 def anthropic_model(model: LocalModel) -> Object:
@@ -42,7 +42,7 @@ def anthropic_models(models: list[LocalModel], query: dict[str, str], tags: Iter
     The page is 1000 by default, not Anthropic's 20: OpenAI's clients read the same answer and do not turn pages. `tags` are
     what an upstream lists.
     """
-    everything = [*map(anthropic_model, models), *map(upstream_model, _not_hidden(tags, models))]
+    everything = [*map(anthropic_model, models), *map(upstream_model, not_hidden(tags, models))]
     limit = query.get("limit") or "1000"
     if not re.fullmatch(r"\d{1,4}", limit, re.ASCII) or not 1 <= int(limit) <= 1000:
         raise WireError(400, "limit: Input should be an integer between 1 and 1000")
@@ -64,5 +64,5 @@ def anthropic_models(models: list[LocalModel], query: dict[str, str], tags: Iter
 def ollama_tags(models: list[LocalModel], tags: Iterable[Object] = ()) -> Object:
     """GET /api/tags: the installed models, newest first, then what an upstream lists as `tags`."""
     newest = sorted(models, key=lambda model: model.modified, reverse=True)
-    return {"models": [{**_listed(model, model.size), "modified_at": timestamp(model.modified),
-                        "capabilities": list(model.capabilities)} for model in newest] + _not_hidden(tags, models)}
+    return {"models": [{**listed_model(model, model.size), "modified_at": timestamp(model.modified),
+                        "capabilities": list(model.capabilities)} for model in newest] + not_hidden(tags, models)}

@@ -22,24 +22,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Sequence
 
-from _mlx_server.inference.disk_cache import Shelf
+from _mlx_server.inference.disk_cache import DiskCache
 from _mlx_server.inference.generation import Generation, Phase
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.library import Library
 from _mlx_server.inference.memory import gigabytes, usable_memory
-from _mlx_server.inference.models import Loaded, LocalModel, _chat_template, _json, fingerprint
-from _mlx_server.inference.names import _plain
-from _mlx_server.inference.pool import Pool
+from _mlx_server.inference.models import Loaded, LocalModel, read_chat_template, read_json_file, fingerprint
+from _mlx_server.inference.names import plain_name
+from _mlx_server.inference.pool import ModelPool
 from _mlx_server.inference.presets import Preset
 from _mlx_server.inference.protocol import (
     Done, Embedding, EngineBusy, EngineClosed, EngineError, Event, InvalidRequest, Message, Miss, ModelLoadError,
     ModelNotFound, Priority, PromptTooLong, Request, Sampling, Stats, Text, Thinking, Tick, Token, ToolEnd, ToolInput,
-    ToolStart, Totals, Usage, _filled,
+    ToolStart, Totals, Usage, fill_sampling,
 )
 from _mlx_server.inference.ranks import Ranks
-from _mlx_server.inference.renderer import Prompt, Tongue
-from _mlx_server.inference.runner import Runtime
-from _mlx_server.inference.scheduler import Schedule
+from _mlx_server.inference.renderer import Prompt, PromptRenderer
+from _mlx_server.inference.runner import ModelRunner
+from _mlx_server.inference.scheduler import Scheduler
 
 __all__ = [
     "Done", "Embedding", "Engine", "EngineBusy", "EngineClosed", "EngineError", "Event", "Generation", "Group",
@@ -52,7 +52,7 @@ log = logging.getLogger("mlx_server")
 
 
 @dataclass
-class Turn:
+class StepInput:
     """What callers want of a step: the requests that wait, in the order they came, and those that are cancelled."""
 
     waiting: list[Generation]
@@ -80,7 +80,7 @@ class Engine:
     Raises ModelNotFound or ModelLoadError for a bad `model`, OSError for a `cache_dir` that cannot be written to.
     """
 
-    SETTLE = 1.0  # seconds without work after which the prefix cache is written to disk
+    WRITE_DELAY = 1.0  # seconds without work after which the prefix cache is written to disk
     LAST_WRITES = 2.5  # seconds that closing may spend on that
     STUCK = 600.0  # seconds after which a single step counts as hanging
 
@@ -95,23 +95,23 @@ class Engine:
         self._library.only = self._default if group.size > 1 else None
         self._context, self._max_tokens, self._kv_bits = context, max_tokens, kv_bits
         self._max_queue, self._keep_alive = max_queue, keep_alive
-        self._shelf = Shelf(Path(cache_dir), cache_dir_limit) if cache_dir else None
+        self._disk_cache = DiskCache(Path(cache_dir), cache_dir_limit) if cache_dir else None
         memory = memory or group.memory() * 9 // 10
         self._mutex = threading.RLock()
         self._lock = threading.Condition(self._mutex)
         self._queue: list[Generation] = []
-        self._tongues: dict[str, Tongue | None] = {}  # None while a thread builds it
+        self._renderers: dict[str, PromptRenderer | None] = {}  # None while a thread builds it
         self._unloads: list[tuple[str, threading.Event]] = []
         self._last_used: LocalModel | None = None
-        self._pool = Pool(memory, cache_limit or memory // 4, max_loaded, kv_bits, self._shelf, group)
+        self._pool = ModelPool(memory, cache_limit or memory // 4, max_loaded, kv_bits, self._disk_cache, group)
         if self._default is not None:
             self._check_size(self._default)
-        self._schedule = Schedule()
+        self._scheduler = Scheduler()
         self._totals = Totals()
         self._ready = self._draining = self._closing = False
         self._broken: str | None = None
         self._stepping: float | None = None  # since when the current step runs, in monotonic seconds
-        group.start(self._twin, self._lose)
+        group.start(self._replicate, self._on_lost)
         self._thread = threading.Thread(target=self._main, name="mlx", daemon=True)
         self._thread.start()
 
@@ -138,7 +138,7 @@ class Engine:
 
     def keep(self, preset: Preset) -> None:
         """Adds a preset or replaces that of its name. Raises InvalidRequest for the name of an installed model."""
-        if any(_plain(preset.name) == model.name.lower() for model in self._library.models()):
+        if any(plain_name(preset.name) == model.name.lower() for model in self._library.models()):
             raise InvalidRequest(f"'{preset.name}' is the name of an installed model; take another")
         self._library.presets.put(preset)
 
@@ -155,7 +155,7 @@ class Engine:
             raise InvalidRequest(f"model '{local.name}' is not this server's to delete")
         self.unload(local.name)
         with self._lock:
-            self._tongues.pop(local.name, None)
+            self._renderers.pop(local.name, None)
             self._last_used = None if self._last_used == local else self._last_used
 
     def resolve(self, name: str) -> LocalModel:
@@ -167,7 +167,7 @@ class Engine:
     def show(self, local: LocalModel) -> tuple[str, dict[str, Any]]:
         """A model's chat template and its generation_config.json."""
         files = {path.name: path.stat() for path in local.path.iterdir()}
-        return _chat_template(local.path, files), _json(local.path / "generation_config.json") if (
+        return read_chat_template(local.path, files), read_json_file(local.path / "generation_config.json") if (
             "generation_config.json" in files) else {}
 
     def context_length(self, local: LocalModel) -> int:
@@ -189,19 +189,19 @@ class Engine:
         EngineBusy, EngineClosed."""
         local, request = self.resolve(request.model), self._preset(request)
         self._check_open()
-        tongue = self._tongue(local)
-        request.sampling = _filled(request.sampling, tongue.defaults)
+        renderer = self._renderer(local)
+        request.sampling = fill_sampling(request.sampling, renderer.defaults)
         given = request.prompt if isinstance(request.prompt, list) else []
-        tongue.check_tokens([*(request.sampling.logit_bias or ()), *request.context, *given])
-        prompt = tongue.prompt(request) if request.messages or request.prompt else Prompt([])
+        renderer.check_tokens([*(request.sampling.logit_bias or ()), *request.context, *given])
+        prompt = renderer.prompt(request) if request.messages or request.prompt else Prompt([])
         if request.embed:
             if not prompt.tokens:
                 raise InvalidRequest("a text without tokens has no embedding")
             if local.config.get("use_bidirectional_attention"):
                 raise InvalidRequest(f"model '{local.name}' reads text in both directions, which mlx-lm cannot")
-            prompt = tongue.truncated(prompt, self.context_length(local) - 1) if request.truncate else prompt
+            prompt = renderer.truncated(prompt, self.context_length(local) - 1) if request.truncate else prompt
         limit, by_context = self._room(local, request, len(prompt.tokens))
-        job = Generation(request, local, tongue, prompt, limit, by_context, self._mutex)
+        job = Generation(request, local, renderer, prompt, limit, by_context, self._mutex)
         if not request.embed:
             self._look_up(job)
         with self._lock:
@@ -228,14 +228,14 @@ class Engine:
     def _look_up(self, job: Generation) -> None:
         """Notes what of a prompt was read before, as far as that is known now."""
         tokens, prefixes = job._prompt.tokens, self._pool.prefixes
-        runtime = self._pool.runtimes.get(job.model.name)
-        if runtime is None and self._shelf is None:
+        runner = self._pool.runners.get(job.model.name)
+        if runner is None and self._disk_cache is None:
             return
-        model = runtime.fingerprint if runtime else fingerprint(job.model, self._kv_bits)
+        model = runner.fingerprint if runner else fingerprint(job.model, self._kv_bits)
         job.cached_tokens = prefixes.find(model, tokens)[1]
         job.miss = self._miss(prefixes.closest(model, tokens), job)
-        if self._shelf is not None:
-            kept = self._shelf.find(model, tokens[:-1])[1]
+        if self._disk_cache is not None:
+            kept = self._disk_cache.find(model, tokens[:-1])[1]
             job.cached_tokens, job.miss = max(kept, job.cached_tokens), job.miss if kept <= job.cached_tokens else None
 
     def _miss(self, closest: tuple[list[int], int], job: Generation) -> Miss | None:
@@ -244,20 +244,20 @@ class Engine:
         was, at = closest
         if not 0 < at < min(len(was), len(tokens)):
             return None
-        decode = job._tongue.tokenizer.decode
-        index, role = job._tongue.locate(job.request, decode(tokens[:at])) or (None, "")
+        decode = job._renderer.tokenizer.decode
+        index, role = job._renderer.locate(job.request, decode(tokens[:at])) or (None, "")
         return Miss(at, index, role, decode(was[at:at + 8]), decode(tokens[at:at + 8]))
 
     def count_tokens(self, request: Request) -> int:
         """Prompt tokens of a request, rendered just as `submit` does. Raises as `submit`, but never for length."""
-        return len(self._tongue(self.resolve(request.model)).prompt(self._preset(request)).tokens)
+        return len(self._renderer(self.resolve(request.model)).prompt(self._preset(request)).tokens)
 
     def loaded(self) -> list[Loaded]:
         """The models in memory."""
         pool, ahead = self._pool, time.time() - time.monotonic()  # what is told is the wall's time, what is measured is not
         return [Loaded(r.local, r.size + pool.prefixes.held(r.fingerprint),
                        None if (at := r.expires) is None else at + ahead, self.context_length(r.local))
-                for r in list(pool.runtimes.values())]
+                for r in list(pool.runners.values())]
 
     def unload(self, name: str) -> None:
         """Frees a model once its running requests are through, and returns then. Raises ModelNotFound."""
@@ -288,7 +288,7 @@ class Engine:
 
         pool = self._pool
         running = sum(job._phase is not Phase.WAITING for job in pool.jobs())
-        return Stats(self._waiting(), running, len(pool.runtimes), pool.prefixes.nbytes, pool.prefixes.limit,
+        return Stats(self._waiting(), running, len(pool.runners), pool.prefixes.nbytes, pool.prefixes.limit,
                      get_active_memory(), pool.memory, self._totals)
 
     def drain(self, seconds: float) -> None:
@@ -316,13 +316,13 @@ class Engine:
         self._thread.join()
         return not self.broken
 
-    def _twin(self, request: Request, prompt: Prompt, limit: int, by_context: bool, born: float) -> Generation:
+    def _replicate(self, request: Request, prompt: Prompt, limit: int, by_context: bool, born: float) -> Generation:
         """This process's own of a request that has come to rank 0."""
-        job = Generation(request, self._default, self._tongue(self._default), prompt, limit, by_context, self._mutex)
+        job = Generation(request, self._default, self._renderer(self._default), prompt, limit, by_context, self._mutex)
         job._born = born
         return job
 
-    def _lose(self, reason: str) -> None:
+    def _on_lost(self, reason: str) -> None:
         """Ends everything, as a signal would: a process of the group is gone, for which the MLX thread may wait for ever."""
         self._broken = reason
         with self._lock:
@@ -332,28 +332,28 @@ class Engine:
             job._fail(EngineClosed(reason))
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def _tongue(self, local: LocalModel) -> Tongue:
+    def _renderer(self, local: LocalModel) -> PromptRenderer:
         with self._lock:
-            while not self._ready or self._tongues.get(local.name, ...) is None:
+            while not self._ready or self._renderers.get(local.name, ...) is None:
                 if self._closing or self._broken:
                     raise EngineClosed(self._broken or "the server is shutting down")
                 self._lock.wait()
-            if local.name in self._tongues:
-                return self._tongues[local.name]
-            self._tongues[local.name] = None
+            if local.name in self._renderers:
+                return self._renderers[local.name]
+            self._renderers[local.name] = None
         try:
-            tongue = Tongue(local)
-            if self._shelf is not None:
-                tongue.learn(self._shelf.answers(fingerprint(local, self._kv_bits)))
+            renderer = PromptRenderer(local)
+            if self._disk_cache is not None:
+                renderer.learn(self._disk_cache.answers(fingerprint(local, self._kv_bits)))
         except BaseException:
             with self._lock:
-                del self._tongues[local.name]
+                del self._renderers[local.name]
                 self._lock.notify_all()
             raise
         with self._lock:
-            self._tongues[local.name] = tongue
+            self._renderers[local.name] = renderer
             self._lock.notify_all()
-        return tongue
+        return renderer
 
     def _room(self, local: LocalModel, request: Request, prompt: int) -> tuple[int, bool]:
         """How many tokens may be generated, and whether the context window is what bounds them."""
@@ -379,7 +379,7 @@ class Engine:
                 self._lock.notify_all()
             if self._default is not None:
                 self._preload(self._default)
-            while turn := self._group.decide(self._wait):
+            while turn := self._group.broadcast(self._wait):
                 self._guarded_step(turn)
                 if self._group.lost:
                     self._broken = self._group.lost
@@ -394,7 +394,7 @@ class Engine:
     def _preload(self, local: LocalModel) -> None:
         """Loads the default model before anyone asks for it; a failure is reported again to whoever does."""
         try:
-            self._open(local, self._tongue(local))
+            self._open(local, self._renderer(local))
         except EngineError as error:
             log.error("%s", error)
             self._group.give_up(str(error))
@@ -409,20 +409,20 @@ class Engine:
             f"model '{local.name}' needs {gigabytes(size)} of memory, and {gigabytes(memory)} can be used; "
             + (f"'{best.name}' ({gigabytes(best.size)}) fits" if best else "take a smaller or more quantised one"))
 
-    def _open(self, local: LocalModel, tongue: Tongue) -> Runtime | None:
+    def _open(self, local: LocalModel, renderer: PromptRenderer) -> ModelRunner | None:
         try:
             self._check_size(local)
-            if local.name not in self._pool.runtimes:
-                self._settle()
-            runtime = self._pool.open(local, tongue)
+            if local.name not in self._pool.runners:
+                self._synchronize()
+            runner = self._pool.open(local, renderer)
         except ModelLoadError as error:
             self._group.give_up(str(error))
             raise
-        if runtime is not None and runtime.keep_alive is None:
-            runtime.keep_alive = self._keep_alive
-        return runtime
+        if runner is not None and runner.keep_alive is None:
+            runner.keep_alive = self._keep_alive
+        return runner
 
-    def _wait(self) -> Turn | None:
+    def _wait(self) -> StepInput | None:
         """Sleeps until there is work; None when the engine is to end."""
         self._stepping = None
         with self._lock:
@@ -431,16 +431,16 @@ class Engine:
                     self._stepping = time.monotonic()
                     cancelled = [job for job in [*self._queue, *self._pool.jobs()] if job._cancelled]
                     self._queue = [job for job in self._queue if not job._cancelled]
-                    return Turn(self._queue.copy(), cancelled)
-                runtimes = self._pool.runtimes.values()
-                writes = [runtime.used + self.SETTLE for runtime in runtimes if runtime.unshelved()]
-                due = min([*writes, *(r.expires for r in runtimes if r.expires is not None)], default=None)
+                    return StepInput(self._queue.copy(), cancelled)
+                runners = self._pool.runners.values()
+                writes = [runner.used + self.WRITE_DELAY for runner in runners if runner.unwritten()]
+                due = min([*writes, *(r.expires for r in runners if r.expires is not None)], default=None)
                 if due is not None and due <= time.monotonic():
-                    return Turn([], [])
+                    return StepInput([], [])
                 self._lock.wait(None if due is None else max(0.01, due - time.monotonic()))
             return None
 
-    def _guarded_step(self, turn: Turn) -> None:
+    def _guarded_step(self, turn: StepInput) -> None:
         """A step that cannot end the thread: what nobody below caught costs the running requests and the loaded models,
         whose state is unknown then, and nothing else."""
         try:
@@ -452,35 +452,35 @@ class Engine:
             for job in self._pool.forget():
                 job._fail(EngineError("the engine failed; it starts afresh, please try again"))
 
-    def _step(self, turn: Turn) -> None:
+    def _step(self, turn: StepInput) -> None:
         """Ends what was cancelled, takes in what is new, reads a chunk of one prompt, adds a token to each answer."""
         jobs = self._pool.jobs()
         if turn.cancelled:
-            self._settle()
-        for runtime in self._pool.runtimes.values():
-            runtime.drop_cancelled(turn.cancelled)  # first, so that the same request sent again finds what was computed
+            self._synchronize()
+        for runner in self._pool.runners.values():
+            runner.drop_cancelled(turn.cancelled)  # first, so that the same request sent again finds what was computed
         jobs += self._admit(turn.waiting)
-        if paused := self._pool.settle():
+        if paused := self._pool.rebalance():
             log.info("out of memory for all answers at once: one waits after %d tokens", paused.usage.completion_tokens)
             with self._lock:
                 self._queue.insert(0, paused)
-        runtimes = list(self._pool.runtimes.values())
-        decoding = [job for runtime in runtimes for job in runtime.decoding()]
-        owner = {job: runtime for runtime in runtimes for job in runtime.candidates()}
+        runners = list(self._pool.runners.values())
+        decoding = [job for runner in runners for job in runner.decoding()]
+        owner = {job: runner for runner in runners for job in runner.candidates()}
         started = time.perf_counter()
-        if chosen := owner and self._group.decide(lambda: self._schedule.choose(list(owner), decoding)):
-            self._settle()
+        if chosen := owner and self._group.broadcast(lambda: self._scheduler.choose(list(owner), decoding)):
+            self._synchronize()
             owner[chosen].prefill(chosen, alone=len(self._pool.jobs()) == 1)
-            self._schedule.prefilled(chosen, time.perf_counter() - started, decoding)
+            self._scheduler.prefilled(chosen, time.perf_counter() - started, decoding)
             started = time.perf_counter()
-        for runtime in runtimes:
-            if len(runtimes) > 1:
-                self._settle()
-            runtime.decode()
-        self._schedule.decoded(time.perf_counter() - started)
+        for runner in runners:
+            if len(runners) > 1:
+                self._synchronize()
+            runner.decode()
+        self._scheduler.decoded(time.perf_counter() - started)
         self._count(jobs)
 
-    def _settle(self) -> None:
+    def _synchronize(self) -> None:
         """Waits for the tokens that are being computed, before anything else is: MLX tells of a failure whoever comes next,
         and leaves those whose tokens it were with wrong ones."""
         import mlx.core as mx
@@ -488,9 +488,9 @@ class Engine:
         try:
             mx.synchronize()
         except Exception as error:
-            for runtime in self._pool.runtimes.values():
-                if runtime.decoding():
-                    runtime.part(error)
+            for runner in self._pool.runners.values():
+                if runner.decoding():
+                    runner.part(error)
 
     def _admit(self, waiting: list[Generation]) -> list[Generation]:
         """Lets requests in, the highest priority first and then as they came, until one has to wait for a model or for
@@ -500,8 +500,8 @@ class Engine:
             self._queue = waiting.copy()
         for job in sorted(waiting, key=lambda job: job.request.priority):
             try:
-                runtime = self._open(job.model, job._tongue)
-                if runtime is None or not self._pool.fits(runtime, job):
+                runner = self._open(job.model, job._renderer)
+                if runner is None or not self._pool.fits(runner, job):
                     break
             except EngineError as error:
                 self._leave_queue(job)
@@ -509,8 +509,8 @@ class Engine:
                 job._fail(error)
                 continue
             self._leave_queue(job)
-            self._settle()
-            runtime.admit(job)
+            self._synchronize()
+            runner.admit(job)
             admitted.append(job)
         return admitted
 
@@ -534,20 +534,20 @@ class Engine:
         def due() -> list[str]:
             with self._lock:
                 asked = {name for name, _ in self._unloads}
-            return [name for name in idle if name in asked or (pool.runtimes[name].expires or math.inf) <= now]
+            return [name for name in idle if name in asked or (pool.runners[name].expires or math.inf) <= now]
 
-        idle = [name for name, runtime in pool.runtimes.items() if not runtime.jobs]
-        for name in idle and self._group.decide(due):
+        idle = [name for name, runner in pool.runners.items() if not runner.jobs]
+        for name in idle and self._group.broadcast(due):
             pool.unload(name)
         if not self._queue and not pool.jobs():
-            settled = (r for r in pool.runtimes.values() if r.unshelved() and now >= r.used + self.SETTLE)
-            if runtime := next(settled, None):
-                runtime.write()  # only one segment: someone may be waiting by then
+            settled = (r for r in pool.runners.values() if r.unwritten() and now >= r.used + self.WRITE_DELAY)
+            if runner := next(settled, None):
+                runner.write()  # only one segment: someone may be waiting by then
         with self._lock:
             for name, done in self._unloads:
-                if name not in pool.runtimes:
+                if name not in pool.runners:
                     done.set()
-            self._unloads = [(name, done) for name, done in self._unloads if name in pool.runtimes]
+            self._unloads = [(name, done) for name, done in self._unloads if name in pool.runners]
             self._lock.notify_all()  # whoever waits for the end of the work
 
     def _shutdown(self) -> None:
@@ -557,7 +557,7 @@ class Engine:
             self._lock.notify_all()
         for job in jobs:
             job._fail(EngineClosed(self._broken or "the server is shutting down"))
-        if self._shelf is not None and not self._broken:
+        if self._disk_cache is not None and not self._broken:
             self._last_writes()
         for _, done in self._unloads:
             done.set()
@@ -571,11 +571,11 @@ class Engine:
         """Takes what the running requests have computed and writes what there is time for."""
         until = time.monotonic() + self.LAST_WRITES
         try:
-            for runtime in self._pool.runtimes.values():
-                for job in runtime.jobs:
+            for runner in self._pool.runners.values():
+                for job in runner.jobs:
                     job._cancelled, job._phase = True, Phase.DECODE if job._number else Phase.PREFILL
-                runtime.drop_cancelled(runtime.jobs)
-                while runtime.unshelved() and time.monotonic() < until:
-                    runtime.write()
+                runner.drop_cancelled(runner.jobs)
+                while runner.unwritten() and time.monotonic() < until:
+                    runner.write()
         except Exception:
             log.error("the prefix cache could not be written", exc_info=True)

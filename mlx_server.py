@@ -43,22 +43,22 @@ from typing import Any, Callable, Iterable, Iterator, Sequence
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from _mlx_server import __version__
-from _mlx_server.front.cli import _check, arguments, print_service
-from _mlx_server.front.commands import COMMANDS, _run_command, print_env
-from _mlx_server.front.http import ARRIVAL, Arriving, CONNECTIONS, HOST, HungUp, LOCAL_ORIGINS, LOOK_AFTER, Lines, MAX_BODY, PATIENCE, PING_AFTER, TURNED_AWAY, _after, _chunk, _encode, _is_local, _place, _readable, _reuse, _too_large
+from _mlx_server.front.cli import check_arguments, arguments, print_service
+from _mlx_server.front.commands import COMMANDS, run_command, print_env
+from _mlx_server.front.http import ARRIVAL, RequestSocket, CONNECTIONS, HOST, HungUp, LOCAL_ORIGINS, DISCONNECT_POLL, HeaderReader, MAX_BODY, PATIENCE, PING_AFTER, TURNED_AWAY, _after, chunk, encode_json, is_local, place, readable, reuse, too_large
 from _mlx_server.front.hub import Hub
-from _mlx_server.front.logs import _start_logging
+from _mlx_server.front.logs import start_logging
 from _mlx_server.front.metrics import Metrics
-from _mlx_server.front.options import _api_keys, _program, _url_of
-from _mlx_server.front.startup import _allow_files, _holder, _is_taken, _missing
-from _mlx_server.front.upstream import RELAY, Upstream, UpstreamError, _end_to_end
-from _mlx_server.front.welcome import _welcome
+from _mlx_server.front.options import api_keys, program, url_of
+from _mlx_server.front.startup import allow_files, holder, is_taken, mlx_trouble
+from _mlx_server.front.upstream import RELAY, Upstream, UpstreamError, end_to_end
+from _mlx_server.front.welcome import welcome
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.presets import Preset
 from _mlx_server.inference.protocol import Done, EngineBusy, EngineError, ModelNotFound, Priority, Tick
 from _mlx_server.inference.ranks import Ranks
 from _mlx_server.wire.anthropic import AnthropicMessages, anthropic_count, anthropic_error
-from _mlx_server.wire.fields import Object, WireError, encodable, take
+from _mlx_server.wire.fields import Object, WireError, encodable, field
 from _mlx_server.wire.ollama import OllamaChat, OllamaEmbed, OllamaEmbeddings, OllamaGenerate, ollama_error
 from _mlx_server.wire.ollama_models import checked_name, find_tag, ollama_create, ollama_ps, ollama_show
 from _mlx_server.wire.openai import OpenAIChat, OpenAICompletion, OpenAIEmbeddings, openai_error
@@ -93,7 +93,7 @@ class MLXServer(ThreadingHTTPServer):
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.room = CONNECTIONS if files == resource.RLIM_INFINITY else min(CONNECTIONS, files // 2)
         self.connected: dict[Any, bool] = {}  # sockets, and whether there is room for them
-        self.talking: set[threading.Thread] = set()  # threads in the midst of an answer
+        self.answering: set[threading.Thread] = set()  # threads in the midst of an answer
         super().__init__(address, Handler)
 
     def server_bind(self) -> None:
@@ -131,7 +131,7 @@ class MLXServer(ThreadingHTTPServer):
         self.shutdown()
         if self.engine is not None:
             self.engine.close(grace - 1)
-        for thread in list(self.talking):
+        for thread in list(self.answering):
             thread.join(max(0.0, deadline - time.monotonic()))
         self.server_close()
 
@@ -148,7 +148,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self.rfile = Lines(Arriving(self.connection, "r"))
+        self.rfile = HeaderReader(RequestSocket(self.connection, "r"))
 
     def handle_one_request(self) -> None:
         self.rfile.raw.due = None
@@ -229,7 +229,7 @@ class Handler(BaseHTTPRequestHandler):
             name, foreign = urlsplit(f"//{host}").hostname or "", urlsplit(origin).netloc != host
         except ValueError:
             raise WireError(400, "malformed Host or Origin header") from None
-        if self.server.loopback and not _is_local(name):
+        if self.server.loopback and not is_local(name):
             raise WireError(403, f"Host '{name}' is not served here")
         if origin and foreign and not LOCAL_ORIGINS.fullmatch(origin):
             raise WireError(403, f"Origin '{origin}' is not allowed")
@@ -304,7 +304,7 @@ class Handler(BaseHTTPRequestHandler):
             except zlib.error:
                 raise WireError(400, f"the body is not valid {coding}") from None
             if inflater.unconsumed_tail:
-                raise _too_large()
+                raise too_large()
         elif coding not in ("", "identity"):
             raise WireError(400, f"Content-Encoding '{coding}' is not supported")
         return raw
@@ -321,7 +321,7 @@ class Handler(BaseHTTPRequestHandler):
         if not re.fullmatch(r"\d{1,18}", length, re.ASCII):
             raise WireError(400, "bad Content-Length")
         if int(length) > MAX_BODY:
-            raise _too_large()
+            raise too_large()
         self.go_on()
         return self.read_exactly(int(length))
 
@@ -336,7 +336,7 @@ class Handler(BaseHTTPRequestHandler):
             size = int(match[1], 16)
             total += len(line) + size
             if total > MAX_BODY:
-                raise _too_large()
+                raise too_large()
             if size == 0:
                 break
             yield self.read_exactly(size)
@@ -345,7 +345,7 @@ class Handler(BaseHTTPRequestHandler):
         while (line := self.rfile.readline(65536)).strip():  # trailers
             total += len(line)
             if total > MAX_BODY:
-                raise _too_large()
+                raise too_large()
 
     def read_exactly(self, size: int) -> bytes:
         data = self.rfile.read(size)
@@ -367,7 +367,7 @@ class Handler(BaseHTTPRequestHandler):
             self.drain()
 
     def send_json(self, body: Object, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        self.send(status, _encode(body), "application/json" if self.anthropic else "application/json; charset=utf-8", headers)
+        self.send(status, encode_json(body), "application/json" if self.anthropic else "application/json; charset=utf-8", headers)
 
     def start(self, status: int, headers: dict[str, str]) -> None:
         self.server.metrics.answered("openai" if self.openai else "anthropic" if self.anthropic else "ollama", status)
@@ -417,7 +417,7 @@ class Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):  # a Mac's word for a client that has gone is no ConnectionError
             self.connection.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + 2
-        while (left := deadline - time.monotonic()) > 0 and _readable(self.connection, left):
+        while (left := deadline - time.monotonic()) > 0 and readable(self.connection, left):
             if not self.connection.recv(1 << 16):
                 break
 
@@ -437,11 +437,11 @@ class Handler(BaseHTTPRequestHandler):
         generations: list[Any] = []
         stream = None
         thread = threading.current_thread()
-        self.server.talking.add(thread)
+        self.server.answering.add(thread)
         try:
             for request in reply.requests:
                 generations.append(engine.submit(request))
-            stream = Stream(self, reply.framing, _reuse(generations[0])) if reply.stream else None
+            stream = Stream(self, reply.framing, reuse(generations[0])) if reply.stream else None
             objects = reply.open(generations[0])
             for event in _after(generations):
                 if event is not None:
@@ -450,7 +450,7 @@ class Handler(BaseHTTPRequestHandler):
                     else:
                         first = first or (None if isinstance(event, Done) else time.monotonic())
                         objects = reply.event(event)
-                if time.monotonic() - looked >= LOOK_AFTER:
+                if time.monotonic() - looked >= DISCONNECT_POLL:
                     if self.hung_up():
                         raise HungUp
                     looked = time.monotonic()
@@ -461,7 +461,7 @@ class Handler(BaseHTTPRequestHandler):
             if stream:
                 stream.end()
             else:
-                self.send_json(reply.whole(), headers=_reuse(generations[0], generations[0].usage.cached_tokens))
+                self.send_json(reply.whole(), headers=reuse(generations[0], generations[0].usage.cached_tokens))
         except EngineError as error:
             ending = f"failed: {error}"
             if not stream:
@@ -469,7 +469,7 @@ class Handler(BaseHTTPRequestHandler):
             stream.write(reply.failure(error))
             stream.end()
         finally:
-            self.server.talking.discard(thread)
+            self.server.answering.discard(thread)
             if first:
                 self.server.metrics.began(first - started)
             for generation in generations:
@@ -480,7 +480,7 @@ class Handler(BaseHTTPRequestHandler):
         """Answers with the embeddings of texts, which are read one after the other, so that others get their turn."""
         engine, started, thread = self.server.engine, time.monotonic(), threading.current_thread()
         model = engine.resolve(reply.request.model)
-        self.server.talking.add(thread)
+        self.server.answering.add(thread)
         try:
             for request in reply.requests:
                 request.priority = self.priority(reply, model.name)
@@ -492,7 +492,7 @@ class Handler(BaseHTTPRequestHandler):
                         raise HungUp
             self.send_json(reply.whole())
         finally:
-            self.server.talking.discard(thread)
+            self.server.answering.discard(thread)
             seconds = time.monotonic() - started
             log.info("%s %s: embedded %d of %d texts, %d tokens, %.2f s", self.route, model.name, len(reply.vectors),
                      len(reply.requests), reply.tokens, seconds,
@@ -521,8 +521,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def hung_up(self) -> bool:
         # Asked first: a socket with a timeout would wait that long in recv, whatever the flags say.
-        readable = _readable(self.connection, 0)
-        return readable and self.connection.recv(1, socket.MSG_PEEK) == b""
+        arrived = readable(self.connection, 0)
+        return arrived and self.connection.recv(1, socket.MSG_PEEK) == b""
 
     def log_generation(self, generation: Any, started: float, first: float | None, ending: str) -> None:
         usage = generation.usage
@@ -530,7 +530,7 @@ class Handler(BaseHTTPRequestHandler):
         speed = f"{rate:.1f} tokens/s" if rate else "- tokens/s"
         wait = f"first token {first - started:.2f} s" if first else "no token"
         miss = generation.miss
-        parted = f" (parts at {miss.at} in {_place(miss)}: {miss.now!r} was {miss.was!r})" if miss else ""
+        parted = f" (parts at {miss.at} in {place(miss)}: {miss.now!r} was {miss.was!r})" if miss else ""
         figures = {
             "route": self.route, "model": generation.model.name, "prompt_tokens": usage.prompt_tokens,
             "cached_tokens": usage.cached_tokens, "completion_tokens": usage.completion_tokens,
@@ -589,7 +589,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def pass_on(self, answer: http.client.HTTPResponse) -> None:
         """Copies an answer piece by piece. One that breaks off is left without its end, so that the client sees it."""
-        headers = _end_to_end(answer.headers)
+        headers = end_to_end(answer.headers)
         self.request_id = headers.pop("request-id", self.request_id)
         chunked = answer.length is None and self.request_version != "HTTP/1.0"
         if chunked:
@@ -601,11 +601,11 @@ class Handler(BaseHTTPRequestHandler):
         self.answered = True
         self.start(answer.status, headers)
         while piece := answer.read1(1 << 16):
-            self.wfile.write(_chunk(piece) if chunked else piece)
+            self.wfile.write(chunk(piece) if chunked else piece)
         if answer.length:
             raise UpstreamError(f"{answer.length} bytes are missing")
         if chunked:
-            self.wfile.write(_chunk(b""))
+            self.wfile.write(chunk(b""))
 
     # -- routes
 
@@ -691,7 +691,7 @@ class Handler(BaseHTTPRequestHandler):
     def post_create(self) -> None:
         body = self.read_json()
         name = checked_name(self.model, "invalid model name")
-        source = take(body, "from", str, default="")
+        source = field(body, "from", str, default="")
         if not source and not body.get("files"):
             raise WireError(400, "neither 'from' or 'files' was specified")
         preset = ollama_create(body, name, self.base(source) if source else Preset(name, ""))
@@ -701,7 +701,7 @@ class Handler(BaseHTTPRequestHandler):
             yield {"status": "writing manifest"}
             yield {"status": "success"}
 
-        self.progress(create(), take(body, "stream", bool, default=True))
+        self.progress(create(), field(body, "stream", bool, default=True))
 
     def base(self, source: str) -> Preset:
         """The preset that a name means, or an empty one of its model."""
@@ -712,7 +712,7 @@ class Handler(BaseHTTPRequestHandler):
     def post_pull(self) -> None:
         body = self.read_json()
         name = checked_name((self.model or "").removeprefix("https://"), "invalid model name")
-        self.progress(Hub(self.server.engine.hub).pull(name), take(body, "stream", bool, default=True))
+        self.progress(Hub(self.server.engine.hub).pull(name), field(body, "stream", bool, default=True))
 
     def post_push(self) -> None:
         self.read_json()
@@ -803,19 +803,19 @@ class Stream:
 
     def end(self) -> None:
         if self._chunked:
-            self._file.write(_chunk(b""))
+            self._file.write(chunk(b""))
 
     def _send(self, data: bytes) -> None:
-        self._file.write(_chunk(data) if self._chunked else data)
+        self._file.write(chunk(data) if self._chunked else data)
         self._last = time.monotonic()
 
     def _frame(self, body: Object | str) -> bytes:
         if isinstance(body, str):
             return body.encode() + b"\n\n"
         if self._framing == "lines":
-            return _encode(body) + b"\n"
+            return encode_json(body) + b"\n"
         name = b"event: " + body["type"].encode() + b"\n" if self._framing == "events" else b""
-        return name + b"data: " + _encode(body) + b"\n\n"
+        return name + b"data: " + encode_json(body) + b"\n\n"
 
 
 RELAYED = {"/api/chat", "/api/generate", "/api/show", "/api/embed", "/api/embeddings", "/v1/messages",
@@ -831,7 +831,7 @@ def _engine(args: argparse.Namespace, group: Group) -> Engine:
                       max_loaded=args.max_loaded, max_queue=args.max_queue, keep_alive=args.keep_alive,
                       state=args.state, group=group)
     except ModelNotFound as error:
-        raise EngineError(f"{error}; to download it: {_program()} pull {shlex.quote(args.model)}") from None
+        raise EngineError(f"{error}; to download it: {program()} pull {shlex.quote(args.model)}") from None
     except OSError as error:
         raise EngineError(f"cannot keep a prompt cache in {args.cache_dir}: {error.strerror}") from None
 
@@ -840,20 +840,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the server until SIGINT or SIGTERM, as a rank above 0 as long as rank 0 runs, or a command; returns the exit
     status."""
     args = arguments().parse_intermixed_args(argv)
-    _check(args)
+    check_arguments(args)
     args.argv = sys.argv[1:] if argv is None else argv
     args.run = print_env if args.print_env else print_service if args.service else COMMANDS.get(args.command)
     try:
-        _start_logging(args)
+        start_logging(args)
     except OSError as error:
         print(f"mlx-server: cannot log to {args.log_file}: {error.strerror}", file=sys.stderr)
         return 1
     if args.run:
-        return _run_command(args)
-    if missing := _missing():
-        log.critical("%s", missing)
+        return run_command(args)
+    if trouble := mlx_trouble():
+        log.critical("%s", trouble)
         return 1
-    _allow_files()
+    allow_files()
     try:
         group = Ranks(args.pipeline) if "MLX_RANK" in os.environ else Group()
         if group.rank:
@@ -879,13 +879,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _listen(args: argparse.Namespace) -> MLXServer:
     """A server, still without an engine. Raises EngineError if it cannot listen."""
     try:
-        if args.port and _is_taken(args.host, args.port):
+        if args.port and is_taken(args.host, args.port):
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
         upstream = Upstream(args.upstream, args.overflow) if args.upstream else None
-        return MLXServer((args.host, args.port), api_keys=_api_keys(args), priorities=args.priority, upstream=upstream)
+        return MLXServer((args.host, args.port), api_keys=api_keys(args), priorities=args.priority, upstream=upstream)
     except (OSError, ValueError) as error:
         if getattr(error, "errno", None) == errno.EADDRINUSE:
-            raise EngineError(f"port {args.port} is already in use by {_holder(args.host, args.port)}; take another one: "
+            raise EngineError(f"port {args.port} is already in use by {holder(args.host, args.port)}; take another one: "
                               f"--port {args.port + 1}") from None
         raise EngineError(f"cannot listen on {args.host}:{args.port}: {error}") from None
 
@@ -897,10 +897,10 @@ def _serve(args: argparse.Namespace, server: MLXServer) -> None:
         signal.signal(number, lambda *_: server.engine.close(0) if stopper.ident else stopper.start())
     if not sys.stderr or not sys.stderr.isatty():  # only a terminal that is closed hangs up to end its programs
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    log.info("mlx-server %s is listening on %s", __version__, _url_of(args.host, server.server_port))
+    log.info("mlx-server %s is listening on %s", __version__, url_of(args.host, server.server_port))
     if not server.loopback and not server.api_keys:
         log.warning("whoever reaches this machine may use the server: demand a key with --api-key-file, or leave out --host")
-    _welcome(args, server.engine, server.server_port)
+    welcome(args, server.engine, server.server_port)
     server.serve_forever(poll_interval=0.1)
     stopper.join()
     try:

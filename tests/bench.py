@@ -165,11 +165,11 @@ class Generate:
     def __init__(self, path: str):
         from mlx_lm.utils import load_model
 
-        from _mlx_server.inference.renderer import Tongue
+        from _mlx_server.inference.renderer import PromptRenderer
         from engine import Library
 
         self._model, _ = load_model(Path(path))
-        self._tokenizer = Tongue(Library([]).resolve(path, trusted=True)).tokenizer
+        self._tokenizer = PromptRenderer(Library([]).resolve(path, trusted=True)).tokenizer
 
     def ask(self, body: dict) -> Answer:
         from mlx_lm import stream_generate
@@ -660,8 +660,8 @@ def random_model(kind: str) -> Iterator[str]:
 
 
 def render(args: argparse.Namespace) -> None:
-    from _mlx_server.inference.prefix_cache import Line, PrefixCache
-    from _mlx_server.inference.renderer import Tongue
+    from _mlx_server.inference.prefix_cache import CacheEntry, PrefixCache
+    from _mlx_server.inference.renderer import PromptRenderer
     from engine import Library, Request
 
     local = Library([]).resolve(args.model, trusted=True)
@@ -671,18 +671,18 @@ def render(args: argparse.Namespace) -> None:
             chat = as_ollama({**body, "max_tokens": 1, "temperature": 0})
             requests.append(Request(args.model, chat["messages"], tools=chat["tools"]))
     *_, first, second, third = requests[:-5]
-    Tongue(local).prompt(first)
-    tongue, prefixes = Tongue(local), PrefixCache(lambda: 1 << 40)
+    PromptRenderer(local).prompt(first)
+    tongue, prefixes = PromptRenderer(local), PrefixCache(lambda: 1 << 40)
     cold, _ = timed(lambda: tongue.prompt(first))
     for request in (second, third):  # turns of other kinds than the first
-        prefixes.put(Line(tongue.prompt(request).tokens, []))
+        prefixes.put(CacheEntry(tongue.prompt(request).tokens, []))
     grown, again = [], []
     for request in requests[-5:]:
         gc.collect()
         for ratios in (grown, again):  # with the turn's new text to tokenise, and without
             seconds, (_, found) = timed(lambda: prefixes.find("", tongue.prompt(request).tokens))
             ratios.append(seconds / cold)
-        prefixes.put(Line(tongue.prompt(request).tokens, []))
+        prefixes.put(CacheEntry(tongue.prompt(request).tokens, []))
         print(f"{found} tokens: cold {cold * 1000:.0f} ms, with a new turn {grown[-1]:.3f} of that, once more {again[-1]:.3f}")
     print(f"median ratios {statistics.median(grown):.3f} and {statistics.median(again):.3f}")
 

@@ -15,8 +15,8 @@ from models import build_tokenizer
 
 from _mlx_server.wire.anthropic import AnthropicMessages
 from _mlx_server.inference.models import describe
-from _mlx_server.inference.prefix_cache import Line, common_prefix
-from _mlx_server.inference.renderer import Prompt, Tongue
+from _mlx_server.inference.prefix_cache import CacheEntry, common_prefix
+from _mlx_server.inference.renderer import Prompt, PromptRenderer
 from engine import Generation
 
 # ------------------------------------------------------------------ templates with the habits of real families
@@ -88,16 +88,16 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def build_voice(path: Path, template: str) -> Tongue:
+def build_voice(path: Path, template: str) -> PromptRenderer:
     """The real tokenizer, template and output format of a model; nothing here needs its weights."""
     build_tokenizer(path, template)
     (path / "config.json").write_text(json.dumps({"model_type": "qwen2", "eos_token_id": 2}))
     shutil.copy(ROOT / "tests/demo/model.safetensors", path)
-    return Tongue(describe("m", path))
+    return PromptRenderer(describe("m", path))
 
 
 @pytest.fixture
-def voice(family: str, tmp_path: Path) -> Tongue:
+def voice(family: str, tmp_path: Path) -> PromptRenderer:
     return build_voice(tmp_path, FAMILIES[family])
 
 
@@ -195,14 +195,14 @@ def goes_on(before: Prompt, after: Prompt) -> bool:
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_a_recorded_session_only_appends(voice: Tongue, name: str):
+def test_a_recorded_session_only_appends(voice: PromptRenderer, name: str):
     prompts = [voice.prompt(AnthropicMessages(b).request) for b in record(name)]
     for before, after in zip(prompts, prompts[1:]):
         assert goes_on(before, after), voice.tokenizer.decode(after.tokens[common_prefix(before.tokens, after.tokens):])
     assert len({prompt.root for prompt in prompts}) == 1
 
 
-def test_tools_that_appear_later_change_nothing_before(voice: Tongue):
+def test_tools_that_appear_later_change_nothing_before(voice: PromptRenderer):
     messages = [user("fetch it")]
     before = voice.prompt(AnthropicMessages(body(messages)).request)
     found = [{"type": "tool_reference", "tool_name": "Fetch"}]
@@ -214,7 +214,7 @@ def test_tools_that_appear_later_change_nothing_before(voice: Tongue):
     assert goes_on(after, voice.prompt(AnthropicMessages(body(messages, 2, [DEFERRED, *TOOLS])).request))
 
 
-def test_compaction_reads_only_its_instruction(voice: Tongue):
+def test_compaction_reads_only_its_instruction(voice: PromptRenderer):
     *_, last = record("tool rounds")
     before = voice.prompt(AnthropicMessages(last).request)
     ending = last["messages"][-1]["content"]
@@ -231,7 +231,7 @@ def test_compaction_reads_only_its_instruction(voice: Tongue):
 class Session:
     """A conversation in which the answers' text is given and everything else is real."""
 
-    def __init__(self, voice: Tongue, family: str):
+    def __init__(self, voice: PromptRenderer, family: str):
         self.voice, self.xml = voice, family == "xml"
         self.messages: list[dict] = []
 
@@ -264,7 +264,7 @@ class Session:
         everything = [*self.prompt.tokens, *tokens, *self.voice.encode(end)]
         job = Generation(self.reply.request, None, self.voice, self.prompt, 100, False, threading.RLock())
         self.reply.open(job)
-        job._line, job._raw = Line(everything, []), written
+        job._line, job._raw = CacheEntry(everything, []), written
         job._emit(*job._parser.feed(written), *job._parser.finish())
         self.voice.remember(job)
         job._finish("stop")
@@ -303,7 +303,7 @@ ANSWERS = {
 
 @pytest.mark.parametrize("rewrite", REWRITES)
 @pytest.mark.parametrize("name", ANSWERS)
-def test_an_answer_begins_the_next_request(voice: Tongue, family: str, name: str, rewrite: str):
+def test_an_answer_begins_the_next_request(voice: PromptRenderer, family: str, name: str, rewrite: str):
     session = Session(voice, family)
     session.ask(user("begin"))
     for _ in range(2):
@@ -367,7 +367,7 @@ def build_harmony(path: Path) -> Session:
     ends = [tokenizer.token_to_id(token) for token in HARMONY_TOKENS[:2]]
     (path / "config.json").write_text(json.dumps({"model_type": "qwen2", "eos_token_id": ends}))
     shutil.copy(ROOT / "tests/demo/model.safetensors", path)
-    return Session(Tongue(describe("m", path)), "harmony")
+    return Session(PromptRenderer(describe("m", path)), "harmony")
 
 
 @pytest.mark.parametrize("rewrite", ["nothing", "inputs", "thinking omitted"])

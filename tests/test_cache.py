@@ -15,9 +15,9 @@ from conftest import Server
 from models import CONFIGS
 from test_engine import REREAD, ROOT, SYSTEM, answer, cold, user
 
-from _mlx_server.inference.disk_cache import Shelf
-from _mlx_server.inference.prefix_cache import Line
-from _mlx_server.inference.runner import Runtime
+from _mlx_server.inference.disk_cache import DiskCache
+from _mlx_server.inference.prefix_cache import CacheEntry
+from _mlx_server.inference.runner import ModelRunner
 from engine import Engine, EngineError, Request
 
 LONG = [SYSTEM, user("long " * 600)]
@@ -30,7 +30,7 @@ def options(request: pytest.FixtureRequest, folder: Path) -> dict:
     return {"model": str(folder / ("qwen3" if quantised else request.param)), "kv_bits": 8 if quantised else None}
 
 
-def lines(engine: Engine) -> list[Line]:
+def lines(engine: Engine) -> list[CacheEntry]:
     """What the prefix cache holds."""
     return list(engine._pool.prefixes._lines)
 
@@ -68,7 +68,7 @@ def test_conversations_share_the_files_of_what_they_have_in_common(options: dict
         text, generation = answer(engine, [SYSTEM, user("three")])
         assert generation.usage.cached_tokens >= 700  # the system prompt
         assert text == cold(engine, [SYSTEM, user("three")])
-        if lines(engine)[0].cuttable:
+        if lines(engine)[0].trimmable:
             assert size() < 1.5 * one
 
 
@@ -133,7 +133,7 @@ def test_a_full_disk_is_survived(folder: Path, tmp_path: Path, monkeypatch: pyte
 def test_what_is_written_survives_a_kill(folder: Path, tmp_path: Path):
     left = tmp_path / "writing-999999999.safetensors"
     left.write_bytes(b"half a file")
-    shelf = Shelf(tmp_path, 1000)
+    shelf = DiskCache(tmp_path, 1000)
     assert not left.exists() and shelf.nbytes == 0
 
 
@@ -163,9 +163,9 @@ def test_a_failed_prefill_keeps_its_finished_chunks(options: dict, monkeypatch: 
         expected = cold(engine, messages)
         engine.unload(engine._default.name)
         answer(engine, "loads the model")
-        runtime = engine._pool.runtimes[engine._default.name]
+        runtime = engine._pool.runners[engine._default.name]
         model = runtime.model
-        limit = 700 + 3 * Runtime.CHUNK  # tokens
+        limit = 700 + 3 * ModelRunner.CHUNK  # tokens
 
         def fails(tokens, cache):
             out = model(tokens, cache=cache)  # the layers have taken it up when it fails
@@ -179,7 +179,7 @@ def test_a_failed_prefill_keeps_its_finished_chunks(options: dict, monkeypatch: 
         monkeypatch.setattr(runtime, "model", model)
         text, generation = answer(engine, messages)
         assert text == expected
-        assert generation.usage.cached_tokens > (limit - 2 * Runtime.CHUNK if lines(engine)[0].cuttable else 700)
+        assert generation.usage.cached_tokens > (limit - 2 * ModelRunner.CHUNK if lines(engine)[0].trimmable else 700)
 
 
 def test_a_conversation_that_goes_on_is_moved_and_not_copied(options: dict):
@@ -244,14 +244,14 @@ def test_a_line_larger_than_the_bound_keeps_its_beginning(options: dict, tmp_pat
     with Engine(**options, cache_limit=size // 2) as engine:
         expected, _ = answer(engine, messages)
         text, generation = answer(engine, messages)
-        assert text == expected and generation.usage.cached_tokens > Runtime.CHUNK
+        assert text == expected and generation.usage.cached_tokens > ModelRunner.CHUNK
 
 
 def test_snapshots_stay_few(options: dict):
     with Engine(**options) as engine:
         turns(engine, [SYSTEM, user("begin")], 25)
         line = lines(engine)[0]
-        assert len(line.snapshots) <= (0 if line.cuttable else line.SNAPSHOTS + 4)
+        assert len(line.checkpoints) <= (0 if line.trimmable else line.SNAPSHOTS + 4)
 
 
 def test_a_miss_explains_itself(folder: Path):

@@ -10,7 +10,7 @@ from models import CONFIGS
 from test_engine import REREAD, SYSTEM, answer, cold, user
 
 from _mlx_server.inference.generation import Phase
-from _mlx_server.inference.runner import Runtime
+from _mlx_server.inference.runner import ModelRunner
 from _mlx_server.inference.scheduler import Schedule
 from engine import Done, Engine, EngineBusy, EngineError, Generation, ModelLoadError, Priority, PromptTooLong, Request, Sampling, Text
 
@@ -21,8 +21,8 @@ def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
         yield engine
 
 
-def runtime(engine: Engine) -> Runtime:
-    return engine._pool.runtimes[engine._default.name]
+def runtime(engine: Engine) -> ModelRunner:
+    return engine._pool.runners[engine._default.name]
 
 
 def text(generation: Generation) -> str:
@@ -105,7 +105,7 @@ class Waiting:
         return self.tokens
 
     def read(self) -> None:
-        self.tokens = max(0, self.tokens - Runtime.CHUNK)
+        self.tokens = max(0, self.tokens - ModelRunner.CHUNK)
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one():
@@ -249,7 +249,7 @@ def test_a_conversation_larger_than_memory_is_refused_with_what_would_fit(folder
 def test_answers_that_outgrow_memory_wait_for_each_other_and_stay_right(
         folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     caplog.set_level("INFO")
-    monkeypatch.setattr(Runtime, "EXPECTED", 8)
+    monkeypatch.setattr(ModelRunner, "EXPECTED", 8)
     with Engine(str(folder / "qwen2")) as engine:
         runs = [(f"number {n}", Sampling(temperature=float(n % 2), seed=n)) for n in range(20)]
         answers = {prompt: answer(engine, prompt, max_tokens=150, sampling=dice) for prompt, dice in runs}
@@ -277,9 +277,9 @@ def test_idle_models_make_room_the_least_recently_used_first(folder: Path):
             before = mx.get_active_memory()
             use(name)
             sizes[name] = mx.get_active_memory() - before
-            assert sizes[name] >= engine._pool.runtimes[name].size
+            assert sizes[name] >= engine._pool.runners[name].size
         use("qwen2")
-        engine._pool.memory = sum(runtime.size for runtime in engine._pool.runtimes.values())
+        engine._pool.memory = sum(runtime.size for runtime in engine._pool.runners.values())
         use("llama_sliding")
         assert {loaded.model.name for loaded in engine.loaded()} == {"qwen2", "llama_sliding"}
         for name in ("qwen2", "llama_sliding"):
@@ -298,7 +298,7 @@ def test_weights_are_wired_and_nothing_else_is(folder: Path, monkeypatch: pytest
     with Engine(models_dirs=[folder]) as engine:
         for name in ("qwen2", "qwen3"):
             list(engine.submit(Request(name, [user("hi")], max_tokens=1)))
-        sizes = {name: loaded.size for name, loaded in engine._pool.runtimes.items()}
+        sizes = {name: loaded.size for name, loaded in engine._pool.runners.items()}
         assert wired[-1] == sum(sizes.values()) <= wired[-2]  # there was room for what was being loaded
         engine.unload("qwen2")
         assert wired[-1] == sizes["qwen3"]

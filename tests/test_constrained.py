@@ -18,7 +18,7 @@ from models import CHATML, CONFIGS, build_model
 
 from _mlx_server.wire.anthropic import AnthropicMessages
 from _mlx_server.wire.ollama import OllamaChat
-from _mlx_server.inference.runner import Runtime
+from _mlx_server.inference.runner import ModelRunner
 from engine import Done, Engine, Generation, InvalidRequest, Request, Sampling, Text, Thinking, ToolEnd, ToolStart
 
 HI = [{"role": "user", "content": "hi"}]
@@ -179,7 +179,7 @@ def test_a_seed_gives_the_same_answer_alone_and_in_company(engine: Engine):
 def test_an_answer_that_waits_for_memory_goes_on_where_it_was(
         folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     caplog.set_level("INFO")
-    monkeypatch.setattr(Runtime, "EXPECTED", 8)
+    monkeypatch.setattr(ModelRunner, "EXPECTED", 8)
     long = rows(text(8, minLength=8), 20, minItems=20)
 
     def answers(engine: Engine) -> list[tuple[str, str]]:
@@ -187,7 +187,7 @@ def test_an_answer_that_waits_for_memory_goes_on_where_it_was(
 
     with Engine(str(folder / "hermes")) as engine:
         alone = [said(ask(engine, seed, format=long)) for seed in range(4)]
-        runtime = engine._pool.runtimes[engine._default.name]
+        runtime = engine._pool.runners[engine._default.name]
         memory = runtime.size + runtime.state.nbytes(500)
     with Engine(str(folder / "hermes"), memory=memory) as engine:
         said(ask(engine, max_tokens=1))  # loads the model
@@ -222,7 +222,7 @@ def test_the_format_begins_behind_the_thinking():
 
 def test_a_call_may_follow_the_thinking_when_there_are_tools(engine: Engine):
     request = Request("hermes", HI, tools=TOOLS, format=TITLE)
-    tongue = engine._tongue(engine.resolve("hermes"))
+    tongue = engine._renderer(engine.resolve("hermes"))
     constraint = tongue.constraint(request, dataclasses.replace(tongue.prompt(request), in_thinking=True))
     think, end, call, brace, newline = (tongue.encode(text)[0] for text in ("x", "</think>", "<tool_call>", "{", "\n"))
 
@@ -245,7 +245,7 @@ def test_a_call_may_follow_the_thinking_when_there_are_tools(engine: Engine):
 
 
 def test_a_matcher_that_gives_up_ends_the_turn_and_says_why(engine: Engine):
-    tongue = engine._tongue(engine.resolve("hermes"))
+    tongue = engine._renderer(engine.resolve("hermes"))
     request = Request("hermes", HI, format=TITLE, thinking=False)
     constraint = tongue.constraint(request, tongue.prompt(request))
     constraint(mx.array([1]), mx.zeros((1, 512)))

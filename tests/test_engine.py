@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from models import CONFIGS, build_model
 
-from _mlx_server.inference.runner import Runtime
+from _mlx_server.inference.runner import ModelRunner
 from engine import Done, Engine, EngineClosed, EngineError, Generation, InvalidRequest, ModelLoadError, ModelNotFound, PromptTooLong, Request, Sampling, Text, Tick
 
 ROOT = Path(__file__).parent.parent
@@ -76,7 +76,7 @@ def test_a_continued_conversation_prefills_only_what_is_new_and_answers_as_if_co
 def test_conversations_share_the_system_prompt_and_answers_stay_those_of_a_cold_run(engine: Engine):
     answer(engine, [SYSTEM, user("first conversation")])
     warm, other = answer(engine, [SYSTEM, user("quite another one")])
-    assert other.usage.cached_tokens > 0.9 * len(engine._tongue(engine._default).encode(SYSTEM["content"]))
+    assert other.usage.cached_tokens > 0.9 * len(engine._renderer(engine._default).encode(SYSTEM["content"]))
     assert warm == cold(engine, [SYSTEM, user("quite another one")])
 
 
@@ -90,17 +90,17 @@ def test_a_cancelled_prefill_keeps_what_it_has_and_resuming_changes_nothing(engi
     generation.cancel()
     text, resumed = answer(engine, messages)
     assert text == expected
-    assert resumed.usage.cached_tokens >= Runtime.CHUNK
+    assert resumed.usage.cached_tokens >= ModelRunner.CHUNK
 
 
 def test_a_model_with_experts_reads_large_chunks_while_nobody_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name, tokens in (("CHUNK", 32), ("LARGE", 128), ("DEEP", 256)):
-        monkeypatch.setattr(Runtime, name, tokens)
+        monkeypatch.setattr(ModelRunner, name, tokens)
     experts = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
                "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
     with Engine(str(build_model("", tmp_path / "moe", config={**CONFIGS["qwen3"], **experts}))) as engine:
         answer(engine, "loads the model")
-        runtime, sizes = engine._pool.runtimes["moe"], []
+        runtime, sizes = engine._pool.runners["moe"], []
         model = runtime.model
 
         def measured(tokens, cache):
@@ -122,7 +122,7 @@ def test_what_is_too_much_for_the_gpu_is_tried_in_smaller_chunks_and_leaves_noth
         expected = cold(engine, "deep " * 250)
         engine.unload(engine._default.name)
         answer(engine, "loads the model")
-        runtime = engine._pool.runtimes[engine._default.name]
+        runtime = engine._pool.runners[engine._default.name]
         model = runtime.model
 
         def watched(tokens, cache):
@@ -297,7 +297,7 @@ def test_a_gap_is_filled_with_the_tokenizers_own_tokens(tmp_path: Path):
         gap = engine.submit(Request("coder", prompt="def f(", suffix="return x", max_tokens=1))
         spelled = "<|fim_prefix|>def f(<|fim_suffix|>return x<|fim_middle|>"
         assert gap._prompt.tokens == engine.submit(Request("coder", prompt=spelled, max_tokens=1))._prompt.tokens
-        decode, tokens = gap._tongue.tokenizer.decode, gap._prompt.tokens
+        decode, tokens = gap._renderer.tokenizer.decode, gap._prompt.tokens
         assert [decode(tokens), decode(tokens[:1]), decode(tokens[-1:])] == [spelled, "<|fim_prefix|>", "<|fim_middle|>"]
         with pytest.raises(InvalidRequest, match="cannot fill a gap"):
             engine.submit(Request("demo", prompt="a", suffix="b"))
@@ -307,7 +307,7 @@ def test_a_gap_is_filled_with_the_tokenizers_own_tokens(tmp_path: Path):
 
 
 def test_a_long_prompt_tells_how_far_it_is(engine: Engine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Runtime, "TELL", 0.0)
+    monkeypatch.setattr(ModelRunner, "TELL", 0.0)
     with caplog.at_level(logging.INFO):
         _, generation = answer(engine, "how far " * 150, max_tokens=1)
     pattern = r"\w+: prompt (\d+) %, ([\d,]+)/([\d,]+) tokens, \d+ tokens/s, \d+ s left"

@@ -26,7 +26,7 @@ from models import build_model
 from soak import figure
 from test_http import ask
 
-from _mlx_server.front.logs import _log_file
+from _mlx_server.front.logs import log_file
 from _mlx_server.wire.anthropic import AnthropicMessages
 from engine import Engine, Text, Usage
 
@@ -354,7 +354,7 @@ def test_a_systemd_unit_starts_the_server_whatever_the_arguments_are(user: Path)
 
 
 def test_a_log_file_is_bounded(tmp_path: Path):
-    handler = _log_file(str(tmp_path / "log"))
+    handler = log_file(str(tmp_path / "log"))
     for number in range(60):
         handler.emit(logging.makeLogRecord({"msg": f"{number} {'a' * 2**20}"}))
     handler.close()

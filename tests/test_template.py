@@ -8,7 +8,7 @@ import pytest
 from models import CHATML, build_model
 
 from _mlx_server.inference.models import describe
-from _mlx_server.inference.renderer import Tongue
+from _mlx_server.inference.renderer import PromptRenderer
 from _mlx_server.inference.template import Template
 from engine import InvalidRequest, Request
 
@@ -63,8 +63,8 @@ TEMPLATES = {
 }
 
 
-def tongue(path: Path, template: str) -> Tongue:
-    return Tongue(describe("m", build_model("qwen2", path, template=template)))
+def tongue(path: Path, template: str) -> PromptRenderer:
+    return PromptRenderer(describe("m", build_model("qwen2", path, template=template)))
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -7,8 +7,8 @@ import os
 
 from _mlx_server import __version__
 from _mlx_server.front.commands import COMMANDS
-from _mlx_server.front.options import _api_keys, _bytes, _key, _key_file, _pair, _port, _positive, _rule, _seconds, _state_file, _url
-from _mlx_server.front.service import _command, launchd_job, systemd_unit
+from _mlx_server.front.options import api_keys, _bytes, api_key, _key_file, _pair, _port, _positive, _rule, _seconds, _state_file, _url
+from _mlx_server.front.service import start_command, launchd_job, systemd_unit
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -48,7 +48,7 @@ def arguments() -> argparse.ArgumentParser:
                         help="relay requests for models that are not here, e.g. to http://localhost:11434")
     parser.add_argument("--overflow", action="store_true",
                         help="relay what finds the queue full, too, if the upstream has a model of that name")
-    parser.add_argument("--api-key", metavar="KEY[=PRIORITY]", type=_key, action="append", default=[],
+    parser.add_argument("--api-key", metavar="KEY[=PRIORITY]", type=api_key, action="append", default=[],
                         help="demand this key (repeatable; default: $MLX_SERVER_API_KEY, else none)")
     parser.add_argument("--api-key-file", metavar="FILE", type=_key_file, default=[],
                         help="demand one of the keys in FILE, a KEY or KEY=PRIORITY per line")
@@ -73,12 +73,12 @@ def arguments() -> argparse.ArgumentParser:
 
 def print_service(args: argparse.Namespace) -> None:
     """Prints what makes the system run the server with the flags given."""
-    if _api_keys(args) != dict(args.api_key_file):
+    if api_keys(args) != dict(args.api_key_file):
         arguments().error("a service takes its keys from --api-key-file")
-    print(args.service(args, _command(args.argv)), end="")
+    print(args.service(args, start_command(args.argv)), end="")
 
 
-def _check(args: argparse.Namespace) -> None:
+def check_arguments(args: argparse.Namespace) -> None:
     """Ends the program where flags do not go together."""
     launched = "MLX_RANK" in os.environ  # by mlx.launch
     if args.overflow and not args.upstream:

@@ -11,8 +11,8 @@ import time
 from typing import Callable
 
 from _mlx_server.front.hub import Hub
-from _mlx_server.front.options import _api_keys, _library, _program, _reached
-from _mlx_server.front.startup import _missing
+from _mlx_server.front.options import api_keys, _library, program, reached
+from _mlx_server.front.startup import mlx_trouble
 from _mlx_server.inference.memory import gigabytes, usable_memory
 from _mlx_server.inference.models import LocalModel
 from _mlx_server.inference.protocol import EngineError
@@ -25,14 +25,14 @@ log = logging.getLogger("mlx_server")
 def print_env(args: argparse.Namespace) -> None:
     """Prints shell commands for Claude Code's variables: https://code.claude.com/docs/en/settings#environment-variables"""
     library = _library(args)
-    default = library.resolve(args.model, trusted=True) if args.model else _default(library.resolve)
+    default = library.resolve(args.model, trusted=True) if args.model else default_model(library.resolve)
     tiers = {tier: library.resolve(f"claude-{tier}-5-5", default=default).name for tier in ("opus", "sonnet", "haiku")}
     context = min(filter(None, [default.context_length, args.context]))
     if context < 32_000:
         log.warning("%s reads at most %s tokens, and Claude Code's first prompt alone has 15,000", default.name, f"{context:,}")
     variables = {
-        "ANTHROPIC_BASE_URL": _reached(args.host, args.port),
-        "ANTHROPIC_AUTH_TOKEN": next(iter(_api_keys(args)), "none"),  # without one it asks for a login
+        "ANTHROPIC_BASE_URL": reached(args.host, args.port),
+        "ANTHROPIC_AUTH_TOKEN": next(iter(api_keys(args)), "none"),  # without one it asks for a login
         "ANTHROPIC_API_KEY": "",  # a real one is none of ours
         "ANTHROPIC_MODEL": default.name,
         **{f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL": name for tier, name in tiers.items()},
@@ -61,7 +61,7 @@ def pull_model(args: argparse.Namespace) -> None:
             progress.show(step)
     finally:
         progress.end()
-    print(f"pulled {repo}; to serve it: {_program()} --model {shlex.quote(repo)}")
+    print(f"pulled {repo}; to serve it: {program()} --model {shlex.quote(repo)}")
 
 
 class Progress:
@@ -138,7 +138,7 @@ def remove_model(args: argparse.Namespace) -> None:
 COMMANDS = {"pull": pull_model, "list": list_models, "show": show_model, "rm": remove_model}
 
 
-def _run_command(args: argparse.Namespace) -> int:
+def run_command(args: argparse.Namespace) -> int:
     """Does what is to be done instead of serving; returns the exit status."""
     try:
         args.run(args)
@@ -146,18 +146,18 @@ def _run_command(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         log.error("broken off; the same command goes on from there")
     except (EngineError, WireError, ImportError) as error:
-        log.error("%s", _missing() if isinstance(error, ImportError) else error)
+        log.error("%s", mlx_trouble() if isinstance(error, ImportError) else error)
     if args.print_env:
         print("false")  # for eval: what follows it must not go to another server
     return 1
 
 
-def _default(resolve: Callable[[str], LocalModel]) -> LocalModel:
+def default_model(resolve: Callable[[str], LocalModel]) -> LocalModel:
     """The default model where no --model says it; logs why."""
     model = resolve("default")
     if model.name == "demo":
-        log.warning("DEFAULT: demo, A TOY that cannot program; get a model: %s pull qwen3:8b", _program())
+        log.warning("DEFAULT: demo, A TOY that cannot program; get a model: %s pull qwen3:8b", program())
     else:
         tools = "that can use tools" if "tools" in model.capabilities else "(NONE CAN USE TOOLS, which Claude Code needs)"
-        log.info("default: %s, the newest %s; others: --model NAME, or %s pull NAME", model.name, tools, _program())
+        log.info("default: %s, the newest %s; others: --model NAME, or %s pull NAME", model.name, tools, program())
     return model

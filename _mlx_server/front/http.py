@@ -16,7 +16,7 @@ from _mlx_server.wire.fields import Object, WireError
 
 MAX_BODY = 32 * 1024 * 1024  # bytes, the Messages API's own limit
 PING_AFTER = 4.0  # seconds without a byte after which a stream says that it is alive; clients count on 5
-LOOK_AFTER = 0.1  # seconds after which an answer in the making looks again whether its client is there
+DISCONNECT_POLL = 0.1  # seconds after which an answer in the making looks again whether its client is there
 PATIENCE = 300.0  # seconds that a client may take to read some of an answer, or to send its next request
 ARRIVAL = 120.0  # seconds that a request may take to arrive, from its first byte on
 CONNECTIONS = 512  # at the same time; fewer where a process may not open twice as many files
@@ -31,20 +31,20 @@ class HungUp(ConnectionError):
     """The client has closed its side."""
 
 
-class Arriving(socket.SocketIO):
+class RequestSocket(socket.SocketIO):
     """What a client sends. Once a request has begun, `due` is when all of it has to be there, in monotonic seconds; reading
     raises TimeoutError then."""
 
     due: float | None = None
 
     def readinto(self, buffer: Any) -> int | None:
-        if not _readable(self, PATIENCE if self.due is None else max(0.0, self.due - time.monotonic())):
+        if not readable(self, PATIENCE if self.due is None else max(0.0, self.due - time.monotonic())):
             raise TimeoutError
         self.due = self.due or time.monotonic() + ARRIVAL
         return super().readinto(buffer)
 
 
-class Lines(io.BufferedReader):
+class HeaderReader(io.BufferedReader):
     """What arrives, for reading its lines. A CR alone ends none (RFC 9112, 2.2): it becomes a fold, which is refused."""
 
     def readline(self, limit: int = -1) -> bytes:
@@ -53,24 +53,24 @@ class Lines(io.BufferedReader):
         return line.removesuffix(end).replace(b"\r", b"\r\n ") + end
 
 
-def _chunk(data: bytes) -> bytes:
+def chunk(data: bytes) -> bytes:
     """A piece of a chunked body; an empty one ends it."""
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def _reuse(generation: Any, cached: int | None = None) -> dict[str, str]:
+def reuse(generation: Any, cached: int | None = None) -> dict[str, str]:
     """The header that tells what of a prompt was read before, as far as that is known, and where it parts from what was."""
     value = f"reused={generation.cached_tokens if cached is None else cached}; prompt={generation.prompt_tokens}"
     if generation.miss:
-        value += f"; parts-at={generation.miss.at}; in={_place(generation.miss)}"
+        value += f"; parts-at={generation.miss.at}; in={place(generation.miss)}"
     return {"x-prompt-cache": value}
 
 
-def _place(miss: Any) -> str:
+def place(miss: Any) -> str:
     return "the prompt" if miss.message is None else f"message {miss.message} ({miss.role})"
 
 
-def _readable(connection: socket.socket | socket.SocketIO, seconds: float) -> bool:
+def readable(connection: socket.socket | socket.SocketIO, seconds: float) -> bool:
     """Whether there is something to read, or the end, within some seconds."""
     poll = select.poll()  # select() fails with many open files
     poll.register(connection, select.POLLIN)
@@ -84,15 +84,15 @@ def _after(generations: list[Iterable]) -> Iterable:
         yield from generation
 
 
-def _encode(body: Object) -> bytes:
+def encode_json(body: Object) -> bytes:
     return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
-def _too_large() -> WireError:
+def too_large() -> WireError:
     return WireError(413, f"the body is larger than {MAX_BODY // 2**20} MB")
 
 
-def _is_local(host: str) -> bool:
+def is_local(host: str) -> bool:
     """Whether a Host header names this machine."""
     try:
         address = ipaddress.ip_address(host)
@@ -101,5 +101,5 @@ def _is_local(host: str) -> bool:
         return host in ("", "localhost", socket.gethostname().lower()) or host.endswith((".localhost", ".local", ".internal"))
 
 
-def _why(error: Exception) -> str:
+def why(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)

@@ -22,11 +22,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Iterator
 from urllib.parse import quote, urlencode
 
-from _mlx_server.front.http import _why
+from _mlx_server.front.http import why
 from _mlx_server.inference.memory import gigabytes
 from _mlx_server.inference.models import shortcoming
 from _mlx_server.inference.names import best_repo, parse_name
-from _mlx_server.wire.fields import Object, WireError, is_a, items, take
+from _mlx_server.wire.fields import Object, WireError, is_type, items, field
 
 log = logging.getLogger("mlx_server")
 
@@ -89,7 +89,7 @@ class Hub:
             yield {"status": "writing manifest"}
             self._link(folder, commit, files)
         except OSError as error:
-            raise WireError(500, f"{repo} cannot be written to the model cache: {_why(error)}") from None
+            raise WireError(500, f"{repo} cannot be written to the model cache: {why(error)}") from None
         log.info("pulled %s", repo)
         yield {"status": "success"}
 
@@ -126,7 +126,7 @@ class Hub:
         for words in dict.fromkeys((plain.partition(":")[0], re.match(r"[a-z]*", plain, re.I)[0])):
             query = urlencode({"author": "mlx-community", "search": words, "sort": "downloads", "limit": 1000})
             listed = self._ask(f"/api/models?{query}")
-            repo = best_repo(plain, [one["id"] for one in listed if is_a(one.get("id"), str)])
+            repo = best_repo(plain, [one["id"] for one in listed if is_type(one.get("id"), str)])
             if repo:
                 return repo
         raise WireError(404, f"mlx-community has no model '{name}'; any repo can be pulled as ORG/NAME")
@@ -136,16 +136,16 @@ class Hub:
         info = self._ask(f"/api/models/{repo}/revision/main?blobs=true")
         commit, files = info.get("sha"), []
         for one in items(info, "siblings", dict):
-            name, lfs = take(one, "rfilename", str, required=True), take(one, "lfs", dict, default={})
+            name, lfs = field(one, "rfilename", str, required=True), field(one, "lfs", dict, default={})
             digest = lfs.get("sha256") or one.get("blobId")
-            size = take(one, "size", int, required=True)
+            size = field(one, "size", int, required=True)
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.FILES):
                 files.append(RemoteFile(name, size, digest))
         if not all(re.fullmatch(r"[\da-f]{40}([\da-f]{24})?", str(one)) for one in [commit, *(f.digest for f in files)]) or any(
                 {"..", "/", ""} & {*PurePosixPath(file.name).parts, file.name} for file in files):
             raise WireError(502, f"the hub {self._url} describes {repo} in a way that makes no sense")
         if not any(file.name.endswith(".safetensors") for file in files):
-            names = [take(one, "rfilename", str) for one in items(info, "siblings", dict)]
+            names = [field(one, "rfilename", str) for one in items(info, "siblings", dict)]
             raise WireError(400, f"{repo} holds no MLX model: {shortcoming(names)}")
         return commit, files
 
@@ -187,7 +187,7 @@ class Hub:
                 while piece := answer.read1(1 << 20):
                     yield piece
             except (OSError, http.client.HTTPException) as error:
-                raise WireError(502, f"the hub {self._url} failed: {_why(error)}; pull again to go on") from None
+                raise WireError(502, f"the hub {self._url} failed: {why(error)}; pull again to go on") from None
 
     def _link(self, folder: Path, commit: str, files: list[RemoteFile]) -> None:
         """Makes downloaded files a snapshot, the one that `main` means."""
@@ -204,7 +204,7 @@ class Hub:
             with self._open(path) as answer:
                 return json.load(answer)
         except (OSError, ValueError, http.client.HTTPException) as error:
-            raise WireError(502, f"the hub {self._url} failed: {_why(error)}") from None
+            raise WireError(502, f"the hub {self._url} failed: {why(error)}") from None
 
     def _open(self, path: str, start: int = 0) -> Any:
         """The hub's answer, from byte `start` on if it can. Raises WireError."""
@@ -219,4 +219,4 @@ class Hub:
                                      "a token, in HF_TOKEN, that may read it") from None
             raise WireError(502, f"the hub {self._url} says {error.code} {error.reason} to {path}") from None
         except (OSError, ValueError, http.client.HTTPException) as error:
-            raise WireError(502, f"the hub {self._url} cannot be asked: {_why(getattr(error, 'reason', error))}") from None
+            raise WireError(502, f"the hub {self._url} cannot be asked: {why(getattr(error, 'reason', error))}") from None

@@ -11,7 +11,7 @@ import sys
 from _mlx_server.wire.fields import timestamp
 
 
-def _log_file(name: str) -> logging.Handler:
+def log_file(name: str) -> logging.Handler:
     os.makedirs(os.path.dirname(os.path.abspath(name)), exist_ok=True)
     return logging.handlers.RotatingFileHandler(name, maxBytes=10 * 2**20, backupCount=3, encoding="utf-8")
 
@@ -34,12 +34,12 @@ class JSONLine(logging.Formatter):
         return json.dumps(line)
 
 
-def _start_logging(args: argparse.Namespace) -> None:
+def start_logging(args: argparse.Namespace) -> None:
     """Raises OSError when the log file cannot be written."""
     rank = os.environ.get("MLX_RANK", "0")
     form = "mlx-server: %(message)s" if args.run else "%(asctime)s " + f"rank {rank}: " * (rank != "0") + "%(message)s"
     to_file = args.log_file and not args.run
-    lines = _log_file(args.log_file) if to_file else logging.StreamHandler(sys.stderr)
+    lines = log_file(args.log_file) if to_file else logging.StreamHandler(sys.stderr)
     lines.setFormatter(JSONLine() if args.log_json else OneLine(form, "%Y-%m-%d %H:%M:%S" if to_file else "%H:%M:%S"))
     level = logging.DEBUG if args.verbose else logging.WARNING if args.run else logging.INFO
     last_words = logging.StreamHandler(sys.stderr)  # why it did not start is for who starts it

@@ -35,7 +35,7 @@ def _rule(text: str) -> tuple[str, Priority]:
     return pattern, _priority(priority)
 
 
-def _key(text: str) -> tuple[str, Priority]:
+def api_key(text: str) -> tuple[str, Priority]:
     if not text.strip():  # everyone would have it
         raise argparse.ArgumentTypeError("a key cannot be empty")
     key, _, priority = text.rpartition("=")
@@ -48,7 +48,7 @@ def _key_file(name: str) -> list[tuple[str, Priority]]:
             mode, lines = os.fstat(file.fileno()).st_mode, file.read().split("\n")
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{name} cannot be read: {getattr(error, 'strerror', 'it is no text')}") from None
-    keys = [_key(line.strip()) for line in lines if line.strip()]
+    keys = [api_key(line.strip()) for line in lines if line.strip()]
     if not keys:
         raise argparse.ArgumentTypeError(f"{name} holds no key")
     if mode & 0o044:
@@ -96,7 +96,7 @@ def _state_file() -> str:
     return os.path.join(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "mlx-server", "presets.json")
 
 
-def _program() -> str:
+def program() -> str:
     """What starts this program, from any folder."""
     path = os.path.abspath(sys.argv[0])
     return shlex.join([path] if os.path.basename(path) == "mlx-server" else [sys.executable, path])
@@ -106,15 +106,15 @@ def _library(args: argparse.Namespace) -> Library:
     return Library(args.models_dir, args.alias, Path(args.state).expanduser())
 
 
-def _api_keys(args: argparse.Namespace) -> dict[str, Priority]:
+def api_keys(args: argparse.Namespace) -> dict[str, Priority]:
     shell_key = os.environ.get("MLX_SERVER_API_KEY", "").strip()
-    return dict(args.api_key + args.api_key_file or ([_key(shell_key)] if shell_key else []))
+    return dict(args.api_key + args.api_key_file or ([api_key(shell_key)] if shell_key else []))
 
 
-def _url_of(host: str, port: int) -> str:
+def url_of(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _reached(host: str, port: int) -> str:
+def reached(host: str, port: int) -> str:
     """Where a server that listens there is reached from this machine."""
-    return _url_of({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
+    return url_of({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)

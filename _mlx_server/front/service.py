@@ -15,7 +15,7 @@ _PATHS = ("--api-key-file", "--cache-dir", "--log-file", "--models-dir", "--stat
 _CARRIED = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")  # variables that name places
 
 
-def _command(argv: Sequence[str]) -> list[str]:
+def start_command(argv: Sequence[str]) -> list[str]:
     """What starts the server with these flags from any folder."""
     command, words = [sys.executable, str(Path(__file__).parents[2] / "mlx_server.py")], iter(argv)
     for word in words:

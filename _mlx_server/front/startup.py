@@ -15,14 +15,14 @@ import sys
 from urllib.parse import urlsplit
 
 from _mlx_server.front.http import ASKING
-from _mlx_server.front.options import _reached
+from _mlx_server.front.options import reached
 from _mlx_server.inference.memory import usable_memory
 
 
 FILES = 4096  # to be open at the same time, if that is allowed: a large model alone has hundreds
 
 
-def _missing() -> str | None:
+def mlx_trouble() -> str | None:
     """Why MLX cannot work here."""
     system = os.uname()
     if system.sysname == "Darwin" and system.machine != "arm64":
@@ -39,20 +39,20 @@ def _missing() -> str | None:
     return None
 
 
-def _is_taken(host: str, port: int) -> bool:
+def is_taken(host: str, port: int) -> bool:
     """Whether someone listens there. macOS lets one server listen at an address and another one at all of them, and clients
     reach only the former: https://stackoverflow.com/a/14388707"""
     try:
-        socket.create_connection((urlsplit(_reached(host, port)).hostname, port), ASKING).close()
+        socket.create_connection((urlsplit(reached(host, port)).hostname, port), ASKING).close()
     except OSError:
         return False
     return True
 
 
-def _holder(host: str, port: int) -> str:
+def holder(host: str, port: int) -> str:
     """Who listens at an address, as far as that can be found out."""
     def ask(path: str) -> tuple[int, bytes]:
-        netloc = urlsplit(_reached(host, port)).netloc
+        netloc = urlsplit(reached(host, port)).netloc
         with contextlib.closing(http.client.HTTPConnection(netloc, timeout=ASKING)) as connection:
             connection.request("GET", path)
             answer = connection.getresponse()
@@ -69,7 +69,7 @@ def _holder(host: str, port: int) -> str:
     return "another program"
 
 
-def _allow_files() -> None:
+def allow_files() -> None:
     """macOS lets a process open 256 files, unless it asks for more."""
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files != resource.RLIM_INFINITY and files < FILES:

@@ -16,8 +16,8 @@ import time
 from typing import Any, Iterator
 from urllib.parse import urlsplit
 
-from _mlx_server.front.http import ASKING, HungUp, PATIENCE, _why
-from _mlx_server.wire.fields import Object, WireError, is_a, items
+from _mlx_server.front.http import ASKING, HungUp, PATIENCE, why
+from _mlx_server.wire.fields import Object, WireError, is_type, items
 from _mlx_server.wire.ollama_models import find_tag
 
 log = logging.getLogger("mlx_server")
@@ -57,7 +57,7 @@ class Upstream:
                 try:
                     self._tags, self._trouble = self._ask(), None
                 except (OSError, http.client.HTTPException, ValueError, WireError) as error:
-                    self._tags, self._trouble = [], f"the upstream {self.url} cannot be asked: {_why(error)}"
+                    self._tags, self._trouble = [], f"the upstream {self.url} cannot be asked: {why(error)}"
                     log.warning("%s", self._trouble)
                 self._asked = time.monotonic()
             return self._tags
@@ -78,13 +78,13 @@ class Upstream:
                 connection.connect()
                 connection.sock.settimeout(PATIENCE)
                 connection.putrequest(client.command, client.path, skip_accept_encoding=True)
-                for name, value in _end_to_end(client.headers).items():
+                for name, value in end_to_end(client.headers).items():
                     connection.putheader(name, value)
                 connection.putheader("Via", f"1.1 {RELAY}")
                 connection.putheader("Content-Length", str(len(client.body)))
                 connection.endheaders(client.body)
             except (OSError, ValueError) as error:
-                raise UpstreamError(_why(error)) from None
+                raise UpstreamError(why(error)) from None
             with http.client.HTTPResponse(connection.sock, method=client.command) as answer:
                 answer.fp.close()
                 answer.fp = io.BufferedReader(_Watched(connection.sock, client))
@@ -101,7 +101,7 @@ class Upstream:
             body = json.loads(answer.read()) if answer.status == 200 else None
         if not isinstance(body, dict):
             raise ValueError(f"GET /api/tags gave status {answer.status} and no list")
-        return [tag for tag in items(body, "models", dict) if is_a(tag.get("name"), str)]
+        return [tag for tag in items(body, "models", dict) if is_type(tag.get("name"), str)]
 
 
 class _Watched(socket.SocketIO):
@@ -121,10 +121,10 @@ class _Watched(socket.SocketIO):
         try:
             return super().readinto(buffer)
         except OSError as error:
-            raise UpstreamError(_why(error)) from None
+            raise UpstreamError(why(error)) from None
 
 
-def _end_to_end(headers: http.client.HTTPMessage) -> dict[str, str]:
+def end_to_end(headers: http.client.HTTPMessage) -> dict[str, str]:
     """The headers to relay, by lower-case name."""
     dropped = _NOT_RELAYED | {name.strip().lower() for name in ",".join(headers.get_all("Connection", [])).split(",")}
     return {name: ", ".join(headers.get_all(name)) for name in map(str.lower, headers) if name not in dropped}

@@ -11,18 +11,18 @@ import secrets
 import string
 from typing import Any, Iterable, Iterator, Sequence
 
-from _mlx_server.inference.call_syntax import Shape, _BARE_KEY
+from _mlx_server.inference.call_syntax import CallSyntax, BARE_KEY
 from _mlx_server.inference.formats import OutputFormat
 from _mlx_server.inference.json_calls import CutShort, parse_json_calls, read_json
 from _mlx_server.inference.protocol import Event, ToolEnd, ToolInput, ToolStart
-from _mlx_server.inference.schema import _declared, coerce
+from _mlx_server.inference.schema import declared_types, coerce
 
 
 def _tool_id() -> str:
     return "toolu_" + "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(24))
 
 
-def _held(text: str, marks: Iterable[str]) -> int:
+def held_back(text: str, marks: Iterable[str]) -> int:
     """How many characters at the end of `text` may be the beginning of one of `marks`."""
     return max((n for mark in marks for n in range(1, min(len(mark) - 1, len(text)) + 1)
                 if text.endswith(mark[:n])), default=0)
@@ -49,7 +49,7 @@ def _spell(text: str, missing: str, quote: str) -> Any:
     """The value that `text` spells, if need be with the closing brackets it is `missing`; else `text` itself."""
     for source in (text.strip(), text.strip() + missing):
         if quote != '"':  # then keys stand without any
-            token = re.compile(rf"{re.escape(quote)}(.*?){re.escape(quote)}|(?<=[{{,])\s*{_BARE_KEY}", re.DOTALL)
+            token = re.compile(rf"{re.escape(quote)}(.*?){re.escape(quote)}|(?<=[{{,])\s*{BARE_KEY}", re.DOTALL)
             source = token.sub(lambda found: json.dumps(found[2] or found[1]) + ":" * bool(found[2]), source)
         for read in (lambda: read_json(source), lambda: (ast.literal_eval(source), "")):
             try:
@@ -94,7 +94,7 @@ class CallReader:
         self.text, self.cut, self.calls = "", False, 0
         self._format, self._parallel = format, parallel
         self._start, self._end = call
-        self._tools = _declared(tools)
+        self._tools = declared_types(tools)
         self._names = {name.lower(): name for name in self._tools} | {name: name for name in self._tools}
         self._begins = {begin.replace("NAME", name)
                         for shape in format.shapes for begin in shape.begins for name in self._tools}
@@ -135,7 +135,7 @@ class CallReader:
                 searched = max(searched, len(self.text) - len(self._end) + 1)
                 yield False
 
-    def _take_head(self) -> tuple[Shape, str] | None:
+    def _take_head(self) -> tuple[CallSyntax, str] | None:
         """The beginning of a call to a declared tool; the end tag of the call before it may be missing."""
         text = self.text.removeprefix(self._start) if self.calls and self._end else self.text
         for shape in self._format.shapes:
@@ -198,7 +198,7 @@ class CallReader:
             key: {"type": kind} for key, kinds in types.items() for kind in kinds if len(kinds) == 1}}}}
                 for name, types in self._tools.items()]
 
-    def _read_call(self, shape: Shape, name: str) -> Iterator[bool]:
+    def _read_call(self, shape: CallSyntax, name: str) -> Iterator[bool]:
         """One call from its arguments to the end of the object they stand in, if that ends."""
         self._open(name)
         complete = yield from (self._read_tags if shape.close else self._read_object)(shape, self._tools[name])
@@ -208,7 +208,7 @@ class CallReader:
             end, missing = yield from self._scan(shape, ["}"])
             self.text = self.text if missing else self.text[end:]
 
-    def _read_object(self, shape: Shape, types: collections.defaultdict[str, set[str]]) -> Iterator[bool]:
+    def _read_object(self, shape: CallSyntax, types: collections.defaultdict[str, set[str]]) -> Iterator[bool]:
         """The arguments up to the closing brace; returns whether that came."""
         brace = shape.after[0]
         while True:
@@ -232,7 +232,7 @@ class CallReader:
                 text, self.text = self.text[:end].strip(), self.text[end:]
                 self._write_value(_spell(text, missing, shape.quotes[0]), text)
 
-    def _read_tags(self, shape: Shape, types: collections.defaultdict[str, set[str]]) -> Iterator[bool]:
+    def _read_tags(self, shape: CallSyntax, types: collections.defaultdict[str, set[str]]) -> Iterator[bool]:
         """The arguments up to what ends the call, which is left; returns whether that came."""
         while True:
             argument = shape.key.match(self.text)
@@ -269,7 +269,7 @@ class CallReader:
         while True:
             text, mark = stretch.match(self.text).groups()
             if not mark and not self._last:
-                text = text[:len(text) - _held(text, marks)]
+                text = text[:len(text) - held_back(text, marks)]
             say(_unescape(text) if escapes else text)
             self.text = self.text[len(text):]
             behind = self.text[len(mark):]
@@ -291,7 +291,7 @@ class CallReader:
             text = "".join(parts)
             self._write_value(_spell(text, "", '"') if typed else coerce(text, types), text)
 
-    def _scan(self, shape: Shape, closers: list[str]) -> Iterator[bool]:
+    def _scan(self, shape: CallSyntax, closers: list[str]) -> Iterator[bool]:
         """Where a value ends that is not just text, or the object of which `closers` is the closing bracket, and which
         brackets are missing there because of an end tag or the end."""
         outside = re.compile("|".join(re.escape(mark) for mark in (*shape.quotes, *"{}[](),", self._end) if mark))
@@ -302,7 +302,7 @@ class CallReader:
             if found is None:
                 if self._last:
                     return len(self.text), "".join(reversed(closers))
-                at = max(at, len(self.text) - max(1, _held(self.text, (*shape.quotes, self._end))))
+                at = max(at, len(self.text) - max(1, held_back(self.text, (*shape.quotes, self._end))))
                 yield False
                 continue
             mark = found[0]

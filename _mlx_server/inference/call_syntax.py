@@ -9,7 +9,7 @@ from typing import Any, Callable
 
 
 @dataclass(frozen=True)
-class Shape:
+class CallSyntax:
     """How a family writes one call: `head`, the arguments, and what `over` skips behind them.
 
     `head` matches up to the arguments and captures the tool's name. `key` matches what precedes an argument's value and
@@ -44,12 +44,12 @@ class Shape:
 # A call counts only when its first argument has begun: more than a name is needed to be sure. No name holds a "<", so that
 # none reaches over an end tag.
 _JSON_KEY = r'"((?:[^"\\<]|\\.){0,200})"\s*:\s*'
-_JSON_START = rf"\{{(?=\s*(?:\}}|{_JSON_KEY}))"
+JSON_START = rf"\{{(?=\s*(?:\}}|{_JSON_KEY}))"
 
 
-def _shape(head: str, over: str, after: tuple[str, ...] = ("}", ',"', ",}"), key: str = _JSON_KEY + r"(?=\S)",
-           **more: Any) -> Shape:
-    return Shape(re.compile(head, re.DOTALL), re.compile(key, re.DOTALL), re.compile(over), after, **more)
+def call_syntax(head: str, over: str, after: tuple[str, ...] = ("}", ',"', ",}"), key: str = _JSON_KEY + r"(?=\S)",
+           **more: Any) -> CallSyntax:
+    return CallSyntax(re.compile(head, re.DOTALL), re.compile(key, re.DOTALL), re.compile(over), after, **more)
 
 
-_BARE_KEY = r"([^\s{}\[\]:,<](?:[^{}\[\]:,<]*[^\s{}\[\]:,<])?)\s*:"
+BARE_KEY = r"([^\s{}\[\]:,<](?:[^{}\[\]:,<]*[^\s{}\[\]:,<])?)\s*:"

@@ -42,7 +42,7 @@ class Constraint:
     @property
     def error(self) -> str:
         """What made the matcher give up, which ends the turn: a grammar may outgrow llguidance's limits. Or ""."""
-        return _grammar_error(self._matcher) if self._matcher.is_error() else ""
+        return grammar_error(self._matcher) if self._matcher.is_error() else ""
 
     def take(self, token: int, before: int) -> bool:
         """Must be told each token of the answer and how many precede it, before the next call; returns whether the text that is
@@ -145,7 +145,7 @@ def _find(tokens: list[int], wanted: list[int]) -> int:
     return next((at for at in range(last + 1) if tokens[at:at + len(wanted)] == wanted), -1)
 
 
-def _grammar_error(matcher: Any) -> str:
+def grammar_error(matcher: Any) -> str:
     """llguidance's reason in one line, without its dump of the grammar and the parser's state."""
     reason = matcher.get_error().rpartition("failed to compile JSON schema: ")[2]
     return " ".join(re.split(r"\n +\d+ \||\n<state>", reason)[0].split())

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, Iterable
 
 from _mlx_server.inference.group import Group
-from _mlx_server.inference.prefix_cache import Line
+from _mlx_server.inference.prefix_cache import CacheEntry
 
 
-class Decoder:
+class DecodeBatch:
     """All requests of a model that decode now, as one batch of mlx-lm's (`GenerationBatch`, the second half of BatchGenerator).
 
     A request alone decodes on its own caches in place, so that its state is moved in and out and never copied, and every
@@ -18,7 +18,7 @@ class Decoder:
     def __init__(self, model: Any, end_tokens: Iterable[int], group: Group):
         from mlx_lm.generate import StopSequences
 
-        self._model, self._ends, self._group = model, StopSequences([[token] for token in end_tokens]), group
+        self._model, self.can_end, self._group = model, StopSequences([[token] for token in end_tokens]), group
         self._batch: Any = None
         self._count = 0
 
@@ -29,7 +29,7 @@ class Decoder:
         """Whether a request with this cache can decode beside those that already do."""
         return not len(self) or all(hasattr(layer, "merge") for layer in cache)
 
-    def insert(self, line: Line, token: int, limit: int, sampler: Any, processors: list[Any]) -> int:
+    def insert(self, line: CacheEntry, token: int, limit: int, sampler: Any, processors: list[Any]) -> int:
         """Starts a request that has read `line` and reads `token` next; returns its number. The line's caches are the
         decoder's from here on. `processors` are mlx-lm's logits processors."""
         import mlx.core as mx
@@ -37,9 +37,9 @@ class Decoder:
 
         self._count += 1
         batch = GenerationBatch(self._model, [self._count], mx.array([token]), line.cache, [list(line.tokens)], [sampler],
-                                sampler, [tuple(processors)], [self._ends], [limit])
+                                sampler, [tuple(processors)], [self.can_end], [limit])
         batch.extract_cache = lambda _: list(batch.prompt_cache)  # nobody else's rows are in there
-        batch._next_tokens = self._group.agree(batch._next_tokens)
+        batch._next_tokens = self._group.sync_tokens(batch._next_tokens)
         if len(self):
             _share(self._batch)
             _share(batch)
@@ -52,7 +52,7 @@ class Decoder:
         """One token for everyone: mlx-lm's responses, the last one of a request with its caches and all its tokens."""
         responses = self._batch.next() if len(self) else []
         if len(self):
-            self._batch._next_tokens = self._group.agree(self._batch._next_tokens)
+            self._batch._next_tokens = self._group.sync_tokens(self._batch._next_tokens)
         return responses
 
     def peek(self, number: int) -> tuple[list[int], list[Any]]:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterable
 
-from _mlx_server.inference.layers import _chain, _cuttable
-from _mlx_server.inference.prefix_cache import Line, Snapshot, common_prefix
-from _mlx_server.inference.protocol import _first_line
+from _mlx_server.inference.layers import concatenate_layers, is_trimmable
+from _mlx_server.inference.prefix_cache import CacheEntry, Checkpoint, common_prefix
+from _mlx_server.inference.protocol import first_line
 from _mlx_server.inference.renderer import Answer
 
 log = logging.getLogger("mlx_server")
@@ -23,18 +23,18 @@ log = logging.getLogger("mlx_server")
 
 @dataclass(frozen=True)
 class Segment:
-    """One file of the shelf: what `tokens` add to the state that `parent` ends with. `cuttable`: any part of it will do."""
+    """One file of the shelf: what `tokens` add to the state that `parent` ends with. `trimmable`: any part of it will do."""
 
     path: Path
     node: str
     parent: str
     tokens: list[int]
-    cuttable: bool
+    trimmable: bool
     nbytes: int
     answers: dict[str, Answer]
 
 
-class Shelf:
+class DiskCache:
     """Prefix states on disk, where they outlive an unload and a restart.
 
     A state is a chain of segments. Each is one file of mlx-lm's `save_prompt_cache` with what its tokens add to the segment
@@ -89,17 +89,17 @@ class Shelf:
             if reached == start + len(segment.tokens):
                 further, reached = self.find(segment.node, tokens, reached)
                 chain += further
-            elif not segment.cuttable:
+            elif not segment.trimmable:
                 continue
             best = max(best, (chain, reached), key=lambda pair: pair[1])
         return best
 
-    def load(self, chain: list[Segment], length: int) -> Line | None:
+    def load(self, chain: list[Segment], length: int) -> CacheEntry | None:
         """The state that a chain restores; None if one of its files turns out to be bad. On the MLX thread."""
         import mlx.core as mx
         from mlx_lm.models.cache import load_prompt_cache
 
-        parts, tokens, snapshots = [], [], {}
+        parts, tokens, checkpoints = [], [], {}
         for segment in chain:
             try:
                 if _checksum(segment.path) != self.NAME.fullmatch(segment.path.name)[2]:
@@ -113,12 +113,12 @@ class Shelf:
                 return None
             parts.append(layers)
             tokens += segment.tokens
-            if not segment.cuttable:
-                snapshots[len(tokens)] = Snapshot([None if _cuttable(layer) else layer for layer in layers])
-        line = Line(tokens, [_chain(list(layers)) for layers in zip(*parts)], snapshots)
-        return line if line.cuttable and length == len(tokens) else line.branch(length)  # which shares no state with snapshots
+            if not segment.trimmable:
+                checkpoints[len(tokens)] = Checkpoint([None if is_trimmable(layer) else layer for layer in layers])
+        line = CacheEntry(tokens, [concatenate_layers(list(layers)) for layers in zip(*parts)], checkpoints)
+        return line if line.trimmable and length == len(tokens) else line.branch(length)  # which shares no state with snapshots
 
-    def write(self, model: str, line: Line, answer: Callable[[str], Answer | None], marks: Iterable[int]) -> bool:
+    def write(self, model: str, line: CacheEntry, answer: Callable[[str], Answer | None], marks: Iterable[int]) -> bool:
         """Writes the next segment of a line, up to the next of the lengths `marks`; returns whether the line is all here, or
         cannot be. On the MLX thread."""
         from mlx_lm.models.cache import save_prompt_cache
@@ -137,7 +137,7 @@ class Shelf:
                    if start < at <= end and answer(key)}
         layers = line.layers(start, end)
         notes = {"parent": parent, "tokens": json.dumps(tokens), "answers": json.dumps(answers),
-                 "cuttable": json.dumps(line.cuttable)}
+                 "cuttable": json.dumps(line.trimmable)}
         size = sum(layer.nbytes for layer in layers) + len(json.dumps(notes)) + 1024 * len(layers) + 4096
         try:
             if not self._make_room(size, {segment.node for segment in chain}):
@@ -150,7 +150,7 @@ class Shelf:
             for segment in chain:
                 os.utime(segment.path)
         except Exception as error:  # a full disk must not cost more than this
-            log.warning("prompt cache on disk: cannot write: %s", _first_line(error))
+            log.warning("prompt cache on disk: cannot write: %s", first_line(error))
             self._writing.unlink(missing_ok=True)
             return True
         return end == len(line.tokens)
@@ -184,7 +184,7 @@ class Shelf:
             followers.remove(segment)
 
     def _discard(self, path: Path, error: Exception) -> None:
-        log.warning("prompt cache on disk: %s is ignored and removed: %s", path.name, _first_line(error))
+        log.warning("prompt cache on disk: %s is ignored and removed: %s", path.name, first_line(error))
         path.unlink(missing_ok=True)
 
     def _make_room(self, size: int, spared: set[str]) -> bool:

@@ -7,12 +7,12 @@ import re
 from dataclasses import dataclass
 from typing import Any, Callable, Sequence
 
-from _mlx_server.inference.call_syntax import Shape, _BARE_KEY, _JSON_START, _shape
-from _mlx_server.inference.grammar import _Arguments, json_rule
+from _mlx_server.inference.call_syntax import CallSyntax, BARE_KEY, JSON_START, call_syntax
+from _mlx_server.inference.grammar import ArgumentsGrammar, json_rule
 from _mlx_server.inference.json_calls import Calls, ParseCalls, parse_json_calls
 from _mlx_server.inference.protocol import InvalidRequest
-from _mlx_server.inference.schema import _ends
-from _mlx_server.inference.template import _EMPTY_SCHEMA
+from _mlx_server.inference.schema import can_end
+from _mlx_server.inference.template import EMPTY_SCHEMA
 
 
 def _wrap(parse: Callable[[str, list[dict]], Any]) -> ParseCalls:
@@ -25,73 +25,73 @@ def _wrap(parse: Callable[[str, list[dict]], Any]) -> ParseCalls:
     return parse_calls
 
 
-def _pairs(prefix: str = "") -> Shape:
+def _pairs(prefix: str = "") -> CallSyntax:
     """`N<arg_key>K</arg_key><arg_value>V</arg_value>…` (GLM)."""
     key, value = f"{prefix}arg_key", f"{prefix}arg_value"
-    return _shape(rf"\s*([^<>\n{{]+?)\s*(?=<{key}>|</{prefix}tool_call>)", r"\s*", (f"<{key}>",),
+    return call_syntax(rf"\s*([^<>\n{{]+?)\s*(?=<{key}>|</{prefix}tool_call>)", r"\s*", (f"<{key}>",),
                   rf"\s*<{key}>([^<]*)</{key}>\s*<{value}>", close=f"</{value}>", opening="NAME\n",
                   written=(f"<{key}>KEY</{key}>\n<{value}>", f"</{value}>\n", "", ""))
 
 
-def _invokes(prefix: str = "", kind: Callable[[str], str] | None = None) -> Shape:
+def _invokes(prefix: str = "", kind: Callable[[str], str] | None = None) -> CallSyntax:
     """`<invoke name="N"><parameter name="K">V</parameter></invoke>` (MiniMax, DeepSeek, Muse), with a prefix in each tag."""
     name = r"""\bname=["']?([^"'<>\n]+)["']?"""
     mark = ' string="KIND"' if kind else ""
-    return _shape(rf"\s*<{prefix}invoke [^<>]*?{name}[^<>]*>(?=\s*<(?:{prefix}parameter|/{prefix}invoke))",
+    return call_syntax(rf"\s*<{prefix}invoke [^<>]*?{name}[^<>]*>(?=\s*<(?:{prefix}parameter|/{prefix}invoke))",
                   rf"\s*(?:</{prefix}invoke>)?\s*", (f"<{prefix}parameter ", f"</{prefix}invoke>", f"<{prefix}invoke "),
                   rf"""\s*<{prefix}parameter [^<>]*?{name}(?: string="(\w+)")?[^<>]*>""", close=f"</{prefix}parameter>",
                   opening=f'\n<{prefix}invoke name="NAME">\n', kind=kind,
                   written=(f'<{prefix}parameter name="KEY"{mark}>', f"</{prefix}parameter>\n", "", f"</{prefix}invoke>\n"))
 
 
-_NAME_AND_JSON = _shape(
+NAME_AND_JSON = call_syntax(
     r'\s*(?:```(?:json)?)?[\s,;{}\[\]]*\{\s*(?:"(?:type|id|index)"\s*:\s*(?:"[^"\\<]*"|\d+)\s*,\s*){0,3}'
     r'(?:"function"\s*:\s*\{\s*)?"name"\s*:\s*"([^"\\]+)"\s*,\s*(?:"id"\s*:\s*"[^"\\<]*"\s*,\s*)?'
-    r'"(?:arguments|parameters)"\s*:\s*' + _JSON_START,
+    r'"(?:arguments|parameters)"\s*:\s*' + JSON_START,
     r"[\s,;}\]`]*", outer=True, begins=("{",), opening='\n{"name": "NAME", "arguments": ', written=("}\n",))
-_FUNCTIONS = _shape(
+_FUNCTIONS = call_syntax(
     r"\s*<function=([^<>\n]+)>(?=\s*<(?:parameter=|/function>|function=|/(?:seed:)?tool_call>))", r"\s*(?:</function>)?\s*",
     ("<parameter=", "</function>", "<function="), r"\s*<parameter=([^<>\n]+)>(?:\n|(?=[^\n]))", close="</parameter>",
     newlines=True, begins=("<function=",), opening="\n<function=NAME>\n",
     written=("<parameter=KEY>\n", "\n</parameter>\n", "", "</function>\n"))
-_LISTED = dataclasses.replace(_NAME_AND_JSON, opening='[{"name": "NAME", "arguments": ', written=("}]",))
-_MISTRAL = _shape(r"[\s,;]*(?:\[TOOL_CALLS\]\s*)?([\w.-]+)(?:\[CALL_ID\][\w-]*)?(?:\[ARGS\]\s*)?" + _JSON_START,
+_LISTED = dataclasses.replace(NAME_AND_JSON, opening='[{"name": "NAME", "arguments": ', written=("}]",))
+_MISTRAL = call_syntax(r"[\s,;]*(?:\[TOOL_CALLS\]\s*)?([\w.-]+)(?:\[CALL_ID\][\w-]*)?(?:\[ARGS\]\s*)?" + JSON_START,
                   r"[\s,;\]]*", begins=("NAME[", "NAME{", "[TOOL_CALLS]"), opening="NAME[ARGS]", written=("",))
-_PYTHON = _shape(r"[\s,\[]*([\w.-]+)\((?=\s*(?:\)|\w+\s*=))", r"[\s,\]]*", (")", ","), r"(\w+)\s*=\s*(?=\S)",
+PYTHON_CALL = call_syntax(r"[\s,\[]*([\w.-]+)\((?=\s*(?:\)|\w+\s*=))", r"[\s,\]]*", (")", ","), r"(\w+)\s*=\s*(?=\S)",
                  quotes=('"', "'"), begins=("NAME(", "["), opening="[NAME(", written=("KEY=", "", ", ", ")]"))
-_KIMI_K2 = _shape(r"\s*<\|tool_call_begin\|>\s*(?:functions\.)?([^:<\s]+)(?::\d*)?\s*<\|tool_call_argument_begin\|>\s*"
-                  + _JSON_START, r"\s*(?:<\|tool_call_end\|>)?\s*", written=("<|tool_call_end|>",),
+_KIMI_K2 = call_syntax(r"\s*<\|tool_call_begin\|>\s*(?:functions\.)?([^:<\s]+)(?::\d*)?\s*<\|tool_call_argument_begin\|>\s*"
+                  + JSON_START, r"\s*(?:<\|tool_call_end\|>)?\s*", written=("<|tool_call_end|>",),
                   opening="<|tool_call_begin|>functions.NAME:0<|tool_call_argument_begin|>")
 _KIMI_K3_HEAD = r'\s*<\|open\|>call [^<]*?\btool="([^"<]+)"[^<]*<\|sep\|>\s*'
 _KIMI_K3_OVER = r"(?:\s*<\|close\|>(?:json|call)<\|sep\|>)*\s*"
 _KIMI_K3 = (
-    _shape(_KIMI_K3_HEAD + r"(?=<\|(?:open\|>argument|close\|>call))", _KIMI_K3_OVER,
+    call_syntax(_KIMI_K3_HEAD + r"(?=<\|(?:open\|>argument|close\|>call))", _KIMI_K3_OVER,
            ("<|open|>argument ", "<|close|>call<|sep|>"),
            r'\s*<\|open\|>argument [^<]*?\bkey="([^"<]*)"(?:[^<]*?\btype="(\w+)")?[^<]*<\|sep\|>',
            close="<|close|>argument<|sep|>", opening='<|open|>call tool="NAME" index="1"<|sep|>',
            kind=lambda kind: "number" if kind == "integer" else kind,
            written=('<|open|>argument key="KEY" type="KIND"<|sep|>', "<|close|>argument<|sep|>", "", "<|close|>call<|sep|>")),
-    _shape(_KIMI_K3_HEAD + r"<\|open\|>json[^<]*<\|sep\|>\s*" + _JSON_START, _KIMI_K3_OVER))
-_DEEPSEEK = _shape(  # V3 and R1 name a type first and fence the JSON, V3.1 does not
+    call_syntax(_KIMI_K3_HEAD + r"<\|open\|>json[^<]*<\|sep\|>\s*" + JSON_START, _KIMI_K3_OVER))
+_DEEPSEEK = call_syntax(  # V3 and R1 name a type first and fence the JSON, V3.1 does not
     r"\s*<｜tool▁call▁begin｜>\s*(?:function<｜tool▁sep｜>)?\s*([^\s<`]+)\s*(?:<｜tool▁sep｜>)?\s*(?:```(?:json)?)?\s*"
-    + _JSON_START, r"(?:[\s`]*<｜tool▁call▁end｜>)?\s*", opening="<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>",
+    + JSON_START, r"(?:[\s`]*<｜tool▁call▁end｜>)?\s*", opening="<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>",
     written=("<｜tool▁call▁end｜>",))
 _DEEPSEEK_FENCED = dataclasses.replace(
     _DEEPSEEK, opening="<｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME\n```json\n", written=("\n```<｜tool▁call▁end｜>",))
-_HARMONY = _shape(r"(?:[^{]{0,40}?to=)?(?:functions\.)?([\w.-]+)[^{]*?<\|message\|>\s*" + _JSON_START, r"\s*",
+_HARMONY = call_syntax(r"(?:[^{]{0,40}?to=)?(?:functions\.)?([\w.-]+)[^{]*?<\|message\|>\s*" + JSON_START, r"\s*",
                   opening="functions.NAME <|constrain|>json<|message|>", written=("",))
 _NS = "]<]minimax[>["
-_MINIMAX_M3 = _shape(
+_MINIMAX_M3 = call_syntax(
     rf"""\s*{re.escape(_NS)}<invoke name=["']?([^"'<>\n]+)["']?>(?=\s*{re.escape(_NS)}<)""",
     rf"\s*(?:{re.escape(_NS)}</invoke>)?\s*", (_NS + "<", _NS + "</invoke>", _NS + "<invoke "),
     rf"\s*{re.escape(_NS)}<(?!invoke|/)([^<>\s]+)>", close=_NS + "</KEY>", opening=f'\n{_NS}<invoke name="NAME">\n',
     written=(_NS + "<KEY>", _NS + "</KEY>\n", "", _NS + "</invoke>\n"))
 
 
-def _gemma(quote: str) -> Shape:
+def _gemma(quote: str) -> CallSyntax:
     """`call:N{k:<|"|>v<|"|>,n:1}`."""
-    return _shape(rf"[\s,]*call:([\w.-]+)\s*\{{(?=\s*(?:\}}|{_BARE_KEY}))", r"[\s,}]*", ("}", ","),
-                  rf"{_BARE_KEY}\s*(?=[^\s<]|{re.escape(quote)})", quotes=(quote,), begins=("call:",), opening="call:NAME{",
+    return call_syntax(rf"[\s,]*call:([\w.-]+)\s*\{{(?=\s*(?:\}}|{BARE_KEY}))", r"[\s,}]*", ("}", ","),
+                  rf"{BARE_KEY}\s*(?=[^\s<]|{re.escape(quote)})", quotes=(quote,), begins=("call:",), opening="call:NAME{",
                   written=("KEY:", "", ",", "}"))
 
 
@@ -101,16 +101,16 @@ class OutputFormat:
 
     Calls stand between the `call` tags in one of `shapes` or else in a text that `parse` turns into names and arguments
     (it raises ValueError when it is no call); `untagged` models leave the tags out. `openers` begin a call, too, at the
-    beginning of a line. `noise` is markup around visible text, `final` are the tags after which nothing follows.
+    beginning of a line. `structural_markers` is markup around visible text, `final` are the tags after which nothing follows.
     """
 
     thinking: tuple[str, str] | None = None
     call: tuple[str, str] | None = None  # an empty end tag: the call lasts as long as its text makes sense
     parse: ParseCalls | None = None
-    shapes: tuple[Shape, ...] = ()
+    shapes: tuple[CallSyntax, ...] = ()
     openers: tuple[str, ...] = ()
     untagged: bool = False
-    noise: tuple[str, ...] = ()
+    structural_markers: tuple[str, ...] = ()
     final: tuple[str, ...] = ()
 
     @classmethod
@@ -128,7 +128,7 @@ class OutputFormat:
             family += ", listed" if family == "mistral" and "[ARGS]" not in template else ""
             format = _FAMILIES.get(family) or cls(parse=_wrap(parser))
             return dataclasses.replace(format, thinking=thinking, call=(tokenizer.tool_call_start, tokenizer.tool_call_end),
-                                       noise=tuple(getattr(tokenizer, "_structural_markers", ())))
+                                       structural_markers=tuple(getattr(tokenizer, "_structural_markers", ())))
         format = next((format for known in (template, vocabulary) for mark, format in _MARKED.items() if mark in known), cls())
         if _DEEPSEEK in format.shapes and "```json" in template:
             format = dataclasses.replace(format, shapes=(_DEEPSEEK_FENCED,))
@@ -150,17 +150,17 @@ class OutputFormat:
         shape = self.shapes[0]
         newline, calls, rules = literal("\n"), [], []
         for number, tool in enumerate(tools):
-            schema = tool["function"].get("parameters") or _EMPTY_SCHEMA
-            if not _ends(schema):
+            schema = tool["function"].get("parameters") or EMPTY_SCHEMA
+            if not can_end(schema):
                 raise InvalidRequest(f"no arguments match the schema of {tool['function']['name']}")
-            rules += _Arguments(shape, schema, f"a{number}", literal).rules if len(shape.written) > 1 else [
+            rules += ArgumentsGrammar(shape, schema, f"a{number}", literal).rules if len(shape.written) > 1 else [
                 f"a{number}: {json_rule(schema)}"]
             calls.append(f"{literal(shape.opens(tool['function']['name']))} a{number} {literal(shape.written[-1])}")
         return "\n".join([f"start: call ({newline} call)*" if parallel else "start: call",
                           f"call: {literal(self.call[0])} ({' | '.join(calls)}) {literal(self.call[1])}", *rules])
 
 
-HERMES = OutputFormat(None, ("<tool_call>", "</tool_call>"), parse_json_calls, (_NAME_AND_JSON,))
+HERMES = OutputFormat(None, ("<tool_call>", "</tool_call>"), parse_json_calls, (NAME_AND_JSON,))
 """`<tool_call>{"name": N, "arguments": {…}}</tool_call>`: the form for models that have none of their own."""
 
 
@@ -173,19 +173,19 @@ def _dsml(tag: str, gap: str = "") -> OutputFormat:
 
 _FAMILIES = {  # by the name of mlx-lm's parser; some models fall back to JSON
     "json_tools": HERMES,
-    "qwen3_coder": OutputFormat(parse=parse_json_calls, shapes=(_FUNCTIONS, _NAME_AND_JSON), openers=("<function=",)),
-    "glm47": OutputFormat(parse=parse_json_calls, shapes=(_pairs(), _NAME_AND_JSON)),
-    "laguna": OutputFormat(parse=parse_json_calls, shapes=(_pairs(), _NAME_AND_JSON)),
-    "longcat": OutputFormat(parse=parse_json_calls, shapes=(_pairs("longcat_"), _NAME_AND_JSON)),
+    "qwen3_coder": OutputFormat(parse=parse_json_calls, shapes=(_FUNCTIONS, NAME_AND_JSON), openers=("<function=",)),
+    "glm47": OutputFormat(parse=parse_json_calls, shapes=(_pairs(), NAME_AND_JSON)),
+    "laguna": OutputFormat(parse=parse_json_calls, shapes=(_pairs(), NAME_AND_JSON)),
+    "longcat": OutputFormat(parse=parse_json_calls, shapes=(_pairs("longcat_"), NAME_AND_JSON)),
     "minimax_m2": OutputFormat(shapes=(_invokes(),)),
     "muse_spark": OutputFormat(shapes=(_invokes("atem:"),)),
-    "mistral": OutputFormat(parse=parse_json_calls, shapes=(_MISTRAL, _NAME_AND_JSON)),
+    "mistral": OutputFormat(parse=parse_json_calls, shapes=(_MISTRAL, NAME_AND_JSON)),
     "mistral, listed": OutputFormat(parse=parse_json_calls, shapes=(_LISTED, _MISTRAL)),
     "gemma4": OutputFormat(shapes=(_gemma('<|"|>'),)),
     "function_gemma": OutputFormat(shapes=(_gemma("<escape>"),)),
     "kimi_k2": OutputFormat(shapes=(_KIMI_K2,)),
     "kimi_k3": OutputFormat(shapes=_KIMI_K3),
-    "pythonic": OutputFormat(shapes=(_PYTHON,)),
+    "pythonic": OutputFormat(shapes=(PYTHON_CALL,)),
 }
 _MARKED = {  # by a tag, the surest first
     _NS: OutputFormat(call=(_NS + "<tool_call>", _NS + "</tool_call>"), shapes=(_MINIMAX_M3,)),
@@ -193,7 +193,7 @@ _MARKED = {  # by a tag, the surest first
     "<|channel|>": OutputFormat(
         ("<|channel|>analysis<|message|>", "<|end|>"), ("<|channel|>commentary to=", ""), shapes=(_HARMONY,),
         openers=(" to=functions.", "<|channel|>analysis to="),
-        noise=("<|channel|>final<|message|>", "<|channel|>commentary<|message|>", "<|start|>assistant", "<|end|>"),
+        structural_markers=("<|channel|>final<|message|>", "<|channel|>commentary<|message|>", "<|start|>assistant", "<|end|>"),
         final=("<|call|>", "<|return|>")),
     "<｜DSML｜ calls>": _dsml("calls", " "),
     "<｜DSML｜tool_calls>": _dsml("tool_calls"),
@@ -207,6 +207,6 @@ _MARKED = {  # by a tag, the surest first
     "<|/tool_call|>": dataclasses.replace(HERMES, call=("<|tool_call|>", "<|/tool_call|>"), openers=("functools[",)),
     "<|tool_call|>": dataclasses.replace(HERMES, call=("<|tool_call|>", "")),
     "<|python_start|>": OutputFormat(
-        call=("<|python_start|>", "<|python_end|>"), shapes=(_PYTHON, _NAME_AND_JSON), untagged=True),
+        call=("<|python_start|>", "<|python_end|>"), shapes=(PYTHON_CALL, NAME_AND_JSON), untagged=True),
     "<|python_tag|>": dataclasses.replace(HERMES, call=("<|python_tag|>", ""), untagged=True),
 }

@@ -15,9 +15,9 @@ from _mlx_server.inference.constraint import Constraint
 from _mlx_server.inference.formats import OutputFormat
 from _mlx_server.inference.models import LocalModel
 from _mlx_server.inference.parser import OutputParser
-from _mlx_server.inference.prefix_cache import Line
+from _mlx_server.inference.prefix_cache import CacheEntry
 from _mlx_server.inference.protocol import Done, EngineError, Event, Miss, Request, Text, Thinking, Tick, Token, ToolInput, Usage
-from _mlx_server.inference.renderer import Prompt, Tongue
+from _mlx_server.inference.renderer import Prompt, PromptRenderer
 
 
 class Phase(enum.Enum):
@@ -36,7 +36,7 @@ class Generation:
 
     TICK = 0.1  # seconds of silence after which the iterator yields a Tick
 
-    def __init__(self, request: Request, local: LocalModel, tongue: Tongue, prompt: Prompt, limit: int, by_context: bool,
+    def __init__(self, request: Request, local: LocalModel, renderer: PromptRenderer, prompt: Prompt, limit: int, by_context: bool,
                  mutex: threading.RLock):
         self.id = secrets.token_hex(12)
         self.request, self.model = request, local
@@ -44,7 +44,7 @@ class Generation:
         self.miss: Miss | None = None
         self.usage = Usage(prompt_tokens=len(prompt.tokens))
         self.ending = ""  # once it has ended: the reason, or the error's type
-        self._tongue, self._prompt = tongue, prompt
+        self._renderer, self._prompt = renderer, prompt
         self._limit, self._by_context = limit, by_context
         self._news = threading.Condition(mutex)  # the engine's one lock, with a waiting room of its own
         self._outbox: collections.deque[Event | EngineError] = collections.deque()
@@ -52,7 +52,7 @@ class Generation:
         self._cancelled = False
         # From here on the MLX thread's own notes.
         self._phase = Phase.WAITING
-        self._line: Line | None = None
+        self._line: CacheEntry | None = None
         self._read = prompt.tokens  # and at the end what was written
         self._number = 0
         self._passed_over = 0  # chunks that others have got since its last one
@@ -61,16 +61,16 @@ class Generation:
         self._detokenizer: Any = None
         self._raw, self._visible, self._thinking = "", "", ""  # what the model wrote, and what of it is text and thinking
         callable_tools = [*request.tools, *request.deferred_tools] if request.tool_choice != "none" else []
-        self._grammar = tongue.constraint(request, prompt) if prompt.tokens else None
+        self._grammar = renderer.constraint(request, prompt) if prompt.tokens else None
         self._constraint: Constraint | None = None  # the grammar at work
-        format = tongue.format if request.prompt is None else OutputFormat()
-        stop = [*request.stop, *tongue._gap(), "<|endoftext|>"] if request.suffix else request.stop
+        format = renderer.format if request.prompt is None else OutputFormat()
+        stop = [*request.stop, *renderer._gap(), "<|endoftext|>"] if request.suffix else request.stop
         self._parser = OutputParser(format, callable_tools, stop, in_thinking=prompt.in_thinking,
                                     parallel=request.parallel_tool_calls)
-        self._untold: list[Token] = []  # tokens that may turn out to be visible
+        self._pending_logprobs: list[Token] = []  # tokens that may turn out to be visible
         self._embedded: tuple[int, Any, list[Any]] | None = None  # tokens of a text read so far, their pooled states, caches
         self._born = self._mark = time.perf_counter()
-        self._told = 0.0  # when it was last logged how far the prompt is
+        self._progress_logged = 0.0  # when it was last logged how far the prompt is
 
     def __iter__(self) -> Iterator[Event]:
         return self
@@ -101,9 +101,9 @@ class Generation:
         for event in events:
             if isinstance(event, Text):
                 self._visible += event.text
-                event.tokens = self._tell(event.text) if self._untold else []
+                event.tokens = self._take_logprobs(event.text) if self._pending_logprobs else []
             else:
-                self._untold = []
+                self._pending_logprobs = []
         self._thinking += "".join(event.text for event in events if isinstance(event, Thinking))
         if events:
             with self._news:
@@ -128,14 +128,14 @@ class Generation:
         read = len(self._line.tokens) if self._line else self._embedded[0] if self._embedded else self.cached_tokens
         return len(self._prompt.tokens) - 1 - read
 
-    def _tell(self, text: str) -> list[Token]:
+    def _take_logprobs(self, text: str) -> list[Token]:
         """Takes the tokens that a piece of visible text was made of; what lies before them was markup or blanks. All of them
         where the text is not made of their bytes, as with half a character."""
-        wanted, told = text.encode(), self._untold
+        wanted, told = text.encode(), self._pending_logprobs
         start = b"".join(token.bytes for token in told).find(wanted)
         ends = list(itertools.accumulate(len(token.bytes) for token in told))
         last = bisect.bisect_left(ends, start + len(wanted)) + 1 if start >= 0 else len(told)
-        self._untold = told[last:]
+        self._pending_logprobs = told[last:]
         return told[bisect.bisect_right(ends, start):last]
 
     def _lap(self) -> float:

@@ -6,8 +6,8 @@ import json
 import re
 from typing import Any, Callable
 
-from _mlx_server.inference.call_syntax import Shape
-from _mlx_server.inference.schema import _EVERY_KIND, _KINDS, _flat, _kinds, _listed
+from _mlx_server.inference.call_syntax import CallSyntax
+from _mlx_server.inference.schema import EVERY_TYPE, TYPES_OF, alternatives, allowed_types, listed_values
 
 
 # One blank, or a new line with its indentation: a model cannot go on writing nothing but blanks.
@@ -19,7 +19,7 @@ def json_rule(schema: dict) -> str:
     return f"%json {json.dumps({**schema, 'x-guidance': _JSON_OPTIONS})}"
 
 
-class _Arguments:
+class ArgumentsGrammar:
     """The grammar of a tool's arguments that are no JSON object, as `rules` of which the first has the name `prefix`.
 
     Arguments come in the order of the schema's properties. Between tags, strings are free up to their end tag and all else is
@@ -27,13 +27,13 @@ class _Arguments:
     strings their lengths, patterns and lists are kept. `literal` makes an expression of a text.
     """
 
-    def __init__(self, shape: Shape, schema: dict, prefix: str, literal: Callable[[str], str]):
-        self._shape, self._root, self._prefix, self._literal = shape, schema, prefix, literal
+    def __init__(self, shape: CallSyntax, schema: dict, prefix: str, literal: Callable[[str], str]):
+        self.call_syntax, self._root, self._prefix, self._literal = shape, schema, prefix, literal
         self._before, self._behind, self._between, _ = shape.written
         self._definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         self._names: dict[str, str] = {}  # a schema in JSON -> the rule of its values
         self.rules = [""]
-        self.rules[0] = f"{prefix}: {' | '.join(map(self._members, _flat(schema, schema)))}"
+        self.rules[0] = f"{prefix}: {' | '.join(map(self._members, alternatives(schema, schema)))}"
 
     def _add(self, expression: str, terminal: bool = False, option: str = "") -> str:
         name = f"{self._prefix}_{len(self.rules)}"
@@ -45,7 +45,7 @@ class _Arguments:
         """An object's members, without its braces."""
         required, others = schema.get("required", []), schema.get("additionalProperties", {})
         properties = {**{key: others for key in required if isinstance(key, str)}, **schema.get("properties", {})}
-        if not properties and others is not False and not self._shape.close:
+        if not properties and others is not False and not self.call_syntax.close:
             pair = self._add(f'/[\\w.-]+/ ":" {self._value(others)}')
             return f"({pair} ({self._literal(self._between)} {pair})*)?"
         first = rest = '""'  # what may come behind nothing, and behind another member
@@ -58,33 +58,33 @@ class _Arguments:
 
     def _member(self, key: str, schema: Any) -> str:
         before, behind = self._before.replace("KEY", key), self._literal(self._behind.replace("KEY", key))
-        if not self._shape.close:
+        if not self.call_syntax.close:
             return f"{self._literal(before)} {self._value(schema)} {behind}"
         texts, others = [], []
-        for part in _flat(schema, self._root):
-            for kind in sorted(_kinds(part)) or ["string"]:
-                head = self._literal(before.replace("KIND", self._shape.kind(kind) if self._shape.kind else ""))
+        for part in alternatives(schema, self._root):
+            for kind in sorted(allowed_types(part)) or ["string"]:
+                head = self._literal(before.replace("KIND", self.call_syntax.kind(kind) if self.call_syntax.kind else ""))
                 value = self._text(part, behind) if kind == "string" else f"{self._json(part, kind)} {behind}"
                 (texts if kind == "string" else others).append(f"{head} {value}")
-        return " | ".join(texts + others if self._shape.kind else texts or others)
+        return " | ".join(texts + others if self.call_syntax.kind else texts or others)
 
     def _value(self, schema: Any) -> str:
         """The name of the rule of a value that does not stand between tags."""
-        if self._shape.quotes[0] == '"':
+        if self.call_syntax.quotes[0] == '"':
             return self._add(json_rule({**self._definitions, **schema} if isinstance(schema, dict) else {}))
         known = json.dumps(schema)
         if known not in self._names:
             self._names[known] = self._add("")  # it may hold itself
             at = len(self.rules) - 1
-            self.rules[at] += " | ".join(self._quoted(part, kind) for part in _flat(schema, self._root)
-                                         for kind in sorted(_kinds(part) or _EVERY_KIND))
+            self.rules[at] += " | ".join(self._quoted(part, kind) for part in alternatives(schema, self._root)
+                                         for kind in sorted(allowed_types(part) or EVERY_TYPE))
         return self._names[known]
 
     def _quoted(self, part: dict, kind: str) -> str:
         """One kind of value in an object like `{k:<|"|>v<|"|>,n:[1]}`."""
-        quote, listed = self._shape.quotes[0], _listed(part)
+        quote, listed = self.call_syntax.quotes[0], listed_values(part)
         if kind in ("string", "array", "object") and listed is not None:
-            return " | ".join(self._literal(self._spelled(value)) for value in listed if _KINDS[type(value)] & {kind})
+            return " | ".join(self._literal(self._spelled(value)) for value in listed if TYPES_OF[type(value)] & {kind})
         if kind == "string":
             return f"{self._literal(quote)} {self._text(part, self._literal(quote))}"
         if kind == "object":
@@ -110,7 +110,7 @@ class _Arguments:
 
     def _spelled(self, value: Any) -> str:
         if isinstance(value, str):
-            return f"{self._shape.quotes[0]}{value}{self._shape.quotes[0]}"
+            return f"{self.call_syntax.quotes[0]}{value}{self.call_syntax.quotes[0]}"
         if isinstance(value, dict):
             return "{" + ",".join(f"{key}:{self._spelled(item)}" for key, item in value.items()) + "}"
         return f"[{','.join(map(self._spelled, value))}]" if isinstance(value, list) else json.dumps(value)
@@ -120,7 +120,7 @@ class _Arguments:
 
     def _text(self, part: dict, behind: str) -> str:
         """A string and what is written `behind` it, an expression of texts and special tokens."""
-        if (listed := _listed(part)) is not None:
+        if (listed := listed_values(part)) is not None:
             return f"({' | '.join(self._literal(one) for one in listed if isinstance(one, str))}) {behind}"
         text = [f"/(?s:.{{{part.get('minLength', 0)},{part.get('maxLength', '')}}})/"]
         if "pattern" in part:

@@ -21,14 +21,14 @@ class Group:
     rank, size = 0, 1
     lost = ""  # why the group is no more
 
-    def start(self, twin: Callable[..., Any], lose: Callable[[str], None]) -> None:
-        """Comes before all else. `twin` makes this process's `Generation` of one of rank 0's, `lose` ends what runs there."""
+    def start(self, replicate: Callable[..., Any], on_lost: Callable[[str], None]) -> None:
+        """Comes before all else. `replicate` makes this process's `Generation` of one of rank 0's, `on_lost` ends what runs there."""
 
-    def decide(self, find: Callable[[], Any]) -> Any:
+    def broadcast(self, find: Callable[[], Any]) -> Any:
         """What `find` returns on rank 0, where alone it is called."""
         return find()
 
-    def agree(self, tokens: Any) -> Any:
+    def sync_tokens(self, tokens: Any) -> Any:
         """The tokens that rank 0 has picked, an array: on other hardware the logits may differ in their last bits."""
         return tokens
 

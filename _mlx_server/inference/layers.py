@@ -6,24 +6,24 @@ import copy
 from typing import Any
 
 
-def _cuttable(layer: Any) -> bool:
+def is_trimmable(layer: Any) -> bool:
     return type(layer).__name__ in ("KVCache", "QuantizedKVCache", "ConcatenateKVCache")
 
 
-def _copy(layer: Any, start: int = 0, end: int | None = None) -> Any:
+def copy_layer(layer: Any, start: int = 0, end: int | None = None) -> Any:
     """A copy that shares no buffer with `layer`; of a cuttable one only the tokens from `start` to `end`."""
     import mlx.core as mx
     from mlx.utils import tree_map
 
-    if _cuttable(layer) and end is not None and layer.keys is not None:
+    if is_trimmable(layer) and end is not None and layer.keys is not None:
         new = copy.copy(layer)
         new.keys, new.values = tree_map(lambda a: mx.contiguous(a[..., start:end, :]), (layer.keys, layer.values))
         new.offset = end - start
         return new
-    return _own(copy.deepcopy(layer))
+    return own_buffers(copy.deepcopy(layer))
 
 
-def _own(layer: Any) -> Any:
+def own_buffers(layer: Any) -> Any:
     """The layer, of which no array is a window into a larger one any more: it would hold all of that in memory."""
     import mlx.core as mx
     from mlx.utils import tree_map
@@ -34,12 +34,12 @@ def _own(layer: Any) -> Any:
     return layer
 
 
-def _chain(parts: list[Any]) -> Any:
-    """One layer out of consecutive parts of it: the opposite of `Line.layers`."""
+def concatenate_layers(parts: list[Any]) -> Any:
+    """One layer out of consecutive parts of it: the opposite of `CacheEntry.layers`."""
     import mlx.core as mx
     from mlx.utils import tree_map
 
-    if not _cuttable(parts[-1]) or parts[-1].keys is None:
+    if not is_trimmable(parts[-1]) or parts[-1].keys is None:
         return parts[-1]
     new = copy.copy(parts[0])
     new.keys, new.values = tree_map(lambda *arrays: mx.concatenate(arrays, axis=-2), *((p.keys, p.values) for p in parts))

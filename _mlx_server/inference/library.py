@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
 from _mlx_server.inference.models import LocalModel, describe
-from _mlx_server.inference.names import _VENDORS, _by_name, _plain, _stand_in
-from _mlx_server.inference.presets import Preset, Presets
+from _mlx_server.inference.names import VENDOR_NAME, best_match, plain_name, stand_in
+from _mlx_server.inference.presets import Preset, PresetStore
 from _mlx_server.inference.protocol import EngineError, InvalidRequest, ModelLoadError, ModelNotFound
 
 log = logging.getLogger("mlx_server")
@@ -34,7 +34,7 @@ class Library:
 
     def __init__(self, models_dirs: Sequence[str | Path] = (), aliases: Sequence[tuple[str, str]] = (),
                  state: Path | None = None):
-        self.presets = Presets(state)
+        self.presets = PresetStore(state)
         self.only: LocalModel | None = None  # the one that can be served, if there are no others
         self._dirs = [Path(folder).expanduser() for folder in models_dirs]
         self._aliases = [(pattern.lower(), target) for pattern, target in aliases]
@@ -90,20 +90,20 @@ class Library:
                 log.warning("%s cannot be served: %s", name, error)
                 model = None
         else:
-            plain = _plain(meant)
-            model = _by_name(plain, models, last_used)
-            if model is None and _VENDORS.fullmatch(plain):
-                model = default or last_used or _stand_in(models)
+            plain = plain_name(meant)
+            model = best_match(plain, models, last_used)
+            if model is None and VENDOR_NAME.fullmatch(plain):
+                model = default or last_used or stand_in(models)
         if model is None and trusted:
             for folder, path in self._folders():
-                if folder.lower() == _plain(meant):
+                if folder.lower() == plain_name(meant):
                     describe(meant, path)  # it is there, and the error says why it cannot be served
         if model is None:
             raise ModelNotFound(name, [model.name for model in models])
         return model
 
     def _aliased(self, name: str) -> str:
-        plain = _plain(name)
+        plain = plain_name(name)
         return next((target for pattern, target in self._aliases if fnmatch.fnmatchcase(plain, pattern)), name)
 
     def preset(self, name: str) -> Preset | None:
@@ -113,7 +113,7 @@ class Library:
     def delete(self, name: str, model: LocalModel, release: Callable[[LocalModel], None] = lambda model: None) -> None:
         """Deletes a model's files, once `release` has returned. Raises InvalidRequest if `name` is not its whole one or it is
         not ours to delete, and EngineError."""
-        if _plain(name) != model.name.lower():
+        if plain_name(name) != model.name.lower():
             raise InvalidRequest(f"to delete a model, say its whole name: '{model.name}'")
         folder = self.folder(model)
         if folder is None:
@@ -183,7 +183,7 @@ class Library:
             for child in _subfolders(root):
                 if child.name.startswith("models--"):
                     name = child.name.removeprefix("models--").replace("--", "/")
-                    yield from ((name, snapshot) for snapshot in _snapshots(child))
+                    yield from ((name, checkpoint) for checkpoint in _snapshots(child))
                 elif (child / "config.json").exists():
                     yield child.name, child
                 else:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterable
 
-from _mlx_server.inference.protocol import ModelLoadError, Sampling, _first_line
+from _mlx_server.inference.protocol import ModelLoadError, Sampling, first_line
 
 log = logging.getLogger("mlx_server")
 
@@ -64,14 +64,14 @@ def describe(name: str, path: Path) -> LocalModel:
         config = json.loads(raw)
         family = config.get("model_type")
         text = {**config, **(config.get("text_config") or {})}  # multimodal configs keep the language model's inside
-        index = _json(path / "model.safetensors.index.json") if "model.safetensors.index.json" in files else {}
+        index = read_json_file(path / "model.safetensors.index.json") if "model.safetensors.index.json" in files else {}
         missing = sorted(set(index.get("weight_map", {}).values()) - files.keys())
         recipe = next((recipe for key in ("quantization", "quantization_config")
                        if "bits" in (recipe := config.get(key) or {})), {})
         parameters = int(index.get("metadata", {}).get("total_parameters") or 0)
         parameters = parameters or sum(_count_parameters(path / file, recipe) for file in weights)
-        template = _chat_template(path, files)
-        added = _json(path / "tokenizer_config.json").get("added_tokens_decoder") if "tokenizer_config.json" in files else None
+        template = read_chat_template(path, files)
+        added = read_json_file(path / "tokenizer_config.json").get("added_tokens_decoder") if "tokenizer_config.json" in files else None
         gap = gap_marks({token["content"] for token in (added or {}).values()})
         context = _context_length(text)
         width = int(text.get("hidden_size") or text.get("d_model") or text.get("n_embd") or 0)
@@ -106,7 +106,7 @@ def shortcoming(files: Iterable[str]) -> str:
     return "it has no model*.safetensors" if "config.json" in files else "it has no config.json"
 
 
-def _json(path: Path) -> Any:
+def read_json_file(path: Path) -> Any:
     return json.loads(path.read_bytes())
 
 
@@ -144,11 +144,11 @@ def _parameter_size(parameters: int) -> str:
     return str(parameters)
 
 
-def _chat_template(path: Path, files: dict[str, os.stat_result]) -> str:
+def read_chat_template(path: Path, files: dict[str, os.stat_result]) -> str:
     if "chat_template.jinja" in files:
         return (path / "chat_template.jinja").read_text("utf-8")
     for file in ("chat_template.json", "tokenizer_config.json"):
-        template = _json(path / file).get("chat_template") if file in files else None
+        template = read_json_file(path / file).get("chat_template") if file in files else None
         if template:  # a string, or a list of named ones
             return template if isinstance(template, str) else json.dumps(template)
     return ""
@@ -175,7 +175,7 @@ def _capabilities(name: str, config: dict[str, Any], files: dict[str, os.stat_re
     return [capability for capability, present in found.items() if present]
 
 
-def _generation_defaults(path: Path) -> Sampling:
+def generation_defaults(path: Path) -> Sampling:
     try:
         config = json.loads((path / "generation_config.json").read_text("utf-8"))
     except (OSError, ValueError):
@@ -186,14 +186,14 @@ def _generation_defaults(path: Path) -> Sampling:
     return Sampling(**{"temperature": 1.0, **{n: config[n] for n in names if isinstance(config.get(n), (int, float))}})
 
 
-def _unloadable(local: LocalModel, what: str, error: Exception) -> ModelLoadError:
+def load_error(local: LocalModel, what: str, error: Exception) -> ModelLoadError:
     """What the caller is told of an exception while something was loaded; the log gets all of it."""
     if "trust_remote_code" in str(error):
         said = f"{what} wants Python code that comes with it to be run, which is never done here; take another conversion of it"
         log.warning("%s (%s)", said, local.path)
         return ModelLoadError(said)
     log.warning("cannot load %s", what, exc_info=error)
-    return ModelLoadError(f"{what} cannot be loaded: {_first_line(error, str(local.path))}")
+    return ModelLoadError(f"{what} cannot be loaded: {first_line(error, str(local.path))}")
 
 
 def fingerprint(local: LocalModel, kv_bits: int | None) -> str:

@@ -111,17 +111,17 @@ def _answers(model: LocalModel, asked: NameParts) -> bool:
         and asked.bits <= {_bits(model), model.quantization})
 
 
-_VENDORS = re.compile(r"default|claude-.*|gpt-(?!oss).*|(?:opus|sonnet|haiku)(?:\[.*\])?")
+VENDOR_NAME = re.compile(r"default|claude-.*|gpt-(?!oss).*|(?:opus|sonnet|haiku)(?:\[.*\])?")
 _REGISTRY = re.compile(r"(?:(?:registry\.ollama\.ai|hf\.co|huggingface\.co)/)?(?:library/)?")
 _HABIT = ["4", "5", "6", "8", "3", "16"]  # the bits to serve when a name does not say, best first
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     lowered = name.strip().lower()
     return lowered[_REGISTRY.match(lowered).end():].removesuffix(":latest")
 
 
-def _by_name(plain: str, models: list[LocalModel], last_used: LocalModel | None) -> LocalModel | None:
+def best_match(plain: str, models: list[LocalModel], last_used: LocalModel | None) -> LocalModel | None:
     """The best model of exactly this name, else the best that answers to it; an org has to be the model's."""
     org, _, _ = plain.rpartition("/")
     asked = parse_name(plain)
@@ -147,10 +147,10 @@ def best_repo(name: str, repos: Iterable[str]) -> str | None:
         quantization = f"int{bits}" if bits.isdigit() else bits
         return LocalModel(repo, Path(), 0, 0.0, "", {}, "", 0, "", quantization, 0, 0, [])
 
-    found = _by_name(_plain(name), [described(repo) for repo in repos], None)
+    found = best_match(plain_name(name), [described(repo) for repo in repos], None)
     return found and found.name
 
 
-def _stand_in(models: list[LocalModel]) -> LocalModel | None:
+def stand_in(models: list[LocalModel]) -> LocalModel | None:
     chatting = [model for model in models if "completion" in model.capabilities]
     return max(chatting, key=lambda one: (one.name != "demo", "tools" in one.capabilities, one.modified), default=None)

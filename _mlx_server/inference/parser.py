@@ -14,8 +14,8 @@ from __future__ import annotations
 import re
 from typing import Callable, Sequence
 
-from _mlx_server.inference.call_reader import CallReader, _held
-from _mlx_server.inference.formats import OutputFormat, _NAME_AND_JSON, _PYTHON
+from _mlx_server.inference.call_reader import CallReader, held_back
+from _mlx_server.inference.formats import OutputFormat, NAME_AND_JSON, PYTHON_CALL
 from _mlx_server.inference.protocol import Event, Text, Thinking, ToolEnd, ToolInput, ToolStart
 
 
@@ -39,8 +39,8 @@ class OutputParser:
         self._stops = [text for text in stop if text]
 
         # The tags to find in each state and what each begins. A "left over" end tag is markup only right after a call.
-        text: dict[str, str] = dict.fromkeys(format.noise, "nothing") | dict.fromkeys(format.final, "the end")
-        thinking: dict[str, str] = dict.fromkeys(format.noise, "text") | dict.fromkeys(format.final, "the end")
+        text: dict[str, str] = dict.fromkeys(format.structural_markers, "nothing") | dict.fromkeys(format.final, "the end")
+        thinking: dict[str, str] = dict.fromkeys(format.structural_markers, "text") | dict.fromkeys(format.final, "the end")
         if format.thinking:
             text = {format.thinking[0]: "thinking", format.thinking[1]: "left over"} | text
             thinking |= {format.thinking[1]: "text", "\n" + format.thinking[1]: "text"}
@@ -57,7 +57,7 @@ class OutputParser:
         names = [tool["function"]["name"].lower() for tool in tools]
         self._heads = [f'{fence}{{{kind}"name":"{name}"' for name in names for fence in ("", "```", "```json")
                        for kind in ("", '"type":"function",')]
-        self._heads += [f"[{name}(" for name in names if _PYTHON in format.shapes]
+        self._heads += [f"[{name}(" for name in names if PYTHON_CALL in format.shapes]
         self._may_be_bare = bool(tools)  # nothing was said yet that rules out a bare call
 
         self._events: list[Event] = []
@@ -153,7 +153,7 @@ class OutputParser:
         if not any(head.startswith(known) or known.startswith(head) for known in self._heads):
             return False
         if self._reader is None:
-            shapes = self._format.shapes if self._format.untagged else (_NAME_AND_JSON,)
+            shapes = self._format.shapes if self._format.untagged else (NAME_AND_JSON,)
             self._reader = CallReader(OutputFormat(shapes=shapes), ("", ""), self._tools, self._parallel)
             self._opening, self._heard, self._withheld = "", 0, []
         try:
@@ -181,7 +181,7 @@ class OutputParser:
         if found:
             text, self._buffer = self._buffer[:found.start()], self._buffer[found.end():]
         else:
-            certain = len(self._buffer) - (0 if last else _held(self._buffer, marks))
+            certain = len(self._buffer) - (0 if last else held_back(self._buffer, marks))
             text, self._buffer = self._buffer[:certain], self._buffer[certain:]
         sink(text)
         return found[0] if found else None
@@ -244,7 +244,7 @@ class OutputParser:
             _, certain, self.stop_sequence = min(hits)
             self.finished = True
         else:
-            certain = len(text) - _held(text, self._stops)
+            certain = len(text) - held_back(text, self._stops)
         self._say(Text, text[:certain])
         self._pending = "" if hits else text[certain:]
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Iterator
 
-from _mlx_server.inference.models import _json
-from _mlx_server.inference.names import _plain
-from _mlx_server.inference.protocol import EngineError, Message, Request, Sampling, _filled
+from _mlx_server.inference.models import read_json_file
+from _mlx_server.inference.names import plain_name
+from _mlx_server.inference.protocol import EngineError, Message, Request, Sampling, fill_sampling
 
 
 @dataclass
@@ -39,11 +39,11 @@ class Preset:
             head = messages[:1] if own else [{"role": "system", "content": self.system}] if self.system else []
             messages = [*head, *([] if request.context else self.messages), *messages[own:]]
         return dataclasses.replace(
-            request, messages=messages, sampling=_filled(request.sampling, self.sampling), stop=request.stop or self.stop,
+            request, messages=messages, sampling=fill_sampling(request.sampling, self.sampling), stop=request.stop or self.stop,
             max_tokens=self.max_tokens if request.max_tokens is None else request.max_tokens)
 
 
-class Presets:
+class PresetStore:
     """Presets by name, whatever its case, kept in the file `path` if there is one. Raises EngineError for one that cannot be
     read."""
 
@@ -51,9 +51,9 @@ class Presets:
         self._path = path
         self._presets: dict[str, Preset] = {}
         try:
-            known = _json(path) if path and path.exists() else []
+            known = read_json_file(path) if path and path.exists() else []
             for one in [Preset(**{**preset, "sampling": Sampling(**preset["sampling"])}) for preset in known]:
-                self._presets[_plain(one.name)] = one
+                self._presets[plain_name(one.name)] = one
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise EngineError(f"{path} cannot be understood; repair or remove it") from error
 
@@ -61,16 +61,16 @@ class Presets:
         return iter(list(self._presets.values()))
 
     def get(self, name: str) -> Preset | None:
-        return self._presets.get(_plain(name))
+        return self._presets.get(plain_name(name))
 
     def put(self, preset: Preset) -> None:
         """Adds one or replaces that of its name. Raises EngineError if the file cannot be written."""
-        self._presets[_plain(preset.name)] = preset
+        self._presets[plain_name(preset.name)] = preset
         self._save()
 
     def remove(self, name: str) -> bool:
         """Whether there was one."""
-        found = self._presets.pop(_plain(name), None) is not None
+        found = self._presets.pop(plain_name(name), None) is not None
         if found:
             self._save()
         return found

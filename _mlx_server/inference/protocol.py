@@ -218,7 +218,7 @@ class EngineClosed(EngineError):
     """The engine is shutting down."""
 
 
-def _first_line(error: Exception, known: str = "/…") -> str:
+def first_line(error: Exception, known: str = "/…") -> str:
     """An exception's first line without the machine's paths, one of which is known, fit for a client."""
     line = (str(error).splitlines() or [type(error).__name__])[0].replace(known, "…")
     return re.sub(r"(?:/[\w.+@-]+){2,}/?", "…", line)[:200]
@@ -260,7 +260,7 @@ class Stats:
     totals: Totals
 
 
-def _filled(sampling: Sampling, defaults: Sampling) -> Sampling:
+def fill_sampling(sampling: Sampling, defaults: Sampling) -> Sampling:
     """What the client left open is taken from the model's defaults."""
     return Sampling(**{f.name: getattr(defaults, f.name) if getattr(sampling, f.name) is None else getattr(sampling, f.name)
                        for f in dataclasses.fields(Sampling)})

@@ -21,8 +21,8 @@ from typing import Any, Callable
 from _mlx_server.inference.generation import Generation
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.memory import usable_memory
-from _mlx_server.inference.protocol import EngineError, _first_line
-from _mlx_server.inference.weights import _body
+from _mlx_server.inference.protocol import EngineError, first_line
+from _mlx_server.inference.weights import model_body
 
 log = logging.getLogger("mlx_server")
 
@@ -33,7 +33,7 @@ class Ranks(Group):
 
     Rank 0 has a TCP connection to every other one, on which it tells what it decides: waiting there costs nothing, and
     whoever is gone is missed at once. MLX's collectives wait for ever for a process that does not take part. So the group
-    ends, on rank 0 by `lose` and elsewhere at once, when a connection closes or is silent, or when one process fails alone.
+    ends, on rank 0 by `on_lost` and elsewhere at once, when a connection closes or is silent, or when one process fails alone.
     Raises EngineError if the group does not come together.
     """
 
@@ -52,7 +52,7 @@ class Ranks(Group):
             self._peers = self._connect(_leader())
             self._memory = self._least(usable_memory())
         except (RuntimeError, ValueError, LookupError, OSError, EOFError, connection.AuthenticationError) as error:
-            raise EngineError(f"the group does not come together: {_first_line(error)}") from error
+            raise EngineError(f"the group does not come together: {first_line(error)}") from error
         self._jobs: weakref.WeakValueDictionary[str, Generation] = weakref.WeakValueDictionary()  # that all know
         self._told: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._failures: queue.SimpleQueue[int] = queue.SimpleQueue()  # ranks with one that rank 0 has not had yet
@@ -78,11 +78,11 @@ class Ranks(Group):
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return peers
 
-    def start(self, twin: Callable[..., Generation], lose: Callable[[str], None]) -> None:
-        self._twin, self._on_loss = twin, lose
+    def start(self, replicate: Callable[..., Generation], on_lost: Callable[[str], None]) -> None:
+        self._replicate, self._on_lost = replicate, on_lost
         threading.Thread(target=self._watch, name="group", daemon=True).start()
 
-    def decide(self, find: Callable[[], Any]) -> Any:
+    def broadcast(self, find: Callable[[], Any]) -> Any:
         if self.rank:
             unpickler = pickle.Unpickler(io.BytesIO(self._told.get()))
             unpickler.persistent_load = self._named
@@ -110,10 +110,10 @@ class Ranks(Group):
         key, fields = name
         if fields is None:
             return self._jobs[key]
-        self._jobs[key] = job = self._twin(*fields)
+        self._jobs[key] = job = self._replicate(*fields)
         return job
 
-    def agree(self, tokens: Any) -> Any:
+    def sync_tokens(self, tokens: Any) -> Any:
         import mlx.core as mx
 
         agreed = mx.distributed.all_sum(tokens * int(self.rank == 0))
@@ -136,10 +136,10 @@ class Ranks(Group):
 
         files = sorted((file.name, file.stat().st_size) for file in path.glob("*.safetensors"))
         what = [load_config(path), files, mlx_lm.__version__]
-        if self.decide(lambda: what) != what:
+        if self.broadcast(lambda: what) != what:
             raise ValueError("rank 0 has other files of that name, or another version of mlx-lm")
         model = load_model(path, lazy=True, **options)[0]
-        whole, split = (_body(model), "pipeline") if self._pipeline else (model, "shard")
+        whole, split = (model_body(model), "pipeline") if self._pipeline else (model, "shard")
         if not hasattr(whole, split):
             raise ValueError(f"mlx-lm cannot split it so; try {'without' if self._pipeline else 'with'} --pipeline")
         getattr(whole, split)(mx.distributed.init())
@@ -205,7 +205,7 @@ class Ranks(Group):
         log.critical("%s; the server ends", reason)
         if self.rank:
             os._exit(1)
-        self._on_loss(reason)
+        self._on_lost(reason)
 
 
 def _leader() -> str:

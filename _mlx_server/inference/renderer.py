@@ -15,13 +15,13 @@ import re
 from dataclasses import dataclass
 from typing import Any, Callable, Iterable
 
-from _mlx_server.inference.constraint import Constraint, ThinkingBudget, _grammar_error
+from _mlx_server.inference.constraint import Constraint, ThinkingBudget, grammar_error
 from _mlx_server.inference.formats import HERMES, OutputFormat
 from _mlx_server.inference.grammar import json_rule
-from _mlx_server.inference.models import LocalModel, _generation_defaults, _unloadable, gap_marks
-from _mlx_server.inference.protocol import InvalidRequest, Message, Request, _first_line
-from _mlx_server.inference.schema import _ends
-from _mlx_server.inference.template import Template, _MARK, _untemplated
+from _mlx_server.inference.models import LocalModel, generation_defaults, load_error, gap_marks
+from _mlx_server.inference.protocol import InvalidRequest, Message, Request, first_line
+from _mlx_server.inference.schema import can_end
+from _mlx_server.inference.template import Template, MARK, plain_text
 
 log = logging.getLogger("mlx_server")
 
@@ -51,7 +51,7 @@ class Answer:
     thinking: str
 
 
-class Tongue:
+class PromptRenderer:
     """What a model needs to talk apart from its weights: tokenizer, chat template, output format, sampling defaults.
 
     Building one reads files but no weights and touches no MLX array, so it happens on the caller's thread, and whatever
@@ -76,17 +76,17 @@ class Tongue:
             options = {"trust_remote_code": False, **({} if known else {"config": PreTrainedConfig()})}
             self.tokenizer = load_tokenizer(local.path, options, eos_token_ids=local.config.get("eos_token_id"))
         except Exception as error:
-            raise _unloadable(local, f"the tokenizer of model '{local.name}'", error) from error
+            raise load_error(local, f"the tokenizer of model '{local.name}'", error) from error
         self.template = Template(self.tokenizer) if self.tokenizer.has_chat_template else None
         self.format = OutputFormat.of(self.tokenizer)
         if self.template and not self.template.has_tools:
-            self.format = dataclasses.replace(HERMES, thinking=self.format.thinking, noise=self.format.noise)
-        self.defaults = _generation_defaults(local.path)
-        self._noise = _any_of(self.format.noise)
+            self.format = dataclasses.replace(HERMES, thinking=self.format.thinking, structural_markers=self.format.structural_markers)
+        self.defaults = generation_defaults(local.path)
+        self._structural_markers = _any_of(self.format.structural_markers)
         ends = [text for text in map(self.tokenizer.decode, self.tokenizer.eos_token_ids) if text]
         pattern = _any_of(ends).pattern
-        if self.format.thinking and self.format.thinking[1] in self.format.noise:  # it may end the turn, too
-            pattern += f"|{re.escape(self.format.thinking[1])}(?!{self._noise.pattern})"
+        if self.format.thinking and self.format.thinking[1] in self.format.structural_markers:  # it may end the turn, too
+            pattern += f"|{re.escape(self.format.thinking[1])}(?!{self._structural_markers.pattern})"
         self._turn_end = re.compile(pattern)
         self._answers: dict[str, Answer] = {}
         self._roots: dict[str, int] = {}
@@ -119,7 +119,7 @@ class Tongue:
     def prompt(self, request: Request) -> Prompt:
         """Renders and tokenises a request. Raises InvalidRequest when the template refuses it."""
         if request.prompt is not None or self.template is None:
-            raw = request.prompt if request.prompt is not None else _untemplated(request.messages)
+            raw = request.prompt if request.prompt is not None else plain_text(request.messages)
             if request.suffix:
                 raw = "".join(itertools.chain(*itertools.zip_longest(self._gap(), (raw, request.suffix), fillvalue="")))
             return Prompt(request.context + (self.tokenizer.encode(raw) if isinstance(raw, str) else raw))
@@ -177,7 +177,7 @@ class Tongue:
             return None
         matcher, begun = self._matcher(grammar), self._encode_whole(opening or self.format.call[0])
         if not matcher.consume_tokens(begun):
-            raise InvalidRequest(_grammar_error(matcher))
+            raise InvalidRequest(grammar_error(matcher))
         for warning in matcher.get_grammar_warnings():
             log.warning("the call's arguments are not held to all of their schema: %s", warning)
         return Constraint(matcher, opener=[] if opening else begun)
@@ -193,7 +193,7 @@ class Tongue:
         blanks = ["\n", "\n\n"] if exits or prompt.in_thinking else []  # what models put behind their thinking
         lead = f"({' | '.join(map(json.dumps, blanks))})?" if blanks else ""
         matcher = self._matcher(f"start: {lead} value\nvalue: {json_rule(schema)}")
-        reason = _grammar_error(matcher) if matcher.is_error() else "" if _ends(schema) else "no text matches it"
+        reason = grammar_error(matcher) if matcher.is_error() else "" if can_end(schema) else "no text matches it"
         if reason:
             raise InvalidRequest(f"the output format cannot be enforced: {reason}")
         for warning in matcher.get_grammar_warnings():
@@ -224,7 +224,7 @@ class Tongue:
         except ImportError:
             raise InvalidRequest('structured output needs one more package: pip install "mlx-server[constrained]"') from None
         except (AttributeError, ValueError) as error:
-            raise InvalidRequest(f"this model's tokenizer does not allow structured output: {_first_line(error)}") from error
+            raise InvalidRequest(f"this model's tokenizer does not allow structured output: {first_line(error)}") from error
 
     def _matcher(self, grammar: str) -> Any:
         tokenizer = self._grammar_tokenizer
@@ -240,7 +240,7 @@ class Tongue:
         pieces = re.split(f"({'|'.join(re.escape(name) for name in sorted(names, key=len, reverse=True))})", text)
         return " ".join(names.get(piece) or json.dumps(piece, ensure_ascii=False) for piece in pieces if piece) or '""'
 
-    def spell(self, token: int) -> bytes:
+    def token_bytes(self, token: int) -> bytes:
         """The bytes of a token, from the table that mlx-lm's detokenizer has for most models."""
         table = getattr(self.tokenizer.detokenizer, "tokenmap", None)
         if table is None:
@@ -282,7 +282,7 @@ class Tongue:
             tokens = tokens[:-1]
         visible = job._raw.rpartition(self.format.thinking[1])[2] if job._thinking else opening + job._raw
         key = _answer_key(job._parser.call_ids, job._visible, job.request.messages)
-        while mark := self._noise.match(visible):
+        while mark := self._structural_markers.match(visible):
             visible = visible[mark.end():]
         self.learn({key: Answer(tokens, visible.lstrip("\n"), job._thinking)})
         return key
@@ -304,7 +304,7 @@ class Tongue:
             if message["role"] == "assistant":
                 ids = [call.get("id", "") for call in message.get("tool_calls") or []]
                 answer = self._answers.get(_answer_key(ids, message["content"], messages[:at]))
-                mark = f"{_MARK}{at}{_MARK}"
+                mark = f"{MARK}{at}{MARK}"
                 if answer is not None and mark not in lost:
                     answers[mark] = answer
                     marked[at] = {**message, "content": mark}
@@ -322,8 +322,8 @@ class Tongue:
             end = self._turn_end.search(text)
             text = text[end.start():] if end else ""
             turn = before.rfind(header) + len(header) if header else -1
-            shown = self._noise.sub("", before[turn:]).strip()
-            if turn >= 0 and (shown if answer.thinking else self.format.noise):  # the answer has its own markup around text
+            shown = self._structural_markers.sub("", before[turn:]).strip()
+            if turn >= 0 and (shown if answer.thinking else self.format.structural_markers):  # the answer has its own markup around text
                 before = before[:turn] + (opener[len(header):] if opener.rstrip().endswith(self.format.thinking[0]) else "")
                 tokens += self.encode(before) + answer.tokens
             elif answer.thinking:
@@ -370,7 +370,7 @@ class Tongue:
             return 0
         at = text.rfind(messages[-1]["content"].strip())
         cuts = [match.end() for match in self._specials.finditer(text, max(0, at - 200), max(0, at))]
-        return max(0, length - len(self.encode(text[cuts[-1]:]))) if cuts and _MARK not in text[cuts[-1]:] else 0
+        return max(0, length - len(self.encode(text[cuts[-1]:]))) if cuts and MARK not in text[cuts[-1]:] else 0
 
     def _root(self, messages: list[Message], tools: list[dict], options: dict, text: str, length: int) -> int:
         """Token count of system and tools: what every conversation of this client begins with."""

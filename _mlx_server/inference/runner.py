@@ -9,22 +9,22 @@ import math
 import time
 from typing import Any
 
-from _mlx_server.inference.decode_batch import Decoder
-from _mlx_server.inference.disk_cache import Shelf
+from _mlx_server.inference.decode_batch import DecodeBatch
+from _mlx_server.inference.disk_cache import DiskCache
 from _mlx_server.inference.generation import Generation, Phase
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.memory import StateSize, gigabytes
-from _mlx_server.inference.models import LocalModel, _unloadable, fingerprint
-from _mlx_server.inference.prefix_cache import Line, PrefixCache, common_prefix
+from _mlx_server.inference.models import LocalModel, load_error, fingerprint
+from _mlx_server.inference.prefix_cache import CacheEntry, PrefixCache, common_prefix
 from _mlx_server.inference.protocol import Embedding, EngineError, InvalidRequest
-from _mlx_server.inference.renderer import Tongue
-from _mlx_server.inference.sampling import make_penalties, make_sampler, weigh
-from _mlx_server.inference.weights import _body, _headless, _pooling
+from _mlx_server.inference.renderer import PromptRenderer
+from _mlx_server.inference.sampling import make_penalties, make_sampler, token_logprobs
+from _mlx_server.inference.weights import headless_classes, model_body, pooling_mode
 
 log = logging.getLogger("mlx_server")
 
 
-class Runtime:
+class ModelRunner:
     """A model's weights and its running requests. Every method runs on the MLX thread.
 
     Prefill is done here, a chunk at a time, since snapshots have to be taken inside it and others get their turn between
@@ -41,27 +41,27 @@ class Runtime:
     INSPECTED = 32  # tokens between two looks whether the model still computes numbers
     TELL = 4.0  # seconds between two words on how far a long prompt is
 
-    def __init__(self, local: LocalModel, tongue: Tongue, prefixes: PrefixCache, kv_bits: int | None, shelf: Shelf | None,
+    def __init__(self, local: LocalModel, renderer: PromptRenderer, prefixes: PrefixCache, kv_bits: int | None, disk_cache: DiskCache | None,
                  group: Group):
         import mlx.core as mx
         from mlx.utils import tree_flatten
 
         started = time.perf_counter()
         log.info("loading %s, %s", local.name, gigabytes(local.size))
-        self.local, self.tongue, self.prefixes, self.shelf, self._group = local, tongue, prefixes, shelf, group
+        self.local, self.renderer, self.prefixes, self.disk_cache, self._group = local, renderer, prefixes, disk_cache, group
         self.fingerprint, self._kv_bits = fingerprint(local, kv_bits), kv_bits
         try:
             embeds = "embedding" in local.capabilities
-            self.model = group.load(local.path, **({"get_model_classes": _headless} if embeds else {}))
-            self._body = _body(self.model)
-            self._pooling = _pooling(local) if embeds else "mean"
+            self.model = group.load(local.path, **({"get_model_classes": headless_classes} if embeds else {}))
+            self._body = model_body(self.model)
+            self._pooling = pooling_mode(local) if embeds else "mean"
             cache = self._new_cache()
             forward = self._body if embeds else self.model
             mx.eval(forward(mx.array([[0]]), cache=cache))  # compiles the kernels, and shows what KV takes
         except Exception as error:
-            raise _unloadable(local, f"model '{local.name}'", error) from error
+            raise load_error(local, f"model '{local.name}'", error) from error
         size = sum(array.nbytes for _, array in tree_flatten(self.model.parameters()))
-        self.size, self.state = group.decide(lambda: (size, StateSize.of(cache)))
+        self.size, self.state = group.broadcast(lambda: (size, StateSize.of(cache)))
         experts = any(type(module).__name__.endswith("SwitchLinear") for module in self.model.modules())
         self._undisturbed = self.LARGE if experts and group.size == 1 else self.CHUNK  # a GPU must not wait long for another
         self.load_seconds = time.perf_counter() - started
@@ -82,8 +82,8 @@ class Runtime:
         cache = make_prompt_cache(self.model)
         return [quantized(layer) for layer in cache] if self._kv_bits and head % 32 == 0 else cache
 
-    def _new_decoder(self) -> Decoder:
-        return Decoder(self.model, self.tongue.tokenizer.eos_token_ids, self._group)
+    def _new_decoder(self) -> DecodeBatch:
+        return DecodeBatch(self.model, self.renderer.tokenizer.eos_token_ids, self._group)
 
     @property
     def expires(self) -> float | None:
@@ -107,7 +107,7 @@ class Runtime:
             return self._end(job, "load")
         if job._detokenizer is None:  # it was not paused
             job.usage.load_seconds = waited
-            job._detokenizer = self.tongue.tokenizer.detokenizer
+            job._detokenizer = self.renderer.tokenizer.detokenizer
             job._parser.feed(job._prompt.opening)
         try:
             self._restore(job)
@@ -140,7 +140,7 @@ class Runtime:
             self._restore(job)
             if job._left() > 0:
                 self._read_chunk(job, self._undisturbed if alone else self.CHUNK)
-                self._tell(job)
+                self._log_progress(job)
             if job._left() <= 0 and self._may_decode(job):
                 self._start_decoding(job)
         except Exception as error:
@@ -160,7 +160,7 @@ class Runtime:
             return
         have = len(job._line.tokens) + self.CHUNK if begun else 0
         _, length = self.prefixes.find(self.fingerprint, tokens)
-        chain, kept = self.shelf.find(self.fingerprint, tokens[:-1]) if self.shelf and not begun else ([], 0)
+        chain, kept = self.disk_cache.find(self.fingerprint, tokens[:-1]) if self.disk_cache and not begun else ([], 0)
         shared, donor = self._most_like(job)
         line = None
         if shared > max(length, have):
@@ -171,13 +171,13 @@ class Runtime:
             usable = running.restorable(min(shared, len(tokens) - 1))
             line = running.branch(usable) if usable > max(length, have) else None
         if kept > max(length, len(line.tokens) if line else 0):
-            line = self.shelf.load(chain, kept)
+            line = self.disk_cache.load(chain, kept)
         if line is None and length > have:
             line = self.prefixes.take(self.fingerprint, tokens)
         if line is None and begun:
             return
-        line = line or Line([], self._new_cache())
-        line.model, line.root, line.shelved = self.fingerprint, job._prompt.root, False
+        line = line or CacheEntry([], self._new_cache())
+        line.model, line.root, line.written = self.fingerprint, job._prompt.root, False
         if job._prompt.body and job.request.messages[-1]["role"] == "user":
             line.turns = [at for at in line.turns if at < job._prompt.body] + [job._prompt.body]
         if begun:
@@ -207,9 +207,9 @@ class Runtime:
         mx.clear_cache()
         line.tokens = tokens[:stop]
         if stop in marks and (stop < end or not prompt.body):
-            line.snapshot()
+            line.checkpoint()
 
-    def _tell(self, job: Generation) -> None:
+    def _log_progress(self, job: Generation) -> None:
         """Logs, now and then, how far a prompt is."""
         now, done = time.perf_counter(), len(job._line.tokens)
         if now - max(job._mark, job._told) < self.TELL or job._left() <= 0:
@@ -250,12 +250,12 @@ class Runtime:
         if job._limit <= 0:
             return self._end(job, "length")
         sampling = job.request.sampling
-        job._sampler = job._sampler or make_sampler(sampling, len(self.tongue.tokenizer))
+        job._sampler = job._sampler or make_sampler(sampling, len(self.renderer.tokenizer))
         processors = make_penalties(sampling)
         if job._grammar is not None:
             job._constraint = job._grammar.after(job._prompt.tokens[job.prompt_tokens:])
             processors.append(job._constraint)
-        if budget := self.tongue.budget(job.request, job._prompt, job.prompt_tokens):
+        if budget := self.renderer.budget(job.request, job._prompt, job.prompt_tokens):
             processors.append(budget)
         job._number = self._decoder.insert(job._line, job._prompt.tokens[-1], job._limit - job.usage.completion_tokens,
                                            job._sampler, processors)
@@ -285,7 +285,7 @@ class Runtime:
         try:
             responses = self._decoder.step()
         except Exception as error:
-            return self.part(error)
+            return self.isolate_failed_batch(error)
         for response in responses:
             job = by_number[response.uid]
             try:
@@ -295,7 +295,7 @@ class Runtime:
                 self._decoder.discard(job._number)
                 self._drop(job, error)
                 if _on_gpu(error) and self.decoding():
-                    return self.part(error)
+                    return self.isolate_failed_batch(error)
 
     def _take_token(self, job: Generation, response: Any) -> None:
         import mlx.core as mx
@@ -315,7 +315,7 @@ class Runtime:
             detokenizer.add_token(response.token)
             if job.request.logprobs is not None:
                 with mx.stream(mx.cpu):
-                    job._untold.append(weigh(response.token, response.logprobs, job.request.logprobs, self.tongue.spell))
+                    job._pending_logprobs.append(token_logprobs(response.token, response.logprobs, job.request.logprobs, self.renderer.token_bytes))
         if response.finish_reason:
             detokenizer.finalize()
         piece = detokenizer.last_segment
@@ -332,7 +332,7 @@ class Runtime:
         """Takes a request's state back from the decoder."""
         job._line.tokens, job._line.cache = self._decoder.remove(job._number)
 
-    def part(self, error: Exception) -> None:
+    def isolate_failed_batch(self, error: Exception) -> None:
         """The step of those who decode has failed, and whose fault it was cannot be told: each of them reads what it had once
         more and goes on alone, where only the guilty one fails again."""
         jobs = self.decoding()
@@ -356,7 +356,7 @@ class Runtime:
         """Lets a decoding request wait for memory: its state goes to the prefix cache, from where it goes on later. Not if
         it ends with its next token."""
         response = self._decoder.upcoming(job._number)
-        last = response.token in self.tongue.tokenizer.eos_token_ids or job.usage.completion_tokens + 1 >= job._limit
+        last = response.token in self.renderer.tokenizer.eos_token_ids or job.usage.completion_tokens + 1 >= job._limit
         if not last:
             self._take_token(job, response)  # it is picked, and never will be again
         if last or job._phase is Phase.ENDED:
@@ -391,7 +391,7 @@ class Runtime:
         self._release(job)
         job._emit(*job._parser.finish(cut=reason == "length"))
         if job._phase is Phase.DECODE:
-            job._line.answers[self.tongue.remember(job)] = len(job._line.tokens)
+            job._line.answers[self.renderer.remember(job)] = len(job._line.tokens)
             job._read = list(job._line.tokens)
         if job._line is not None:
             self.prefixes.put(job._line)
@@ -424,15 +424,15 @@ class Runtime:
 
     # -- the disk
 
-    def unshelved(self) -> bool:
+    def unwritten(self) -> bool:
         """Whether there is something to write to disk."""
-        return self.shelf is not None and self.prefixes.unshelved(self.fingerprint) is not None
+        return self.disk_cache is not None and self.prefixes.unwritten(self.fingerprint) is not None
 
     def write(self) -> None:
         """Writes one segment of what the disk has not got."""
-        line = self.prefixes.unshelved(self.fingerprint)
-        marks = {line.root, *line.snapshots, *range(self.SPARSE, len(line.tokens), self.SPARSE)}
-        line.shelved = self.shelf.write(self.fingerprint, line, self.tongue.answer, marks)
+        line = self.prefixes.unwritten(self.fingerprint)
+        marks = {line.root, *line.checkpoints, *range(self.SPARSE, len(line.tokens), self.SPARSE)}
+        line.written = self.disk_cache.write(self.fingerprint, line, self.renderer.answer, marks)
 
 
 def _on_gpu(error: Exception) -> bool:

@@ -46,12 +46,12 @@ def make_penalties(sampling: Sampling) -> list[Callable[[Any, Any], Any]]:
         sampling.presence_penalty, window, sampling.frequency_penalty, window)
 
 
-def weigh(token: int, logprobs: Any, top: int, spell: Callable[[int], bytes]) -> Token:
-    """A token among all there are, with the `top` likeliest beside it; `spell` tells their bytes. On the MLX thread."""
+def token_logprobs(token: int, logprobs: Any, top: int, token_bytes: Callable[[int], bytes]) -> Token:
+    """A token among all there are, with the `top` likeliest beside it; `token_bytes` tells their bytes. On the MLX thread."""
     import mlx.core as mx
 
     def weighed(token: int) -> Token:
-        written = spell(token)
+        written = token_bytes(token)
         return Token(written.decode("utf-8", "replace"), written, max(logprobs[token].item(), _IMPOSSIBLE))
 
     best = mx.argpartition(-logprobs, top)[:top].tolist() if top else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from _mlx_server.inference.generation import Generation
 
 
-class Schedule:
+class Scheduler:
     """Who gets the next chunk of prefill, and when those who decode get their tokens.
 
     The highest priority goes first, and lower work keeps what it has and waits. Among equals it is the one with the least

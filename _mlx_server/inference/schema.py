@@ -9,9 +9,9 @@ import math
 from typing import Any, Iterable
 
 
-_KINDS = {bool: {"boolean"}, int: {"integer", "number"}, float: {"number"}, str: {"string"}, list: {"array"},
+TYPES_OF = {bool: {"boolean"}, int: {"integer", "number"}, float: {"number"}, str: {"string"}, list: {"array"},
           dict: {"object"}, type(None): {"null"}}
-_EVERY_KIND = set().union(*_KINDS.values()) - {"integer"}
+EVERY_TYPE = set().union(*TYPES_OF.values()) - {"integer"}
 _PYTHON_WORDS = {"True": True, "False": False, "None": None}
 # What a keyword must be to count at all.
 _FORMS = {"$ref": str, "allOf": list, "anyOf": list, "oneOf": list, "enum": list, "type": (str, list), "properties": dict,
@@ -19,7 +19,7 @@ _FORMS = {"$ref": str, "allOf": list, "anyOf": list, "oneOf": list, "enum": list
           "pattern": str}
 
 
-def _flat(schema: Any, root: Any, path: tuple[str, ...] = ()) -> list[dict]:
+def alternatives(schema: Any, root: Any, path: tuple[str, ...] = ()) -> list[dict]:
     """The alternatives of a schema, at most 64, without references into `root` and combinations on their highest level; none
     if it refers to nothing but itself."""
     if not isinstance(schema, dict) or len(path) > 64:
@@ -32,7 +32,7 @@ def _flat(schema: Any, root: Any, path: tuple[str, ...] = ()) -> list[dict]:
             return []
         groups.append([_pointed(root, reference)])
     for group in groups:
-        choices = (one for choice in group for one in _flat(choice, root, (*path, reference)))
+        choices = (one for choice in group for one in alternatives(choice, root, (*path, reference)))
         pairs = itertools.product(parts, itertools.islice(choices, 64))
         parts = [_merged(one, other) for one, other in itertools.islice(pairs, 64)]
     return parts
@@ -51,31 +51,31 @@ def _merged(one: dict, other: dict) -> dict:
             "required": [*one.get("required", ()), *other.get("required", ())]}
 
 
-def _listed(part: dict) -> list | None:
+def listed_values(part: dict) -> list | None:
     """The only values that a schema allows, if it lists them."""
     return [part["const"]] if "const" in part else part.get("enum")
 
 
-def _kinds(part: dict) -> set[str]:
+def allowed_types(part: dict) -> set[str]:
     """The JSON types that a schema without combinations allows; empty when it does not say."""
     named = part.get("type", [])
     kinds = {named} if isinstance(named, str) else {name for name in named if isinstance(name, str)}
-    listed = _listed(part)
+    listed = listed_values(part)
     if listed is None:
         return kinds
-    possible = {kind for value in listed for kind in _KINDS[type(value)]}
+    possible = {kind for value in listed for kind in TYPES_OF[type(value)]}
     return kinds & possible or possible
 
 
-def _types(schema: Any, root: Any) -> set[str]:
+def _property_types(schema: Any, root: Any) -> set[str]:
     """The JSON types that a property's schema allows; empty when it does not say."""
-    parts = _flat(schema, root)
+    parts = alternatives(schema, root)
     if len(parts) == 1:
-        return _kinds(parts[0])
-    return {kind for part in parts for kind in _kinds(part) or {"string"}}  # an untyped alternative may well be a string
+        return allowed_types(parts[0])
+    return {kind for part in parts for kind in allowed_types(part) or {"string"}}  # an untyped alternative may well be a string
 
 
-def _ends(schema: Any) -> bool:
+def can_end(schema: Any) -> bool:
     """Whether a value that matches can come to an end: no part of it needs another of its own kind, without end."""
     needs: dict[int, list[list[Any]]] = {}  # schema -> what each of its alternatives holds at least
     waiting, root = [schema], schema
@@ -84,8 +84,8 @@ def _ends(schema: Any) -> bool:
         if id(one) in needs:
             continue
         needs[id(one)] = parts = []
-        for part in _flat(one, root):
-            kinds, needed = _kinds(part) if _listed(part) is None else set(), []
+        for part in alternatives(one, root):
+            kinds, needed = allowed_types(part) if listed_values(part) is None else set(), []
             if kinds == {"object"}:
                 properties = part.get("properties", {})
                 needed = [properties[key] for key in properties if key in part.get("required", ())]
@@ -114,17 +114,17 @@ def coerce(value: Any, types: set[str]) -> Any:
             return value
         if "number" not in types and spelled.is_integer():
             spelled = int(spelled)
-    return spelled if _KINDS[type(spelled)] & types else value
+    return spelled if TYPES_OF[type(spelled)] & types else value
 
 
-def _declared(tools: Iterable[dict]) -> dict[str, collections.defaultdict[str, set[str]]]:
+def declared_types(tools: Iterable[dict]) -> dict[str, collections.defaultdict[str, set[str]]]:
     """Tool name -> property name -> the types it allows. What is not shaped like a schema counts as not said."""
     declared = {}
     for tool in tools:
         schema = tool["function"].get("parameters")
-        parts = _flat(schema, schema)
-        others = set().union(*(_types(part.get("additionalProperties"), schema) for part in parts))
+        parts = alternatives(schema, schema)
+        others = set().union(*(_property_types(part.get("additionalProperties"), schema) for part in parts))
         types = declared[tool["function"]["name"]] = collections.defaultdict(lambda others=others: others)
         for key, value in ((key, value) for part in parts for key, value in part.get("properties", {}).items()):
-            types[key] = types.get(key, set()) | _types(value, schema)
+            types[key] = types.get(key, set()) | _property_types(value, schema)
     return declared

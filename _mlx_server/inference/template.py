@@ -29,7 +29,7 @@ class Template:
         call = {"role": "assistant", "content": "", "tool_calls": [_probe_call("call00001")]}
         result = {"role": "tool", "tool_call_id": "call00001", "name": "probe", "content": "4711"}
         ask = {"role": "user", "content": "hello"}
-        tools = [{"type": "function", "function": {"name": "probe_tool", "description": "x", "parameters": _EMPTY_SCHEMA}}]
+        tools = [{"type": "function", "function": {"name": "probe_tool", "description": "x", "parameters": EMPTY_SCHEMA}}]
 
         def renders(messages: list[Message], expect: str, tools: list[dict] | None = None) -> bool:
             try:
@@ -58,14 +58,14 @@ class Template:
         messages = self._adapt(messages, tools)
         prefill = bool(generation and messages and messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls"))
         if prefill:  # rendered with a mark behind it, since each template closes the turn in its own way
-            messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + _MARK}]
+            messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + MARK}]
         error: Exception | None = None
         clock = {key: options[key] for key in options.keys() & {"strftime_now"}}
         effortless = {key: value for key, value in options.items() if key != "reasoning_effort"}
         for kwargs in (options, effortless, clock):  # templates raise on efforts they do not know or enable_thinking=False
             try:
                 text = self._apply(messages, tools if self.has_tools else None, generation and not prefill, kwargs)
-                return text[: text.index(_MARK)] if prefill else text
+                return text[: text.index(MARK)] if prefill else text
             except Exception as failure:
                 error = error or failure
         log.warning("chat template failed: %s", error)
@@ -132,8 +132,8 @@ class Template:
         return [_with_short_ids(message) for message in out] if self.short_ids else out
 
 
-_MARK = "\u2063\u2063end\u2063\u2063"
-_EMPTY_SCHEMA = {"type": "object", "properties": {}}
+MARK = "\u2063\u2063end\u2063\u2063"
+EMPTY_SCHEMA = {"type": "object", "properties": {}}
 _TOOL_PROMPT = """You can call these tools:
 {tools}
 To call one, write only this, once per call:
@@ -196,6 +196,6 @@ def _with_short_ids(message: Message) -> Message:
     return {**message, "tool_call_id": short(message.get("tool_call_id", ""))} if message["role"] == "tool" else message
 
 
-def _untemplated(messages: list[Message]) -> str:
+def plain_text(messages: list[Message]) -> str:
     """The conversation for a model without a chat template: base models continue plain text."""
     return "\n\n".join(message["content"] for message in messages)

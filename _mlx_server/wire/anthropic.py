@@ -8,8 +8,8 @@ import re
 from typing import Any
 
 from _mlx_server.inference.protocol import Done, EngineBusy, EngineClosed, EngineError, Event, InvalidRequest, ModelLoadError, ModelNotFound, Request, Sampling, Text, Thinking, ToolEnd, ToolInput, ToolStart, Usage
-from _mlx_server.wire.conversation import IMAGE_NOTE, Turn, ask_for_json, canonical, not_silent
-from _mlx_server.wire.fields import Object, WireError, content_blocks, items, model_name, take
+from _mlx_server.wire.conversation import IMAGE_NOTE, Turn, ask_for_json, canonical, require_content
+from _mlx_server.wire.fields import Object, WireError, content_blocks, items, model_name, field
 from _mlx_server.wire.reply import Reply
 from _mlx_server.wire.tools import any_strict, call_arguments, forced_choice, tool_form
 
@@ -65,27 +65,27 @@ def _anthropic_request(body: Object, counting: bool = False) -> Request:
     steers Anthropic's own caches and billing.
     """
     model = model_name(body)
-    max_tokens = take(body, "max_tokens", int, required=not counting, low=0)
+    max_tokens = field(body, "max_tokens", int, required=not counting, low=0)
     _refuse_what_cannot_be_honoured(body)
     tools, deferred = _anthropic_tools(items(body, "tools", dict))
-    choice, parallel = _anthropic_tool_choice(take(body, "tool_choice", dict, default={}), tools + deferred)
-    thinking = take(body, "thinking", dict, default={})
-    if thinking and take(thinking, "type", str, "thinking.", required=True) not in _THINKING:
+    choice, parallel = _anthropic_tool_choice(field(body, "tool_choice", dict, default={}), tools + deferred)
+    thinking = field(body, "thinking", dict, default={})
+    if thinking and field(thinking, "type", str, "thinking.", required=True) not in _THINKING:
         raise WireError(400, "thinking.type: Input should be 'enabled', 'adaptive', 'disabled' or 'between_tools'")
-    budget = take(thinking, "budget_tokens", int, "thinking.", low=0) if thinking.get("type") == "enabled" else None
-    output = take(body, "output_config", dict, default={})
+    budget = field(thinking, "budget_tokens", int, "thinking.", low=0) if thinking.get("type") == "enabled" else None
+    output = field(body, "output_config", dict, default={})
     schema = _anthropic_schema(body, output)
-    turns = not_silent(_anthropic_turns(items(body, "messages", dict, required=True), deferred))
+    turns = require_content(_anthropic_turns(items(body, "messages", dict, required=True), deferred))
     messages = canonical([Turn("system", _system_text(body.get("system") or "", "system")), *turns])
     request = Request(
         model, messages, tools=tools, deferred_tools=deferred, tool_choice=choice, parallel_tool_calls=parallel,
         strict=any_strict(body.get("tools") or []),
         sampling=Sampling(
-            temperature=take(body, "temperature", float, low=0, high=2),
-            top_p=take(body, "top_p", float, low=0, high=1), top_k=take(body, "top_k", int, low=0)),
+            temperature=field(body, "temperature", float, low=0, high=2),
+            top_p=field(body, "top_p", float, low=0, high=1), top_k=field(body, "top_k", int, low=0)),
         stop=[text for text in items(body, "stop_sequences", str) if text], max_tokens=max_tokens,
         thinking=_THINKING.get(thinking.get("type")), thinking_budget=budget,
-        effort=take(output, "effort", str, "output_config."))
+        effort=field(output, "effort", str, "output_config."))
     if schema is not None:
         ask_for_json(request, schema)
     return request
@@ -103,12 +103,12 @@ def _refuse_what_cannot_be_honoured(body: Object) -> None:
 
 def _anthropic_schema(body: Object, output: Object) -> Object | None:
     """The JSON schema an answer has to match, if there is one. An old beta had it at the top level."""
-    form = take(output, "format", dict, "output_config.") or take(body, "output_format", dict)
+    form = field(output, "format", dict, "output_config.") or field(body, "output_format", dict)
     if form is None:
         return None
     if form.get("type") != "json_schema":
         raise WireError(400, "output_config.format.type: Input should be 'json_schema'")
-    return take(form, "schema", dict, "output_config.format.", required=True)
+    return field(form, "schema", dict, "output_config.format.", required=True)
 
 
 def _anthropic_tools(tools: list[Object]) -> tuple[list[Object], list[Object]]:
@@ -125,13 +125,13 @@ def _anthropic_tools(tools: list[Object]) -> tuple[list[Object], list[Object]]:
             continue  # a placeholder
         if tool.get("input_schema") is None and known:
             name, description, schema = known
-            name = take(tool, "name", str, f"{path}.", default=name)
+            name = field(tool, "name", str, f"{path}.", default=name)
         elif tool.get("input_schema") is None and kind != "custom":
             raise WireError(400, f"{path}: tools of type '{kind}' are not supported by this server")
         else:
-            name = take(tool, "name", str, f"{path}.", required=True)
-            description = take(tool, "description", str, f"{path}.", default="")
-            schema = take(tool, "input_schema", dict, f"{path}.", required=True)
+            name = field(tool, "name", str, f"{path}.", required=True)
+            description = field(tool, "description", str, f"{path}.", default="")
+            schema = field(tool, "input_schema", dict, f"{path}.", required=True)
         if not name:
             raise WireError(400, f"{path}.name: String should have at least 1 character")
         (deferred if later else declared).append(tool_form(name, description, schema))
@@ -153,9 +153,9 @@ def _anthropic_tool_choice(choice: Object, tools: list[Object]) -> tuple[str, bo
     if kind not in ("auto", "any", "tool", "none"):
         raise WireError(400, "tool_choice.type: Input should be 'auto', 'any', 'tool' or 'none'")
     if kind in ("any", "tool"):
-        name = take(choice, "name", str, "tool_choice.", required=True) if kind == "tool" else None
+        name = field(choice, "name", str, "tool_choice.", required=True) if kind == "tool" else None
         kind = forced_choice(kind, name, tools, "tool_choice.")
-    return kind, not take(choice, "disable_parallel_tool_use", bool, "tool_choice.", default=False)
+    return kind, not field(choice, "disable_parallel_tool_use", bool, "tool_choice.", default=False)
 
 
 def _system_text(content: Any, path: str) -> str:
@@ -171,7 +171,7 @@ def _anthropic_turns(messages: list[Object], deferred: list[Object]) -> list[Tur
     turns: list[Turn] = []
     for number, message in enumerate(messages):
         path = f"messages.{number}"
-        role = _ROLES.get(take(message, "role", str, f"{path}.", required=True))
+        role = _ROLES.get(field(message, "role", str, f"{path}.", required=True))
         if role is None:
             raise WireError(400, f"{path}.role: Input should be 'user', 'assistant' or 'system'")
         if message.get("content") is None:
@@ -199,13 +199,13 @@ def _message_turns(role: str, blocks: list[Object], path: str, definitions: dict
         at = f"{path}.{number}"
         kind = block.get("type")
         if kind == "tool_use" and role == "assistant":
-            id, name = (take(block, key, str, f"{at}.", required=True) for key in ("id", "name"))
+            id, name = (field(block, key, str, f"{at}.", required=True) for key in ("id", "name"))
             said.calls.append((id, name, call_arguments(block.get("input"))))
         elif kind == "tool_result" and role == "user":
-            id = take(block, "tool_use_id", str, f"{at}.", required=True)
+            id = field(block, "tool_use_id", str, f"{at}.", required=True)
             results.append(Turn("tool", _result_text(block, at, definitions), call_id=id))
         elif kind == "thinking":
-            thoughts.append(take(block, "thinking", str, f"{at}.", default=""))
+            thoughts.append(field(block, "thinking", str, f"{at}.", default=""))
         else:
             texts.append(_block_text(block, at, definitions))
     said.text = "\n".join(text for text in texts if text and (text.strip() or role == "user"))
@@ -227,24 +227,24 @@ def _result_text(block: Object, path: str, definitions: dict[str, str]) -> str:
 
 def _block_text(block: Object, path: str, definitions: dict[str, str] | None = None) -> str:
     """A block as text for the model, "" for what has no meaning here. `definitions` are the deferred tools' by name."""
-    kind = take(block, "type", str, f"{path}.", required=True)
+    kind = field(block, "type", str, f"{path}.", required=True)
     if kind == "text":
-        return take(block, "text", str, f"{path}.", required=True)
+        return field(block, "text", str, f"{path}.", required=True)
     if kind == "image":
-        if take(block, "source", dict, f"{path}.", required=True).get("type") == "file":
+        if field(block, "source", dict, f"{path}.", required=True).get("type") == "file":
             raise WireError(400, f"{path}.source: files are not supported by this server")
         return IMAGE_NOTE
     if kind in ("document", "search_result"):
-        about = [take(block, key, str, f"{path}.") for key in ("title", "context")]
+        about = [field(block, key, str, f"{path}.") for key in ("title", "context")]
         if kind == "document":
             return "\n".join(filter(None, [*about, _document_text(block, path)]))
-        origin = take(block, "source", str, f"{path}.")
+        origin = field(block, "source", str, f"{path}.")
         return "\n".join(filter(None, [*about, origin, _joined(block.get("content"), f"{path}.content")]))
     if kind == "tool_reference":
-        name = take(block, "tool_name", str, f"{path}.", required=True)
+        name = field(block, "tool_name", str, f"{path}.", required=True)
         return (definitions or {}).get(name, name)
     if kind == "compaction":
-        return take(block, "content", str, f"{path}.", default="")
+        return field(block, "content", str, f"{path}.", default="")
     if kind == "container_upload":
         raise WireError(400, f"{path}: files are not supported by this server")
     if kind != "redacted_thinking":
@@ -253,9 +253,9 @@ def _block_text(block: Object, path: str, definitions: dict[str, str] | None = N
 
 
 def _document_text(block: Object, path: str) -> str:
-    source = take(block, "source", dict, f"{path}.", required=True)
+    source = field(block, "source", dict, f"{path}.", required=True)
     if source.get("type") == "text":
-        return take(source, "data", str, f"{path}.source.", required=True)
+        return field(source, "data", str, f"{path}.source.", required=True)
     if source.get("type") == "content":
         return _joined(source.get("content"), f"{path}.source.content")
     raise WireError(400, f"{path}.source: only documents of text are supported by this server; send its text")
@@ -271,7 +271,7 @@ class AnthropicMessages(Reply):
 
     def __init__(self, body: Object, request_id: str = ""):
         self.request = _anthropic_request(body)
-        self.stream = take(body, "stream", bool, default=False)
+        self.stream = field(body, "stream", bool, default=False)
         self.request_id = request_id
         # "updates" are notes between calls, for which local models have no place: reasoning is not shown for them either.
         self._hides_thinking = (body.get("thinking") or {}).get("display") in ("omitted", "updates")

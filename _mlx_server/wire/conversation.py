@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass
 from typing import Callable, Iterable
 
 from _mlx_server.inference.protocol import Message, Request
-from _mlx_server.wire.fields import Object, WireError, items, take
+from _mlx_server.wire.fields import Object, WireError, items, field
 from _mlx_server.wire.tools import call_arguments
 
 
@@ -26,7 +27,7 @@ class Turn:
     role: str
     text: str = ""
     reasoning: str = ""
-    calls: list[tuple[str, str, Object]] = field(default_factory=list)
+    calls: list[tuple[str, str, Object]] = dataclasses.field(default_factory=list)
     call_id: str = ""
 
     @property
@@ -36,7 +37,7 @@ class Turn:
         return bool(self.text) or self.role == "tool"
 
 
-def not_silent(turns: list[Turn], key: str = "messages") -> list[Turn]:
+def require_content(turns: list[Turn], key: str = "messages") -> list[Turn]:
     """The turns found at `key`. Raises WireError if nothing is said in them."""
     if not any(turn.says_something for turn in turns):
         raise WireError(400, f"{key}: at least one message is required")
@@ -124,15 +125,15 @@ def chat_turns(messages: list[Object], text_of: Callable[[Object, str], str]) ->
     waiting: list[tuple[str, str]] = []  # (id, name) of the last calls, while they have no result
     for number, message in enumerate(messages):
         path = f"messages.{number}."
-        role, text = take(message, "role", str, path, required=True).lower(), text_of(message, path)
+        role, text = field(message, "role", str, path, required=True).lower(), text_of(message, path)
         if role == "assistant":
             calls = list(_past_calls(message, number))
             follows = turns and turns[-1].role == "assistant"
             waiting = [*(waiting if follows else []), *((id, name) for id, name, _ in calls)]
-            thoughts = (take(message, key, str, path) for key in ("reasoning_content", "reasoning", "thinking"))
+            thoughts = (field(message, key, str, path) for key in ("reasoning_content", "reasoning", "thinking"))
             turns.append(Turn("assistant", text, next(filter(None, thoughts), ""), calls))
         elif role in ("tool", "function"):
-            id, *names = (take(message, key, str, path) for key in ("tool_call_id", "tool_name", "name"))
+            id, *names = (field(message, key, str, path) for key in ("tool_call_id", "tool_name", "name"))
             by_id = [call for call in waiting if call[0] == id]
             by_name = [call for call in waiting if call[1] in names]
             found = next(iter([*by_id, *by_name, *waiting]), None)
@@ -140,11 +141,11 @@ def chat_turns(messages: list[Object], text_of: Callable[[Object, str], str]) ->
                 waiting.remove(found)
             turns.append(Turn("tool", text, call_id=found[0] if found else next(filter(None, [id, *names]), "unknown")))
         else:
-            turns.append(Turn(_CHAT_ROLES.get(role, "user"), text))
+            turns.append(Turn(CHAT_ROLES.get(role, "user"), text))
     return turns
 
 
-_CHAT_ROLES = {"system": "system", "developer": "system", "assistant": "assistant"}  # all others are the user's
+CHAT_ROLES = {"system": "system", "developer": "system", "assistant": "assistant"}  # all others are the user's
 
 
 def _past_calls(message: Object, number: int) -> Iterable[tuple[str, str, Object]]:
@@ -152,9 +153,9 @@ def _past_calls(message: Object, number: int) -> Iterable[tuple[str, str, Object
     path = f"messages.{number}."
     for place, call in enumerate(items(message, "tool_calls", dict, path)):
         at = f"{path}tool_calls.{place}."
-        function = take(call, "function", dict, at, required=True)
-        name = take(function, "name", str, f"{at}function.", required=True)
-        yield take(call, "id", str, at) or f"call_{number}_{place}", name, call_arguments(function.get("arguments"))
+        function = field(call, "function", dict, at, required=True)
+        name = field(function, "name", str, f"{at}function.", required=True)
+        yield field(call, "id", str, at) or f"call_{number}_{place}", name, call_arguments(function.get("arguments"))
 
 
 def ask_for_json(request: Request, schema: Object | None) -> None:

@@ -24,16 +24,16 @@ _KINDS = {str: "a valid string", bool: "a valid boolean", int: "a valid integer"
           list: "a valid list", dict: "an object"}
 
 
-def is_a(value: Any, kind: type) -> bool:
+def is_type(value: Any, kind: type) -> bool:
     """Whether a JSON value is of a kind: a boolean is no number, an integer is a `float` too, NaN is nothing."""
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
     if kind is float:
-        return is_a(value, int) or isinstance(value, float) and math.isfinite(value)
+        return is_type(value, int) or isinstance(value, float) and math.isfinite(value)
     return isinstance(value, kind)
 
 
-def take(body: Object, key: str, kind: type, path: str = "", *, required: bool = False, default: Any = None,
+def field(body: Object, key: str, kind: type, path: str = "", *, required: bool = False, default: Any = None,
          low: float | None = None, high: float | None = None) -> Any:
     """`body[key]`, checked. Null is absent. `path` ("messages.0.") precedes the key in the sentence of a WireError."""
     value = body.get(key)
@@ -41,7 +41,7 @@ def take(body: Object, key: str, kind: type, path: str = "", *, required: bool =
         if required:
             raise WireError(400, f"{path}{key}: Field required")
         return default
-    if not is_a(value, kind):
+    if not is_type(value, kind):
         raise WireError(400, f"{path}{key}: Input should be {_KINDS[kind]}")
     if low is not None and value < low:
         raise WireError(400, f"{path}{key}: Input should be greater than or equal to {low}")
@@ -52,9 +52,9 @@ def take(body: Object, key: str, kind: type, path: str = "", *, required: bool =
 
 def items(body: Object, key: str, kind: type, path: str = "", *, required: bool = False) -> list:
     """The list `body[key]` with all its items checked to be of `kind`."""
-    values = take(body, key, list, path, required=required, default=[])
+    values = field(body, key, list, path, required=required, default=[])
     for number, value in enumerate(values):
-        if not is_a(value, kind):
+        if not is_type(value, kind):
             raise WireError(400, f"{path}{key}.{number}: Input should be {_KINDS[kind]}")
     return values
 
@@ -63,7 +63,7 @@ def model_name(body: Any) -> str:
     """The model that a body asks for. Raises WireError if it names none."""
     if not isinstance(body, dict):
         raise WireError(400, "Input should be an object")
-    name = take(body, "model", str, required=True)
+    name = field(body, "model", str, required=True)
     if not name:
         raise WireError(400, "model: String should have at least 1 character")
     return name

@@ -12,7 +12,7 @@ from typing import Any
 from _mlx_server.inference.models import LocalModel
 from _mlx_server.inference.protocol import Done, EngineBusy, EngineClosed, EngineError, Event, InvalidRequest, ModelLoadError, ModelNotFound, PromptTooLong, Request, Sampling, Text, Thinking, ToolEnd, ToolStart
 from _mlx_server.wire.conversation import IMAGE_NOTE, Turn, ask_for_json, canonical, chat_turns
-from _mlx_server.wire.fields import Object, WireError, is_a, items, now, take
+from _mlx_server.wire.fields import Object, WireError, is_type, items, now, field
 from _mlx_server.wire.reply import Embeddings, Reply, token_objects
 from _mlx_server.wire.tools import function_tools
 
@@ -36,7 +36,7 @@ def parse_keep_alive(value: Any) -> float | None:
     than Ollama, numbers as strings. Raises WireError."""
     if value is None:
         return None
-    seconds = value if is_a(value, float) else None
+    seconds = value if is_type(value, float) else None
     if isinstance(value, str):
         sign, digits = (-1 if "-" in value[:1] else 1), value.removeprefix("-").removeprefix("+")
         if re.fullmatch(r"\d+\.?\d*|\.\d+", digits, re.ASCII):
@@ -50,7 +50,7 @@ def parse_keep_alive(value: Any) -> float | None:
 
 def _ollama_name(body: Object, status: int, nameless: str) -> str:
     """The model that a body asks for; `status` and `nameless` are the error when it names none. Raises WireError."""
-    name = take(body, "model", str, default="")
+    name = field(body, "model", str, default="")
     if not name:
         raise WireError(status, nameless)
     if re.search(r"[\s\x00-\x1f]", name):
@@ -58,11 +58,11 @@ def _ollama_name(body: Object, status: int, nameless: str) -> str:
     return name
 
 
-def _ollama_options(body: Object) -> Object:
+def ollama_options(body: Object) -> Object:
     """The options given, checked. Integers may be written as floats."""
-    options = {key: value for key, value in take(body, "options", dict, default={}).items() if value is not None}
+    options = {key: value for key, value in field(body, "options", dict, default={}).items() if value is not None}
     for key, (kind, said) in _OPTIONS.items():
-        if key in options and not is_a(options[key], kind):
+        if key in options and not is_type(options[key], kind):
             raise WireError(400, f'option "{key}" must be of type {said}')
         if key in options and said == "integer":
             options[key] = max(-2**62, min(int(options[key]), 2**62))
@@ -75,7 +75,7 @@ def _ollama_options(body: Object) -> Object:
     return options
 
 
-def _ollama_sampling(options: Object) -> Sampling:
+def ollama_sampling(options: Object) -> Sampling:
     seed, temperature, top_k = options.get("seed", -1), options.get("temperature"), options.get("top_k")
     window = options.get("repeat_last_n")  # 0: no penalty, negative: everything
     return Sampling(
@@ -107,8 +107,8 @@ def _ollama_images(body: Object, path: str = "") -> list[str]:
     return [IMAGE_NOTE] * len(body.get("images") or [])
 
 
-def _ollama_text(message: Object, path: str) -> str:
-    said = take(message, "content", str, path, default="")
+def ollama_text(message: Object, path: str) -> str:
+    said = field(message, "content", str, path, default="")
     return "\n".join(filter(None, [*_ollama_images(message, path), said]))
 
 
@@ -127,20 +127,20 @@ class _OllamaReply(Reply):
     def __init__(self, body: Object):
         if not isinstance(body, dict):
             raise WireError(400, "Input should be an object")
-        count = take(body, "top_logprobs", int, default=0)
+        count = field(body, "top_logprobs", int, default=0)
         if not 0 <= count <= 20:
             raise WireError(400, "top_logprobs must be between 0 and 20")
-        if take(body, "_debug_render_only", bool, default=False):
+        if field(body, "_debug_render_only", bool, default=False):
             raise WireError(400, "_debug_render_only is not supported by this server")
         name = _ollama_name(body, *self.nameless)
-        self.stream = take(body, "stream", bool, default=True)
-        options = _ollama_options(body)
+        self.stream = field(body, "stream", bool, default=True)
+        options = ollama_options(body)
         limit = options.get("num_predict", -1)
         thinking, effort = _ollama_think(body)
         self.request = Request(
-            name, sampling=_ollama_sampling(options), stop=[text for text in options["stop"] if text],
+            name, sampling=ollama_sampling(options), stop=[text for text in options["stop"] if text],
             max_tokens=limit if limit >= 0 else None, thinking=thinking, effort=effort,
-            logprobs=count if take(body, "logprobs", bool, default=False) else None,
+            logprobs=count if field(body, "logprobs", bool, default=False) else None,
             keep_alive=parse_keep_alive(body.get("keep_alive")))
         self._format = body.get("format") or None
         if self._format not in (None, "json") and not isinstance(self._format, dict):
@@ -218,7 +218,7 @@ class OllamaChat(_OllamaReply):
         self.request.tools = function_tools(items(body, "tools", dict))
         if not messages:
             return self._only_load()
-        self.request.messages = canonical(chat_turns(messages, _ollama_text)) or [{"role": "user", "content": ""}]
+        self.request.messages = canonical(chat_turns(messages, ollama_text)) or [{"role": "user", "content": ""}]
         if self._format:
             ask_for_json(self.request, None if self._format == "json" else self._format)
 
@@ -235,8 +235,8 @@ class OllamaGenerate(_OllamaReply):
     def __init__(self, body: Object):
         super().__init__(body)
         prompt, system, template, suffix = (
-            take(body, key, str, default="") for key in ("prompt", "system", "template", "suffix"))
-        raw = take(body, "raw", bool, default=False)
+            field(body, key, str, default="") for key in ("prompt", "system", "template", "suffix"))
+        raw = field(body, "raw", bool, default=False)
         images = _ollama_images(body)
         self.request.context, self._tells_context = items(body, "context", int), not raw
         if not prompt and self.request.keep_alive == 0:
@@ -275,10 +275,10 @@ class OllamaEmbed(Embeddings):
         texts = [given] if isinstance(given, str) and given else given or []
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise WireError(400, "invalid input type")
-        _ollama_options(body)
+        ollama_options(body)
         super().__init__(_ollama_name(body, 404, "model '' not found"), texts,
-                         truncate=take(body, "truncate", bool, default=True),
-                         dimensions=take(body, "dimensions", int, low=0) or None,
+                         truncate=field(body, "truncate", bool, default=True),
+                         dimensions=field(body, "dimensions", int, low=0) or None,
                          keep_alive=parse_keep_alive(body.get("keep_alive")))
 
     def whole(self) -> Object:
@@ -294,8 +294,8 @@ class OllamaEmbeddings(Embeddings):
     dialect = "ollama"
 
     def __init__(self, body: Object):
-        prompt = take(body, "prompt", str, default="")
-        _ollama_options(body)
+        prompt = field(body, "prompt", str, default="")
+        ollama_options(body)
         super().__init__(_ollama_name(body, 400, "model is required"), [prompt] if prompt else [], truncate=True,
                          keep_alive=parse_keep_alive(body.get("keep_alive")))
 

@@ -11,8 +11,8 @@ from typing import Any, Iterable
 from _mlx_server.inference.models import Loaded, LocalModel
 from _mlx_server.inference.presets import Preset
 from _mlx_server.wire.conversation import Turn, canonical, chat_turns
-from _mlx_server.wire.fields import Object, WireError, is_a, items, take, timestamp
-from _mlx_server.wire.ollama import _ollama_options, _ollama_sampling, _ollama_text
+from _mlx_server.wire.fields import Object, WireError, is_type, items, field, timestamp
+from _mlx_server.wire.ollama import ollama_options, ollama_sampling, ollama_text
 
 
 _SHOWN = {**{key: key for key in ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "seed")},
@@ -31,7 +31,7 @@ def _details(model: LocalModel) -> Object:
             "context_length": model.context_length, "embedding_length": model.embedding_length}
 
 
-def _listed(model: LocalModel, size: int) -> Object:
+def listed_model(model: LocalModel, size: int) -> Object:
     return {"name": _tagged(model.name), "model": _tagged(model.name), "size": size, "digest": model.digest,
             "details": _details(model)}
 
@@ -41,7 +41,7 @@ def find_tag(tags: Iterable[Object], name: str) -> Object | None:
     return next((tag for tag in tags if _tagged(tag["name"]).lower() == _tagged(name).lower()), None)
 
 
-def _not_hidden(tags: Iterable[Object], models: list[LocalModel]) -> list[Object]:
+def not_hidden(tags: Iterable[Object], models: list[LocalModel]) -> list[Object]:
     """An upstream's tag objects without those whose name is a local model's."""
     local = {_tagged(model.name).lower() for model in models}
     return [tag for tag in tags if _tagged(tag["name"]).lower() not in local]
@@ -59,7 +59,7 @@ def ollama_show(model: LocalModel, context_length: int, template: str, generatio
         "attention.head_count_kv": config.get("num_key_value_heads"),
         "feed_forward_length": config.get("intermediate_size"), "vocab_size": config.get("vocab_size")}
     chosen = {key: value for key, value in vars(preset.sampling).items() if value is not None}
-    defaults = {key: value for key, value in {**generation, **chosen}.items() if key in _SHOWN and is_a(value, float)}
+    defaults = {key: value for key, value in {**generation, **chosen}.items() if key in _SHOWN and is_type(value, float)}
     parameters = [(_SHOWN[key], value) for key, value in defaults.items()]
     parameters += [("num_predict", preset.max_tokens)] * (preset.max_tokens is not None)
     parameters += [("stop", json.dumps(stop, ensure_ascii=False)) for stop in preset.stop]
@@ -72,7 +72,7 @@ def ollama_show(model: LocalModel, context_length: int, template: str, generatio
         "details": _details(model), "capabilities": list(model.capabilities), "modified_at": timestamp(preset.modified),
         "model_info": {
             "general.architecture": model.family, "general.basename": name, "general.parameter_count": model.parameters,
-            **{f"{model.family}.{key}": value for key, value in numbers.items() if is_a(value, int)}}}
+            **{f"{model.family}.{key}": value for key, value in numbers.items() if is_type(value, int)}}}
 
 
 def ollama_create(body: Object, name: str, base: Preset) -> Preset:
@@ -81,15 +81,15 @@ def ollama_create(body: Object, name: str, base: Preset) -> Preset:
     for key in ("files", "adapters", "quantize", "template", "renderer", "parser"):
         if body.get(key):
             raise WireError(400, f"'{key}' is not supported by this server: a model can be created 'from' an installed one")
-    given = {**body, "options": take(body, "parameters", dict, default={})}
-    options = _ollama_options(given)
+    given = {**body, "options": field(body, "parameters", dict, default={})}
+    options = ollama_options(given)
     limit = options.get("num_predict", -1)
-    turns = chat_turns(items(body, "messages", dict), _ollama_text)
-    messages = canonical([Turn("system", take(body, "system", str, default="") or base.system), *turns])
+    turns = chat_turns(items(body, "messages", dict), ollama_text)
+    messages = canonical([Turn("system", field(body, "system", str, default="") or base.system), *turns])
     system = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else ""
     if messages and messages[-1]["role"] != "assistant":
         raise WireError(400, "messages: the last one should be the assistant's")
-    sampling = _ollama_sampling(options)
+    sampling = ollama_sampling(options)
     kept = {key: value for key, value in vars(base.sampling).items() if getattr(sampling, key) is None}
     return Preset(name, base.model, system=system, messages=messages or base.messages, sampling=replace(sampling, **kept),
                   stop=[text for text in options["stop"] if text] or base.stop,
@@ -98,7 +98,7 @@ def ollama_create(body: Object, name: str, base: Preset) -> Preset:
 
 def checked_name(name: Any, said: str) -> str:
     """A name that a model may get, by Ollama's rules. Raises WireError with what is `said` of one that is none."""
-    if not is_a(name, str) or not re.fullmatch(r"\w[\w.-]{0,79}(/\w[\w.-]{0,79}){0,2}(:\w[\w.-]{0,79})?", name, re.ASCII):
+    if not is_type(name, str) or not re.fullmatch(r"\w[\w.-]{0,79}(/\w[\w.-]{0,79}){0,2}(:\w[\w.-]{0,79})?", name, re.ASCII):
         raise WireError(400, said)
     return name
 
@@ -106,5 +106,5 @@ def checked_name(name: Any, said: str) -> str:
 def ollama_ps(loaded: list[Loaded]) -> Object:
     """GET /api/ps: the models in memory, longest-lived first."""
     lasting = sorted(loaded, key=lambda one: math.inf if one.expires is None else one.expires, reverse=True)
-    return {"models": [{**_listed(one.model, one.size), "size_vram": one.size, "context_length": one.context_length,
+    return {"models": [{**listed_model(one.model, one.size), "size_vram": one.size, "context_length": one.context_length,
                         "expires_at": _NEVER if one.expires is None else timestamp(one.expires)} for one in lasting]}

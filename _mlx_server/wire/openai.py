@@ -13,8 +13,8 @@ from typing import Any
 
 from _mlx_server.inference.protocol import Done, Event, ModelNotFound, PromptTooLong, Request, Sampling, Text, Thinking, Token, ToolInput, ToolStart, Usage
 from _mlx_server.wire.anthropic import anthropic_error
-from _mlx_server.wire.conversation import IMAGE_NOTE, Turn, ask_for_json, canonical, chat_turns, not_silent
-from _mlx_server.wire.fields import Object, WireError, content_blocks, is_a, items, model_name, nested, take
+from _mlx_server.wire.conversation import IMAGE_NOTE, Turn, ask_for_json, canonical, chat_turns, require_content
+from _mlx_server.wire.fields import Object, WireError, content_blocks, is_type, items, model_name, nested, field
 from _mlx_server.wire.reply import Embeddings, Reply, token_objects
 from _mlx_server.wire.tools import any_strict, forced_choice, function_tools
 
@@ -27,49 +27,49 @@ _MOST_TEXTS = 2048  # to embed in one request, as OpenAI has it
 _CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 
 
-def _openai_request(body: Object, *limits: str) -> Request:
+def openai_request(body: Object, *limits: str) -> Request:
     """What all three bodies have in common. `limits` are the names of the bound on the answer's tokens; -1 is none.
 
     Raises WireError 400 with the path of what is wrong. Unknown keys are ignored, and so is all that only steers OpenAI's
     own caches, storage and billing.
     """
     model = model_name(body)
-    bounds = [take(body, key, int, low=-1) for key in limits]
+    bounds = [field(body, key, int, low=-1) for key in limits]
     bound = next((bound for bound in bounds if bound is not None), None)
     stop = [body["stop"]] if isinstance(body.get("stop"), str) else items(body, "stop", str)
-    top_k = take(body, "top_k", int, low=-1)
+    top_k = field(body, "top_k", int, low=-1)
     return Request(
         model, stop=[text for text in stop if text], max_tokens=None if bound == -1 else bound,
         sampling=Sampling(
-            temperature=take(body, "temperature", float, low=0, high=2), top_p=take(body, "top_p", float, low=0, high=1),
-            top_k=None if top_k is None else max(0, top_k), min_p=take(body, "min_p", float, low=0, high=1),
-            repetition_penalty=take(body, "repetition_penalty", float, low=0),
-            presence_penalty=take(body, "presence_penalty", float, low=-2, high=2),
-            frequency_penalty=take(body, "frequency_penalty", float, low=-2, high=2),
-            seed=take(body, "seed", int), logit_bias=_logit_bias(take(body, "logit_bias", dict, default={}))))
+            temperature=field(body, "temperature", float, low=0, high=2), top_p=field(body, "top_p", float, low=0, high=1),
+            top_k=None if top_k is None else max(0, top_k), min_p=field(body, "min_p", float, low=0, high=1),
+            repetition_penalty=field(body, "repetition_penalty", float, low=0),
+            presence_penalty=field(body, "presence_penalty", float, low=-2, high=2),
+            frequency_penalty=field(body, "frequency_penalty", float, low=-2, high=2),
+            seed=field(body, "seed", int), logit_bias=_logit_bias(field(body, "logit_bias", dict, default={}))))
 
 
 def _logit_bias(given: Object) -> dict[int, float] | None:
     for key in given:
         if not re.fullmatch(r"\d{1,9}", key, re.ASCII):
             raise WireError(400, f"logit_bias: '{key}' should be the id of a token")
-    return {int(key): take(given, key, float, "logit_bias.", default=0, low=-100, high=100) for key in given} or None
+    return {int(key): field(given, key, float, "logit_bias.", default=0, low=-100, high=100) for key in given} or None
 
 
-def _converse(request: Request, body: Object, tools: list[Object], turns: list[Turn], effort: str | None, form: Object,
+def fill_conversation(request: Request, body: Object, tools: list[Object], turns: list[Turn], effort: str | None, form: Object,
               path: str) -> None:
     """Fills in what belongs to a conversation; `form` is the demanded output format, found at `path`."""
     request.messages = canonical(turns)
     request.tool_choice, request.tools = _openai_tool_choice(body, function_tools(tools))
     request.strict = any_strict(tools)
-    request.parallel_tool_calls = take(body, "parallel_tool_calls", bool, default=True)
-    asked = take(take(body, "chat_template_kwargs", dict, default={}), "enable_thinking", bool, "chat_template_kwargs.")
+    request.parallel_tool_calls = field(body, "parallel_tool_calls", bool, default=True)
+    asked = field(field(body, "chat_template_kwargs", dict, default={}), "enable_thinking", bool, "chat_template_kwargs.")
     request.thinking = effort != "none" if asked is None and effort else asked
     request.effort = effort if effort != "none" else None
-    kind = take(form, "type", str, path, default="text")
+    kind = field(form, "type", str, path, default="text")
     if kind == "json_schema":
         inner, path = nested(form, "json_schema", path)
-        ask_for_json(request, take(inner, "schema", dict, path, default={}))
+        ask_for_json(request, field(inner, "schema", dict, path, default={}))
     elif kind == "json_object":
         ask_for_json(request, None)
     elif kind != "text":
@@ -79,15 +79,15 @@ def _converse(request: Request, body: Object, tools: list[Object], turns: list[T
 def _openai_tool_choice(body: Object, tools: list[Object]) -> tuple[str, list[Object]]:
     """`Request.tool_choice`, and the tools there are to choose from."""
     given = body.get("tool_choice")
-    choice = {"type": given} if isinstance(given, str) else take(body, "tool_choice", dict, default={})
-    kind, name = take(choice, "type", str, "tool_choice.", default="auto"), None
+    choice = {"type": given} if isinstance(given, str) else field(body, "tool_choice", dict, default={})
+    kind, name = field(choice, "type", str, "tool_choice.", default="auto"), None
     inner, path = nested(choice, kind, "tool_choice.")
     if kind == "allowed_tools":
         allowed = [nested(tool, "function", path)[0].get("name") for tool in items(inner, "tools", dict, path, required=True)]
         tools = [tool for tool in tools if tool["function"]["name"] in allowed]
-        kind = take(inner, "mode", str, path, default="auto")
+        kind = field(inner, "mode", str, path, default="auto")
     elif kind in ("function", "custom"):
-        name = take(inner, "name", str, path, required=True)
+        name = field(inner, "name", str, path, required=True)
     if kind in ("required", "function", "custom"):
         return forced_choice(kind, name, tools, path), tools
     if kind not in ("auto", "none"):
@@ -95,7 +95,7 @@ def _openai_tool_choice(body: Object, tools: list[Object]) -> tuple[str, list[Ob
     return kind, tools
 
 
-def _openai_text(message: Object, path: str, key: str = "content") -> str:
+def openai_text(message: Object, path: str, key: str = "content") -> str:
     """The text of a message's content, or of a tool's output: a string or parts of any of the APIs."""
     content = message.get(key)
     parts = [] if content is None else content_blocks(content, f"{path}{key}")
@@ -103,11 +103,11 @@ def _openai_text(message: Object, path: str, key: str = "content") -> str:
 
 
 def _part_text(part: Object, path: str) -> str:
-    kind = take(part, "type", str, path, required=True)
+    kind = field(part, "type", str, path, required=True)
     if kind in ("text", "input_text", "output_text", "summary_text", "reasoning_text"):
-        return take(part, "text", str, path, required=True)
+        return field(part, "text", str, path, required=True)
     if kind == "refusal":
-        return take(part, "refusal", str, path, default="")
+        return field(part, "refusal", str, path, default="")
     if kind in ("image_url", "input_image"):
         return IMAGE_NOTE
     if kind in ("input_audio", "file", "input_file"):
@@ -125,11 +125,11 @@ class _Completions(Reply):
     kinds: tuple[str, str]  # what the object is called when it comes whole, and in pieces
 
     def __init__(self, body: Object, *limits: str):
-        self.request = _openai_request(body, *limits)
-        self.stream = take(body, "stream", bool, default=False)
-        options = take(body, "stream_options", dict, default={})
-        self._counts = take(options, "include_usage", bool, "stream_options.", default=False)
-        self._n = take(body, "n", int, default=1, low=1, high=_MOST_CHOICES)
+        self.request = openai_request(body, *limits)
+        self.stream = field(body, "stream", bool, default=False)
+        options = field(body, "stream_options", dict, default={})
+        self._counts = field(options, "include_usage", bool, "stream_options.", default=False)
+        self._n = field(body, "n", int, default=1, low=1, high=_MOST_CHOICES)
         self._prompts: list[str | list[int] | None] = [None]
         self._head: Object = {}
         self._choices: list[Object] = []  # those that have ended
@@ -217,11 +217,11 @@ class OpenAIChat(_Completions):
 
     def __init__(self, body: Object):
         super().__init__(body, "max_completion_tokens", "max_tokens")
-        top = take(body, "top_logprobs", int, default=0, low=0, high=20)
-        self.request.logprobs = top if take(body, "logprobs", bool, default=False) else None
-        turns = not_silent(chat_turns(items(body, "messages", dict, required=True), _openai_text))
-        form = take(body, "response_format", dict, default={})
-        _converse(self.request, body, items(body, "tools", dict), turns, take(body, "reasoning_effort", str), form,
+        top = field(body, "top_logprobs", int, default=0, low=0, high=20)
+        self.request.logprobs = top if field(body, "logprobs", bool, default=False) else None
+        turns = require_content(chat_turns(items(body, "messages", dict, required=True), openai_text))
+        form = field(body, "response_format", dict, default={})
+        fill_conversation(self.request, body, items(body, "tools", dict), turns, field(body, "reasoning_effort", str), form,
                   "response_format.")
 
     def open(self, generation: Any) -> list[Object]:
@@ -277,11 +277,11 @@ class OpenAICompletion(_Completions):
             if body.get(key) not in (None, harmless):
                 raise WireError(400, f"{key}: not supported by this server")
         self.request.max_tokens = 16 if body.get("max_tokens") is None else self.request.max_tokens  # as OpenAI has it
-        self.request.logprobs = take(body, "logprobs", int, low=0, high=20)
+        self.request.logprobs = field(body, "logprobs", int, low=0, high=20)
         given = body.get("prompt")
-        prompts = given if isinstance(given, list) and not all(is_a(one, int) for one in given) else [given]
+        prompts = given if isinstance(given, list) and not all(is_type(one, int) for one in given) else [given]
         for prompt in prompts:
-            tokens = isinstance(prompt, list) and all(is_a(token, int) for token in prompt)
+            tokens = isinstance(prompt, list) and all(is_type(token, int) for token in prompt)
             if not (prompt and (tokens or isinstance(prompt, str))):
                 raise WireError(400, "prompt: Input should be text, token ids, or a list of such, and not empty")
         if len(prompts) * self._n > _MOST_CHOICES:
@@ -310,16 +310,16 @@ class OpenAIEmbeddings(Embeddings):
 
     def __init__(self, body: Object):
         given = body.get("input")
-        texts = [given] if isinstance(given, str) or isinstance(given, list) and is_a(next(iter(given), None), int) else given
+        texts = [given] if isinstance(given, str) or isinstance(given, list) and is_type(next(iter(given), None), int) else given
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) or isinstance(text, list) and all(
-                is_a(token, int) for token in text) for text in texts):
+                is_type(token, int) for token in text) for text in texts):
             raise WireError(400, "input: Input should be a string, a list of strings, or one or more lists of token ids")
         if len(texts) > _MOST_TEXTS:
             raise WireError(400, f"input: List should have at most {_MOST_TEXTS} items")
-        self._format = take(body, "encoding_format", str, default="float")
+        self._format = field(body, "encoding_format", str, default="float")
         if self._format not in ("float", "base64"):
             raise WireError(400, "encoding_format: Input should be 'float' or 'base64'")
-        super().__init__(model_name(body), texts, truncate=False, dimensions=take(body, "dimensions", int, low=1))
+        super().__init__(model_name(body), texts, truncate=False, dimensions=field(body, "dimensions", int, low=1))
 
     def whole(self) -> Object:
         data = [{"object": "embedding", "index": index, "embedding": vector if self._format == "float" else _packed(vector)}

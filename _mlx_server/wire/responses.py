@@ -8,9 +8,9 @@ import time
 from typing import Any
 
 from _mlx_server.inference.protocol import Done, Event, Text, Thinking, ToolEnd, ToolInput, ToolStart
-from _mlx_server.wire.conversation import Turn, _CHAT_ROLES, not_silent
-from _mlx_server.wire.fields import Object, WireError, items, take
-from _mlx_server.wire.openai import _converse, _openai_request, _openai_text, openai_error
+from _mlx_server.wire.conversation import Turn, CHAT_ROLES, require_content
+from _mlx_server.wire.fields import Object, WireError, items, field
+from _mlx_server.wire.openai import fill_conversation, openai_request, openai_text, openai_error
 from _mlx_server.wire.reply import Reply, token_objects
 from _mlx_server.wire.tools import call_arguments
 
@@ -37,8 +37,8 @@ class OpenAIResponses(Reply):
     framing = "events"
 
     def __init__(self, body: Object):
-        self.request = _openai_request(body, "max_output_tokens")
-        self.stream = take(body, "stream", bool, default=False)
+        self.request = openai_request(body, "max_output_tokens")
+        self.stream = field(body, "stream", bool, default=False)
         for key in _NOT_KEPT:
             if body.get(key):
                 raise WireError(400, f"{key}: not supported by this server; send the whole conversation as input")
@@ -46,11 +46,11 @@ class OpenAIResponses(Reply):
         tools = self._flat_tools(items(body, "tools", dict))
         self._custom = {tool["name"] for tool in tools if tool.get("parameters") is _FREE}
         if "message.output_text.logprobs" in items(body, "include", str):
-            self.request.logprobs = take(body, "top_logprobs", int, default=0, low=0, high=20)
-        turns = [Turn("system", take(body, "instructions", str, default="")), *not_silent(_responses_turns(body), "input")]
-        effort = take(take(body, "reasoning", dict, default={}), "effort", str, "reasoning.")
-        form = take(take(body, "text", dict, default={}), "format", dict, "text.", default={})
-        _converse(self.request, body, tools, turns, effort, form, "text.format.")
+            self.request.logprobs = field(body, "top_logprobs", int, default=0, low=0, high=20)
+        turns = [Turn("system", field(body, "instructions", str, default="")), *require_content(_responses_turns(body), "input")]
+        effort = field(field(body, "reasoning", dict, default={}), "effort", str, "reasoning.")
+        form = field(field(body, "text", dict, default={}), "format", dict, "text.", default={})
+        fill_conversation(self.request, body, tools, turns, effort, form, "text.format.")
         self._response: Object = {
             "object": "response", "model": self.request.model, "status": "in_progress", "output": [], "error": None,
             "incomplete_details": None, "instructions": body.get("instructions"), "usage": None,
@@ -106,9 +106,9 @@ class OpenAIResponses(Reply):
             if tool.get("type") != "namespace":
                 flat.append(_as_function(tool, at))
                 continue
-            space = take(tool, "name", str, at, required=True)
+            space = field(tool, "name", str, at, required=True)
             for inner in items(tool, "tools", dict, at):
-                name = take(inner, "name", str, f"{at}tools.", required=True)
+                name = field(inner, "name", str, f"{at}tools.", required=True)
                 self._spaces[_in_space(space, name)] = (space, name)
                 flat.append({**_as_function(inner, f"{at}tools."), "name": _in_space(space, name)})
         return flat
@@ -178,9 +178,9 @@ def _as_function(tool: Object, at: str) -> Object:
     follow is told, not enforced."""
     if tool.get("type") != "custom":
         return tool
-    form = take(tool, "format", dict, at, default={})
-    told = [take(tool, "description", str, at, default=""), take(form, "definition", str, f"{at}format.", default="")]
-    name = take(tool, "name", str, at, required=True)
+    form = field(tool, "format", dict, at, default={})
+    told = [field(tool, "description", str, at, default=""), field(form, "definition", str, f"{at}format.", default="")]
+    name = field(tool, "name", str, at, required=True)
     return {"type": "function", "name": name, "description": "\n\n".join(filter(None, told)), "parameters": _FREE}
 
 
@@ -192,7 +192,7 @@ def _in_space(space: str | None, name: str) -> str:
 def _item_call_id(item: Object, kind: str, at: str) -> str:
     """The id of the call that an item is or answers; those of the local shell may have no `call_id`."""
     own = kind.startswith("local_shell_call") and item.get("call_id") is None
-    return take(item, "id" if own else "call_id", str, at, required=True)
+    return field(item, "id" if own else "call_id", str, at, required=True)
 
 
 def _responses_turns(body: Object) -> list[Turn]:
@@ -202,23 +202,23 @@ def _responses_turns(body: Object) -> list[Turn]:
     turns = []
     for number, item in enumerate(items(body, "input", dict, required=True)):
         at = f"input.{number}."
-        kind = take(item, "type", str, at, default="message")
+        kind = field(item, "type", str, at, default="message")
         if kind == "message":
-            role = take(item, "role", str, at, required=True)
-            turns.append(Turn(_CHAT_ROLES.get(role, "user"), _openai_text(item, at)))
+            role = field(item, "role", str, at, required=True)
+            turns.append(Turn(CHAT_ROLES.get(role, "user"), openai_text(item, at)))
         elif kind in ("function_call", "custom_tool_call"):
-            id, name = (take(item, key, str, at, required=True) for key in ("call_id", "name"))
+            id, name = (field(item, key, str, at, required=True) for key in ("call_id", "name"))
             arguments = call_arguments(item.get("arguments")) if kind == "function_call" else {
-                "input": take(item, "input", str, at, default="")}
-            turns.append(Turn("assistant", calls=[(id, _in_space(take(item, "namespace", str, at), name), arguments)]))
+                "input": field(item, "input", str, at, default="")}
+            turns.append(Turn("assistant", calls=[(id, _in_space(field(item, "namespace", str, at), name), arguments)]))
         elif kind == "local_shell_call":
-            action = take(item, "action", dict, at, required=True)
+            action = field(item, "action", dict, at, required=True)
             turns.append(Turn("assistant", calls=[(_item_call_id(item, kind, at), "local_shell", action)]))
         elif kind in ("function_call_output", "custom_tool_call_output", "local_shell_call_output"):
             id = _item_call_id(item, kind, at)
-            turns.append(Turn("tool", _openai_text(item, at, "output"), call_id=id))
+            turns.append(Turn("tool", openai_text(item, at, "output"), call_id=id))
         elif kind == "reasoning":
-            turns.append(Turn("assistant", reasoning=_openai_text(item, at) or _openai_text(item, at, "summary")))
+            turns.append(Turn("assistant", reasoning=openai_text(item, at) or openai_text(item, at, "summary")))
         elif kind == "item_reference":
             raise WireError(400, f"{at}type: '{kind}' is not supported by this server; send the item")
         else:

@@ -6,7 +6,7 @@ import json
 import logging
 from typing import Any
 
-from _mlx_server.wire.fields import Object, WireError, encodable, nested, take
+from _mlx_server.wire.fields import Object, WireError, encodable, nested, field
 
 log = logging.getLogger("mlx_server")
 
@@ -25,14 +25,14 @@ def function_tools(tools: list[Object]) -> list[Object]:
     functions, others = [], []
     for number, tool in enumerate(tools):
         at = f"tools.{number}."
-        kind = take(tool, "type", str, at, default="function")
+        kind = field(tool, "type", str, at, default="function")
         if kind != "function" and "function" not in tool:
             others.append(kind)
             continue
         function, at = nested(tool, "function", at)
-        functions.append(tool_form(take(function, "name", str, at, required=True),
-                                   take(function, "description", str, at, default=""),
-                                   take(function, "parameters", dict, at, default={})))
+        functions.append(tool_form(field(function, "name", str, at, required=True),
+                                   field(function, "description", str, at, default=""),
+                                   field(function, "parameters", dict, at, default={})))
     if others and not functions:
         raise WireError(400, f"tools: tools of type '{others[0]}' are not supported by this server")
     if others:
