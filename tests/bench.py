@@ -1,15 +1,18 @@
 """Measures a server as its clients see it, in one table.
 
-    python tests/bench.py [--minutes 10] [--model NAME] [--against URL --against-model NAME] [--plot FILE.png]
+    python tests/bench.py [--minutes 10] [--model NAME] [--against URL --against-model NAME] [--plot
+    FILE.png]
 
-starts this server with its default model, or asks the one at `--url`. `--against` names a server to compare it with (Ollama's
-http://localhost:11434, say); else it is compared with itself and mlx-lm's `stream_generate`. Both sides are asked in turn,
-greedily, with the same prompts, none of which they have seen before; so both models have to fit into memory together. Parts of
-the table can be named, to measure nothing else: `loop`, `prefill`, `decode`, `concurrent`, `contended`. Besides, there are
+starts this server with its default model, or asks the one at `--url`. `--against` names a server to
+compare it with (Ollama's http://localhost:11434, say); else it is compared with itself and mlx-lm's
+`stream_generate`. Both sides are asked in turn, greedily, with the same prompts, none of which they
+have seen before; so both models have to fit into memory together. Parts of the table can be named,
+to measure nothing else: `loop`, `prefill`, `decode`, `concurrent`, `contended`. Besides, there are
 
-    python tests/bench.py reuse [--trace FILE]   a recorded session again: what of each prompt had to be prefilled
-    python tests/bench.py render                 a prompt that has grown: rendering, tokenising, look-up, warm as a ratio to cold
-    python tests/bench.py soak                   64 clients that hang up and come back: what goes wrong, and memory
+    python tests/bench.py reuse [--trace FILE]   a recorded session again: what of each prompt had
+    to be prefilled python tests/bench.py render                 a prompt that has grown: rendering,
+    tokenising, look-up, warm as a ratio to cold python tests/bench.py soak                   64
+    clients that hang up and come back: what goes wrong, and memory
 
 A trace is `{"requests": [{"body": {...Messages API...}}, ...]}`.
 """
@@ -32,12 +35,13 @@ import tempfile
 import threading
 import time
 from collections import namedtuple
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 from urllib.parse import urlsplit
 
 from soak import Soak, figure, memory
@@ -52,9 +56,10 @@ FAILURES = OSError, ValueError, LookupError, http.client.HTTPException  # of oth
 
 @dataclass
 class Answer:
-    """What a request cost: tokens of the prompt and those of them that were read before (None: the server does not tell),
-    tokens of the answer, seconds to the first piece of it, from there to the last, and those that the server says it read the
-    prompt for; and the content blocks in the Messages API's form."""
+    """What a request cost: tokens of the prompt and those of them that were read before (None: the
+    server does not tell), tokens of the answer, seconds to the first piece of it, from there to the
+    last, and those that the server says it read the prompt for; and the content blocks in the
+    Messages API's form."""
 
     prompt: int = 0
     reused: int | None = None
@@ -67,8 +72,8 @@ class Answer:
 
 @dataclass
 class Side:
-    """A server to measure: its API (a key of `APIS`) and the model's name there; whether it tells what of a prompt it had read
-    before; and the context to ask Ollama for, in tokens."""
+    """A server to measure: its API (a key of `APIS`) and the model's name there; whether it tells
+    what of a prompt it had read before; and the context to ask Ollama for, in tokens."""
 
     name: str
     url: str
@@ -79,8 +84,9 @@ class Side:
     context: int = 0
 
     def ask(self, body: dict) -> Answer:
-        """Sends a Messages API body, streamed, in the server's API. An answer of no visible piece counts from its end. Where
-        tokens are not counted, a piece of the answer is one, and four characters of the prompt. Raises OSError for an error."""
+        """Sends a Messages API body, streamed, in the server's API. An answer of no visible piece
+        counts from its end. Where tokens are not counted, a piece of the answer is one, and four
+        characters of the prompt. Raises OSError for an error."""
         path, form, read = APIS[self.api]
         payload = form({"temperature": 0, **body, "model": self.model, "stream": True})
         if self.api == "ollama" and self.context:  # with another one it would load the model anew
@@ -88,7 +94,9 @@ class Side:
         answer, pieces, started, seen = Answer(), 0, time.perf_counter(), 0.0
         with request(self.url, path, payload) as response:
             if response.status != 200:
-                raise OSError(f"{self.url}{path} answered {response.status}: {response.read(500).decode(errors='replace')}")
+                raise OSError(
+                    f"{self.url}{path} answered {response.status}: {response.read(500).decode(errors='replace')}"
+                )
             for line in response:
                 if not (line := line.removeprefix(b"data:").strip()).startswith(b"{"):
                     continue
@@ -99,7 +107,10 @@ class Side:
                     answer.first = answer.first or seen - started
         answer.first = answer.first or time.perf_counter() - started
         answer.rest = max(0.0, seen - started - answer.first)
-        answer.tokens, answer.prompt = answer.tokens or pieces, answer.prompt or len(json.dumps(body)) // 4
+        answer.tokens, answer.prompt = (
+            answer.tokens or pieces,
+            answer.prompt or len(json.dumps(body)) // 4,
+        )
         for block in answer.content:
             if block["type"] == "tool_use":
                 block["input"], arguments = {}, block.pop("json")
@@ -108,10 +119,13 @@ class Side:
         return answer
 
     def memory(self) -> float:
-        """GB that the server says it holds, in Ollama's list of models or our metrics; 0 if it does not."""
+        """GB that the server says it holds, in Ollama's list of models or our metrics; 0 if it does
+        not."""
         with contextlib.suppress(*FAILURES):
             if self.api == "ollama":
-                return sum(one["size"] for one in json.loads(get(self.url, "/api/ps"))["models"]) / 1e9
+                return (
+                    sum(one["size"] for one in json.loads(get(self.url, "/api/ps"))["models"]) / 1e9
+                )
             return figure(self.url, "memory_bytes") / 1e9
         return 0
 
@@ -122,8 +136,16 @@ def request(url: str, path: str, payload: dict | None = None) -> Iterator[http.c
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=3600)
     with contextlib.closing(connection):
-        connection.request("POST" if payload else "GET", parts.path.rstrip("/") + path, json.dumps(payload), {
-            "Content-Type": "application/json", "x-api-key": "bench", "anthropic-version": "2023-06-01"})
+        connection.request(
+            "POST" if payload else "GET",
+            parts.path.rstrip("/") + path,
+            json.dumps(payload),
+            {
+                "Content-Type": "application/json",
+                "x-api-key": "bench",
+                "anthropic-version": "2023-06-01",
+            },
+        )
         yield connection.getresponse()
 
 
@@ -134,11 +156,16 @@ def get(url: str, path: str) -> str:
 
 
 def find_out(name: str, url: str, api: str | None, model: str | None) -> Side:
-    """The server at a URL, in that of its APIs that tells most, with its only model if none is named. Raises SystemExit."""
+    """The server at a URL, in that of its APIs that tells most, with its only model if none is
+    named. Raises SystemExit."""
     sides, failed = [], []
     try:
         listed = {} if model else json.loads(get(url, "/api/tags") or get(url, "/v1/models"))
-        models = [model] if model else [one.get("name") or one["id"] for one in listed.get("models") or listed["data"]]
+        models = (
+            [model]
+            if model
+            else [one.get("name") or one["id"] for one in listed.get("models") or listed["data"]]
+        )
     except FAILURES as error:
         raise SystemExit(f"bench: {url} cannot be asked: {error}") from None
     if len(models) != 1:
@@ -158,7 +185,8 @@ def find_out(name: str, url: str, api: str | None, model: str | None) -> Side:
 
 
 class Generate:
-    """mlx-lm's own `stream_generate` in this process, to be asked as a server is, without an agent's tools."""
+    """mlx-lm's own `stream_generate` in this process, to be asked as a server is, without an
+    agent's tools."""
 
     name, parts = "stream_generate", ("prefill", "decode")
 
@@ -176,7 +204,13 @@ class Generate:
 
         started, first = time.perf_counter(), 0.0
         prompt = self._tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True)
-        for last in stream_generate(self._model, self._tokenizer, prompt, max_tokens=body["max_tokens"], prefill_step_size=512):
+        for last in stream_generate(
+            self._model,
+            self._tokenizer,
+            prompt,
+            max_tokens=body["max_tokens"],
+            prefill_step_size=512,
+        ):
             seen = time.perf_counter()
             first = first or seen - started
         return Answer(len(prompt), 0, last.generation_tokens, first, seen - started - first)
@@ -190,10 +224,17 @@ def read_event(event: dict, answer: Answer) -> bool:
     usage = event.get("message", event).get("usage") or {}
     if "input_tokens" in usage:
         cached = answer.reused = usage.get("cache_read_input_tokens") or 0
-        answer.prompt = usage["input_tokens"] + cached + (usage.get("cache_creation_input_tokens") or 0)
+        answer.prompt = (
+            usage["input_tokens"] + cached + (usage.get("cache_creation_input_tokens") or 0)
+        )
     answer.tokens = usage.get("output_tokens", answer.tokens)
     if event["type"] == "content_block_start":
-        answer.content.append({**event["content_block"], **({"json": ""} if event["content_block"]["type"] == "tool_use" else {})})
+        answer.content.append(
+            {
+                **event["content_block"],
+                **({"json": ""} if event["content_block"]["type"] == "tool_use" else {}),
+            }
+        )
     elif event["type"] == "content_block_delta":
         for kind in ("text", "thinking", "signature"):
             if kind in event["delta"]:
@@ -215,9 +256,16 @@ def read_chunk(chunk: dict, answer: Answer) -> bool:
         answer.content[-1]["text"] += text
     for call in delta.get("tool_calls") or []:
         if call.get("id"):
-            answer.content.append({"type": "tool_use", "id": call["id"], "name": call["function"]["name"], "json": ""})
+            answer.content.append(
+                {"type": "tool_use", "id": call["id"], "name": call["function"]["name"], "json": ""}
+            )
         answer.content[-1]["json"] += call["function"].get("arguments") or ""
-    return bool(delta.get("content") or delta.get("tool_calls") or delta.get("reasoning_content") or delta.get("reasoning"))
+    return bool(
+        delta.get("content")
+        or delta.get("tool_calls")
+        or delta.get("reasoning_content")
+        or delta.get("reasoning")
+    )
 
 
 def read_object(event: dict, answer: Answer) -> bool:
@@ -226,9 +274,22 @@ def read_object(event: dict, answer: Answer) -> bool:
     if event.get("done"):
         answer.prompt, answer.tokens = event.get("prompt_eval_count", 0), event.get("eval_count", 0)
         answer.reading = event.get("prompt_eval_duration", 0) / 1e9
-    calls = [{**call, "id": f"call_{len(answer.content) + n}", "function": {**call["function"], "arguments": json.dumps(
-        call["function"]["arguments"])}} for n, call in enumerate(message.get("tool_calls") or [])]
-    delta = {"content": message.get("content"), "tool_calls": calls, "reasoning": message.get("thinking")}
+    calls = [
+        {
+            **call,
+            "id": f"call_{len(answer.content) + n}",
+            "function": {
+                **call["function"],
+                "arguments": json.dumps(call["function"]["arguments"]),
+            },
+        }
+        for n, call in enumerate(message.get("tool_calls") or [])
+    ]
+    delta = {
+        "content": message.get("content"),
+        "tool_calls": calls,
+        "reasoning": message.get("thinking"),
+    }
     return read_chunk({"choices": [{"delta": delta}]}, answer)
 
 
@@ -252,23 +313,59 @@ def as_chat(body: dict) -> dict:
             if block["type"] == "text":
                 texts.append(block["text"])
             elif block["type"] == "tool_use":
-                calls.append({"id": block["id"], "type": "function",
-                              "function": {"name": block["name"], "arguments": json.dumps(block["input"])}})
+                calls.append(
+                    {
+                        "id": block["id"],
+                        "type": "function",
+                        "function": {
+                            "name": block["name"],
+                            "arguments": json.dumps(block["input"]),
+                        },
+                    }
+                )
             elif block["type"] == "tool_result":
                 text = "\n".join(b.get("text", "") for b in blocks(block.get("content") or []))
-                messages.append({"role": "tool", "tool_call_id": block["tool_use_id"], "content": text})
+                messages.append(
+                    {"role": "tool", "tool_call_id": block["tool_use_id"], "content": text}
+                )
         if texts or calls:
             role = message["role"] if message["role"] != "system" else "user"
-            messages.append({"role": role, "content": "\n\n".join(texts), **({"tool_calls": calls} if calls else {})})
-    tools = [{"type": "function", "function": {"name": t["name"], "description": t.get("description", ""),
-                                               "parameters": t["input_schema"]}} for t in body.get("tools") or [] if "input_schema" in t]
-    return {**{key: body[key] for key in ("model", "max_tokens", "temperature", "stream") if key in body}, "messages": messages,
-            "stream_options": {"include_usage": True}, **({"tools": tools} if tools else {})}
+            messages.append(
+                {
+                    "role": role,
+                    "content": "\n\n".join(texts),
+                    **({"tool_calls": calls} if calls else {}),
+                }
+            )
+    tools = [
+        {
+            "type": "function",
+            "function": {
+                "name": t["name"],
+                "description": t.get("description", ""),
+                "parameters": t["input_schema"],
+            },
+        }
+        for t in body.get("tools") or []
+        if "input_schema" in t
+    ]
+    return {
+        **{
+            key: body[key]
+            for key in ("model", "max_tokens", "temperature", "stream")
+            if key in body
+        },
+        "messages": messages,
+        "stream_options": {"include_usage": True},
+        **({"tools": tools} if tools else {}),
+    }
 
 
 APIS: dict[str, tuple[str, Callable[[dict], dict], Callable[[dict, Answer], bool]]] = {
-    "ollama": ("/api/chat", as_ollama, read_object), "messages": ("/v1/messages", dict, read_event),
-    "chat": ("/v1/chat/completions", as_chat, read_chunk)}
+    "ollama": ("/api/chat", as_ollama, read_object),
+    "messages": ("/v1/messages", dict, read_event),
+    "chat": ("/v1/chat/completions", as_chat, read_chunk),
+}
 
 
 def blocks(content: str | list[dict]) -> list[dict]:
@@ -279,10 +376,14 @@ def blocks(content: str | list[dict]) -> list[dict]:
 
 STORY = "Write a story of 1000 words about the ship {}."  # asks for a long answer
 
+
 @functools.cache
 def source() -> tuple[str, list[tuple[int, int]]]:
     """Real source code, and where its words are: what agents read, and as varied."""
-    text = "\n".join(path.read_text("utf-8") for path in sorted(Path(contextlib.__file__).parent.glob("*.py"))[::4])
+    text = "\n".join(
+        path.read_text("utf-8")
+        for path in sorted(Path(contextlib.__file__).parent.glob("*.py"))[::4]
+    )
     return text, [match.span() for match in re.finditer(r"\S+", text)]
 
 
@@ -290,7 +391,7 @@ def excerpt(rng: random.Random, count: int) -> str:
     """So many words in a row."""
     text, words = source()
     start = rng.randrange(len(words) - count)
-    return text[words[start][0]:words[start + count - 1][1]]
+    return text[words[start][0] : words[start + count - 1][1]]
 
 
 def text(salt: str, words: int) -> str:
@@ -303,14 +404,22 @@ def say(words: str, tokens: int) -> dict:
 
 
 def made_up_trace(turns: int = 12, seed: int = 5) -> list[dict]:
-    """Requests as an agent sends them: a growing conversation with tools, titles and a sub-agent's in between."""
+    """Requests as an agent sends them: a growing conversation with tools, titles and a sub-agent's
+    in between."""
     rng = random.Random(seed)
     library = sorted(Path(contextlib.__file__).parent.glob("*.py"))
     prose = functools.partial(excerpt, rng)
 
     def tool(name: str) -> dict:
-        properties = {path.stem: {"type": "string", "description": prose(12)} for path in rng.sample(library, 3)}
-        return {"name": name, "description": prose(150), "input_schema": {"type": "object", "properties": properties}}
+        properties = {
+            path.stem: {"type": "string", "description": prose(12)}
+            for path in rng.sample(library, 3)
+        }
+        return {
+            "name": name,
+            "description": prose(150),
+            "input_schema": {"type": "object", "properties": properties},
+        }
 
     tools, system = [tool(name) for name in ("Bash", "Read", "Edit", "Grep", "Task")], prose(1200)
     messages: list[dict] = []
@@ -319,31 +428,80 @@ def made_up_trace(turns: int = 12, seed: int = 5) -> list[dict]:
         if turn % 3 == 0:
             text = f"<system-reminder>\n{prose(60)}\n</system-reminder>\n{prose(20)}"
             messages.append({"role": "user", "content": [{"type": "text", "text": text}]})
-        marked = [*messages[:-1], {**messages[-1], "content": [
-            *messages[-1]["content"][:-1], {**messages[-1]["content"][-1], "cache_control": {"type": "ephemeral"}}]}]
-        bodies.append({"system": [{"type": "text", "text": system}], "tools": tools, "messages": marked})
+        marked = [
+            *messages[:-1],
+            {
+                **messages[-1],
+                "content": [
+                    *messages[-1]["content"][:-1],
+                    {**messages[-1]["content"][-1], "cache_control": {"type": "ephemeral"}},
+                ],
+            },
+        ]
+        bodies.append(
+            {"system": [{"type": "text", "text": system}], "tools": tools, "messages": marked}
+        )
         if turn % 4 == 1:
-            bodies.append({"system": [{"type": "text", "text": "Write a title."}], "messages": [{"role": "user", "content": prose(40)}]})
+            bodies.append(
+                {
+                    "system": [{"type": "text", "text": "Write a title."}],
+                    "messages": [{"role": "user", "content": prose(40)}],
+                }
+            )
         if turn % 5 == 2:
-            bodies.append({"system": [{"type": "text", "text": system[:2000]}], "tools": tools[:3],
-                           "messages": [{"role": "user", "content": prose(300)}]})
+            bodies.append(
+                {
+                    "system": [{"type": "text", "text": system[:2000]}],
+                    "tools": tools[:3],
+                    "messages": [{"role": "user", "content": prose(300)}],
+                }
+            )
         if turn % 3 == 2:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": prose(30)}]})
         else:
-            call = {"type": "tool_use", "id": f"toolu_{turn:04}", "name": "Bash", "input": {"command": prose(6)}}
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": prose(8)}, call]})
-            messages.append({"role": "user", "content": [
-                {"type": "tool_result", "tool_use_id": call["id"], "content": prose(rng.choice((20, 200, 900)))}]})
+            call = {
+                "type": "tool_use",
+                "id": f"toolu_{turn:04}",
+                "name": "Bash",
+                "input": {"command": prose(6)},
+            }
+            messages.append(
+                {"role": "assistant", "content": [{"type": "text", "text": prose(8)}, call]}
+            )
+            messages.append(
+                {
+                    "role": "user",
+                    "content": [
+                        {
+                            "type": "tool_result",
+                            "tool_use_id": call["id"],
+                            "content": prose(rng.choice((20, 200, 900))),
+                        }
+                    ],
+                }
+            )
     return bodies
 
 
 def pieces(body: dict) -> list[str]:
-    """What a prompt consists of, in order, without what is no part of it: two bodies that begin alike share a beginning."""
-    def clean(block: Any) -> str:
-        return json.dumps({key: value for key, value in block.items() if key != "cache_control"}, sort_keys=True)
+    """What a prompt consists of, in order, without what is no part of it: two bodies that begin
+    alike share a beginning."""
 
-    system = [clean(b) for b in blocks(body.get("system") or []) if not b["text"].startswith("x-anthropic-billing-header")]
-    said = [message["role"] + clean(block) for message in body["messages"] for block in blocks(message["content"])]
+    def clean(block: Any) -> str:
+        return json.dumps(
+            {key: value for key, value in block.items() if key != "cache_control"}, sort_keys=True
+        )
+
+    system = [
+        clean(b)
+        for b in blocks(body.get("system") or [])
+        if not b["text"].startswith("x-anthropic-billing-header")
+    ]
+    said = [
+        message["role"] + clean(block)
+        for message in body["messages"]
+        for block in blocks(message["content"])
+    ]
     return [clean(tool) for tool in body.get("tools") or []] + system + said
 
 
@@ -352,8 +510,8 @@ def pieces(body: dict) -> list[str]:
 
 @dataclass
 class Plan:
-    """Sizes, the same for both sides: words of a prompt and of a long one, tokens of an answer, turns of a session. `salt`
-    makes every prompt new: no two plans have the same."""
+    """Sizes, the same for both sides: words of a prompt and of a long one, tokens of an answer,
+    turns of a session. `salt` makes every prompt new: no two plans have the same."""
 
     words: int = 100
     long: int = 200
@@ -363,12 +521,21 @@ class Plan:
 
 
 def loop(side: Side, plan: Plan, salt: str) -> dict[str, float]:
-    """An agent's session in which each turn answers the model's last one. Where a server does not tell what it had read before,
-    it is taken to have prefilled in proportion to the time that it took, of which the first turn is the measure."""
+    """An agent's session in which each turn answers the model's last one. Where a server does not
+    tell what it had read before, it is taken to have prefilled in proportion to the time that it
+    took, of which the first turn is the measure."""
     fields = {"command": {"type": "string"}, "timeout": {"type": "number"}}
-    body = {"max_tokens": 96, "system": "You are an agent.\n" + text(salt, plan.words), "tools": [
-        {"name": "Bash", "description": f"Runs a command. {salt}", "input_schema": {
-            "type": "object", "properties": fields, "required": ["command"]}}]}
+    body = {
+        "max_tokens": 96,
+        "system": "You are an agent.\n" + text(salt, plan.words),
+        "tools": [
+            {
+                "name": "Bash",
+                "description": f"Runs a command. {salt}",
+                "input_schema": {"type": "object", "properties": fields, "required": ["command"]},
+            }
+        ],
+    }
     messages: list[dict] = [{"role": "user", "content": "run echo 0"}]
     answers: list[Answer] = []
     new = read = 0
@@ -376,7 +543,11 @@ def loop(side: Side, plan: Plan, salt: str) -> dict[str, float]:
         answer = side.ask({**body, "messages": messages})
         if answers:
             share = (answer.reading or answer.first) / (answers[0].reading or answers[0].first)
-            read += answer.prompt - (answer.reused or 0) if side.tells else min(answer.prompt, round(answers[0].prompt * share))
+            read += (
+                answer.prompt - (answer.reused or 0)
+                if side.tells
+                else min(answer.prompt, round(answers[0].prompt * share))
+            )
             new += answer.prompt - answers[-1].prompt - answers[-1].tokens
         answers.append(answer)
         calls = [block for block in answer.content if block["type"] == "tool_use"]
@@ -384,10 +555,17 @@ def loop(side: Side, plan: Plan, salt: str) -> dict[str, float]:
             call["input"] = {"timeout": 120000, **dict(reversed(call["input"].items()))}
         if all(block["type"] == "thinking" for block in answer.content):
             answer.content.append({"type": "text", "text": "(nothing)"})
-        results = [{"type": "tool_result", "tool_use_id": call["id"], "content": f"line {turn}"} for call in calls]
+        results = [
+            {"type": "tool_result", "tool_use_id": call["id"], "content": f"line {turn}"}
+            for call in calls
+        ]
         messages.append({"role": "assistant", "content": answer.content})
         messages.append({"role": "user", "content": results or f"run echo {turn}"})
-    return {"cold": answers[0].first, "warm": statistics.median(a.first for a in answers[1:]), "reread": read / max(1, new)}
+    return {
+        "cold": answers[0].first,
+        "warm": statistics.median(a.first for a in answers[1:]),
+        "reread": read / max(1, new),
+    }
 
 
 def prefill(side: Side | Generate, plan: Plan, salt: str) -> dict[str, float]:
@@ -405,7 +583,12 @@ def decode(side: Side | Generate, plan: Plan, salt: str) -> dict[str, float]:
 def concurrent(side: Side, plan: Plan, salt: str) -> dict[str, float]:
     def together(count: int) -> float:
         with ThreadPoolExecutor(count) as pool:
-            answers = list(pool.map(lambda n: side.ask(say(STORY.format(f"{salt} {count} {n}"), plan.tokens)), range(count)))
+            answers = list(
+                pool.map(
+                    lambda n: side.ask(say(STORY.format(f"{salt} {count} {n}"), plan.tokens)),
+                    range(count),
+                )
+            )
         return sum(a.tokens for a in answers) / max(a.first + a.rest for a in answers)
 
     return {"one": together(1), "concurrent": together(8)}
@@ -420,19 +603,23 @@ def contended(side: Side, plan: Plan, salt: str) -> dict[str, float]:
             while figure(side.url, "running_requests") == 0 and not long.done():
                 time.sleep(0.02)
         if long.done():
-            raise ValueError(f"a prompt of {long.result().prompt} tokens was read before the short request came")
+            raise ValueError(
+                f"a prompt of {long.result().prompt} tokens was read before the short request came"
+            )
         short = side.ask(say(text(f"{salt} short", 20), 2))
         return {"contended": short.first, "chunk": 512 * long.result().first / long.result().prompt}
 
 
 PARTS: dict[str, Callable[[Any, Plan, str], dict[str, float]]] = {
-    part.__name__: part for part in (loop, prefill, decode, concurrent, contended)}
+    part.__name__: part for part in (loop, prefill, decode, concurrent, contended)
+}
 
 
 # ------------------------------------------------------------------ the table
 
 
-# What it is, whether more is better, and with which figure it is compared where there is no other server.
+# What it is, whether more is better, and with which figure it is compared where there is no other
+# server.
 Row = namedtuple("Row", "key title unit more reference label", defaults=("", ""))
 ROWS = [
     Row("cold", "first token, cold", "s", False),
@@ -451,7 +638,8 @@ def progress(what: str) -> None:
 
 
 def calibrate(side: Side, other: Side | Generate | None, seconds: float) -> Plan:
-    """Loads the models, and finds sizes with which one run of a part takes about so many seconds."""
+    """Loads the models, and finds sizes with which one run of a part takes about so many
+    seconds."""
     small = Plan()
 
     def warm_up(one: Side | Generate) -> Answer:
@@ -459,21 +647,29 @@ def calibrate(side: Side, other: Side | Generate | None, seconds: float) -> Plan
         return [one.ask(say(text(f"{small.salt} {n}", small.words), 8)) for n in range(2)][0]
 
     per_word = warm_up(side).prompt / small.words
-    read, write = prefill(side, small, small.salt)["prefill"], decode(side, small, small.salt)["decode"]
+    read, write = (
+        prefill(side, small, small.salt)["prefill"],
+        decode(side, small, small.salt)["decode"],
+    )
     prompt = max(100, min(8000, read * seconds / 2))
     long = max(2 * prompt, read)  # it has to take a while
     if isinstance(other, Side):
         other.context = max(8192, int(2 * long))
     if other:
         warm_up(other)
-    return Plan(int(prompt / per_word), int(long / per_word), int(max(16, min(256, write * seconds / 2))),
-                int(max(3, min(10, write * seconds / 100))))
+    return Plan(
+        int(prompt / per_word),
+        int(long / per_word),
+        int(max(16, min(256, write * seconds / 2))),
+        int(max(3, min(10, write * seconds / 100))),
+    )
 
 
-def measure(sides: list[Side | Generate], plan: Plan, parts: list[str], seconds: float,
-            trouble: list[str]) -> list[dict[str, float]]:
-    """Figures of each side: medians of one to five runs of each part, in turn, as many as fit into its `seconds`. What failed
-    is added to `trouble`."""
+def measure(
+    sides: list[Side | Generate], plan: Plan, parts: list[str], seconds: float, trouble: list[str]
+) -> list[dict[str, float]]:
+    """Figures of each side: medians of one to five runs of each part, in turn, as many as fit into
+    its `seconds`. What failed is added to `trouble`."""
     seen: list[dict[str, list[float]]] = [{} for _ in sides]
     for part in parts:
         able = [side for side in sides if isinstance(side, Side) or part in Generate.parts]
@@ -492,7 +688,13 @@ def measure(sides: list[Side | Generate], plan: Plan, parts: list[str], seconds:
                 else:
                     for key, value in [*found.items(), ("memory", max(memory))]:
                         seen[sides.index(side)].setdefault(key, []).append(value)
-    return [{key: (max if key == "memory" else statistics.median)(values) for key, values in one.items()} for one in seen]
+    return [
+        {
+            key: (max if key == "memory" else statistics.median)(values)
+            for key, values in one.items()
+        }
+        for one in seen
+    ]
 
 
 @contextlib.contextmanager
@@ -519,7 +721,9 @@ def table(args: argparse.Namespace) -> None:
     parts, trouble, seconds = args.what or list(PARTS), [], args.minutes * 60
     with target(args) as side:
         if args.against:
-            other = find_out(urlsplit(args.against).netloc, args.against, args.against_api, args.against_model)
+            other = find_out(
+                urlsplit(args.against).netloc, args.against, args.against_api, args.against_model
+            )
         else:
             other = None if args.url else Generate(side.model)
         sides = [side, other] if other else [side]
@@ -531,8 +735,12 @@ def table(args: argparse.Namespace) -> None:
     if not args.against:
         theirs |= {row.key: ours[row.reference] for row in ROWS if row.reference in ours}
     name = other.name if args.against else "compared with"
-    head = [machine(), f"{side.name}: {side.about}", *([f"{name}: {other.about}"] if args.against else []),
-            f"prompts of {plan.words} words, long: {plan.long}, answers of up to {plan.tokens} tokens, {plan.turns} turns"]
+    head = [
+        machine(),
+        f"{side.name}: {side.about}",
+        *([f"{name}: {other.about}"] if args.against else []),
+        f"prompts of {plan.words} words, long: {plan.long}, answers of up to {plan.tokens} tokens, {plan.turns} turns",
+    ]
     print("\n".join(head) + "\n")
     print(f"  {'':41} {side.name:>12} {name:>26} {'ratio':>8}")
     for row in ROWS:
@@ -541,9 +749,13 @@ def table(args: argparse.Namespace) -> None:
             continue
         guess = "≤ " if args.against and row.key == "reread" and not other.tells else ""
         mark = "" if not two else guess if args.against else f"{row.label} "
-        print(f"{'↑' if row.more else '↓'} {f'{row.title} ({row.unit})':41} {number(one):>12} {mark + number(two):>26} "
-              f"{number(one / two) if one and two else '–':>8}")
-    print("\n↑ more is better, ↓ less. Medians. Memory is what a server says it holds. ≤ it does not tell: by the time it took.")
+        print(
+            f"{'↑' if row.more else '↓'} {f'{row.title} ({row.unit})':41} {number(one):>12} {mark + number(two):>26} "
+            f"{number(one / two) if one and two else '–':>8}"
+        )
+    print(
+        "\n↑ more is better, ↓ less. Medians. Memory is what a server says it holds. ≤ it does not tell: by the time it took."
+    )
     print("\n".join(trouble))
     if args.plot:
         draw(args.plot, head, (side.name, name if args.against else ""), ours, theirs)
@@ -561,12 +773,20 @@ def machine() -> str:
 
     device = mx.device_info()
     memory = device.get("memory_size") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return (f"{time.strftime('%Y-%m-%d')}, {device.get('device_name', platform.machine())}, {memory / 2**30:.0f} GB, "
-            f"{platform.platform(terse=True)}; "
-            f"mlx-server {__version__}, mlx {version('mlx')}, mlx-lm {version('mlx-lm')}, Python {platform.python_version()}")
+    return (
+        f"{time.strftime('%Y-%m-%d')}, {device.get('device_name', platform.machine())}, {memory / 2**30:.0f} GB, "
+        f"{platform.platform(terse=True)}; "
+        f"mlx-server {__version__}, mlx {version('mlx')}, mlx-lm {version('mlx-lm')}, Python {platform.python_version()}"
+    )
 
 
-def draw(path: str, head: list[str], names: tuple[str, str], ours: dict[str, float], theirs: dict[str, float]) -> None:
+def draw(
+    path: str,
+    head: list[str],
+    names: tuple[str, str],
+    ours: dict[str, float],
+    theirs: dict[str, float],
+) -> None:
     """A panel for each line of the table, as PNG."""
     from matplotlib.figure import Figure
 
@@ -574,10 +794,17 @@ def draw(path: str, head: list[str], names: tuple[str, str], ours: dict[str, flo
     sheet.suptitle("\n".join(head), fontsize=8)
     sheet.get_layout_engine().set(h_pad=0.2, w_pad=0.2)
     for row, panel in zip(ROWS, sheet.subplots(2, 4).flat):
-        bars = panel.bar([0, 1], [ours.get(row.key, 0), theirs.get(row.key, 0)], 0.6, color=["#2a6f97", "#b8bcc2"])
+        bars = panel.bar(
+            [0, 1],
+            [ours.get(row.key, 0), theirs.get(row.key, 0)],
+            0.6,
+            color=["#2a6f97", "#b8bcc2"],
+        )
         panel.bar_label(bars, [number(ours.get(row.key)), number(theirs.get(row.key))], padding=2)
         panel.set_xticks([0, 1], [names[0], names[1] or row.label])
-        panel.set_title(f"{row.title}\n{row.unit}, {'more' if row.more else 'less'} is better", fontsize=10)
+        panel.set_title(
+            f"{row.title}\n{row.unit}, {'more' if row.more else 'less'} is better", fontsize=10
+        )
         panel.spines[["top", "right", "left"]].set_visible(False)
         panel.set(yticks=[], xlim=(-0.6, 1.6))
         panel.margins(y=0.15)
@@ -589,7 +816,8 @@ def draw(path: str, head: list[str], names: tuple[str, str], ours: dict[str, flo
 
 @contextlib.contextmanager
 def target(args: argparse.Namespace, *flags: str) -> Iterator[Side]:
-    """The server to measure: the one named, or one of our own for the while. Raises SystemExit if there is no such model."""
+    """The server to measure: the one named, or one of our own for the while. Raises SystemExit if
+    there is no such model."""
     if args.url:
         yield find_out("mlx-server", args.url, args.api, args.model)
         return
@@ -597,37 +825,62 @@ def target(args: argparse.Namespace, *flags: str) -> Iterator[Side]:
 
     from engine import EngineError, Library
 
-    with random_model(args.kind) if args.kind else contextlib.nullcontext(args.model or "default") as name:
+    with (
+        random_model(args.kind)
+        if args.kind
+        else contextlib.nullcontext(args.model or "default") as name
+    ):
         library = Library([])
         try:
             model = library.resolve(name, trusted=True)
         except EngineError as error:
             raise SystemExit(f"bench: {error}") from None
         if not args.model and model.name == "demo" and len(library.models()) > 1:
-            progress(f"this measures the built-in model; --model takes {', '.join(one.name for one in library.models())}")
+            progress(
+                f"this measures the built-in model; --model takes {', '.join(one.name for one in library.models())}"
+            )
         server = Server(*flags, "--model", str(model.path))
         try:
-            yield Side("mlx-server", server.url, "messages", str(model.path),
-                       f"{model.name} ({model.quantization}, {model.size / 1e9:.1f} GB)")
+            yield Side(
+                "mlx-server",
+                server.url,
+                "messages",
+                str(model.path),
+                f"{model.name} ({model.quantization}, {model.size / 1e9:.1f} GB)",
+            )
         finally:
             server.stop()
 
 
 def reuse(args: argparse.Namespace) -> None:
-    bodies = [r["body"] for r in json.loads(Path(args.trace).read_text("utf-8"))["requests"]] if args.trace else made_up_trace()
+    bodies = (
+        [r["body"] for r in json.loads(Path(args.trace).read_text("utf-8"))["requests"]]
+        if args.trace
+        else made_up_trace()
+    )
     before: list[tuple[list[str], int]] = []
     reusable_sum = reused_sum = 0
-    print(f"{'#':>3} {'prompt':>8} {'reusable':>8} {'reused':>8} {'prefilled':>9} {'first token':>12}")
+    print(
+        f"{'#':>3} {'prompt':>8} {'reusable':>8} {'reused':>8} {'prefilled':>9} {'first token':>12}"
+    )
     with target(args) as side:
         for number, body in enumerate(bodies, 1):
             answer = side.ask({**body, "max_tokens": args.max_tokens})
             parts, reused = pieces(body), answer.reused or 0
-            # A recorded answer is not the one the model gives here: the earlier prompt is what can be reused.
-            reusable = max((tokens for earlier, tokens in before if parts[: len(earlier)] == earlier), default=0)
+            # A recorded answer is not the one the model gives here: the earlier prompt is what can
+            # be reused.
+            reusable = max(
+                (tokens for earlier, tokens in before if parts[: len(earlier)] == earlier),
+                default=0,
+            )
             before.append((parts, answer.prompt))
             reusable_sum, reused_sum = reusable_sum + reusable, reused_sum + min(reusable, reused)
-            print(f"{number:3} {answer.prompt:8} {reusable:8} {reused:8} {answer.prompt - reused:9} {answer.first:10.3f} s")
-    print(f"reused {reused_sum} of {reusable_sum} reusable tokens: {reused_sum / max(1, reusable_sum):.2%}")
+            print(
+                f"{number:3} {answer.prompt:8} {reusable:8} {reused:8} {answer.prompt - reused:9} {answer.first:10.3f} s"
+            )
+    print(
+        f"reused {reused_sum} of {reusable_sum} reusable tokens: {reused_sum / max(1, reusable_sum):.2%}"
+    )
 
 
 def soak(args: argparse.Namespace) -> None:
@@ -642,17 +895,29 @@ def soak(args: argparse.Namespace) -> None:
         seconds, after = time.perf_counter() - started, memory(port, [])
         print(f"{sum(report.done.values())} requests in {seconds:.0f} s: {dict(report.done)}")
         print(f"{len(report.wrong)} wrong or stuck {report.wrong[:3]}")
-        print(f"memory, prompt cache emptied: {before / 1e6:.1f} MB before, {after / 1e6:.1f} MB after ({after / before - 1:+.1%})")
-        print(f"GET /api/version within {report.slowest_version * 1000:.0f} ms (99 of 100), {len(report.version)} times")
+        print(
+            f"memory, prompt cache emptied: {before / 1e6:.1f} MB before, {after / 1e6:.1f} MB after ({after / before - 1:+.1%})"
+        )
+        print(
+            f"GET /api/version within {report.slowest_version * 1000:.0f} ms (99 of 100), {len(report.version)} times"
+        )
 
 
 @contextlib.contextmanager
 def random_model(kind: str) -> Iterator[str]:
-    """A model of random weights that has no way to stop early, so large that its arithmetic takes the time."""
+    """A model of random weights that has no way to stop early, so large that its arithmetic takes
+    the time."""
     from models import CONFIGS, build_model
 
-    config = {**CONFIGS[kind], "num_hidden_layers": 8, "head_dim": 64, "hidden_size": 512, "intermediate_size": 1536,
-              "max_position_embeddings": 131072, "mlp_only_layers": list(range(8))}
+    config = {
+        **CONFIGS[kind],
+        "num_hidden_layers": 8,
+        "head_dim": 64,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "max_position_embeddings": 131072,
+        "mlp_only_layers": list(range(8)),
+    }
     if "layer_types" in config:
         config["layer_types"] = config["layer_types"] * 2
     with tempfile.TemporaryDirectory() as folder:
@@ -683,7 +948,9 @@ def render(args: argparse.Namespace) -> None:
             seconds, (_, found) = timed(lambda: prefixes.find("", tongue.prompt(request).tokens))
             ratios.append(seconds / cold)
         prefixes.put(CacheEntry(tongue.prompt(request).tokens, []))
-        print(f"{found} tokens: cold {cold * 1000:.0f} ms, with a new turn {grown[-1]:.3f} of that, once more {again[-1]:.3f}")
+        print(
+            f"{found} tokens: cold {cold * 1000:.0f} ms, with a new turn {grown[-1]:.3f} of that, once more {again[-1]:.3f}"
+        )
     print(f"median ratios {statistics.median(grown):.3f} and {statistics.median(again):.3f}")
 
 
@@ -695,21 +962,42 @@ def timed(call: Any) -> tuple[float, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     commands = {command.__name__: command for command in (reuse, render, soak)}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help=f"{', '.join([*PARTS, *commands])}; without any, the whole table")
-    parser.add_argument("--minutes", type=float, default=10, help="what the table may take (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "what", nargs="*", help=f"{', '.join([*PARTS, *commands])}; without any, the whole table"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=10, help="what the table may take (default: %(default)s)"
+    )
     parser.add_argument("--url", help="a running server, instead of one that is started")
-    parser.add_argument("--model", help="a name that the server knows, or a path (default: the server's)")
+    parser.add_argument(
+        "--model", help="a name that the server knows, or a path (default: the server's)"
+    )
     parser.add_argument("--against", metavar="URL", help="a server to compare with")
-    parser.add_argument("--against-model", metavar="NAME", help="the model's name there (default: its only one)")
+    parser.add_argument(
+        "--against-model", metavar="NAME", help="the model's name there (default: its only one)"
+    )
     for option in ("--api", "--against-api"):
-        parser.add_argument(option, choices=APIS, help="that server's API (default: the one that tells most)")
+        parser.add_argument(
+            option, choices=APIS, help="that server's API (default: the one that tells most)"
+        )
     parser.add_argument("--plot", metavar="FILE.png", help="draw the table, too")
-    parser.add_argument("--trace", metavar="FILE", help="a recorded session; without it one is made up")
-    parser.add_argument("--turns", type=int, default=20, help="turns of a made-up session to render")
-    parser.add_argument("--max-tokens", type=int, default=8, help="length of the answers to a trace")
-    parser.add_argument("--kind", choices=("qwen3", "llama_sliding", "hybrid"),
-                        help="a model of random weights with plain, sliding or recurrent layers")
+    parser.add_argument(
+        "--trace", metavar="FILE", help="a recorded session; without it one is made up"
+    )
+    parser.add_argument(
+        "--turns", type=int, default=20, help="turns of a made-up session to render"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=8, help="length of the answers to a trace"
+    )
+    parser.add_argument(
+        "--kind",
+        choices=("qwen3", "llama_sliding", "hybrid"),
+        help="a model of random weights with plain, sliding or recurrent layers",
+    )
     args = parser.parse_args(argv)
     if unknown := set(args.what) - set(PARTS) - (set(commands) if len(args.what) == 1 else set()):
         parser.error(f"there is no part of the table named {', '.join(unknown)}")

@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 import pytest
 
@@ -23,7 +23,9 @@ def fences(file: str) -> list[str]:
 
 def example(part: str) -> str:
     """The line of the README's fenced examples that holds `part`."""
-    return next(line for block in fences("README.md") for line in block.splitlines() if part in line)
+    return next(
+        line for block in fences("README.md") for line in block.splitlines() if part in line
+    )
 
 
 class Server:
@@ -31,8 +33,17 @@ class Server:
 
     def __init__(self, *flags: str, env: dict[str, str] | None = None):
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "mlx_server.py"), "--port", "0", *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "HF_HUB_CACHE": "/nonexistent", "XDG_CONFIG_HOME": "/nonexistent", **(env or {})})
+            [sys.executable, str(ROOT / "mlx_server.py"), "--port", "0", *flags],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "HF_HUB_CACHE": "/nonexistent",
+                "XDG_CONFIG_HOME": "/nonexistent",
+                **(env or {}),
+            },
+        )
         self.lines: list[str] = []
         self._news = threading.Condition()
         threading.Thread(target=self._read, daemon=True).start()
@@ -46,9 +57,13 @@ class Server:
                 self._news.notify_all()
 
     def wait_for(self, pattern: str, seconds: float = 30, since: int = 0) -> re.Match:
-        """The first line logged that matches, waiting for it if need be; lines before `since` do not count."""
+        """The first line logged that matches, waiting for it if need be; lines before `since` do
+        not count."""
+
         def found() -> re.Match | None:
-            return next(filter(None, (re.search(pattern, line) for line in self.lines[since:])), None)
+            return next(
+                filter(None, (re.search(pattern, line) for line in self.lines[since:])), None
+            )
 
         with self._news:
             assert self._news.wait_for(found, seconds), f"no {pattern!r} in:\n{''.join(self.lines)}"

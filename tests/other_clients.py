@@ -1,4 +1,5 @@
-"""Rounds through the clients that frameworks bring along: `python other_clients.py NAME URL` prints "NAME ok"."""
+"""Rounds through the clients that frameworks bring along: `python other_clients.py NAME URL` prints
+"NAME ok"."""
 
 import json
 import os
@@ -6,8 +7,18 @@ import sys
 
 NAME, URL = sys.argv[1:]
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or it asks the internet for prices
-BASH = {"type": "function", "function": {"name": "Bash", "description": "Runs a command.", "parameters": {
-    "type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}}}
+BASH = {
+    "type": "function",
+    "function": {
+        "name": "Bash",
+        "description": "Runs a command.",
+        "parameters": {
+            "type": "object",
+            "properties": {"command": {"type": "string"}},
+            "required": ["command"],
+        },
+    },
+}
 
 
 def langchain(model) -> None:
@@ -24,7 +35,9 @@ def langchain(model) -> None:
     for piece in tools.stream(asked):
         streamed = piece if streamed is None else streamed + piece
     for called in (whole, streamed):
-        assert [(call["name"], call["args"]) for call in called.tool_calls] == [("Bash", {"command": "ls"})]
+        assert [(call["name"], call["args"]) for call in called.tool_calls] == [
+            ("Bash", {"command": "ls"})
+        ]
         result = ToolMessage("a.txt", tool_call_id=called.tool_calls[0]["id"])
         assert tools.invoke([*asked, called, result]).text == "The tool answered: a.txt"
 
@@ -34,17 +47,28 @@ def litellm(model: str, **where: str) -> None:
     from litellm import completion, stream_chunk_builder
 
     def ask(*messages: object, **fields: object):
-        return completion(model=model, messages=list(messages), max_tokens=100, num_retries=0, **where, **fields)
+        return completion(
+            model=model, messages=list(messages), max_tokens=100, num_retries=0, **where, **fields
+        )
 
     asked = {"role": "user", "content": "run ls"}
     assert ask({"role": "user", "content": "say hello"}).choices[0].message.content == "hello"
     pieces = list(ask({"role": "user", "content": "count to 9"}, stream=True))
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == "1 2 3 4 5 6 7 8 9"
-    for called in (ask(asked, tools=[BASH]), stream_chunk_builder(list(ask(asked, tools=[BASH], stream=True)))):
+    for called in (
+        ask(asked, tools=[BASH]),
+        stream_chunk_builder(list(ask(asked, tools=[BASH], stream=True))),
+    ):
         message = called.choices[0].message
-        assert [(call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls] == [
-            ("Bash", {"command": "ls"})]
-        result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "name": "Bash", "content": "a.txt"}
+        assert [
+            (call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls
+        ] == [("Bash", {"command": "ls"})]
+        result = {
+            "role": "tool",
+            "tool_call_id": message.tool_calls[0].id,
+            "name": "Bash",
+            "content": "a.txt",
+        }
         answer = ask(asked, message.model_dump(exclude_none=True), result, tools=[BASH])
         assert answer.choices[0].message.content == "The tool answered: a.txt", answer
 
@@ -53,7 +77,9 @@ match NAME:
     case "langchain-anthropic":
         from langchain_anthropic import ChatAnthropic
 
-        langchain(ChatAnthropic(model="demo", base_url=URL, api_key="any", max_tokens=100, max_retries=0))
+        langchain(
+            ChatAnthropic(model="demo", base_url=URL, api_key="any", max_tokens=100, max_retries=0)
+        )
     case "langchain-ollama":
         from langchain_ollama import ChatOllama
 

@@ -1,4 +1,5 @@
-"""Many clients of all dialects at once, who hang up, come back, send nonsense and change models, for as long as one likes.
+"""Many clients of all dialects at once, who hang up, come back, send nonsense and change models,
+for as long as one likes.
 
 Every answer is compared with what the server said to the same words when nobody else was there.
 """
@@ -19,21 +20,47 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 PROMPTS = [
-    "say hello world", "say the quick brown fox", "count to 7", "count to 12", "hello", "Привет!", "run echo hi",
-    "read /etc/hosts", "think then say yes", "what is love", "say 42 is the answer", "run ls -l and run pwd",
+    "say hello world",
+    "say the quick brown fox",
+    "count to 7",
+    "count to 12",
+    "hello",
+    "Привет!",
+    "run echo hi",
+    "read /etc/hosts",
+    "think then say yes",
+    "what is love",
+    "say 42 is the answer",
+    "run ls -l and run pwd",
 ]
-TOOLS = [{"name": name, "description": f"{name}s. " * 20, "input_schema": {
-    "type": "object", "properties": {key: {"type": "string"}}, "required": [key]}} for name, key in
-    (("Bash", "command"), ("Read", "file_path"), ("Write", "content"))]
+TOOLS = [
+    {
+        "name": name,
+        "description": f"{name}s. " * 20,
+        "input_schema": {
+            "type": "object",
+            "properties": {key: {"type": "string"}},
+            "required": [key],
+        },
+    }
+    for name, key in (("Bash", "command"), ("Read", "file_path"), ("Write", "content"))
+]
 PREFACES = ["", "Be brief. " * 30, "You are an agent. " * 200]
 PATHS = {"anthropic": "/v1/messages", "ollama": "/api/chat", "openai": "/v1/chat/completions"}
-NONSENSE = [("anthropic", {"max_tokens": "many"}, 400), ("anthropic", {"messages": 5}, 400), ("ollama", {"messages": "x"}, 400),
-            ("openai", {"messages": None}, 400), ("ollama", {"model": "nobody:7b"}, 404), ("anthropic", {"model": "nobody"}, 404)]
+NONSENSE = [
+    ("anthropic", {"max_tokens": "many"}, 400),
+    ("anthropic", {"messages": 5}, 400),
+    ("ollama", {"messages": "x"}, 400),
+    ("openai", {"messages": None}, 400),
+    ("ollama", {"model": "nobody:7b"}, 404),
+    ("anthropic", {"model": "nobody"}, 404),
+]
 
 
 @dataclass
 class Report:
-    """What came of it: requests by kind, what was wrong, and the seconds that `GET /api/version` took."""
+    """What came of it: requests by kind, what was wrong, and the seconds that `GET /api/version`
+    took."""
 
     done: collections.Counter[str] = field(default_factory=collections.Counter)
     wrong: list[str] = field(default_factory=list)
@@ -46,11 +73,16 @@ class Report:
 
 
 class Probe:
-    """Asks for `/api/version` 20 times a second, in a process of its own: what it sees is the server's delay alone."""
+    """Asks for `/api/version` 20 times a second, in a process of its own: what it sees is the
+    server's delay alone."""
 
     def __init__(self, port: int):
-        self._process = subprocess.Popen([sys.executable, __file__, str(port)], stdin=subprocess.PIPE,
-                                         stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, str(port)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
     def stop(self) -> list[float]:
         """Ends it; returns the seconds that each answer took."""
@@ -73,10 +105,26 @@ def body(dialect: str, model: str, words: str, preface: str, stream: bool, token
     """The same request in each dialect."""
     turns = [{"role": "user", "content": words}]
     if dialect == "anthropic":
-        return {"model": model, "max_tokens": tokens, "temperature": 0, "system": preface, "tools": TOOLS, "messages": turns,
-                "stream": stream}
-    tools = [{"type": "function", "function": {
-        "name": tool["name"], "description": tool["description"], "parameters": tool["input_schema"]}} for tool in TOOLS]
+        return {
+            "model": model,
+            "max_tokens": tokens,
+            "temperature": 0,
+            "system": preface,
+            "tools": TOOLS,
+            "messages": turns,
+            "stream": stream,
+        }
+    tools = [
+        {
+            "type": "function",
+            "function": {
+                "name": tool["name"],
+                "description": tool["description"],
+                "parameters": tool["input_schema"],
+            },
+        }
+        for tool in TOOLS
+    ]
     turns = [{"role": "system", "content": preface}, *turns] if preface else turns
     limits = {"max_tokens": tokens, "temperature": 0}
     if dialect == "ollama":
@@ -110,8 +158,10 @@ def read(dialect: str, stream: bool, lines: list[str]) -> str:
         elif event["type"] == "content_block_delta":
             blocks[-1]["text"] = blocks[-1].get("text", "") + event["delta"].get("text", "")
             blocks[-1]["json"] += event["delta"].get("partial_json", "")
-    return _said("".join(b["text"] for b in blocks if b["type"] == "text"),
-                 [(b["name"], json.loads(b["json"])) for b in blocks if b["type"] == "tool_use"])
+    return _said(
+        "".join(b["text"] for b in blocks if b["type"] == "text"),
+        [(b["name"], json.loads(b["json"])) for b in blocks if b["type"] == "tool_use"],
+    )
 
 
 def _openai_stream(chunks: list[dict]) -> str:
@@ -128,12 +178,19 @@ def _openai_stream(chunks: list[dict]) -> str:
 
 def _whole(dialect: str, answer: dict) -> str:
     if dialect == "anthropic":
-        return _said("".join(b["text"] for b in answer["content"] if b["type"] == "text"),
-                     [(b["name"], b["input"]) for b in answer["content"] if b["type"] == "tool_use"])
+        return _said(
+            "".join(b["text"] for b in answer["content"] if b["type"] == "text"),
+            [(b["name"], b["input"]) for b in answer["content"] if b["type"] == "tool_use"],
+        )
     message = answer["message"] if dialect == "ollama" else answer["choices"][0]["message"]
     calls = [call["function"] for call in message.get("tool_calls") or []]
-    return _said(message.get("content") or "", [(
-        c["name"], c["arguments"] if dialect == "ollama" else json.loads(c["arguments"])) for c in calls])
+    return _said(
+        message.get("content") or "",
+        [
+            (c["name"], c["arguments"] if dialect == "ollama" else json.loads(c["arguments"]))
+            for c in calls
+        ],
+    )
 
 
 def _said(text: str, calls: list[tuple[str, dict]]) -> str:
@@ -148,30 +205,44 @@ class Client:
 
     def run(self) -> None:
         while self.soak.goes_on():
-            kind = self.rng.choices(("ask", "hang up", "nonsense", "other model"), self.soak.weights)[0]
+            kind = self.rng.choices(
+                ("ask", "hang up", "nonsense", "other model"), self.soak.weights
+            )[0]
             try:
                 getattr(self, kind.replace(" ", "_"))()
             except Exception as error:  # whatever it is, it is the server's fault
                 self.soak.note_wrong(f"{kind}: {type(error).__name__}: {error}")
             self.soak.note_done(kind)
 
-    def send(self, path: str, payload: dict) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.soak.port, timeout=self.soak.patience)
+    def send(
+        self, path: str, payload: dict
+    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+        connection = http.client.HTTPConnection(
+            "127.0.0.1", self.soak.port, timeout=self.soak.patience
+        )
         connection.request("POST", path, json.dumps(payload).encode())
         return connection, connection.getresponse()
 
     def pick(self) -> tuple[str, str, str, bool]:
         rng = self.rng
-        return rng.choice(list(PATHS)), rng.choice(PROMPTS), rng.choice(PREFACES), rng.random() < 0.7
+        return (
+            rng.choice(list(PATHS)),
+            rng.choice(PROMPTS),
+            rng.choice(PREFACES),
+            rng.random() < 0.7,
+        )
 
     def ask(self) -> None:
         dialect, words, preface, stream = self.pick()
         self.soak.check(dialect, words, preface, stream)
 
     def hang_up(self) -> None:
-        """Leaves in the midst of an answer, and half of the time comes back with the same request."""
+        """Leaves in the midst of an answer, and half of the time comes back with the same
+        request."""
         dialect, words, preface, _ = self.pick()
-        connection, response = self.send(PATHS[dialect], body(dialect, "demo", words, preface, True, 80))
+        connection, response = self.send(
+            PATHS[dialect], body(dialect, "demo", words, preface, True, 80)
+        )
         for _ in range(self.rng.randrange(6)):
             response.readline()
         response.close()
@@ -181,7 +252,9 @@ class Client:
 
     def nonsense(self) -> None:
         dialect, change, status = self.rng.choice(NONSENSE)
-        connection, response = self.send(PATHS[dialect], {**body(dialect, "demo", "hi", "", False, 5), **change})
+        connection, response = self.send(
+            PATHS[dialect], {**body(dialect, "demo", "hi", "", False, 5), **change}
+        )
         answer = json.loads(response.read())
         connection.close()
         if response.status != status or "error" not in answer:
@@ -190,7 +263,9 @@ class Client:
     def other_model(self) -> None:
         dialect, words, preface, stream = self.pick()
         model = self.rng.choice(self.soak.others)
-        connection, response = self.send(PATHS[dialect], body(dialect, model, words, preface, stream, 5))
+        connection, response = self.send(
+            PATHS[dialect], body(dialect, model, words, preface, stream, 5)
+        )
         lines = [line.decode().rstrip("\n") for line in response]
         connection.close()
         if response.status != 200:
@@ -199,12 +274,21 @@ class Client:
 
 
 class Soak:
-    """`clients` of a server at `port` that has the demo model and `others`, until `seconds` or `requests` are through."""
+    """`clients` of a server at `port` that has the demo model and `others`, until `seconds` or
+    `requests` are through."""
 
     patience = 240.0  # seconds without a byte after which a request counts as stuck
 
-    def __init__(self, port: int, clients: int, others: list[str], *, seconds: float | None = None, requests: int | None = None,
-                 hang_ups: int = 20):
+    def __init__(
+        self,
+        port: int,
+        clients: int,
+        others: list[str],
+        *,
+        seconds: float | None = None,
+        requests: int | None = None,
+        hang_ups: int = 20,
+    ):
         self.port, self.clients, self.others = port, clients, others
         self.weights = [85 - hang_ups, hang_ups, 10, 5 if others else 0]
         self.report = Report()
@@ -218,7 +302,9 @@ class Soak:
         for dialect in PATHS:
             for words in PROMPTS:
                 for preface in PREFACES:
-                    self._expected[dialect, words, preface] = self.answer(dialect, words, preface, False)
+                    self._expected[dialect, words, preface] = self.answer(
+                        dialect, words, preface, False
+                    )
 
     def run(self) -> Report:
         """Lets everybody loose."""
@@ -240,7 +326,9 @@ class Soak:
             return time.monotonic() < self._until
 
     def answer(self, dialect: str, words: str, preface: str, stream: bool) -> str:
-        connection, response = self._alone.send(PATHS[dialect], body(dialect, "demo", words, preface, stream, 80))
+        connection, response = self._alone.send(
+            PATHS[dialect], body(dialect, "demo", words, preface, stream, 80)
+        )
         lines = [line.decode().rstrip("\n") for line in response]
         connection.close()
         if response.status != 200:
@@ -248,9 +336,14 @@ class Soak:
         return read(dialect, stream, lines)
 
     def check(self, dialect: str, words: str, preface: str, stream: bool) -> None:
-        said, right = self.answer(dialect, words, preface, stream), self._expected[dialect, words, preface]
+        said, right = (
+            self.answer(dialect, words, preface, stream),
+            self._expected[dialect, words, preface],
+        )
         if said != right:
-            self.note_wrong(f"{dialect} {words!r} behind {len(preface)} characters: {said} instead of {right}")
+            self.note_wrong(
+                f"{dialect} {words!r} behind {len(preface)} characters: {said} instead of {right}"
+            )
 
     def note_wrong(self, what: str) -> None:
         with self._lock:
@@ -275,8 +368,12 @@ def figure(url: str, name: str) -> float:
 
 
 def memory(port: int, others: list[str]) -> float:
-    """What MLX holds, in bytes, once nothing runs any more and all models were unloaded and the demo loaded again."""
-    for body in [*({"model": model, "keep_alive": 0} for model in [*others, "demo"]), {"model": "demo", "keep_alive": -1}]:
+    """What MLX holds, in bytes, once nothing runs any more and all models were unloaded and the
+    demo loaded again."""
+    for body in [
+        *({"model": model, "keep_alive": 0} for model in [*others, "demo"]),
+        {"model": "demo", "keep_alive": -1},
+    ]:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request("POST", "/api/generate", json.dumps(body))
         connection.getresponse().read()

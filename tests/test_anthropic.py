@@ -1,4 +1,5 @@
-"""The Anthropic dialect: bodies in, requests out; events in, wire objects out. No socket and no model."""
+"""The Anthropic dialect: bodies in, requests out; events in, wire objects out. No socket and no
+model."""
 
 from __future__ import annotations
 
@@ -16,10 +17,31 @@ from _mlx_server.wire.anthropic import AnthropicMessages, anthropic_count, anthr
 from _mlx_server.wire.conversation import IMAGE_NOTE, NO_RESULT, Turn, canonical
 from _mlx_server.wire.fields import WireError
 from dialects import anthropic_model, anthropic_models
-from engine import Done, EngineClosed, EngineError, InvalidRequest, LocalModel, ModelLoadError, ModelNotFound, PromptTooLong, Request, Text, Thinking, Tick, ToolEnd, ToolInput, ToolStart, Usage
+from engine import (
+    Done,
+    EngineClosed,
+    EngineError,
+    InvalidRequest,
+    LocalModel,
+    ModelLoadError,
+    ModelNotFound,
+    PromptTooLong,
+    Request,
+    Text,
+    Thinking,
+    Tick,
+    ToolEnd,
+    ToolInput,
+    ToolStart,
+    Usage,
+)
 
 HI = [{"role": "user", "content": "hi"}]
-WEATHER = {"name": "weather", "description": "Tells it.", "input_schema": {"type": "object", "properties": {}}}
+WEATHER = {
+    "name": "weather",
+    "description": "Tells it.",
+    "input_schema": {"type": "object", "properties": {}},
+}
 
 
 @dataclass
@@ -32,11 +54,16 @@ class Numbers:
 
 
 def ask(messages: list | None = None, **fields) -> Request:
-    return AnthropicMessages({"model": "m", "max_tokens": 9, "messages": messages or HI, **fields}).request
+    return AnthropicMessages(
+        {"model": "m", "max_tokens": 9, "messages": messages or HI, **fields}
+    ).request
 
 
 def said(role: str, *blocks: dict | str) -> dict:
-    return {"role": role, "content": [{"type": "text", "text": b} if isinstance(b, str) else b for b in blocks]}
+    return {
+        "role": role,
+        "content": [{"type": "text", "text": b} if isinstance(b, str) else b for b in blocks],
+    }
 
 
 def use(id: str, name: str = "weather", **input) -> dict:
@@ -63,21 +90,39 @@ FOLDINGS = {
     "system after user": ("u:hi s:env a:yes", "user:[env]\nhi assistant:yes"),
     "system last": ("u:hi a:yes u:go s:env", "user:hi assistant:yes user:[env]\ngo"),
     "system after assistant": ("u:hi a:yes s:env u:go", "user:hi assistant:yes user:[env]\ngo"),
-    "system between assistants": ("u:hi a:yes s:env a:no", "user:hi assistant:yes user:[env] assistant:no"),
+    "system between assistants": (
+        "u:hi a:yes s:env a:no",
+        "user:hi assistant:yes user:[env] assistant:no",
+    ),
     "each before its words": ("u:1 s:A u:2 s:B", "user:[A]\n1\n[B]\n2"),
     "two after one": ("u:1 s:A s:B", "user:[A]\n[B]\n1"),
     "users merge": ("u:1 u:2", "user:1\n2"),
     "assistants merge": ("u:1 a:2 a:3 u:4", "user:1 assistant:2\n3 user:4"),
     "empty ones vanish": ("u: u:1 a: u:2 a:", "user:1\n2"),
-    "results in call order": ("u:1 a! tb:B ta:A a:x", "user:1 assistant: tool:A tool:B assistant:x"),
-    "last result counts": ("u:1 a! ta:A tb:B ta:C a:x", "user:1 assistant: tool:C tool:B assistant:x"),
+    "results in call order": (
+        "u:1 a! tb:B ta:A a:x",
+        "user:1 assistant: tool:A tool:B assistant:x",
+    ),
+    "last result counts": (
+        "u:1 a! ta:A tb:B ta:C a:x",
+        "user:1 assistant: tool:C tool:B assistant:x",
+    ),
     "no result": ("u:1 a! ta:A u:2", f"user:1 assistant: tool:A tool:{NO_RESULT} user:2"),
     "no results at the end": ("u:1 a!", f"user:1 assistant: tool:{NO_RESULT} tool:{NO_RESULT}"),
     "orphan": ("u:1 a:x tz:Z", "user:1 assistant:x user:Tool result (z): Z"),
-    "system after results": ("u:1 a! ta:A tb:B s:env a:x", "user:1 assistant: tool:A tool:B\n[env] assistant:x"),
+    "system after results": (
+        "u:1 a! ta:A tb:B s:env a:x",
+        "user:1 assistant: tool:A tool:B\n[env] assistant:x",
+    ),
     "system between results": ("u:1 a! ta:A s:env tb:B", "user:1 assistant: tool:A tool:B\n[env]"),
-    "words among results": ("u:1 a! ta:A u:w tb:B s:env", "user:1 assistant: tool:A tool:B user:[env]\nw"),
-    "system, then words": ("u:1 a! ta:A tb:B s:env u:w", "user:1 assistant: tool:A tool:B\n[env] user:w"),
+    "words among results": (
+        "u:1 a! ta:A u:w tb:B s:env",
+        "user:1 assistant: tool:A tool:B user:[env]\nw",
+    ),
+    "system, then words": (
+        "u:1 a! ta:A tb:B s:env u:w",
+        "user:1 assistant: tool:A tool:B\n[env] user:w",
+    ),
     "prefill": ("u:1 a:So_", "user:1 assistant:So"),
 }
 
@@ -87,7 +132,14 @@ def turns(script: str) -> list[Turn]:
     for word in script.split(" "):
         who, _, text = word.replace("_", " ").partition(":")
         role = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}[who[0]]
-        out.append(Turn(role, text, calls=A_CALLS if who == "a!" else [], call_id=who[1:] if role == "tool" else ""))
+        out.append(
+            Turn(
+                role,
+                text,
+                calls=A_CALLS if who == "a!" else [],
+                call_id=who[1:] if role == "tool" else "",
+            )
+        )
     return out
 
 
@@ -100,56 +152,102 @@ def test_canonical_conversation(script: str, expected: str) -> None:
 
 
 def test_calls_and_results_name_each_other() -> None:
-    messages = canonical([Turn("user", "1"), Turn("assistant", "Well", "hmm", A_CALLS), *turns("ta:A tb:B")])
+    messages = canonical(
+        [Turn("user", "1"), Turn("assistant", "Well", "hmm", A_CALLS), *turns("ta:A tb:B")]
+    )
     assert messages[1:] == [
-        {"role": "assistant", "content": "Well", "reasoning_content": "hmm", "tool_calls": [
-            {"id": "a", "type": "function", "function": {"name": "f", "arguments": {}}},
-            {"id": "b", "type": "function", "function": {"name": "g", "arguments": {"x": 1}}}]},
+        {
+            "role": "assistant",
+            "content": "Well",
+            "reasoning_content": "hmm",
+            "tool_calls": [
+                {"id": "a", "type": "function", "function": {"name": "f", "arguments": {}}},
+                {"id": "b", "type": "function", "function": {"name": "g", "arguments": {"x": 1}}},
+            ],
+        },
         {"role": "tool", "tool_call_id": "a", "name": "f", "content": "A"},
-        {"role": "tool", "tool_call_id": "b", "name": "g", "content": "B"}]
+        {"role": "tool", "tool_call_id": "b", "name": "g", "content": "B"},
+    ]
 
 
 def client_requests(messages: list[dict]) -> list[list[dict]]:
-    """A session's requests as Claude Code makes them: one at the end of each user's turn, the last message as blocks
-    with the cache marker, the others as strings where they can be."""
+    """A session's requests as Claude Code makes them: one at the end of each user's turn, the last
+    message as blocks with the cache marker, the others as strings where they can be."""
     requests = []
     for end in range(1, len(messages) + 1):
-        if messages[end - 1]["role"] != "assistant" and (end == len(messages) or messages[end]["role"] == "assistant"):
+        if messages[end - 1]["role"] != "assistant" and (
+            end == len(messages) or messages[end]["role"] == "assistant"
+        ):
             sent = [dict(message) for message in messages[:end]]
             for message in sent[:-1]:
                 if [block["type"] for block in message["content"]] == ["text"]:
                     message["content"] = message["content"][0]["text"]
             blocks = sent[-1]["content"]
-            sent[-1]["content"] = [*blocks[:-1], {**blocks[-1], "cache_control": {"type": "ephemeral"}}]
+            sent[-1]["content"] = [
+                *blocks[:-1],
+                {**blocks[-1], "cache_control": {"type": "ephemeral"}},
+            ]
             requests.append(sent)
     return requests
 
 
 SESSIONS = {
     "system after the prompt": [
-        said("user", "git", "commits", "fix it"), said("system", "env"), said("assistant", "ok", use("1")),
-        said("user", result("1")), said("assistant", "done"), said("user", "more"), said("assistant", "yes")],
+        said("user", "git", "commits", "fix it"),
+        said("system", "env"),
+        said("assistant", "ok", use("1")),
+        said("user", result("1")),
+        said("assistant", "done"),
+        said("user", "more"),
+        said("assistant", "yes"),
+    ],
     "system after results": [
-        said("user", "fix it"), said("system", "env"), said("assistant", use("1")), said("user", result("1")),
-        said("system", "left: 9"), said("assistant", use("2")), said("user", result("2")), said("system", "left: 8"),
-        said("assistant", "done"), said("user", "more"), said("system", "date"), said("assistant", "fine"),
-        said("user", "x")],
+        said("user", "fix it"),
+        said("system", "env"),
+        said("assistant", use("1")),
+        said("user", result("1")),
+        said("system", "left: 9"),
+        said("assistant", use("2")),
+        said("user", result("2")),
+        said("system", "left: 8"),
+        said("assistant", "done"),
+        said("user", "more"),
+        said("system", "date"),
+        said("assistant", "fine"),
+        said("user", "x"),
+    ],
     "words with results": [
-        said("user", "a"), said("assistant", use("1"), use("2")), said("user", result("2"), result("1"), "note"),
-        said("system", "s"), said("assistant", "b"), said("user", "c"), said("assistant", "d"), said("user", "e")],
+        said("user", "a"),
+        said("assistant", use("1"), use("2")),
+        said("user", result("2"), result("1"), "note"),
+        said("system", "s"),
+        said("assistant", "b"),
+        said("user", "c"),
+        said("assistant", "d"),
+        said("user", "e"),
+    ],
     "interrupted": [
-        said("user", "a"), said("system", "s"), said("assistant", "half"), said("user", "[interrupted]", "go on"),
-        said("assistant", use("1")), said("user", result("1", is_error=True), "stopped"), said("assistant", "b"),
-        said("user", "c")],
+        said("user", "a"),
+        said("system", "s"),
+        said("assistant", "half"),
+        said("user", "[interrupted]", "go on"),
+        said("assistant", use("1")),
+        said("user", result("1", is_error=True), "stopped"),
+        said("assistant", "b"),
+        said("user", "c"),
+    ],
     "deferred tools": [
-        said("user", "a"), said("assistant", use("1")),
-        said("user", result("1", [{"type": "tool_reference", "tool_name": "later"}])), said("assistant", "b"),
-        said("user", "c")],
+        said("user", "a"),
+        said("assistant", use("1")),
+        said("user", result("1", [{"type": "tool_reference", "tool_name": "later"}])),
+        said("assistant", "b"),
+        said("user", "c"),
+    ],
 }
 
 
 def is_prefix(short: list[dict], long: list[dict]) -> bool:
-    return len(short) < len(long) and long[:len(short)] == short
+    return len(short) < len(long) and long[: len(short)] == short
 
 
 @pytest.mark.parametrize("messages", SESSIONS.values(), ids=SESSIONS)
@@ -162,12 +260,18 @@ def test_sessions_are_append_only(messages: list[dict]) -> None:
 
 
 def test_a_prompt_that_got_no_answer_stays_a_prefix() -> None:
-    before, after = (canonical(turns(script))[-1]["content"] for script in ("u:1 s:A", "u:1 s:A u:2 s:B"))
+    before, after = (
+        canonical(turns(script))[-1]["content"] for script in ("u:1 s:A", "u:1 s:A u:2 s:B")
+    )
     assert after.startswith(before)
 
 
 def test_string_and_block_render_the_same_and_markers_do_not() -> None:
-    marked = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral", "ttl": "9h", "scope": "x"}}
+    marked = {
+        "type": "text",
+        "text": "hi",
+        "cache_control": {"type": "ephemeral", "ttl": "9h", "scope": "x"},
+    }
     system = [{"type": "text", "text": "be nice", "cache_control": {"type": "ephemeral"}}]
     assert ask(system="be nice") == ask([said("user", marked)], system=system)
 
@@ -177,12 +281,19 @@ def test_string_and_block_render_the_same_and_markers_do_not() -> None:
 BILLING = "x-anthropic-billing-header: cc_version=2.1.330.4ed; cc_entrypoint=cli;"
 
 
-@pytest.mark.parametrize("system, expected", [
-    (None, None), ("", None), ("a", "a"), ([said("", "a")["content"][0], {"type": "text", "text": "b"}], "a\n\nb"),
-    ([{"type": "text", "text": BILLING}, {"type": "text", "text": "a"}], "a"),
-    (f"{BILLING}\na", "a"), (BILLING, None),
-    ([{"type": "text", "text": "a\n"}, {"type": "text", "text": "\nb"}], "a\n\n\nb"),
-])
+@pytest.mark.parametrize(
+    "system, expected",
+    [
+        (None, None),
+        ("", None),
+        ("a", "a"),
+        ([said("", "a")["content"][0], {"type": "text", "text": "b"}], "a\n\nb"),
+        ([{"type": "text", "text": BILLING}, {"type": "text", "text": "a"}], "a"),
+        (f"{BILLING}\na", "a"),
+        (BILLING, None),
+        ([{"type": "text", "text": "a\n"}, {"type": "text", "text": "\nb"}], "a\n\n\nb"),
+    ],
+)
 def test_system(system: object, expected: str | None) -> None:
     expected_messages = [("system", expected)] if expected else []
     assert brief(ask(system=system).messages) == [*expected_messages, ("user", "hi")]
@@ -192,84 +303,166 @@ def source(kind: str, **fields) -> dict:
     return {"source": {"type": kind, **fields}}
 
 
-@pytest.mark.parametrize("block, text", [
-    ({"type": "text", "text": ""}, ""),
-    ({"type": "text", "text": "x", "citations": None, "parsed_output": 1}, "x"),
-    ({"type": "image", **source("base64", media_type="image/png", data="AAAA")}, IMAGE_NOTE),
-    ({"type": "image", **source("url", url="http://x/y.png")}, IMAGE_NOTE),
-    ({"type": "document", "title": "T", "context": "C", **source("text", media_type="text/plain", data="D")},
-     "T\nC\nD"),
-    ({"type": "document", **source("content", content="D")}, "D"),
-    ({"type": "document", **source("content", content=said("", "D", "E")["content"])}, "D\nE"),
-    ({"type": "search_result", "title": "T", "source": "S", "content": said("", "D")["content"]}, "T\nS\nD"),
-    ({"type": "compaction", "content": "summary"}, "summary"),
-    ({"type": "tool_addition", "tool": {}}, ""), ({"type": "never_heard_of"}, ""),
-])
+@pytest.mark.parametrize(
+    "block, text",
+    [
+        ({"type": "text", "text": ""}, ""),
+        ({"type": "text", "text": "x", "citations": None, "parsed_output": 1}, "x"),
+        ({"type": "image", **source("base64", media_type="image/png", data="AAAA")}, IMAGE_NOTE),
+        ({"type": "image", **source("url", url="http://x/y.png")}, IMAGE_NOTE),
+        (
+            {
+                "type": "document",
+                "title": "T",
+                "context": "C",
+                **source("text", media_type="text/plain", data="D"),
+            },
+            "T\nC\nD",
+        ),
+        ({"type": "document", **source("content", content="D")}, "D"),
+        ({"type": "document", **source("content", content=said("", "D", "E")["content"])}, "D\nE"),
+        (
+            {
+                "type": "search_result",
+                "title": "T",
+                "source": "S",
+                "content": said("", "D")["content"],
+            },
+            "T\nS\nD",
+        ),
+        ({"type": "compaction", "content": "summary"}, "summary"),
+        ({"type": "tool_addition", "tool": {}}, ""),
+        ({"type": "never_heard_of"}, ""),
+    ],
+)
 def test_blocks_become_text(block: dict, text: str) -> None:
-    assert ask([said("user", "go", block)]).messages[0]["content"] == (f"go\n{text}" if text else "go")
+    assert ask([said("user", "go", block)]).messages[0]["content"] == (
+        f"go\n{text}" if text else "go"
+    )
 
 
 def test_blocks_of_an_assistant() -> None:
     history = [
-        *HI, said("assistant", {"type": "redacted_thinking", "data": "x"}, {"type": "thinking", "thinking": "hmm"},
-                  {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}}, " ",
-                  use("1", city="Rome"), "well"),
-        said("user", "after", result("1"))]
+        *HI,
+        said(
+            "assistant",
+            {"type": "redacted_thinking", "data": "x"},
+            {"type": "thinking", "thinking": "hmm"},
+            {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}},
+            " ",
+            use("1", city="Rome"),
+            "well",
+        ),
+        said("user", "after", result("1")),
+    ]
     assert ask(history).messages[1:] == [
-        {"role": "assistant", "content": "well", "reasoning_content": "hmm", "tool_calls": [
-            {"id": "1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}]},
-        {"role": "tool", "tool_call_id": "1", "name": "weather", "content": "ok"}, {"role": "user", "content": "after"}]
+        {
+            "role": "assistant",
+            "content": "well",
+            "reasoning_content": "hmm",
+            "tool_calls": [
+                {
+                    "id": "1",
+                    "type": "function",
+                    "function": {"name": "weather", "arguments": {"city": "Rome"}},
+                }
+            ],
+        },
+        {"role": "tool", "tool_call_id": "1", "name": "weather", "content": "ok"},
+        {"role": "user", "content": "after"},
+    ]
 
 
-@pytest.mark.parametrize("given, arguments", [
-    ({"a": 1}, {"a": 1}), ('{"a": 1}', {"a": 1}), ("no json", {"input": "no json"}), (None, {}), ("", {})])
+@pytest.mark.parametrize(
+    "given, arguments",
+    [
+        ({"a": 1}, {"a": 1}),
+        ('{"a": 1}', {"a": 1}),
+        ("no json", {"input": "no json"}),
+        (None, {}),
+        ("", {}),
+    ],
+)
 def test_inputs_are_objects(given: object, arguments: dict) -> None:
-    messages = ask([*HI, said("assistant", {**use("1"), "input": given}), said("user", result("1"))]).messages
+    messages = ask(
+        [*HI, said("assistant", {**use("1"), "input": given}), said("user", result("1"))]
+    ).messages
     assert messages[1]["tool_calls"][0]["function"]["arguments"] == arguments
 
 
-@pytest.mark.parametrize("block, text", [
-    (result("1", None), ""), ({"type": "tool_result", "tool_use_id": "1"}, ""), (result("1", []), ""),
-    (result("1", said("", "a", "b")["content"]), "a\nb"), (result("1", "boom", is_error=True), "Error: boom"),
-    (result("1", "Error: boom", is_error=True), "Error: boom"), (result("1", "fine", is_error=False), "fine"),
-    (result("1", [{"type": "image", **source("base64", data="A")}]), IMAGE_NOTE),
-    (result("1", [{"type": "tool_reference", "tool_name": "weather"}]), "weather"),
-])
+@pytest.mark.parametrize(
+    "block, text",
+    [
+        (result("1", None), ""),
+        ({"type": "tool_result", "tool_use_id": "1"}, ""),
+        (result("1", []), ""),
+        (result("1", said("", "a", "b")["content"]), "a\nb"),
+        (result("1", "boom", is_error=True), "Error: boom"),
+        (result("1", "Error: boom", is_error=True), "Error: boom"),
+        (result("1", "fine", is_error=False), "fine"),
+        (result("1", [{"type": "image", **source("base64", data="A")}]), IMAGE_NOTE),
+        (result("1", [{"type": "tool_reference", "tool_name": "weather"}]), "weather"),
+    ],
+)
 def test_tool_results(block: dict, text: str) -> None:
-    messages = ask([*HI, said("assistant", use("1")), said("user", block)], tools=[WEATHER]).messages
+    messages = ask(
+        [*HI, said("assistant", use("1")), said("user", block)], tools=[WEATHER]
+    ).messages
     assert messages[-1] == {"role": "tool", "tool_call_id": "1", "name": "weather", "content": text}
 
 
 def test_other_role_names_are_users() -> None:
     assert ask([{"role": "ctx", "content": "a"}, {"role": "msg", "content": "b"}]).messages == [
-        {"role": "user", "content": "a\nb"}]
+        {"role": "user", "content": "a\nb"}
+    ]
 
 
 # ------------------------------------------------------------------ fields
 
 
-@pytest.mark.parametrize("body, expected", [
-    ({"temperature": 1, "top_p": 0.5, "top_k": 3}, {"temperature": 1, "top_p": 0.5, "top_k": 3}),
-    ({"temperature": None}, {"temperature": None, "top_p": None, "top_k": None}),
-])
+@pytest.mark.parametrize(
+    "body, expected",
+    [
+        (
+            {"temperature": 1, "top_p": 0.5, "top_k": 3},
+            {"temperature": 1, "top_p": 0.5, "top_k": 3},
+        ),
+        ({"temperature": None}, {"temperature": None, "top_p": None, "top_k": None}),
+    ],
+)
 def test_sampling(body: dict, expected: dict) -> None:
     sampling = vars(ask(**body).sampling)
     assert {key: sampling[key] for key in expected} == expected
 
 
-@pytest.mark.parametrize("body, attribute, value", [
-    ({"max_tokens": 0}, "max_tokens", 0),
-    ({"stop_sequences": ["\n", "", "END"]}, "stop", ["\n", "END"]),
-    ({"thinking": {"type": "enabled", "budget_tokens": 50}}, "thinking", True),
-    ({"thinking": {"type": "adaptive", "display": "updates"}}, "thinking", True),
-    ({"thinking": {"type": "disabled"}}, "thinking", False),
-    ({"thinking": {"type": "between_tools"}}, "thinking", False),
-    ({}, "thinking", None), ({"thinking": None}, "thinking", None),
-    ({"output_config": {"effort": "high", "format": None}}, "effort", "high"),
-    ({"output_config": {"effort": None}}, "effort", None),
-    ({"metadata": {"user_id": None}, "betas": ["x"], "context_management": {"edits": []}, "container": "c", "new": 1,
-      "mcp_servers": [], "service_tier": "auto"}, "model", "m"),
-])
+@pytest.mark.parametrize(
+    "body, attribute, value",
+    [
+        ({"max_tokens": 0}, "max_tokens", 0),
+        ({"stop_sequences": ["\n", "", "END"]}, "stop", ["\n", "END"]),
+        ({"thinking": {"type": "enabled", "budget_tokens": 50}}, "thinking", True),
+        ({"thinking": {"type": "adaptive", "display": "updates"}}, "thinking", True),
+        ({"thinking": {"type": "disabled"}}, "thinking", False),
+        ({"thinking": {"type": "between_tools"}}, "thinking", False),
+        ({}, "thinking", None),
+        ({"thinking": None}, "thinking", None),
+        ({"output_config": {"effort": "high", "format": None}}, "effort", "high"),
+        ({"output_config": {"effort": None}}, "effort", None),
+        (
+            {
+                "metadata": {"user_id": None},
+                "betas": ["x"],
+                "context_management": {"edits": []},
+                "container": "c",
+                "new": 1,
+                "mcp_servers": [],
+                "service_tier": "auto",
+            },
+            "model",
+            "m",
+        ),
+    ],
+)
 def test_fields(body: dict, attribute: str, value: object) -> None:
     assert getattr(ask(**body), attribute) == value
 
@@ -277,9 +470,14 @@ def test_fields(body: dict, attribute: str, value: object) -> None:
 @pytest.mark.parametrize("field", ["output_config", "output_format"])
 def test_an_output_format_is_asked_for(field: str) -> None:
     form = {"type": "json_schema", "schema": {"type": "object"}}
-    request = ask([*HI, said("assistant", use("1")), said("user", result("1"))],
-                  **{field: {"format": form} if field == "output_config" else form})
-    assert request.messages[0]["content"] == 'hi\n\nAnswer with JSON only, matching this schema: {"type": "object"}'
+    request = ask(
+        [*HI, said("assistant", use("1")), said("user", result("1"))],
+        **{field: {"format": form} if field == "output_config" else form},
+    )
+    assert (
+        request.messages[0]["content"]
+        == 'hi\n\nAnswer with JSON only, matching this schema: {"type": "object"}'
+    )
     assert request.format == form["schema"]
 
 
@@ -299,27 +497,41 @@ def names(tools: list[dict]) -> list[str]:
     return [tool["function"]["name"] for tool in tools]
 
 
-@pytest.mark.parametrize("schema, parameters", [
-    ({}, {"type": "object", "properties": {}}),
-    ({"type": None, "properties": None}, {"type": "object", "properties": {}}),
-    ({"type": "object", "properties": {"a": "bar"}, "$schema": "x"},
-     {"type": "object", "properties": {"a": "bar"}, "$schema": "x"}),
-])
+@pytest.mark.parametrize(
+    "schema, parameters",
+    [
+        ({}, {"type": "object", "properties": {}}),
+        ({"type": None, "properties": None}, {"type": "object", "properties": {}}),
+        (
+            {"type": "object", "properties": {"a": "bar"}, "$schema": "x"},
+            {"type": "object", "properties": {"a": "bar"}, "$schema": "x"},
+        ),
+    ],
+)
 def test_a_tool_is_always_complete(schema: dict, parameters: dict) -> None:
     assert ask(tools=[{"name": "f", "input_schema": schema, "type": None}]).tools == [
-        {"type": "function", "function": {"name": "f", "description": "", "parameters": parameters}}]
+        {"type": "function", "function": {"name": "f", "description": "", "parameters": parameters}}
+    ]
 
 
 def test_deferred_tools_appear_where_they_are_referenced() -> None:
     later = {**WEATHER, "name": "later", "defer_loading": True}
     found = said("user", result("1", [{"type": "tool_reference", "tool_name": "later"}]))
-    request = ask([*HI, said("assistant", use("1")), found],
-                  tools=[{"name": "DeferredToolPlaceholder", "description": "", "defer_loading": True}, later, WEATHER])
+    request = ask(
+        [*HI, said("assistant", use("1")), found],
+        tools=[
+            {"name": "DeferredToolPlaceholder", "description": "", "defer_loading": True},
+            later,
+            WEATHER,
+        ],
+    )
     assert names(request.tools) == ["weather"] and names(request.deferred_tools) == ["later"]
     assert json.loads(request.messages[-1]["content"]) == request.deferred_tools[0]
 
 
-def test_tools_that_servers_run_are_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_tools_that_servers_run_are_left_out_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     with caplog.at_level(logging.WARNING, "mlx_server"):
         assert names(ask(tools=[WEB_SEARCH, WEATHER]).tools) == ["weather"]
     assert "web_search_20250305" in caplog.text
@@ -331,21 +543,38 @@ def test_without_tool_search_deferred_tools_are_declared() -> None:
     assert names(request.tools) == ["weather"] and request.deferred_tools == []
 
 
-@pytest.mark.parametrize("kind, name, has", [
-    ("bash_20250124", "bash", "restart"), ("text_editor_20241022", "str_replace_editor", "old_str"),
-    ("text_editor_20250728", "str_replace_based_edit_tool", "view_range"), ("memory_20250818", "memory", "new_path")])
+@pytest.mark.parametrize(
+    "kind, name, has",
+    [
+        ("bash_20250124", "bash", "restart"),
+        ("text_editor_20241022", "str_replace_editor", "old_str"),
+        ("text_editor_20250728", "str_replace_based_edit_tool", "view_range"),
+        ("memory_20250818", "memory", "new_path"),
+    ],
+)
 def test_tools_that_clients_run_get_a_schema(kind: str, name: str, has: str) -> None:
     function = ask(tools=[{"type": kind, "name": name}]).tools[0]["function"]
     assert function["name"] == name and has in function["parameters"]["properties"]
 
 
-@pytest.mark.parametrize("choice, expected", [
-    (None, ("auto", True)), ({"type": "auto"}, ("auto", True)), ({"type": "any"}, ("any", True)),
-    ({"type": "none"}, ("none", True)),
-    ({"type": "tool", "name": "weather", "disable_parallel_tool_use": True}, ("weather", False))])
+@pytest.mark.parametrize(
+    "choice, expected",
+    [
+        (None, ("auto", True)),
+        ({"type": "auto"}, ("auto", True)),
+        ({"type": "any"}, ("any", True)),
+        ({"type": "none"}, ("none", True)),
+        (
+            {"type": "tool", "name": "weather", "disable_parallel_tool_use": True},
+            ("weather", False),
+        ),
+    ],
+)
 def test_tool_choice(choice: dict | None, expected: tuple) -> None:
     request = ask(tools=[WEATHER], tool_choice=choice)
-    assert (request.tool_choice, request.parallel_tool_calls) == expected and names(request.tools) == ["weather"]
+    assert (request.tool_choice, request.parallel_tool_calls) == expected and names(
+        request.tools
+    ) == ["weather"]
 
 
 # ------------------------------------------------------------------ what is refused
@@ -361,45 +590,81 @@ REFUSALS = [
     ({"messages": []}, "messages: at least one message is required"),
     ({"messages": [{"role": "user", "content": ""}]}, "messages: at least one message is required"),
     ({"messages": ["hi"]}, "messages.0: Input should be an object"),
-    ({"messages": [{"role": "bot", "content": "x"}]},
-     "messages.0.role: Input should be 'user', 'assistant' or 'system'"),
+    (
+        {"messages": [{"role": "bot", "content": "x"}]},
+        "messages.0.role: Input should be 'user', 'assistant' or 'system'",
+    ),
     ({"messages": [{"role": "user"}]}, "messages.0.content: Field required"),
-    ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content: Input should be a valid string or list"),
-    ({"messages": [{"role": "user", "content": ["x"]}]}, "messages.0.content.0: Input should be an object"),
+    (
+        {"messages": [{"role": "user", "content": 5}]},
+        "messages.0.content: Input should be a valid string or list",
+    ),
+    (
+        {"messages": [{"role": "user", "content": ["x"]}]},
+        "messages.0.content.0: Input should be an object",
+    ),
     ({"messages": [said("user", {"type": "text"})]}, "messages.0.content.0.text: Field required"),
-    ({"messages": [said("user", {"type": []})]}, "messages.0.content.0.type: Input should be a valid string"),
-    ({"messages": [*HI, said("assistant", "x", use("t1"))]},
-     "messages.1: `tool_use` ids were found without `tool_result` blocks immediately after: t1. Each `tool_use` block "
-     "must have a corresponding `tool_result` block in the next message."),
-    ({"messages": [said("user", {"type": "image", **source("file", file_id="f")})]},
-     "messages.0.content.0.source: files are not supported by this server"),
-    ({"messages": [said("user", {"type": "document", **source("base64", data="A")})]},
-     "messages.0.content.0.source: only documents of text are supported by this server; send its text"),
-    ({"messages": [said("user", {"type": "container_upload", "file_id": "f"})]},
-     "messages.0.content.0: files are not supported by this server"),
+    (
+        {"messages": [said("user", {"type": []})]},
+        "messages.0.content.0.type: Input should be a valid string",
+    ),
+    (
+        {"messages": [*HI, said("assistant", "x", use("t1"))]},
+        "messages.1: `tool_use` ids were found without `tool_result` blocks immediately after: t1. Each `tool_use` block "
+        "must have a corresponding `tool_result` block in the next message.",
+    ),
+    (
+        {"messages": [said("user", {"type": "image", **source("file", file_id="f")})]},
+        "messages.0.content.0.source: files are not supported by this server",
+    ),
+    (
+        {"messages": [said("user", {"type": "document", **source("base64", data="A")})]},
+        "messages.0.content.0.source: only documents of text are supported by this server; send its text",
+    ),
+    (
+        {"messages": [said("user", {"type": "container_upload", "file_id": "f"})]},
+        "messages.0.content.0: files are not supported by this server",
+    ),
     ({"system": 5}, "system: Input should be a valid string or list"),
     ({"stop_sequences": [1]}, "stop_sequences.0: Input should be a valid string"),
     ({"temperature": 3}, "temperature: Input should be less than or equal to 2"),
     ({"temperature": float("nan")}, "temperature: Input should be a valid number"),
-    ({"thinking": {"type": "deep"}},
-     "thinking.type: Input should be 'enabled', 'adaptive', 'disabled' or 'between_tools'"),
+    (
+        {"thinking": {"type": "deep"}},
+        "thinking.type: Input should be 'enabled', 'adaptive', 'disabled' or 'between_tools'",
+    ),
     ({"thinking": {"type": []}}, "thinking.type: Input should be a valid string"),
     ({"mcp_servers": [{}]}, "mcp_servers is not supported by this server"),
     ({"container": {"skills": [{}]}}, "container.skills is not supported by this server"),
     ({"compaction": {}}, "compaction is not supported by this server"),
-    ({"output_config": {"format": {"type": "xml"}}}, "output_config.format.type: Input should be 'json_schema'"),
-    ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema: Field required"),
+    (
+        {"output_config": {"format": {"type": "xml"}}},
+        "output_config.format.type: Input should be 'json_schema'",
+    ),
+    (
+        {"output_config": {"format": {"type": "json_schema"}}},
+        "output_config.format.schema: Field required",
+    ),
     ({"tools": [WEATHER, WEATHER]}, "tools: Tool names must be unique."),
     ({"tools": [{"name": "f"}]}, "tools.0.input_schema: Field required"),
-    ({"tools": [WEB_SEARCH]},
-     "tools: 'web_search_20250305' runs on Anthropic's servers and is not supported by this server"),
-    ({"tools": [{"type": "computer_20250124", "name": "computer"}]},
-     "tools.0: tools of type 'computer_20250124' are not supported by this server"),
+    (
+        {"tools": [WEB_SEARCH]},
+        "tools: 'web_search_20250305' runs on Anthropic's servers and is not supported by this server",
+    ),
+    (
+        {"tools": [{"type": "computer_20250124", "name": "computer"}]},
+        "tools.0: tools of type 'computer_20250124' are not supported by this server",
+    ),
     ({"tool_choice": "any"}, "tool_choice: Input should be an object"),
     ({"tool_choice": {"type": "any"}}, "tool_choice: 'any' needs tools to choose from"),
-    ({"tool_choice": {"type": "x"}}, "tool_choice.type: Input should be 'auto', 'any', 'tool' or 'none'"),
-    ({"tool_choice": {"type": "tool", "name": "g"}, "tools": [WEATHER]},
-     "tool_choice.name: Tool 'g' not found in provided tools"),
+    (
+        {"tool_choice": {"type": "x"}},
+        "tool_choice.type: Input should be 'auto', 'any', 'tool' or 'none'",
+    ),
+    (
+        {"tool_choice": {"type": "tool", "name": "g"}, "tools": [WEATHER]},
+        "tool_choice.name: Tool 'g' not found in provided tools",
+    ),
     ({"stream": "yes"}, "stream: Input should be a valid boolean"),
 ]
 
@@ -414,7 +679,12 @@ def test_refusals(fields: dict, message: str) -> None:
 # ------------------------------------------------------------------ the answer
 
 USAGE = Usage(prompt_tokens=100, cached_tokens=64, completion_tokens=20, thinking_tokens=7)
-CALL = [ToolStart("toolu_1", "weather"), ToolInput('{"city": '), ToolInput('"Rome"}'), ToolEnd({"city": "Rome"})]
+CALL = [
+    ToolStart("toolu_1", "weather"),
+    ToolInput('{"city": '),
+    ToolInput('"Rome"}'),
+    ToolEnd({"city": "Rome"}),
+]
 
 
 def folded(objects: list[dict]) -> list[dict]:
@@ -425,7 +695,7 @@ def folded(objects: list[dict]) -> list[dict]:
             assert one["index"] == len(content)
             content.append({**one["content_block"], "_json": ""})
         elif one["type"] == "content_block_delta":
-            (key, piece), = ((key, value) for key, value in one["delta"].items() if key != "type")
+            ((key, piece),) = ((key, value) for key, value in one["delta"].items() if key != "type")
             key = {"partial_json": "_json"}.get(key, key)
             content[one["index"]][key] += piece
     for block in content:
@@ -438,7 +708,8 @@ EVENTS = TypeAdapter(RawMessageStreamEvent)
 
 
 def answer(*events: object, **fields) -> tuple[list[dict], dict]:
-    """The stream's objects and the whole message, held against each other and against the official client's types."""
+    """The stream's objects and the whole message, held against each other and against the official
+    client's types."""
     reply = AnthropicMessages({"model": "m", "max_tokens": 9, "messages": HI, **fields})
     objects = reply.open(Numbers())
     for event in events:
@@ -463,46 +734,103 @@ def shape(objects: list[dict]) -> list[str]:
 
 def test_event_order() -> None:
     objects, whole = answer(
-        Thinking("hm"), Tick(), Thinking("m"), Text("\n\n"), Text("Hello"), Text(" "), *CALL, Text("\n"),
-        ToolStart("toolu_2", "weather"), ToolInput("{}"), ToolEnd({}), Done("tool_calls", USAGE))
+        Thinking("hm"),
+        Tick(),
+        Thinking("m"),
+        Text("\n\n"),
+        Text("Hello"),
+        Text(" "),
+        *CALL,
+        Text("\n"),
+        ToolStart("toolu_2", "weather"),
+        ToolInput("{}"),
+        ToolEnd({}),
+        Done("tool_calls", USAGE),
+    )
     assert shape(objects) == [
-        "message_start", "0 start thinking", "ping", "0 delta thinking_delta", "0 delta thinking_delta",
-        "0 delta signature_delta", "0 stop",
-        "1 start text", "1 delta text_delta", "1 delta text_delta", "1 stop",
-        "2 start tool_use", *["2 delta input_json_delta"] * 3, "2 stop",
-        "3 start tool_use", *["3 delta input_json_delta"] * 2, "3 stop", "message_delta", "message_stop"]
+        "message_start",
+        "0 start thinking",
+        "ping",
+        "0 delta thinking_delta",
+        "0 delta thinking_delta",
+        "0 delta signature_delta",
+        "0 stop",
+        "1 start text",
+        "1 delta text_delta",
+        "1 delta text_delta",
+        "1 stop",
+        "2 start tool_use",
+        *["2 delta input_json_delta"] * 3,
+        "2 stop",
+        "3 start tool_use",
+        *["3 delta input_json_delta"] * 2,
+        "3 stop",
+        "message_delta",
+        "message_stop",
+    ]
     assert whole["content"] == [
         {"type": "thinking", "thinking": "hmm", "signature": whole["content"][0]["signature"]},
         {"type": "text", "text": "\n\nHello "},
         {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"city": "Rome"}},
-        {"type": "tool_use", "id": "toolu_2", "name": "weather", "input": {}}]
+        {"type": "tool_use", "id": "toolu_2", "name": "weather", "input": {}},
+    ]
     assert whole["content"][0]["signature"]
     starts = [one["content_block"] for one in objects if one["type"] == "content_block_start"]
-    assert starts[0] == {"type": "thinking", "thinking": "", "signature": ""} and starts[2]["input"] == {}
+    assert (
+        starts[0] == {"type": "thinking", "thinking": "", "signature": ""}
+        and starts[2]["input"] == {}
+    )
 
 
 def test_first_and_last_objects() -> None:
     objects, whole = answer(Text("x"), Done("stop", USAGE))
     start, delta = objects[0]["message"], objects[-2]
-    assert {key: start[key] for key in ("id", "role", "model", "content", "stop_reason", "stop_sequence")} == {
-        "id": "msg_0123456789abcdef01234567", "role": "assistant", "model": "m", "content": [], "stop_reason": None,
-        "stop_sequence": None}
+    assert {
+        key: start[key]
+        for key in ("id", "role", "model", "content", "stop_reason", "stop_sequence")
+    } == {
+        "id": "msg_0123456789abcdef01234567",
+        "role": "assistant",
+        "model": "m",
+        "content": [],
+        "stop_reason": None,
+        "stop_sequence": None,
+    }
     assert (start["usage"]["input_tokens"], start["usage"]["cache_read_input_tokens"]) == (40, 60)
-    assert delta["usage"] == {"input_tokens": 36, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 64,
-                              "output_tokens": 20, "output_tokens_details": {"thinking_tokens": 7}}
-    assert whole["usage"] == {**delta["usage"], "service_tier": "standard", "cache_creation": {
-        "ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0}}
+    assert delta["usage"] == {
+        "input_tokens": 36,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": 64,
+        "output_tokens": 20,
+        "output_tokens_details": {"thinking_tokens": 7},
+    }
+    assert whole["usage"] == {
+        **delta["usage"],
+        "service_tier": "standard",
+        "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
+    }
     assert objects[-1] == {"type": "message_stop"}
 
 
-@pytest.mark.parametrize("reason, stop_reason", [
-    ("stop", "end_turn"), ("length", "max_tokens"), ("context", "model_context_window_exceeded"),
-    ("tool_calls", "tool_use"),
-    ("load", "end_turn"), ("stop_sequence", "stop_sequence")])
+@pytest.mark.parametrize(
+    "reason, stop_reason",
+    [
+        ("stop", "end_turn"),
+        ("length", "max_tokens"),
+        ("context", "model_context_window_exceeded"),
+        ("tool_calls", "tool_use"),
+        ("load", "end_turn"),
+        ("stop_sequence", "stop_sequence"),
+    ],
+)
 def test_stop_reasons(reason: str, stop_reason: str) -> None:
     stop = "END" if reason == "stop_sequence" else None
     objects, whole = answer(Text("x"), Done(reason, USAGE, stop))
-    assert objects[-2]["delta"] == {"stop_reason": stop_reason, "stop_sequence": stop, "stop_details": None}
+    assert objects[-2]["delta"] == {
+        "stop_reason": stop_reason,
+        "stop_sequence": stop,
+        "stop_details": None,
+    }
     assert (whole["stop_reason"], whole["stop_sequence"]) == (stop_reason, stop)
 
 
@@ -515,39 +843,74 @@ def test_an_empty_answer_is_one_empty_text(events: list) -> None:
 
 @pytest.mark.parametrize("display", ["omitted", "updates"])
 def test_hidden_thinking_streams_only_its_signature(display: str) -> None:
-    objects, whole = answer(Thinking("secret"), Thinking("!"), Text("x"), Done("stop", USAGE),
-                            thinking={"type": "adaptive", "display": display})
+    objects, whole = answer(
+        Thinking("secret"),
+        Thinking("!"),
+        Text("x"),
+        Done("stop", USAGE),
+        thinking={"type": "adaptive", "display": display},
+    )
     assert shape(objects)[1:5] == ["0 start thinking", "ping", "0 delta signature_delta", "0 stop"]
     assert "secret" not in json.dumps([objects, whole]) and whole["content"][0]["signature"]
 
 
 def test_a_cut_answer_closes_its_block() -> None:
     assert shape(answer(Thinking("hm"), Done("length", USAGE))[0])[-4:] == [
-        "0 delta signature_delta", "0 stop", "message_delta", "message_stop"]
+        "0 delta signature_delta",
+        "0 stop",
+        "message_delta",
+        "message_stop",
+    ]
 
 
 def test_ping_and_failure() -> None:
-    reply = AnthropicMessages({"model": "m", "max_tokens": 9, "messages": HI, "stream": True}, "req_1")
+    reply = AnthropicMessages(
+        {"model": "m", "max_tokens": 9, "messages": HI, "stream": True}, "req_1"
+    )
     assert reply.stream and reply.framing == "events" and reply.ping() == [{"type": "ping"}]
     assert reply.failure(EngineError("the engine failed")) == [
-        {"type": "error", "error": {"type": "api_error", "message": "the engine failed"}, "request_id": "req_1"}]
+        {
+            "type": "error",
+            "error": {"type": "api_error", "message": "the engine failed"},
+            "request_id": "req_1",
+        }
+    ]
 
 
-@pytest.mark.parametrize("error, status, kind, message", [
-    (WireError(405, "POST only"), 405, "invalid_request_error", "POST only"),
-    (WireError(401, "invalid x-api-key"), 401, "authentication_error", "invalid x-api-key"),
-    (WireError(403, "no"), 403, "permission_error", "no"), (WireError(404, "no"), 404, "not_found_error", "no"),
-    (WireError(413, "big"), 413, "request_too_large", "big"), (WireError(503, "wait"), 503, "api_error", "wait"),
-    (PromptTooLong(9, 8), 400, "invalid_request_error", "prompt is too long: 9 tokens > 8 maximum"),
-    (InvalidRequest("no"), 400, "invalid_request_error", "no"),
-    (ModelNotFound("x", ["demo", "y"]), 404, "not_found_error", "model: x (installed: demo, y)"),
-    (ModelLoadError("broken"), 400, "invalid_request_error", "broken"),
-    (EngineClosed("closing"), 529, "overloaded_error", "Overloaded: closing"),
-    (EngineError("odd"), 500, "api_error", "odd"), (KeyError("/secret/path"), 500, "api_error", "internal error")])
+@pytest.mark.parametrize(
+    "error, status, kind, message",
+    [
+        (WireError(405, "POST only"), 405, "invalid_request_error", "POST only"),
+        (WireError(401, "invalid x-api-key"), 401, "authentication_error", "invalid x-api-key"),
+        (WireError(403, "no"), 403, "permission_error", "no"),
+        (WireError(404, "no"), 404, "not_found_error", "no"),
+        (WireError(413, "big"), 413, "request_too_large", "big"),
+        (WireError(503, "wait"), 503, "api_error", "wait"),
+        (
+            PromptTooLong(9, 8),
+            400,
+            "invalid_request_error",
+            "prompt is too long: 9 tokens > 8 maximum",
+        ),
+        (InvalidRequest("no"), 400, "invalid_request_error", "no"),
+        (
+            ModelNotFound("x", ["demo", "y"]),
+            404,
+            "not_found_error",
+            "model: x (installed: demo, y)",
+        ),
+        (ModelLoadError("broken"), 400, "invalid_request_error", "broken"),
+        (EngineClosed("closing"), 529, "overloaded_error", "Overloaded: closing"),
+        (EngineError("odd"), 500, "api_error", "odd"),
+        (KeyError("/secret/path"), 500, "api_error", "internal error"),
+    ],
+)
 def test_errors(error: Exception, status: int, kind: str, message: str) -> None:
     got, headers, body = anthropic_error(error, "req_1")
-    assert (got, body) == (status, {"type": "error", "error": {"type": kind, "message": message},
-                                    "request_id": "req_1"})
+    assert (got, body) == (
+        status,
+        {"type": "error", "error": {"type": kind, "message": message}, "request_id": "req_1"},
+    )
     assert (headers.get("x-should-retry") == "false") == isinstance(error, ModelLoadError)
 
 
@@ -555,28 +918,56 @@ def test_errors(error: Exception, status: int, kind: str, message: str) -> None:
 
 
 def model(name: str) -> LocalModel:
-    return LocalModel(name, Path("/x"), 10, 1_700_000_000.5, "ab" * 32, {}, "qwen2", 1000, "1.0K", "int4", 4096, 64,
-                      ["completion"])
+    return LocalModel(
+        name,
+        Path("/x"),
+        10,
+        1_700_000_000.5,
+        "ab" * 32,
+        {},
+        "qwen2",
+        1000,
+        "1.0K",
+        "int4",
+        4096,
+        64,
+        ["completion"],
+    )
 
 
 def test_model_object() -> None:
     one = anthropic_model(model("mlx-community/Qwen3-4B-4bit"))
     ModelInfo.model_validate_json(json.dumps(one), strict=True)
-    assert one["id"] == one["display_name"] == "mlx-community/Qwen3-4B-4bit" and one["lifecycle"] == "active"
+    assert (
+        one["id"] == one["display_name"] == "mlx-community/Qwen3-4B-4bit"
+        and one["lifecycle"] == "active"
+    )
     assert (one["object"], one["created"], one["owned_by"]) == ("model", 1_700_000_000, "mlx")
 
 
-@pytest.mark.parametrize("query, page, more", [
-    ({}, "abcde", False), ({"limit": "2"}, "ab", True), ({"limit": "2", "after_id": "b"}, "cd", True),
-    ({"limit": "2", "after_id": "d"}, "e", False), ({"after_id": "e"}, "", False),
-    ({"limit": "2", "before_id": "d"}, "bc", True), ({"limit": "9", "before_id": "c"}, "ab", False)])
+@pytest.mark.parametrize(
+    "query, page, more",
+    [
+        ({}, "abcde", False),
+        ({"limit": "2"}, "ab", True),
+        ({"limit": "2", "after_id": "b"}, "cd", True),
+        ({"limit": "2", "after_id": "d"}, "e", False),
+        ({"after_id": "e"}, "", False),
+        ({"limit": "2", "before_id": "d"}, "bc", True),
+        ({"limit": "9", "before_id": "c"}, "ab", False),
+    ],
+)
 def test_model_pages(query: dict, page: str, more: bool) -> None:
     listed = anthropic_models([model(name) for name in "abcde"], query)
     assert "".join(one["id"] for one in listed["data"]) == page and listed["has_more"] is more
-    assert (listed["first_id"], listed["last_id"]) == ((page[0], page[-1]) if page else (None, None))
+    assert (listed["first_id"], listed["last_id"]) == (
+        (page[0], page[-1]) if page else (None, None)
+    )
 
 
-@pytest.mark.parametrize("query", [{"limit": "0"}, {"limit": "x"}, {"limit": "1001"}, {"after_id": "nobody"}])
+@pytest.mark.parametrize(
+    "query", [{"limit": "0"}, {"limit": "x"}, {"limit": "1001"}, {"after_id": "nobody"}]
+)
 def test_bad_model_pages(query: dict) -> None:
     with pytest.raises(WireError):
         anthropic_models([model("a")], query)

@@ -1,22 +1,24 @@
-"""What makes turns fast: the tokens of a request and of its answer begin the next request, whatever the client sends back."""
+"""What makes turns fast: the tokens of a request and of its answer begin the next request, whatever
+the client sends back."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import anthropic
 import pytest
 from conftest import ROOT, Server
 from models import build_tokenizer
 
-from _mlx_server.wire.anthropic import AnthropicMessages
 from _mlx_server.inference.models import describe
 from _mlx_server.inference.prefix_cache import CacheEntry, common_prefix
 from _mlx_server.inference.renderer import Prompt, PromptRenderer
+from _mlx_server.wire.anthropic import AnthropicMessages
 from engine import Generation
 
 # ------------------------------------------------------------------ templates with the habits of real families
@@ -68,8 +70,11 @@ Write each call as JSON inside tags:
 
 NO_MID_SYSTEM = refuse("m.role == 'system' and not loop.first")
 NINE = refuse("m.role == 'tool' and m.tool_call_id | length != 9") + (
-    "{% for c in m.tool_calls or [] %}" + refuse("c.id | length != 9") + "{% endfor %}")
-ALTERNATES = refuse("not loop.first and m.role == 'user' and loop.previtem.role in ('user', 'tool')")
+    "{% for c in m.tool_calls or [] %}" + refuse("c.id | length != 9") + "{% endfor %}"
+)
+ALTERNATES = refuse(
+    "not loop.first and m.role == 'user' and loop.previtem.role in ('user', 'tool')"
+)
 FAMILIES = {
     "json": template(),
     "xml": template(call=XML_CALL),
@@ -78,7 +83,9 @@ FAMILIES = {
     "strict": template(check=ALTERNATES + NO_MID_SYSTEM),
     "nine": template(check=NINE),
     "one call": template(check=refuse("(m.tool_calls or []) | length > 1")),
-    "dated": template(top="<|im_start|>system\nToday is {{ strftime_now('%d %B %Y, %H:%M:%S') }}.<|im_end|>\n"),
+    "dated": template(
+        top="<|im_start|>system\nToday is {{ strftime_now('%d %B %Y, %H:%M:%S') }}.<|im_end|>\n"
+    ),
 }
 DROPS_THINKING = {"stripped", "thoughtless"}
 
@@ -105,24 +112,44 @@ def voice(family: str, tmp_path: Path) -> PromptRenderer:
 
 
 def tool(name: str, **kinds: str) -> dict:
-    return {"name": name, "description": f"{name} it.", "input_schema": {
-        "type": "object", "properties": {key: {"type": kind} for key, kind in kinds.items()}}}
+    return {
+        "name": name,
+        "description": f"{name} it.",
+        "input_schema": {
+            "type": "object",
+            "properties": {key: {"type": kind} for key, kind in kinds.items()},
+        },
+    }
 
 
-TOOLS = [tool("Bash", command="string", timeout="number", background="boolean"),
-         tool("Write", path="string", content="string", replace_all="boolean")]
+TOOLS = [
+    tool("Bash", command="string", timeout="number", background="boolean"),
+    tool("Write", path="string", content="string", replace_all="boolean"),
+]
 BILLING = "x-anthropic-billing-header: cc_version=2.1.330.{:03x}; cc_entrypoint=cli;"
 
 
 def body(messages: list[dict], number: int = 0, tools: list[dict] = TOOLS) -> dict:
-    """A request as Claude Code makes it: the cache marks on the last block, single texts as strings but where they are marked."""
+    """A request as Claude Code makes it: the cache marks on the last block, single texts as strings
+    but where they are marked."""
     *before, last = messages
-    blocks = [{"type": "text", "text": last["content"]}] if isinstance(last["content"], str) else last["content"]
+    blocks = (
+        [{"type": "text", "text": last["content"]}]
+        if isinstance(last["content"], str)
+        else last["content"]
+    )
     marked = [*blocks[:-1], {**blocks[-1], "cache_control": {"type": "ephemeral"}}]
-    return {"model": "m", "max_tokens": 100, "tools": tools, "thinking": {"type": "adaptive"},
-            "system": [{"type": "text", "text": BILLING.format(number)},
-                       {"type": "text", "text": "You are careful.", "cache_control": {"type": "ephemeral"}}],
-            "messages": [*before, {**last, "content": marked}]}
+    return {
+        "model": "m",
+        "max_tokens": 100,
+        "tools": tools,
+        "thinking": {"type": "adaptive"},
+        "system": [
+            {"type": "text", "text": BILLING.format(number)},
+            {"type": "text", "text": "You are careful.", "cache_control": {"type": "ephemeral"}},
+        ],
+        "messages": [*before, {**last, "content": marked}],
+    }
 
 
 def use(call_id: str, name: str = "Bash", **arguments: Any) -> dict:
@@ -130,15 +157,28 @@ def use(call_id: str, name: str = "Bash", **arguments: Any) -> dict:
 
 
 def results(*pairs: tuple[str, Any]) -> dict:
-    return {"role": "user", "content": [{"type": "tool_result", "tool_use_id": i, "content": content} for i, content in pairs]}
+    return {
+        "role": "user",
+        "content": [
+            {"type": "tool_result", "tool_use_id": i, "content": content} for i, content in pairs
+        ],
+    }
 
 
 def assistant(*blocks: dict | str) -> dict:
-    return {"role": "assistant", "content": [{"type": "text", "text": b} if isinstance(b, str) else b for b in blocks]}
+    return {
+        "role": "assistant",
+        "content": [{"type": "text", "text": b} if isinstance(b, str) else b for b in blocks],
+    }
 
 
 def user(*texts: str) -> dict:
-    return {"role": "user", "content": texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts]}
+    return {
+        "role": "user",
+        "content": texts[0]
+        if len(texts) == 1
+        else [{"type": "text", "text": text} for text in texts],
+    }
 
 
 def system(text: str) -> dict:
@@ -152,30 +192,65 @@ RECORDED: dict[str, list[list[dict]]] = {  # what each request adds to the one b
     "tool rounds": [
         [user("<system-reminder>\nbe kind\n</system-reminder>", "list the files")],
         [assistant("I look.", use("a1", command="ls")), results(("a1", "one\ntwo"))],
-        [assistant(use("a2", command="cat one")), results(("a2", [{"type": "text", "text": "first"}, {"type": "text", "text": "second"}]))],
+        [
+            assistant(use("a2", command="cat one")),
+            results(
+                ("a2", [{"type": "text", "text": "first"}, {"type": "text", "text": "second"}])
+            ),
+        ],
         [assistant("There are two."), user("thanks")],
         [assistant("You are welcome.\n"), user("bye", "now")],
     ],
     "system messages": [
         [user("hello"), system("the date is Monday")],
         [assistant("Hi."), user("list"), system("<total_tokens>14000 tokens left</total_tokens>")],
-        [assistant(use("a1", command="ls")), results(("a1", "one")), system("<total_tokens>13900 tokens left</total_tokens>")],
-        [assistant(use("a2", command="ls")), results(("a2", "two")), system("first"), system("second"), user("and now?")],
+        [
+            assistant(use("a1", command="ls")),
+            results(("a1", "one")),
+            system("<total_tokens>13900 tokens left</total_tokens>"),
+        ],
+        [
+            assistant(use("a2", command="ls")),
+            results(("a2", "two")),
+            system("first"),
+            system("second"),
+            user("and now?"),
+        ],
         [assistant("Done."), system("the mode has changed"), user("go on"), system("last")],
         [assistant("All right."), user("end")],
     ],
     "parallel results in completion order": [
         [user("look twice")],
-        [assistant(use("a1", command="ls"), use("a2", command="pwd")), results(("a2", "/tmp"), ("a1", "one"))],
-        [assistant(use("a3", command="ls"), use("a4", command="pwd")), results(("a3", "one"), ("a4", "/tmp")), system("hurry")],
+        [
+            assistant(use("a1", command="ls"), use("a2", command="pwd")),
+            results(("a2", "/tmp"), ("a1", "one")),
+        ],
+        [
+            assistant(use("a3", command="ls"), use("a4", command="pwd")),
+            results(("a3", "one"), ("a4", "/tmp")),
+            system("hurry"),
+        ],
         [assistant("Same as before."), user("good")],
     ],
     "interrupted turns": [
         [user("count to a million")],
         [assistant("1 2 3"), user("[Request interrupted by user]", "only to ten")],
-        [assistant(use("a1", command="seq 10")), {"role": "user", "content": [
-            {"type": "tool_result", "tool_use_id": "a1", "content": "The user doesn't want this.", "is_error": True},
-            {"type": "text", "text": "[Request interrupted by user for tool use]"}]}, user("just say it")],
+        [
+            assistant(use("a1", command="seq 10")),
+            {
+                "role": "user",
+                "content": [
+                    {
+                        "type": "tool_result",
+                        "tool_use_id": "a1",
+                        "content": "The user doesn't want this.",
+                        "is_error": True,
+                    },
+                    {"type": "text", "text": "[Request interrupted by user for tool use]"},
+                ],
+            },
+            user("just say it"),
+        ],
         [assistant("1 to 10"), user("fine")],
     ],
 }
@@ -191,14 +266,16 @@ def record(name: str) -> list[dict]:
 
 
 def goes_on(before: Prompt, after: Prompt) -> bool:
-    return after.tokens[:before.body] == before.tokens[:before.body] and before.body > 0
+    return after.tokens[: before.body] == before.tokens[: before.body] and before.body > 0
 
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_a_recorded_session_only_appends(voice: PromptRenderer, name: str):
     prompts = [voice.prompt(AnthropicMessages(b).request) for b in record(name)]
     for before, after in zip(prompts, prompts[1:]):
-        assert goes_on(before, after), voice.tokenizer.decode(after.tokens[common_prefix(before.tokens, after.tokens):])
+        assert goes_on(before, after), voice.tokenizer.decode(
+            after.tokens[common_prefix(before.tokens, after.tokens) :]
+        )
     assert len({prompt.root for prompt in prompts}) == 1
 
 
@@ -207,21 +284,34 @@ def test_tools_that_appear_later_change_nothing_before(voice: PromptRenderer):
     before = voice.prompt(AnthropicMessages(body(messages)).request)
     found = [{"type": "tool_reference", "tool_name": "Fetch"}]
     messages += [assistant(use("a1", command="search")), results(("a1", found))]
-    after = voice.prompt(AnthropicMessages(body(messages, 1, [TOOLS[0], DEFERRED, TOOLS[1]])).request)
+    after = voice.prompt(
+        AnthropicMessages(body(messages, 1, [TOOLS[0], DEFERRED, TOOLS[1]])).request
+    )
     assert goes_on(before, after)
     assert voice.tokenizer.decode(after.tokens).count("Fetch it.") == 1
     messages += [assistant(use("a2", "Fetch", url="x")), results(("a2", "page"))]
-    assert goes_on(after, voice.prompt(AnthropicMessages(body(messages, 2, [DEFERRED, *TOOLS])).request))
+    assert goes_on(
+        after, voice.prompt(AnthropicMessages(body(messages, 2, [DEFERRED, *TOOLS])).request)
+    )
 
 
 def test_compaction_reads_only_its_instruction(voice: PromptRenderer):
     *_, last = record("tool rounds")
     before = voice.prompt(AnthropicMessages(last).request)
     ending = last["messages"][-1]["content"]
-    compact = {**last, "messages": [*last["messages"][:-1], {"role": "user", "content": [*ending, *user("", "Summarise.")["content"]]}]}
+    compact = {
+        **last,
+        "messages": [
+            *last["messages"][:-1],
+            {"role": "user", "content": [*ending, *user("", "Summarise.")["content"]]},
+        ],
+    }
     after = voice.prompt(AnthropicMessages(compact).request)
-    assert common_prefix(before.tokens, after.tokens) >= before.body - 2  # the end of the turn and its newline
-    fresh = voice.prompt(AnthropicMessages(body([user("This session is continued: all is well.")], 9)).request)
+    # The end of the turn and its newline
+    assert common_prefix(before.tokens, after.tokens) >= before.body - 2
+    fresh = voice.prompt(
+        AnthropicMessages(body([user("This session is continued: all is well.")], 9)).request
+    )
     assert fresh.root == before.root and common_prefix(before.tokens, fresh.tokens) >= before.root
 
 
@@ -241,28 +331,38 @@ class Session:
         self.prompt = self.voice.prompt(self.reply.request)
         return self.prompt
 
-    def write(self, thinking: str = "", text: str = "", calls: tuple[tuple[str, dict], ...] = ()) -> str:
+    def write(
+        self, thinking: str = "", text: str = "", calls: tuple[tuple[str, dict], ...] = ()
+    ) -> str:
         """An answer in the family's format but in nobody's usual spelling of it."""
         written = f"<think>\n{thinking}\n</think>\n\n" if thinking else ""
         written += text + ("\n" if text and calls else "")
         for name, arguments in calls:
             if self.xml:
-                inside = "".join(f"<parameter={key}>\n{value if isinstance(value, str) else json.dumps(value)}\n</parameter>\n"
-                                 for key, value in arguments.items())
+                inside = "".join(
+                    f"<parameter={key}>\n{value if isinstance(value, str) else json.dumps(value)}\n</parameter>\n"
+                    for key, value in arguments.items()
+                )
                 written += f"<tool_call>\n<function={name}>\n{inside}</function>\n</tool_call>\n"
             else:
-                written += f'<tool_call>\n{json.dumps({"arguments": arguments, "name": name}, separators=(" ,", ":"))}\n</tool_call>\n'
+                written += f"<tool_call>\n{json.dumps({'arguments': arguments, 'name': name}, separators=(' ,', ':'))}\n</tool_call>\n"
         return written.rstrip("\n") if calls else written
 
     def answer(self, written: str, end: str = "<|im_end|>") -> tuple[list[int], dict]:
         """All tokens up to the end of this answer, and the message that a client gets."""
         # In other tokens than any tokenizer would choose: models do that.
         cuts = [*range(0, len(written), 7), len(written)]
-        tokens = [t for start, end in zip(cuts, cuts[1:]) for t in self.voice.tokenizer.encode(written[start:end], add_special_tokens=False)]
+        tokens = [
+            t
+            for start, end in zip(cuts, cuts[1:])
+            for t in self.voice.tokenizer.encode(written[start:end], add_special_tokens=False)
+        ]
         if "<" in written:
             tokens = self.voice.encode(written)  # tags are single tokens
         everything = [*self.prompt.tokens, *tokens, *self.voice.encode(end)]
-        job = Generation(self.reply.request, None, self.voice, self.prompt, 100, False, threading.RLock())
+        job = Generation(
+            self.reply.request, None, self.voice, self.prompt, 100, False, threading.RLock()
+        )
         self.reply.open(job)
         job._line, job._raw = CacheEntry(everything, []), written
         job._emit(*job._parser.feed(written), *job._parser.finish())
@@ -274,28 +374,46 @@ class Session:
 
 
 def rewritten(block: dict) -> dict:
-    """A call's input as clients validate it: in the schema's order, with defaults, numbers for their words, no trailing blanks."""
+    """A call's input as clients validate it: in the schema's order, with defaults, numbers for
+    their words, no trailing blanks."""
     if block["type"] != "tool_use":
         return block
-    values = {key: value.rstrip() if isinstance(value, str) else int(value) if isinstance(value, float) else value
-              for key, value in reversed(block["input"].items())}
+    values = {
+        key: value.rstrip()
+        if isinstance(value, str)
+        else int(value)
+        if isinstance(value, float)
+        else value
+        for key, value in reversed(block["input"].items())
+    }
     return {**block, "input": {"replace_all": False, **values}}
 
 
 REWRITES = {
     "nothing": lambda blocks: blocks,
     "inputs": lambda blocks: list(map(rewritten, blocks)),
-    "text before calls": lambda blocks: sorted(blocks, key=lambda block: block["type"] == "tool_use"),
+    "text before calls": lambda blocks: sorted(
+        blocks, key=lambda block: block["type"] == "tool_use"
+    ),
     "thinking without signature": lambda blocks: [
-        {k: v for k, v in block.items() if k != "signature"} for block in blocks],
-    "thinking omitted": lambda blocks: [{**b, "thinking": ""} if b["type"] == "thinking" else b for b in blocks],
+        {k: v for k, v in block.items() if k != "signature"} for block in blocks
+    ],
+    "thinking omitted": lambda blocks: [
+        {**b, "thinking": ""} if b["type"] == "thinking" else b for b in blocks
+    ],
     "thinking dropped": lambda blocks: [b for b in blocks if b["type"] != "thinking"],
 }
 ANSWERS = {
     "text": {"text": "It is  there,\n\n- and here\n"},
     "call": {"calls": (("Bash", {"timeout": "5000", "command": "ls -l  "}),)},
-    "numbers": {"text": "So:", "calls": (("Bash", {"timeout": 5000.0, "background": "false", "command": "sleep 1"}),)},
-    "two calls": {"text": "Both.", "calls": (("Bash", {"command": "ls"}), ("Write", {"content": "a  \n b\t\n", "path": "x"}))},
+    "numbers": {
+        "text": "So:",
+        "calls": (("Bash", {"timeout": 5000.0, "background": "false", "command": "sleep 1"}),),
+    },
+    "two calls": {
+        "text": "Both.",
+        "calls": (("Bash", {"command": "ls"}), ("Write", {"content": "a  \n b\t\n", "path": "x"})),
+    },
     "thought": {"thinking": "What now?\nThis.", "text": "Now this."},
     "thought and call": {"thinking": "Look  first.", "calls": (("Bash", {"command": "ls"}),)},
 }
@@ -303,7 +421,9 @@ ANSWERS = {
 
 @pytest.mark.parametrize("rewrite", REWRITES)
 @pytest.mark.parametrize("name", ANSWERS)
-def test_an_answer_begins_the_next_request(voice: PromptRenderer, family: str, name: str, rewrite: str):
+def test_an_answer_begins_the_next_request(
+    voice: PromptRenderer, family: str, name: str, rewrite: str
+):
     session = Session(voice, family)
     session.ask(user("begin"))
     for _ in range(2):
@@ -312,39 +432,63 @@ def test_an_answer_begins_the_next_request(voice: PromptRenderer, family: str, n
         assert len(calls) == len(ANSWERS[name].get("calls", ()))
         message = {**message, "content": REWRITES[rewrite](message["content"])}
         before = session.prompt
-        after = session.ask(message, results(*((call, f"result of {call}") for call in calls)) if calls else user("go on"))
+        after = session.ask(
+            message,
+            results(*((call, f"result of {call}") for call in calls)) if calls else user("go on"),
+        )
         shared = common_prefix(everything, after.tokens)
         if family == "one call" and len(calls) > 1:  # the template needs a result between the calls
             assert shared >= before.body
-        elif family in DROPS_THINKING and "thinking" in ANSWERS[name] and not (family == "stripped" and calls):
+        elif (
+            family in DROPS_THINKING
+            and "thinking" in ANSWERS[name]
+            and not (family == "stripped" and calls)
+        ):
             assert shared >= before.body  # all that the template leaves unchanged
         else:
-            assert shared == len(everything), (voice.tokenizer.decode(everything[shared - 9:]), voice.tokenizer.decode(after.tokens[shared - 9:]))
+            assert shared == len(everything), (
+                voice.tokenizer.decode(everything[shared - 9 :]),
+                voice.tokenizer.decode(after.tokens[shared - 9 :]),
+            )
 
 
 def test_a_template_that_strips_old_thinking_costs_only_that_turn(tmp_path: Path):
     session = Session(build_voice(tmp_path, FAMILIES["stripped"]), "stripped")
     turn = session.ask(user("begin"))
     for number in range(3):
-        everything, message = session.answer(session.write(thinking=f"thought {number}", calls=(("Bash", {"command": "ls"}),)))
+        everything, message = session.answer(
+            session.write(thinking=f"thought {number}", calls=(("Bash", {"command": "ls"}),))
+        )
         after = session.ask(message, results((message["content"][-1]["id"], "seen")))
-        assert after.tokens[:len(everything)] == everything
+        assert after.tokens[: len(everything)] == everything
     _, message = session.answer("Done.")
     after = session.ask(message, user("next"))
-    assert after.tokens[:turn.body] == turn.tokens[:turn.body]
+    assert after.tokens[: turn.body] == turn.tokens[: turn.body]
     text = session.voice.tokenizer.decode(after.tokens)
-    assert "thought" not in text and text.count("</tool_call>") == 4  # the instructions name it once
+    # The instructions name it once
+    assert "thought" not in text and text.count("</tool_call>") == 4
 
 
 def test_a_date_in_the_prompt_stays_that_of_the_conversation(tmp_path: Path):
-    session = Session(build_voice(tmp_path, FAMILIES["dated"].replace("%H:%M:%S", "%f")), "dated")  # microseconds
+    # Microseconds
+    session = Session(build_voice(tmp_path, FAMILIES["dated"].replace("%H:%M:%S", "%f")), "dated")
     before = session.ask(user("begin"))
     assert goes_on(before, session.ask(assistant("yes"), user("go on")))
     other = Session(session.voice, "dated").ask(user("another conversation"))
-    assert common_prefix(other.tokens, before.tokens) < len(session.voice.encode("<|im_start|>system\nToday is 01 January 2000, 123456"))
+    assert common_prefix(other.tokens, before.tokens) < len(
+        session.voice.encode("<|im_start|>system\nToday is 01 January 2000, 123456")
+    )
 
 
-HARMONY_TOKENS = ["<|return|>", "<|call|>", "<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|constrain|>"]
+HARMONY_TOKENS = [
+    "<|return|>",
+    "<|call|>",
+    "<|start|>",
+    "<|channel|>",
+    "<|message|>",
+    "<|end|>",
+    "<|constrain|>",
+]
 HARMONY = """<|start|>system<|message|>Channels: analysis, commentary, final.<|end|>{% for m in messages %}
 {%- if m.role == 'tool' %}<|start|>functions.tool to=assistant<|channel|>commentary<|message|>{{ m.content | tojson }}<|end|>
 {%- elif m.role != 'assistant' %}<|start|>{{ m.role }}<|message|>{{ m.content }}{% if loop.first %}{{ tools | tojson }}{% endif %}<|end|>
@@ -377,20 +521,25 @@ def test_channels_keep_their_tokens_while_the_template_shows_them(tmp_path: Path
     for thought in ("<|channel|>analysis<|message|>Look  first.<|end|><|start|>assistant", ""):
         for spoken in ("", "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant"):
             everything, message = session.answer(
-                thought + spoken + "<|channel|>commentary to=functions.Bash <|constrain|>json<|message|>"
-                '{"timeout":5000.0 ,"command":"ls"}', "<|call|>")
+                thought
+                + spoken
+                + "<|channel|>commentary to=functions.Bash <|constrain|>json<|message|>"
+                '{"timeout":5000.0 ,"command":"ls"}',
+                "<|call|>",
+            )
             call = message["content"][-1]
             message = {**message, "content": REWRITES[rewrite](message["content"])}
             after = session.ask(message, results((call["id"], "seen")))
-            assert after.tokens[:len(everything)] == everything
+            assert after.tokens[: len(everything)] == everything
     thought = "<|channel|>analysis<|message|>So.<|end|><|start|>assistant"
     _, message = session.answer(thought + "<|channel|>final<|message|>It is done.", "<|return|>")
     assert message["content"][-1] == {"type": "text", "text": "It is done."}
     after = session.ask(message, user("next"))
-    assert after.tokens[:turn.body] == turn.tokens[:turn.body]
+    assert after.tokens[: turn.body] == turn.tokens[: turn.body]
     text = session.voice.tokenizer.decode(after.tokens)
     assert "analysis<|message|>" not in text and text.endswith(
-        "<|start|>assistant<|channel|>final<|message|>It is done.<|end|><|start|>user<|message|>next<|end|><|start|>assistant")
+        "<|start|>assistant<|channel|>final<|message|>It is done.<|end|><|start|>user<|message|>next<|end|><|start|>assistant"
+    )
     assert text.count('"command": "ls"') == 4
     everything, message = session.answer("<|channel|>final<|message|>Yes.", "<|return|>")
     after = session.ask(message, user("more"))  # in which the answer ends with another tag
@@ -412,16 +561,27 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def test_a_closed_loop_prefills_only_what_is_new(families: Server, family: str):
-    client = anthropic.Anthropic(base_url=families.url, api_key="any", max_retries=0, _strict_response_validation=True)
+    client = anthropic.Anthropic(
+        base_url=families.url, api_key="any", max_retries=0, _strict_response_validation=True
+    )
     messages: list[dict] = []
     known = called = 0
     calls: list[dict] = []
-    for words in ("run echo one", "say two", "think then say three", "run ls and run pwd", "say four"):
+    for words in (
+        "run echo one",
+        "say two",
+        "think then say three",
+        "run ls and run pwd",
+        "say four",
+    ):
         messages.append(user(words))
         while True:
-            answer = client.messages.create(**{**body(messages, len(messages)), "model": f"demo-{family.replace(' ', '-')}"})
+            answer = client.messages.create(
+                **{**body(messages, len(messages)), "model": f"demo-{family.replace(' ', '-')}"}
+            )
             read = answer.usage.cache_read_input_tokens
-            dropped = family in DROPS_THINKING and words == "run ls and run pwd" and not calls  # the thought before it
+            # The thought before it
+            dropped = family in DROPS_THINKING and words == "run ls and run pwd" and not calls
             split = family == "one call" and len(calls) > 1
             assert read >= known - 1 or dropped or split, (words, known, read)
             known = answer.usage.input_tokens + read + answer.usage.output_tokens

@@ -1,4 +1,5 @@
-"""The benchmark's table, between two servers of ours and as a picture. What the figures are is nobody's test."""
+"""The benchmark's table, between two servers of ours and as a picture. What the figures are is
+nobody's test."""
 
 from __future__ import annotations
 
@@ -23,14 +24,21 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def printed(server: Server, folder: Path, picture: Path) -> str:
-    """The table of the README's command, for two servers of which the second speaks Ollama's API."""
+    """The table of the README's command, for two servers of which the second speaks Ollama's
+    API."""
     other, out = Server("--models-dir", str(folder)), io.StringIO()
     plot = ["--plot", str(picture)] if find_spec("matplotlib") else []
-    shown = example("bench.py").replace("--against-model qwen3:8b", "--against-model qwen2").replace("qwen3:8b", "demo")
+    shown = (
+        example("bench.py")
+        .replace("--against-model qwen3:8b", "--against-model qwen2")
+        .replace("qwen3:8b", "demo")
+    )
     flags = shlex.split(shown.replace("http://localhost:11434", other.url))[2:]
     try:
         with contextlib.redirect_stdout(out):
-            bench.main([*flags, "--minutes", "0.02", "--url", server.url, "--against-api", "ollama", *plot])
+            bench.main(
+                [*flags, "--minutes", "0.02", "--url", server.url, "--against-api", "ollama", *plot]
+            )
     finally:
         assert other.stop() == 0
     return out.getvalue()
@@ -40,7 +48,8 @@ def test_every_row_of_the_table_has_numbers_for_both_servers(printed: str):
     rows = re.findall(rf"^[↑↓] (.+?) \(\S+\) +{NUMBER} +(≤ )?{NUMBER} +{NUMBER}$", printed, re.M)
     assert [title for title, *_ in rows] == [row.title for row in bench.ROWS], printed
     assert rows[2][1] == "1", "the server has prefilled something twice"
-    assert [title for title, _, guessed, *_ in rows if guessed] == ["prefilled per new token"]  # Ollama's API does not tell
+    # Ollama's API does not tell
+    assert [title for title, _, guessed, *_ in rows if guessed] == ["prefilled per new token"]
     assert "asked in its API 'messages'" in printed and "mlx-server 0." in printed
 
 
@@ -49,11 +58,17 @@ def test_the_table_is_drawn(printed: str, picture: Path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("flags, sentence", [
-    (["--url", "http://127.0.0.1:9"], "bench: http://127.0.0.1:9 cannot be asked: "),
-    (["--model", "nobody:7b"], "bench: model 'nobody:7b' not found"),
-    (["loops"], "there is no part of the table named loops")])
-def test_what_cannot_be_measured_is_said_in_a_sentence(flags: list[str], sentence: str, capsys: pytest.CaptureFixture):
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--url", "http://127.0.0.1:9"], "bench: http://127.0.0.1:9 cannot be asked: "),
+        (["--model", "nobody:7b"], "bench: model 'nobody:7b' not found"),
+        (["loops"], "there is no part of the table named loops"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_a_sentence(
+    flags: list[str], sentence: str, capsys: pytest.CaptureFixture
+):
     with pytest.raises(SystemExit) as error:
         bench.main(flags)
     assert sentence in f"{error.value} {capsys.readouterr().err}"

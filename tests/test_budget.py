@@ -1,4 +1,5 @@
-"""Thinking budgets: thinking is ended when its tokens are spent, and everything else stays as it is."""
+"""Thinking budgets: thinking is ended when its tokens are spent, and everything else stays as it
+is."""
 
 from __future__ import annotations
 
@@ -10,13 +11,21 @@ import pytest
 from jsonschema import Draft202012Validator
 from models import CHATML, build_model
 
+from _mlx_server.inference.constraint import ThinkingBudget
 from _mlx_server.wire.anthropic import AnthropicMessages
 from _mlx_server.wire.fields import WireError
-from _mlx_server.inference.constraint import ThinkingBudget
 from engine import Engine, Generation, Sampling, Text, Thinking
 
-SCHEMA = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False}
-OPENS = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}{# enable_thinking #}")
+SCHEMA = {
+    "type": "object",
+    "properties": {"ok": {"type": "boolean"}},
+    "required": ["ok"],
+    "additionalProperties": False,
+}
+OPENS = CHATML.replace(
+    "<|im_start|>assistant\n{% endif %}",
+    "<|im_start|>assistant\n<think>\n{% endif %}{# enable_thinking #}",
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +37,21 @@ def engine(tmp_path_factory: pytest.TempPathFactory):
 
 
 def ask(engine: Engine, budget: int | None, **fields) -> Generation:
-    return engine.chat("hi", thinking_budget=budget, **{"max_tokens": 30, "sampling": Sampling(temperature=1.0, seed=3), **fields})
+    return engine.chat(
+        "hi",
+        thinking_budget=budget,
+        **{"max_tokens": 30, "sampling": Sampling(temperature=1.0, seed=3), **fields},
+    )
 
 
 def parts(generation: Generation) -> tuple[str, str, int]:
-    """What was thought and what was said, and the number of tokens of the thinking, its end included."""
+    """What was thought and what was said, and the number of tokens of the thinking, its end
+    included."""
     events = list(generation)
-    thought, said = ("".join(event.text for event in events if isinstance(event, kind)) for kind in (Thinking, Text))
+    thought, said = (
+        "".join(event.text for event in events if isinstance(event, kind))
+        for kind in (Thinking, Text)
+    )
     return thought, said, events[-1].usage.thinking_tokens
 
 
@@ -63,8 +80,11 @@ def test_a_format_is_kept_behind_thinking_that_was_ended(engine: Engine):
 
 def test_a_model_that_has_learnt_to_think_answers_all_the_same():
     with Engine("demo") as engine:
+
         def answer(budget: int | None) -> tuple[str, str, int]:
-            return parts(engine.chat("think then say hello", max_tokens=100, thinking_budget=budget))
+            return parts(
+                engine.chat("think then say hello", max_tokens=100, thinking_budget=budget)
+            )
 
         free, cut = answer(None), answer(4)
         assert free[0].startswith(cut[0]) and len(cut[0]) < len(free[0]) and cut[1] and cut[2] <= 6
@@ -80,26 +100,50 @@ def allowed(budget: ThinkingBudget, *context: int) -> list[int]:
 def test_markers_of_several_tokens_are_finished_and_calls_are_left_alone():
     every = list(range(9))
     budget = ThinkingBudget(2, 1, start=[1, 2], end=[3, 4], call=[8])
-    assert [allowed(budget, 0, *answer) for answer in ([], [1], [1, 2], [1, 2, 5], [1, 2, 5, 6], [1, 2, 5, 3])] == [
-        every, every, every, every, [3], [4]]
-    assert allowed(budget, 0, 1, 2, 5, 3, 4) == allowed(budget, 0, 1, 2, 5, 3, 4, 1, 2, 5, 6, 7) == every
+    assert [
+        allowed(budget, 0, *answer)
+        for answer in ([], [1], [1, 2], [1, 2, 5], [1, 2, 5, 6], [1, 2, 5, 3])
+    ] == [every, every, every, every, [3], [4]]
+    assert (
+        allowed(budget, 0, 1, 2, 5, 3, 4)
+        == allowed(budget, 0, 1, 2, 5, 3, 4, 1, 2, 5, 6, 7)
+        == every
+    )
     assert allowed(ThinkingBudget(2, 1, [], [3, 4], [8]), 0, 5, 8, 6) == every
     late = ThinkingBudget(2, 1, start=[1, 2], end=[3, 4], call=[8])
-    assert allowed(late, 0, 5, 5, 5, 5, 5) == allowed(late, 0, 5, 5, 5, 5, 5, 1, 2, 5, 5, 5) == every
+    assert (
+        allowed(late, 0, 5, 5, 5, 5, 5) == allowed(late, 0, 5, 5, 5, 5, 5, 1, 2, 5, 5, 5) == every
+    )
 
 
-@pytest.mark.parametrize("thinking, budget", [
-    ({"type": "enabled", "budget_tokens": 50}, 50), ({"type": "enabled"}, None), ({"type": "enabled", "budget_tokens": None}, None),
-    ({"type": "adaptive", "budget_tokens": 50}, None), ({"type": "disabled"}, None), (None, None),
-])
+@pytest.mark.parametrize(
+    "thinking, budget",
+    [
+        ({"type": "enabled", "budget_tokens": 50}, 50),
+        ({"type": "enabled"}, None),
+        ({"type": "enabled", "budget_tokens": None}, None),
+        ({"type": "adaptive", "budget_tokens": 50}, None),
+        ({"type": "disabled"}, None),
+        (None, None),
+    ],
+)
 def test_anthropics_budget_tokens(thinking: dict | None, budget: int | None):
-    body = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}], "thinking": thinking}
+    body = {
+        "model": "m",
+        "max_tokens": 9,
+        "messages": [{"role": "user", "content": "hi"}],
+        "thinking": thinking,
+    }
     assert AnthropicMessages(body).request.thinking_budget == budget
 
 
 @pytest.mark.parametrize("budget", ["50", -1, True, 1.5])
 def test_a_budget_is_a_number_of_tokens(budget: object):
-    body = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}],
-            "thinking": {"type": "enabled", "budget_tokens": budget}}
+    body = {
+        "model": "m",
+        "max_tokens": 9,
+        "messages": [{"role": "user", "content": "hi"}],
+        "thinking": {"type": "enabled", "budget_tokens": budget},
+    }
     with pytest.raises(WireError, match="thinking.budget_tokens: Input should be"):
         AnthropicMessages(body)

@@ -1,4 +1,5 @@
-"""The prefix cache: what is reused after a branch, an edit, a restart; within which bounds; and that it changes no answer."""
+"""The prefix cache: what is reused after a branch, an edit, a restart; within which bounds; and
+that it changes no answer."""
 
 from __future__ import annotations
 
@@ -27,7 +28,10 @@ LONG = [SYSTEM, user("long " * 600)]
 def options(request: pytest.FixtureRequest, folder: Path) -> dict:
     """What to start an engine of each cache class with."""
     quantised = request.param == "quantised"
-    return {"model": str(folder / ("qwen3" if quantised else request.param)), "kv_bits": 8 if quantised else None}
+    return {
+        "model": str(folder / ("qwen3" if quantised else request.param)),
+        "kv_bits": 8 if quantised else None,
+    }
 
 
 def lines(engine: Engine) -> list[CacheEntry]:
@@ -52,7 +56,8 @@ def test_a_restarted_engine_goes_on_where_the_last_one_stopped(options: dict, tm
         text, generation = answer(engine, messages)
         assert text == expected
         assert generation.usage.cached_tokens >= 0.99 * generation.usage.prompt_tokens
-        assert generation.cached_tokens == generation.usage.cached_tokens  # known before the weights are loaded
+        # Known before the weights are loaded
+        assert generation.cached_tokens == generation.usage.cached_tokens
 
 
 def test_conversations_share_the_files_of_what_they_have_in_common(options: dict, tmp_path: Path):
@@ -73,14 +78,16 @@ def test_conversations_share_the_files_of_what_they_have_in_common(options: dict
 
 
 @pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "foreign", "renamed"])
-def test_a_bad_file_costs_no_more_than_the_work(damage: str, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_bad_file_costs_no_more_than_the_work(
+    damage: str, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     with Engine(str(folder / "hybrid"), cache_dir=tmp_path) as engine:
         expected, _ = answer(engine, LONG)
     files = sorted(tmp_path.glob("*.safetensors"))
     for path in files:
         data = bytearray(path.read_bytes())
         if damage == "torn":
-            del data[len(data) // 2:]
+            del data[len(data) // 2 :]
         elif damage == "flipped":
             data[-len(data) // 8] ^= 0x40
         elif damage == "empty":
@@ -104,21 +111,33 @@ def test_another_model_s_files_are_left_alone(folder: Path, tmp_path: Path):
         assert answer(engine, LONG)[1].usage.cached_tokens > 1500
 
 
-def test_the_disk_bound_holds_while_files_are_written(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_disk_bound_holds_while_files_are_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     limit, seen = 3_000_000, []
     sync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda file: (seen.append(sum(p.stat().st_size for p in tmp_path.iterdir())), sync(file)))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda file: (seen.append(sum(p.stat().st_size for p in tmp_path.iterdir())), sync(file)),
+    )
     with Engine(str(folder / "qwen3"), cache_dir=tmp_path, cache_dir_limit=limit) as engine:
         for number in range(8):
             answer(engine, [SYSTEM, user(f"number {number}" + " more" * 150)])
             engine.unload(engine._default.name)
     assert len(seen) == 9 and limit / 2 < max(seen) <= limit
     with Engine(str(folder / "qwen3"), cache_dir=tmp_path, cache_dir_limit=limit) as engine:
-        assert answer(engine, [SYSTEM, user("number 7" + " more" * 150)])[1].usage.cached_tokens > 1000  # the last one is there
-        assert answer(engine, [SYSTEM, user("new")])[1].usage.cached_tokens > 700  # and what all of them share
+        # The last one is there
+        assert (
+            answer(engine, [SYSTEM, user("number 7" + " more" * 150)])[1].usage.cached_tokens > 1000
+        )
+        # And what all of them share
+        assert answer(engine, [SYSTEM, user("new")])[1].usage.cached_tokens > 700
 
 
-def test_a_full_disk_is_survived(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+def test_a_full_disk_is_survived(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -179,7 +198,9 @@ def test_a_failed_prefill_keeps_its_finished_chunks(options: dict, monkeypatch: 
         monkeypatch.setattr(runtime, "model", model)
         text, generation = answer(engine, messages)
         assert text == expected
-        assert generation.usage.cached_tokens > (limit - 2 * ModelRunner.CHUNK if lines(engine)[0].trimmable else 700)
+        assert generation.usage.cached_tokens > (
+            limit - 2 * ModelRunner.CHUNK if lines(engine)[0].trimmable else 700
+        )
 
 
 def test_a_conversation_that_goes_on_is_moved_and_not_copied(options: dict):
@@ -210,7 +231,10 @@ def test_bytes_are_counted_honestly(options: dict):
         list(engine.submit(Request(name)))
         empty = mx.get_active_memory()
         turns(engine, LONG, 2)
-        guests = [engine.chat([SYSTEM, user(f"guest {n} " * (20 + 10 * n))], max_tokens=10) for n in range(8)]
+        guests = [
+            engine.chat([SYSTEM, user(f"guest {n} " * (20 + 10 * n))], max_tokens=10)
+            for n in range(8)
+        ]
         for number, guest in enumerate(guests):
             guest.cancel() if number % 3 == 0 else list(guest)
         list(engine.submit(Request(name)))  # by now the cancelled ones have ended, too
@@ -268,13 +292,29 @@ def test_a_miss_explains_itself(folder: Path):
 
 def test_the_flags_the_header_and_the_log_of_a_restarted_server(tmp_path: Path):
     def ask(server: Server, words: str) -> str:
-        body = {"model": "demo", "max_tokens": 50, "messages": [
-            {"role": "user", "content": "once " * 300}, {"role": "assistant", "content": "ok"}, {"role": "user", "content": words}]}
-        with urllib.request.urlopen(f"{server.url}/v1/messages", json.dumps(body).encode()) as response:
+        body = {
+            "model": "demo",
+            "max_tokens": 50,
+            "messages": [
+                {"role": "user", "content": "once " * 300},
+                {"role": "assistant", "content": "ok"},
+                {"role": "user", "content": words},
+            ],
+        }
+        with urllib.request.urlopen(
+            f"{server.url}/v1/messages", json.dumps(body).encode()
+        ) as response:
             assert json.load(response)["content"][0]["text"] == words.removeprefix("say ")
             return response.headers["x-prompt-cache"]
 
-    flags = ("--cache-dir", str(tmp_path / "kept"), "--cache-dir-size", "50MB", "--prompt-cache", "100 MB")
+    flags = (
+        "--cache-dir",
+        str(tmp_path / "kept"),
+        "--cache-dir-size",
+        "50MB",
+        "--prompt-cache",
+        "100 MB",
+    )
     server = Server(*flags)
     assert ask(server, "say hello").startswith("reused=0; prompt=")
     assert server.stop() == 0
@@ -282,17 +322,31 @@ def test_the_flags_the_header_and_the_log_of_a_restarted_server(tmp_path: Path):
     try:
         again = re.fullmatch(r"reused=(\d+); prompt=(\d+)", ask(server, "say hello"))
         assert int(again[1]) >= int(again[2]) - REREAD
-        other = re.fullmatch(r"reused=(\d+); prompt=\d+; parts-at=(\d+); in=message 2 \(user\)", ask(server, "say goodbye"))
+        other = re.fullmatch(
+            r"reused=(\d+); prompt=\d+; parts-at=(\d+); in=message 2 \(user\)",
+            ask(server, "say goodbye"),
+        )
         assert int(other[1]) > 300
-        server.wait_for(r"reused \d+ \(parts at \d+ in message 2 \(user\): '.*goodbye.*' was '.*hello.*'\)")
+        server.wait_for(
+            r"reused \d+ \(parts at \d+ in message 2 \(user\): '.*goodbye.*' was '.*hello.*'\)"
+        )
     finally:
         server.stop()
 
 
-@pytest.mark.parametrize("flags, message", [
-    (("--prompt-cache", "much"), "not a size"), (("--cache-dir", "/proc/none"), "cannot keep a prompt cache in /proc/none"),
-    (("--kv-bits", "3"), "invalid choice"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--prompt-cache", "much"), "not a size"),
+        (("--cache-dir", "/proc/none"), "cannot keep a prompt cache in /proc/none"),
+        (("--kv-bits", "3"), "invalid choice"),
+    ],
+)
 def test_bad_flags_are_one_clear_line(flags: tuple[str, ...], message: str):
-    done = subprocess.run([sys.executable, "mlx_server.py", "--port", "0", *flags], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "mlx_server.py", "--port", "0", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr

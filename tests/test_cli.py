@@ -16,19 +16,33 @@ from models import build_model
 
 
 def run(*flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / "mlx_server.py"), *flags], capture_output=True, text=True, timeout=30)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "mlx_server.py"), *flags],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
 
 
 def ask(server: Server, path: str, body: dict) -> dict:
-    with urllib.request.urlopen(f"{server.url}{path}", json.dumps(body).encode(), timeout=60) as response:
+    with urllib.request.urlopen(
+        f"{server.url}{path}", json.dumps(body).encode(), timeout=60
+    ) as response:
         return json.load(response)
 
 
-@pytest.mark.parametrize("flags, said", [
-    (["--port", "http"], "not a port"), (["--alias", "nonsense"], "PATTERN=NAME"), (["--context", "0"], "positive"),
-    (["--frobnicate"], "frobnicate"), (["--port", "0", "--model", "/no/such/folder"], "/no/such/folder"),
-    (["--port", "0", "--model", "no-such-model:7b"], "not found"), (["--host", "no.such.host.invalid"], "cannot listen"),
-])
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--port", "http"], "not a port"),
+        (["--alias", "nonsense"], "PATTERN=NAME"),
+        (["--context", "0"], "positive"),
+        (["--frobnicate"], "frobnicate"),
+        (["--port", "0", "--model", "/no/such/folder"], "/no/such/folder"),
+        (["--port", "0", "--model", "no-such-model:7b"], "not found"),
+        (["--host", "no.such.host.invalid"], "cannot listen"),
+    ],
+)
 def test_mistakes_are_told_in_a_line(flags: list[str], said: str):
     result = run(*flags)
     assert result.returncode != 0
@@ -53,7 +67,9 @@ def test_the_socket_listens_long_before_the_model_is_there():
 def test_a_signal_ends_running_work_with_an_error_and_the_program_with_0(number: signal.Signals):
     server = Server("--drain", "0")
     body = {"model": "demo", "prompt": "word " * 20000}  # tens of seconds of prefill
-    response = urllib.request.urlopen(f"{server.url}/api/generate", json.dumps(body).encode(), timeout=60)
+    response = urllib.request.urlopen(
+        f"{server.url}/api/generate", json.dumps(body).encode(), timeout=60
+    )
     started = time.monotonic()
     server.process.send_signal(number)
     last = json.loads(response.readlines()[-1])
@@ -64,19 +80,44 @@ def test_a_signal_ends_running_work_with_an_error_and_the_program_with_0(number:
 
 def test_aliases_models_dir_and_a_random_model_by_path(tmp_path: Path):
     path = build_model("qwen2", tmp_path / "Tiny-Qwen2")
-    server = Server("--models-dir", str(tmp_path), "--alias", "claude-*haiku*=demo", "--model", str(path), "--context", "4096")
+    server = Server(
+        "--models-dir",
+        str(tmp_path),
+        "--alias",
+        "claude-*haiku*=demo",
+        "--model",
+        str(path),
+        "--context",
+        "4096",
+    )
     try:
         anthropic = {"max_tokens": 8, "messages": [{"role": "user", "content": "say hi"}]}
         answer = ask(server, "/v1/messages", {"model": "claude-sonnet-5-5", **anthropic})
         assert answer["usage"]["output_tokens"] > 0 and answer["model"] == "claude-sonnet-5-5"
-        assert ask(server, "/v1/messages", {"model": "claude-haiku-5-5", **anthropic})["content"][0]["text"] == "hi"
-        answer = ask(server, "/api/generate", {"model": "tiny-qwen2", "prompt": "hi", "stream": False, "options": {"num_predict": 8}})
+        assert (
+            ask(server, "/v1/messages", {"model": "claude-haiku-5-5", **anthropic})["content"][0][
+                "text"
+            ]
+            == "hi"
+        )
+        answer = ask(
+            server,
+            "/api/generate",
+            {"model": "tiny-qwen2", "prompt": "hi", "stream": False, "options": {"num_predict": 8}},
+        )
         assert answer["done"] and answer["eval_count"] <= 8
         loaded = json.load(urllib.request.urlopen(f"{server.url}/api/ps"))["models"]
         assert {model["name"] for model in loaded} == {"demo:latest", "Tiny-Qwen2:latest"}
         with pytest.raises(urllib.error.HTTPError, match="400") as failure:
-            ask(server, "/v1/messages", {"model": "tiny-qwen2", "max_tokens": 5, "messages": [
-                {"role": "user", "content": "word " * 5000}]})
+            ask(
+                server,
+                "/v1/messages",
+                {
+                    "model": "tiny-qwen2",
+                    "max_tokens": 5,
+                    "messages": [{"role": "user", "content": "word " * 5000}],
+                },
+            )
         assert "prompt is too long: " in json.load(failure.value)["error"]["message"]
     finally:
         assert server.stop() == 0

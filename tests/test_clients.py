@@ -13,13 +13,22 @@ import pytest
 from conftest import Server
 
 PRIVET = "Привет! Я встроенная демо-модель. Я умею говорить, считать, читать, писать и запускать."
-BASH = {"name": "Bash", "description": "Runs a command.", "input_schema": {
-    "type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}}
+BASH = {
+    "name": "Bash",
+    "description": "Runs a command.",
+    "input_schema": {
+        "type": "object",
+        "properties": {"command": {"type": "string"}},
+        "required": ["command"],
+    },
+}
 
 
 @pytest.fixture
 def claude(server: Server) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=server.url, api_key="any", max_retries=0, _strict_response_validation=True)
+    return anthropic.Anthropic(
+        base_url=server.url, api_key="any", max_retries=0, _strict_response_validation=True
+    )
 
 
 @pytest.fixture
@@ -47,47 +56,90 @@ def test_anthropic_usage_adds_up(claude: anthropic.Anthropic):
     counted = claude.messages.count_tokens(model="demo", messages=messages).input_tokens
     for _ in range(2):
         usage = claude.messages.create(model="demo", max_tokens=100, messages=messages).usage
-        assert usage.input_tokens + usage.cache_read_input_tokens + usage.cache_creation_input_tokens == counted
-    # The demo's layers slide: they are restored at the end of the conversation, before the generation prompt.
+        assert (
+            usage.input_tokens + usage.cache_read_input_tokens + usage.cache_creation_input_tokens
+            == counted
+        )
+    # The demo's layers slide: they are restored at the end of the conversation, before the
+    # generation prompt.
     assert counted - 4 <= usage.cache_read_input_tokens < counted and usage.output_tokens >= 7
 
 
 def test_anthropic_tools_round_trip(claude: anthropic.Anthropic):
     messages = user("run echo hello-from-mlx")
-    with claude.messages.stream(model="demo", max_tokens=200, messages=messages, tools=[BASH]) as stream:
+    with claude.messages.stream(
+        model="demo", max_tokens=200, messages=messages, tools=[BASH]
+    ) as stream:
         first = stream.get_final_message()
     call = first.content[-1]
     assert (first.stop_reason, call.type, call.name, call.input) == (
-        "tool_use", "tool_use", "Bash", {"command": "echo hello-from-mlx"})
-    messages += [{"role": "assistant", "content": first.content}, {"role": "user", "content": [
-        {"type": "tool_result", "tool_use_id": call.id, "content": "hello-from-mlx"}]}]
+        "tool_use",
+        "tool_use",
+        "Bash",
+        {"command": "echo hello-from-mlx"},
+    )
+    messages += [
+        {"role": "assistant", "content": first.content},
+        {
+            "role": "user",
+            "content": [
+                {"type": "tool_result", "tool_use_id": call.id, "content": "hello-from-mlx"}
+            ],
+        },
+    ]
     second = claude.messages.create(model="demo", max_tokens=200, messages=messages, tools=[BASH])
     assert second.content[0].text == "The tool answered: hello-from-mlx"
-    assert second.usage.cache_read_input_tokens >= first.usage.input_tokens + first.usage.output_tokens - 1
+    assert (
+        second.usage.cache_read_input_tokens
+        >= first.usage.input_tokens + first.usage.output_tokens - 1
+    )
 
 
 def test_anthropic_parallel_calls_and_their_limit(claude: anthropic.Anthropic):
-    both = claude.messages.create(model="demo", max_tokens=200, messages=user("run ls and run pwd"), tools=[BASH])
+    both = claude.messages.create(
+        model="demo", max_tokens=200, messages=user("run ls and run pwd"), tools=[BASH]
+    )
     assert [b.input["command"] for b in both.content if b.type == "tool_use"] == ["ls", "pwd"]
-    one = claude.messages.create(model="demo", max_tokens=200, messages=user("run ls and run pwd"), tools=[BASH],
-                                 tool_choice={"type": "auto", "disable_parallel_tool_use": True})
+    one = claude.messages.create(
+        model="demo",
+        max_tokens=200,
+        messages=user("run ls and run pwd"),
+        tools=[BASH],
+        tool_choice={"type": "auto", "disable_parallel_tool_use": True},
+    )
     assert [b.input["command"] for b in one.content if b.type == "tool_use"] == ["ls"]
 
 
 def test_anthropic_thinking(claude: anthropic.Anthropic):
-    answer = claude.messages.create(model="demo", max_tokens=200, messages=user("think then say hello"),
-                                    thinking={"type": "adaptive"})
+    answer = claude.messages.create(
+        model="demo",
+        max_tokens=200,
+        messages=user("think then say hello"),
+        thinking={"type": "adaptive"},
+    )
     thinking, text = answer.content
     assert thinking.thinking and thinking.signature and text.text == "hello"
     assert answer.usage.output_tokens_details.thinking_tokens > 0
 
 
 def test_anthropic_stop_reasons(claude: anthropic.Anthropic):
-    stopped = claude.messages.create(model="demo", max_tokens=100, messages=user("count to 9"), stop_sequences=["5 6"])
-    assert (stopped.content[0].text, stopped.stop_reason, stopped.stop_sequence) == ("1 2 3 4 ", "stop_sequence", "5 6")
-    assert claude.messages.create(model="demo", max_tokens=3, messages=user("count to 9")).stop_reason == "max_tokens"
-    prefilled = claude.messages.create(model="demo", max_tokens=60, messages=[
-        *user("count to 5"), {"role": "assistant", "content": "1 2"}])
+    stopped = claude.messages.create(
+        model="demo", max_tokens=100, messages=user("count to 9"), stop_sequences=["5 6"]
+    )
+    assert (stopped.content[0].text, stopped.stop_reason, stopped.stop_sequence) == (
+        "1 2 3 4 ",
+        "stop_sequence",
+        "5 6",
+    )
+    assert (
+        claude.messages.create(model="demo", max_tokens=3, messages=user("count to 9")).stop_reason
+        == "max_tokens"
+    )
+    prefilled = claude.messages.create(
+        model="demo",
+        max_tokens=60,
+        messages=[*user("count to 5"), {"role": "assistant", "content": "1 2"}],
+    )
     assert prefilled.content[0].text.split() == ["3", "4", "5"]
 
 
@@ -96,7 +148,9 @@ def test_anthropic_errors(claude: anthropic.Anthropic):
         claude.messages.create(model="no-such:7b", max_tokens=5, messages=user("hi"))
     with pytest.raises(anthropic.BadRequestError, match="at least one message"):
         claude.messages.create(model="demo", max_tokens=5, messages=[])
-    with pytest.raises(anthropic.BadRequestError, match=r"prompt is too long: \d+ tokens > 131072 maximum"):
+    with pytest.raises(
+        anthropic.BadRequestError, match=r"prompt is too long: \d+ tokens > 131072 maximum"
+    ):
         claude.messages.create(model="demo", max_tokens=5, messages=user("a b " * 80000))
 
 
@@ -110,8 +164,13 @@ def test_anthropic_0_60(server: Server):
     if not old:
         pytest.skip("ANTHROPIC_0_60 does not name a folder with that version; .ci/run does")
     script = Path(__file__).with_name("old_client.py")
-    out = subprocess.run([sys.executable, str(script), server.url], env={**os.environ, "PYTHONPATH": old},
-                         capture_output=True, text=True, timeout=120)
+    out = subprocess.run(
+        [sys.executable, str(script), server.url],
+        env={**os.environ, "PYTHONPATH": old},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert out.stdout.strip() == "0.60.0 ok", out.stderr
 
 
@@ -119,9 +178,13 @@ def test_anthropic_0_60(server: Server):
 def test_clients_of_frameworks(server: Server, name: str):
     python = os.environ.get("OTHER_CLIENTS")
     if not python:
-        pytest.skip("OTHER_CLIENTS does not name a Python with langchain-anthropic, langchain-ollama and litellm; .ci/run does")
+        pytest.skip(
+            "OTHER_CLIENTS does not name a Python with langchain-anthropic, langchain-ollama and litellm; .ci/run does"
+        )
     script = Path(__file__).with_name("other_clients.py")
-    out = subprocess.run([python, str(script), name, server.url], capture_output=True, text=True, timeout=120)
+    out = subprocess.run(
+        [python, str(script), name, server.url], capture_output=True, text=True, timeout=120
+    )
     assert out.stdout.endswith(f"{name} ok\n"), out.stderr
 
 
@@ -130,7 +193,9 @@ def test_ollamas_client_for_javascript(server: Server):
     if not folder:
         pytest.skip("OLLAMA_JS does not name a folder with that package; .ci/run does")
     script = Path(__file__).with_name("ollama_client.cjs")
-    out = subprocess.run(["node", str(script), folder, server.url], capture_output=True, text=True, timeout=120)
+    out = subprocess.run(
+        ["node", str(script), folder, server.url], capture_output=True, text=True, timeout=120
+    )
     assert out.stdout == "ok\n", out.stderr
 
 
@@ -139,19 +204,40 @@ def test_codex(server: Server, tmp_path: Path):
     cli = os.environ.get("CODEX_CLI")
     if not cli:
         pytest.skip("CODEX_CLI does not name Codex's program; .ci/run does")
-    provider = f'model_providers.mlx={{name="mlx", base_url="{server.url}/v1", wire_api="responses"}}'
+    provider = (
+        f'model_providers.mlx={{name="mlx", base_url="{server.url}/v1", wire_api="responses"}}'
+    )
 
     def codex(*words: str) -> str:
-        out = subprocess.run([cli, "exec", "--skip-git-repo-check", "--model", "demo", "-c", provider, "-c", 'model_provider="mlx"', *words],
-                             cwd=tmp_path, env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)}, stdin=subprocess.DEVNULL,
-                             capture_output=True, text=True, timeout=300)
+        out = subprocess.run(
+            [
+                cli,
+                "exec",
+                "--skip-git-repo-check",
+                "--model",
+                "demo",
+                "-c",
+                provider,
+                "-c",
+                'model_provider="mlx"',
+                *words,
+            ],
+            cwd=tmp_path,
+            env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert out.returncode == 0, out.stdout + out.stderr
         return out.stdout
 
     assert codex("say hello from codex").strip() == "hello from codex"
     seen = len(server.lines)
     assert codex("resume", "--last", "say goodbye").strip() == "goodbye"
-    prompt, reused = map(int, server.wait_for(r"/v1/responses demo: prompt (\d+), reused (\d+)", since=seen).groups())
+    prompt, reused = map(
+        int, server.wait_for(r"/v1/responses demo: prompt (\d+), reused (\d+)", since=seen).groups()
+    )
     assert reused > 0.95 * prompt
 
 
@@ -159,21 +245,31 @@ def test_ollama_chat(llama: ollama.Client):
     parts = list(llama.chat(model="demo", messages=user("Привет!"), stream=True))
     assert "".join(part.message.content for part in parts) == PRIVET
     assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
-    assert parts[-1].done_reason == "stop" and parts[-1].eval_count > 5 and parts[-1].prompt_eval_count > 5
+    assert (
+        parts[-1].done_reason == "stop"
+        and parts[-1].eval_count > 5
+        and parts[-1].prompt_eval_count > 5
+    )
     assert llama.chat(model="demo", messages=user("Привет!")).message.content == PRIVET
 
 
 def test_ollama_generate(llama: ollama.Client):
     assert llama.generate(model="demo", prompt="say a b c").response == "a b c"
-    limited = llama.generate(model="demo", prompt="count to 9", options={"num_predict": 3, "stop": ["zzz"]})
+    limited = llama.generate(
+        model="demo", prompt="count to 9", options={"num_predict": 3, "stop": ["zzz"]}
+    )
     assert limited.done_reason == "length"
-    assert "".join(p.response for p in llama.generate(model="demo", prompt="hello", stream=True)).startswith("Hello!")
+    assert "".join(
+        p.response for p in llama.generate(model="demo", prompt="hello", stream=True)
+    ).startswith("Hello!")
 
 
 def test_ollama_generate_goes_on_from_a_context(server: Server, llama: ollama.Client):
     first = llama.generate(model="demo", prompt="say a b c")
     *_, last = llama.generate(model="demo", prompt="count to 3", context=first.context, stream=True)
-    assert last.context[:len(first.context)] == list(first.context) and last.prompt_eval_count > len(first.context)
+    assert last.context[: len(first.context)] == list(
+        first.context
+    ) and last.prompt_eval_count > len(first.context)
     assert server.wait_for(rf"prompt {last.prompt_eval_count}, reused {len(first.context)},")
     with pytest.raises(ollama.ResponseError, match="no token 99999"):
         llama.generate(model="demo", prompt="hi", context=[1, 99999])
@@ -185,9 +281,14 @@ def test_ollama_tools_round_trip(llama: ollama.Client):
 
     messages = user("run date")
     answer = llama.chat(model="demo", messages=messages, tools=[Bash])
-    assert [(c.function.name, c.function.arguments) for c in answer.message.tool_calls] == [("Bash", {"command": "date"})]
+    assert [(c.function.name, c.function.arguments) for c in answer.message.tool_calls] == [
+        ("Bash", {"command": "date"})
+    ]
     messages += [answer.message, {"role": "tool", "content": "Monday", "tool_name": "Bash"}]
-    assert llama.chat(model="demo", messages=messages, tools=[Bash]).message.content == "The tool answered: Monday"
+    assert (
+        llama.chat(model="demo", messages=messages, tools=[Bash]).message.content
+        == "The tool answered: Monday"
+    )
 
 
 def test_ollama_thinking(llama: ollama.Client):
@@ -198,7 +299,9 @@ def test_ollama_thinking(llama: ollama.Client):
 def test_ollama_models_and_life(llama: ollama.Client):
     assert [model.model for model in llama.list().models] == ["demo:latest"]
     shown = llama.show("demo")
-    assert shown.modelinfo["general.architecture"] and {"completion", "tools", "thinking"} <= set(shown.capabilities)
+    assert shown.modelinfo["general.architecture"] and {"completion", "tools", "thinking"} <= set(
+        shown.capabilities
+    )
     assert llama.generate(model="demo").done_reason == "load"
     assert [model.model for model in llama.ps().models] == ["demo:latest"]
     assert llama.generate(model="demo", keep_alive=0).done_reason == "unload"

@@ -1,9 +1,11 @@
-"""Many requests at once: who goes first, what they share, what a failure costs, and what memory allows."""
+"""Many requests at once: who goes first, what they share, what a failure costs, and what memory
+allows."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import pytest
 from models import CONFIGS
@@ -12,7 +14,19 @@ from test_engine import REREAD, SYSTEM, answer, cold, user
 from _mlx_server.inference.generation import Phase
 from _mlx_server.inference.runner import ModelRunner
 from _mlx_server.inference.scheduler import Schedule
-from engine import Done, Engine, EngineBusy, EngineError, Generation, ModelLoadError, Priority, PromptTooLong, Request, Sampling, Text
+from engine import (
+    Done,
+    Engine,
+    EngineBusy,
+    EngineError,
+    Generation,
+    ModelLoadError,
+    Priority,
+    PromptTooLong,
+    Request,
+    Sampling,
+    Text,
+)
 
 
 @pytest.fixture(scope="module", params=list(CONFIGS))
@@ -53,11 +67,14 @@ def test_a_greedy_answer_is_the_same_alone_and_in_a_batch_of_eight(engine: Engin
 
 def test_requests_with_other_limits_stops_and_sampling_run_side_by_side(engine: Engine):
     whole, _ = answer(engine, "stop", max_tokens=24)
-    stop = whole[len(whole) // 2:][:2]
+    stop = whole[len(whole) // 2 :][:2]
     engine.unload(engine._default.name)
     plain, short = engine.chat("stop", max_tokens=24), engine.chat("stop", max_tokens=3)
     stopped = engine.chat("stop", max_tokens=24, stop=[stop])
-    dice = [engine.chat("dice", max_tokens=24, sampling=Sampling(temperature=1.0, seed=n)) for n in (1, 1, 2)]
+    dice = [
+        engine.chat("dice", max_tokens=24, sampling=Sampling(temperature=1.0, seed=n))
+        for n in (1, 1, 2)
+    ]
     assert text(plain) == whole
     assert whole.startswith(text(short)) and short.usage.completion_tokens == 3
     assert list(stopped)[-1].stop_sequence == stop
@@ -76,7 +93,9 @@ def test_two_models_answer_at_the_same_time(folder: Path):
     with Engine(models_dirs=[folder]) as engine:
         first = engine.submit(Request("qwen2", [user("begin")], max_tokens=4000))
         begin(first)
-        assert list(engine.submit(Request("qwen3", [user("hi")], max_tokens=3)))[-1].reason == "length"
+        assert (
+            list(engine.submit(Request("qwen3", [user("hi")], max_tokens=3)))[-1].reason == "length"
+        )
         assert first._phase is Phase.DECODE
         assert {loaded.model.name for loaded in engine.loaded()} == {"qwen2", "qwen3"}
         first.cancel()
@@ -134,7 +153,9 @@ def test_higher_priority_goes_first_and_lower_work_waits_for_it():
     assert low.tokens == 600
 
 
-@pytest.mark.parametrize("priority, steps", [(Priority.HIGH, 0), (Priority.NORMAL, 4), (Priority.LOW, 12)])
+@pytest.mark.parametrize(
+    "priority, steps", [(Priority.HIGH, 0), (Priority.NORMAL, 4), (Priority.LOW, 12)]
+)
 def test_answers_go_on_while_a_prompt_is_read(priority: Priority, steps: int):
     schedule, decoding, reader = Schedule(), [Waiting(0, 0)], Waiting(9000, 1, priority)
     schedule.prefilled(schedule.choose([reader], decoding), 1.0, decoding)
@@ -222,7 +243,9 @@ def test_a_conversation_that_fills_memory_goes_on_from_its_own_state(folder: Pat
         tokens = engine.count_tokens(Request(engine._default.name, messages))
         answer(engine, "loads the model")
         size, state = runtime(engine).size, runtime(engine).state
-    with Engine(str(folder / "qwen2"), memory=size + state.nbytes(tokens * 3 // 2), cache_limit=10**9) as engine:
+    with Engine(
+        str(folder / "qwen2"), memory=size + state.nbytes(tokens * 3 // 2), cache_limit=10**9
+    ) as engine:
         answer(engine, [SYSTEM, user("another one")])
         said, _ = answer(engine, messages)
         messages += [{"role": "assistant", "content": said}, user("go on")]
@@ -239,35 +262,47 @@ def test_a_conversation_larger_than_memory_is_refused_with_what_would_fit(folder
     with Engine(str(folder / "qwen2"), memory=size + state.nbytes(300)) as engine:
         with pytest.raises(PromptTooLong, match=r"\d+ tokens > 300 maximum"):
             list(engine.chat("word " * 400))
-        with pytest.raises(PromptTooLong, match=r"\d+ tokens > 300 maximum"):  # known before it is queued, from now on
+        # Known before it is queued, from now on
+        with pytest.raises(PromptTooLong, match=r"\d+ tokens > 300 maximum"):
             engine.chat("word " * 400)
         endings = [list(engine.chat(f"short {n}", max_tokens=30000))[-1] for n in range(8)]
-        sizes = {done.usage.prompt_tokens + done.usage.completion_tokens for done in endings if done.reason == "context"}
+        sizes = {
+            done.usage.prompt_tokens + done.usage.completion_tokens
+            for done in endings
+            if done.reason == "context"
+        }
         assert sizes == {300}
 
 
 def test_answers_that_outgrow_memory_wait_for_each_other_and_stay_right(
-        folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     caplog.set_level("INFO")
     monkeypatch.setattr(ModelRunner, "EXPECTED", 8)
     with Engine(str(folder / "qwen2")) as engine:
         runs = [(f"number {n}", Sampling(temperature=float(n % 2), seed=n)) for n in range(20)]
-        answers = {prompt: answer(engine, prompt, max_tokens=150, sampling=dice) for prompt, dice in runs}
+        answers = {
+            prompt: answer(engine, prompt, max_tokens=150, sampling=dice) for prompt, dice in runs
+        }
         runs = [run for run in runs if answers[run[0]][1].usage.completion_tokens == 150][:4]
         size, state = runtime(engine).size, runtime(engine).state
     with Engine(str(folder / "qwen2"), memory=size + state.nbytes(400)) as engine:
         answer(engine, "loads the model")
         generations = [engine.chat(prompt, max_tokens=150, sampling=dice) for prompt, dice in runs]
-        assert [text(generation) for generation in generations] == [answers[prompt][0] for prompt, _ in runs]
+        assert [text(generation) for generation in generations] == [
+            answers[prompt][0] for prompt, _ in runs
+        ]
     assert "one waits after" in caplog.text
 
 
 def test_idle_models_make_room_the_least_recently_used_first(folder: Path):
     import gc
+
     import mlx.core as mx
 
     gc.collect()
     with Engine(models_dirs=[folder]) as engine:
+
         def use(name: str) -> None:
             list(engine.submit(Request(name, [user("hi")], max_tokens=1)))
 
@@ -299,7 +334,8 @@ def test_weights_are_wired_and_nothing_else_is(folder: Path, monkeypatch: pytest
         for name in ("qwen2", "qwen3"):
             list(engine.submit(Request(name, [user("hi")], max_tokens=1)))
         sizes = {name: loaded.size for name, loaded in engine._pool.runners.items()}
-        assert wired[-1] == sum(sizes.values()) <= wired[-2]  # there was room for what was being loaded
+        # There was room for what was being loaded
+        assert wired[-1] == sum(sizes.values()) <= wired[-2]
         engine.unload("qwen2")
         assert wired[-1] == sizes["qwen3"]
     assert wired[-1] == 0
@@ -314,8 +350,11 @@ def test_a_model_larger_than_memory_is_refused(folder: Path):
 # ------------------------------------------------------------------ faults
 
 
-def beside_a_failure(engine: Engine, victim: Generation, sampler: Any, guests: list[Generation]) -> list[str]:
-    """What guests are told when a request that decodes with them gets a sampler that makes it fail."""
+def beside_a_failure(
+    engine: Engine, victim: Generation, sampler: Any, guests: list[Generation]
+) -> list[str]:
+    """What guests are told when a request that decodes with them gets a sampler that makes it
+    fail."""
     batch = runtime(engine)._decoder._batch
     batch.samplers[batch.uids.index(victim._number)] = victim._sampler = sampler
     with pytest.raises(EngineError, match="try again"):
@@ -353,8 +392,11 @@ def test_a_step_that_fails_while_it_is_computed_is_not_blamed_on_what_comes_next
 
         def bad(logprobs: Any) -> Any:
             if len(guests) == 1:
-                guests.append(engine.chat("number 1", max_tokens=60))  # its prompt is read while the step is computed
-            return mx.argmax(logprobs, axis=-1) + mx.linalg.inv(mx.zeros((2, 2)), stream=mx.cpu).sum().astype(mx.uint32)
+                # Its prompt is read while the step is computed
+                guests.append(engine.chat("number 1", max_tokens=60))
+            return mx.argmax(logprobs, axis=-1) + mx.linalg.inv(
+                mx.zeros((2, 2)), stream=mx.cpu
+            ).sum().astype(mx.uint32)
 
         assert beside_a_failure(engine, victim, bad, guests) == expected
 
@@ -369,7 +411,10 @@ def test_a_state_that_a_failed_step_has_changed_is_not_kept(folder: Path):
         def bad(logprobs: Any) -> Any:
             nonlocal steps
             steps += 1
-            wrong = mx.linalg.inv(mx.zeros((2, 2)), stream=mx.cpu).sum() if steps > 4 else mx.array(0)  # behind the last token
+            # Behind the last token
+            wrong = (
+                mx.linalg.inv(mx.zeros((2, 2)), stream=mx.cpu).sum() if steps > 4 else mx.array(0)
+            )
             return mx.array([300], mx.uint32) + wrong.astype(mx.uint32)
 
         victim = engine.chat("victim " * 100, max_tokens=4)
@@ -406,14 +451,18 @@ def test_logits_that_are_no_numbers_fail_the_request_and_leave_no_trace(engine: 
     answer(engine, "loads the model")
     model = runtime(engine).model
     runtime(engine).model = lambda *args, **kwargs: model(*args, **kwargs)
-    runtime(engine)._decoder._model = lambda *args, **kwargs: model(*args, **kwargs) * mx.array(float("nan"))
+    runtime(engine)._decoder._model = lambda *args, **kwargs: (
+        model(*args, **kwargs) * mx.array(float("nan"))
+    )
     with pytest.raises(EngineError, match="try again"):
         answer(engine, "poison", max_tokens=8)
     runtime(engine)._decoder._model = model
     assert answer(engine, "poison", max_tokens=8)[0] == expected
 
 
-def test_a_failure_that_nobody_expected_costs_only_what_was_running(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+def test_a_failure_that_nobody_expected_costs_only_what_was_running(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
     expected, _ = answer(engine, "after", max_tokens=8)
     victim = engine.chat("victim", max_tokens=4000)
     begin(victim)

@@ -1,4 +1,5 @@
-"""Constrained output: what a model without skill writes at temperature 1 is valid all the same, and harms nobody beside it."""
+"""Constrained output: what a model without skill writes at temperature 1 is valid all the same, and
+harms nobody beside it."""
 
 from __future__ import annotations
 
@@ -16,28 +17,60 @@ from conftest import ROOT, Server
 from jsonschema import Draft202012Validator
 from models import CHATML, CONFIGS, build_model
 
+from _mlx_server.inference.runner import ModelRunner
 from _mlx_server.wire.anthropic import AnthropicMessages
 from _mlx_server.wire.ollama import OllamaChat
-from _mlx_server.inference.runner import ModelRunner
-from engine import Done, Engine, Generation, InvalidRequest, Request, Sampling, Text, Thinking, ToolEnd, ToolStart
+from engine import (
+    Done,
+    Engine,
+    Generation,
+    InvalidRequest,
+    Request,
+    Sampling,
+    Text,
+    Thinking,
+    ToolEnd,
+    ToolStart,
+)
 
 HI = [{"role": "user", "content": "hi"}]
 # A template that only mentions a family's tags is taken for one of that family.
-FAMILIES = {"hermes": "{# tool_call.name #}", "qwen_coder": "{# <tool_call>\n<function= #}", "glm": "{# <arg_key> #}",
-            "minimax": "{# <minimax:tool_call> #}", "minimax_3": "{# ]<]minimax[>[<tool_call> #}",
-            "mistral": "{# [TOOL_CALLS] [ARGS] #}", "mistral_list": "{# [TOOL_CALLS] #}",
-            "kimi": "{# <|tool_calls_section_begin|> #}", "deepseek": "{# <｜tool▁calls▁begin｜> #}",
-            "harmony": "{# <|channel|> #}", "lfm": "{# <|tool_call_start|> #}", "gemma": "{# <|tool_call> <tool_call|> #}",
-            "function_gemma": "{# <start_function_call> #}", "muse": "{# <atem:function_calls> #}",
-            "deepseek_3": "{# <｜tool▁calls▁begin｜> ```json #}", "deepseek_32": "{# ｜DSML｜ #}", "deepseek_4": "{# <｜DSML｜tool_calls> #}",
-            "kimi_3": "", "gemma, special": "{# <|tool_call> <tool_call|> #}", "deepseek_4, special": "{# <｜DSML｜tool_calls> #}"}
-MARKS = {"kimi_3": ["<|open|>", "<|close|>", "<|sep|>", "<|end_of_msg|>"], "deepseek_4, special": ["｜DSML｜"],
-         "gemma, special": ["<|tool_call>", "<tool_call|>", '<|"|>']}
+FAMILIES = {
+    "hermes": "{# tool_call.name #}",
+    "qwen_coder": "{# <tool_call>\n<function= #}",
+    "glm": "{# <arg_key> #}",
+    "minimax": "{# <minimax:tool_call> #}",
+    "minimax_3": "{# ]<]minimax[>[<tool_call> #}",
+    "mistral": "{# [TOOL_CALLS] [ARGS] #}",
+    "mistral_list": "{# [TOOL_CALLS] #}",
+    "kimi": "{# <|tool_calls_section_begin|> #}",
+    "deepseek": "{# <｜tool▁calls▁begin｜> #}",
+    "harmony": "{# <|channel|> #}",
+    "lfm": "{# <|tool_call_start|> #}",
+    "gemma": "{# <|tool_call> <tool_call|> #}",
+    "function_gemma": "{# <start_function_call> #}",
+    "muse": "{# <atem:function_calls> #}",
+    "deepseek_3": "{# <｜tool▁calls▁begin｜> ```json #}",
+    "deepseek_32": "{# ｜DSML｜ #}",
+    "deepseek_4": "{# <｜DSML｜tool_calls> #}",
+    "kimi_3": "",
+    "gemma, special": "{# <|tool_call> <tool_call|> #}",
+    "deepseek_4, special": "{# <｜DSML｜tool_calls> #}",
+}
+MARKS = {
+    "kimi_3": ["<|open|>", "<|close|>", "<|sep|>", "<|end_of_msg|>"],
+    "deepseek_4, special": ["｜DSML｜"],
+    "gemma, special": ["<|tool_call>", "<tool_call|>", '<|"|>'],
+}
 
 
 def obj(required: list[str] | None = None, **properties: dict) -> dict:
-    return {"type": "object", "properties": properties, "additionalProperties": False,
-            "required": list(properties) if required is None else required}
+    return {
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+        "required": list(properties) if required is None else required,
+    }
 
 
 def text(most: int, **more) -> dict:
@@ -53,37 +86,96 @@ def tool(name: str, schema: dict) -> dict:
 
 
 PARTS = [
-    {"type": "boolean"}, {"type": "null"}, {"type": ["boolean", "null"]}, text(6), text(6, minLength=3), {"const": "fixed"},
-    {"const": 17}, {"const": {"a": [1, None]}}, {"enum": ["red", "green", "blue"]}, {"enum": [1, "two", None, 3.5, False]},
-    {"enum": [f"a rather long value, number {n}" for n in range(300)]}, {"enum": ["grün", "日本", "\"quoted\"", "a\\b", "\n"]},
-    {"type": "integer", "minimum": 0, "maximum": 9}, {"type": "integer", "minimum": -120, "maximum": 35},
-    {"type": "integer", "exclusiveMinimum": 10, "exclusiveMaximum": 12}, {"type": "integer", "multipleOf": 5, "minimum": 0, "maximum": 99},
-    {"type": "number", "minimum": 0, "maximum": 1}, {"type": "string", "pattern": "^[a-z]{2,5}$"},
-    {"type": "string", "pattern": r"^\d{3}-[A-F]{2}$"}, {"type": "string", "format": "date"}, {"type": "string", "format": "uuid"},
-    {"anyOf": [{"type": "boolean"}, text(4)]}, {"oneOf": [obj(kind={"const": "a"}), obj(kind={"const": "b"}, n={"type": "null"})]},
-    {"allOf": [{"type": "integer", "minimum": 3}, {"maximum": 8}]}, obj(), obj(a=text(3), b={"type": "boolean"}), rows(text(3)),
+    {"type": "boolean"},
+    {"type": "null"},
+    {"type": ["boolean", "null"]},
+    text(6),
+    text(6, minLength=3),
+    {"const": "fixed"},
+    {"const": 17},
+    {"const": {"a": [1, None]}},
+    {"enum": ["red", "green", "blue"]},
+    {"enum": [1, "two", None, 3.5, False]},
+    {"enum": [f"a rather long value, number {n}" for n in range(300)]},
+    {"enum": ["grün", "日本", '"quoted"', "a\\b", "\n"]},
+    {"type": "integer", "minimum": 0, "maximum": 9},
+    {"type": "integer", "minimum": -120, "maximum": 35},
+    {"type": "integer", "exclusiveMinimum": 10, "exclusiveMaximum": 12},
+    {"type": "integer", "multipleOf": 5, "minimum": 0, "maximum": 99},
+    {"type": "number", "minimum": 0, "maximum": 1},
+    {"type": "string", "pattern": "^[a-z]{2,5}$"},
+    {"type": "string", "pattern": r"^\d{3}-[A-F]{2}$"},
+    {"type": "string", "format": "date"},
+    {"type": "string", "format": "uuid"},
+    {"anyOf": [{"type": "boolean"}, text(4)]},
+    {"oneOf": [obj(kind={"const": "a"}), obj(kind={"const": "b"}, n={"type": "null"})]},
+    {"allOf": [{"type": "integer", "minimum": 3}, {"maximum": 8}]},
+    obj(),
+    obj(a=text(3), b={"type": "boolean"}),
+    rows(text(3)),
     {"$ref": "#/$defs/part"},
 ]
 WRAPS = [
-    lambda part: part, lambda part: obj(value=part), lambda part: obj([], value=part, other=part),
-    lambda part: obj(["größe"], **{"größe": part, "Ключ 键": {"type": "boolean"}}), lambda part: rows(part, 3, minItems=1),
-    lambda part: obj(outer=obj(inner=rows(obj(["value"], value=part, note=text(4))))), lambda part: {"anyOf": [part, {"type": "null"}]},
-    lambda part: {"type": "array", "prefixItems": [part, {"type": "boolean"}], "items": False, "minItems": 2},
+    lambda part: part,
+    lambda part: obj(value=part),
+    lambda part: obj([], value=part, other=part),
+    lambda part: obj(["größe"], **{"größe": part, "Ключ 键": {"type": "boolean"}}),
+    lambda part: rows(part, 3, minItems=1),
+    lambda part: obj(outer=obj(inner=rows(obj(["value"], value=part, note=text(4))))),
+    lambda part: {"anyOf": [part, {"type": "null"}]},
+    lambda part: {
+        "type": "array",
+        "prefixItems": [part, {"type": "boolean"}],
+        "items": False,
+        "minItems": 2,
+    },
 ]
-TITLE = {"$schema": "https://json-schema.org/draft/2020-12/schema", **obj(title=text(20, description="3 to 7 words"))}
-TASK = obj(content=text(8, minLength=1), status={"type": "string", "enum": ["pending", "in_progress", "completed"]},
-           activeForm=text(8, minLength=1))
+TITLE = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    **obj(title=text(20, description="3 to 7 words")),
+}
+TASK = obj(
+    content=text(8, minLength=1),
+    status={"type": "string", "enum": ["pending", "in_progress", "completed"]},
+    activeForm=text(8, minLength=1),
+)
 LIKE_CLAUDE_CODE = [
-    TITLE, {**TITLE, **obj(isNewTopic={"type": "boolean"}, title={"anyOf": [text(20), {"type": "null"}]})},
-    obj(todos=rows(TASK, 3)), obj(["command"], command=text(12), timeout={"type": "number", "maximum": 600000, "minimum": 1000},
-                                  run_in_background={"type": "boolean"}, description=text(5)),
-    obj(["file_path", "old_string"], file_path=text(9, pattern="^/[a-z/]{1,8}$"), old_string=text(9), replace_all={
-        "default": False, "type": "boolean"}),
-    obj(questions=rows(obj(question=text(9), header=text(5), multiSelect={"type": "boolean"}, options=rows(
-        obj(label=text(4), description=text(4)), 3, minItems=2)), 2, minItems=1)),
-    obj(ok={"type": "boolean"}, reason=text(10)), obj(url={"type": "string", "format": "ipv4"}, prompt=text(5)),
+    TITLE,
+    {**TITLE, **obj(isNewTopic={"type": "boolean"}, title={"anyOf": [text(20), {"type": "null"}]})},
+    obj(todos=rows(TASK, 3)),
+    obj(
+        ["command"],
+        command=text(12),
+        timeout={"type": "number", "maximum": 600000, "minimum": 1000},
+        run_in_background={"type": "boolean"},
+        description=text(5),
+    ),
+    obj(
+        ["file_path", "old_string"],
+        file_path=text(9, pattern="^/[a-z/]{1,8}$"),
+        old_string=text(9),
+        replace_all={"default": False, "type": "boolean"},
+    ),
+    obj(
+        questions=rows(
+            obj(
+                question=text(9),
+                header=text(5),
+                multiSelect={"type": "boolean"},
+                options=rows(obj(label=text(4), description=text(4)), 3, minItems=2),
+            ),
+            2,
+            minItems=1,
+        )
+    ),
+    obj(ok={"type": "boolean"}, reason=text(10)),
+    obj(url={"type": "string", "format": "ipv4"}, prompt=text(5)),
 ]
-SCHEMAS = [{**wrap(part), **({"$defs": {"part": text(3)}} if "$ref" in part else {})} for part in PARTS for wrap in WRAPS]
+SCHEMAS = [
+    {**wrap(part), **({"$defs": {"part": text(3)}} if "$ref" in part else {})}
+    for part in PARTS
+    for wrap in WRAPS
+]
 SCHEMAS += LIKE_CLAUDE_CODE
 
 
@@ -91,8 +183,13 @@ SCHEMAS += LIKE_CLAUDE_CODE
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models")
     for family, mention in FAMILIES.items():
-        build_model("", path / family, template=CHATML + mention, config={**CONFIGS["qwen2"], "num_hidden_layers": 1},
-                    marks=MARKS.get(family, ()))
+        build_model(
+            "",
+            path / family,
+            template=CHATML + mention,
+            config={**CONFIGS["qwen2"], "num_hidden_layers": 1},
+            marks=MARKS.get(family, ()),
+        )
     return path
 
 
@@ -103,8 +200,16 @@ def engine(folder: Path):
 
 
 def ask(engine: Engine, seed: int = 1, model: str = "hermes", **fields) -> Generation:
-    return engine.chat(fields.pop("messages", HI), model=model, **{
-        "max_tokens": 900, "sampling": Sampling(temperature=1.0, seed=seed), "thinking": False, **fields})
+    return engine.chat(
+        fields.pop("messages", HI),
+        model=model,
+        **{
+            "max_tokens": 900,
+            "sampling": Sampling(temperature=1.0, seed=seed),
+            "thinking": False,
+            **fields,
+        },
+    )
 
 
 def said(generation: Generation) -> tuple[str, str]:
@@ -114,16 +219,23 @@ def said(generation: Generation) -> tuple[str, str]:
 
 
 def calls(generation: Generation) -> tuple[list[tuple[str, dict]], str]:
-    """Names and arguments of all whole calls, and why the turn ended; unless it was cut there is no text beside them."""
+    """Names and arguments of all whole calls, and why the turn ended; unless it was cut there is no
+    text beside them."""
     events = list(generation)
-    assert events[-1].reason == "length" or not [event for event in events if isinstance(event, Text)]
+    assert events[-1].reason == "length" or not [
+        event for event in events if isinstance(event, Text)
+    ]
     names = [event.name for event in events if isinstance(event, ToolStart)]
     ends = [event for event in events if isinstance(event, ToolEnd)]
-    return [(name, end.arguments) for name, end in zip(names, ends, strict=True) if not end.cut], events[-1].reason
+    return [
+        (name, end.arguments) for name, end in zip(names, ends, strict=True) if not end.cut
+    ], events[-1].reason
 
 
 def check(answer: str, schema: dict) -> None:
-    Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER).validate(json.loads(answer))
+    Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER).validate(
+        json.loads(answer)
+    )
 
 
 def test_a_model_without_skill_answers_every_schema_at_temperature_1(engine: Engine):
@@ -135,9 +247,21 @@ def test_a_model_without_skill_answers_every_schema_at_temperature_1(engine: Eng
         check(answer, schema)
 
 
-@pytest.mark.parametrize("sampling", [
-    Sampling(temperature=0), Sampling(temperature=2.0, top_p=0.5), Sampling(temperature=1.0, top_k=1), Sampling(
-        temperature=1.0, min_p=0.3, repetition_penalty=1.5, presence_penalty=1.0, frequency_penalty=1.0)])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0),
+        Sampling(temperature=2.0, top_p=0.5),
+        Sampling(temperature=1.0, top_k=1),
+        Sampling(
+            temperature=1.0,
+            min_p=0.3,
+            repetition_penalty=1.5,
+            presence_penalty=1.0,
+            frequency_penalty=1.0,
+        ),
+    ],
+)
 def test_every_sampler_stays_within_the_format(engine: Engine, sampling: Sampling):
     answer, reason = said(ask(engine, format=LIKE_CLAUDE_CODE[2], sampling=sampling))
     assert reason == "stop"
@@ -145,7 +269,10 @@ def test_every_sampler_stays_within_the_format(engine: Engine, sampling: Samplin
 
 
 def test_json_without_a_schema_is_an_object(engine: Engine):
-    answers = [said(generation) for generation in [ask(engine, seed, format="json", max_tokens=200) for seed in range(8)]]
+    answers = [
+        said(generation)
+        for generation in [ask(engine, seed, format="json", max_tokens=200) for seed in range(8)]
+    ]
     whole = [json.loads(answer) for answer, reason in answers if reason == "stop"]
     assert whole and all(isinstance(value, dict) for value in whole)
     assert all(answer.startswith("{") for answer, _ in answers)
@@ -158,7 +285,12 @@ def test_a_cut_answer_says_so(engine: Engine):
 
 def test_the_free_answers_beside_it_stay_what_they_are(engine: Engine):
     def free() -> list[Generation]:
-        return [engine.chat(f"free {n}", model="hermes", max_tokens=40, sampling=Sampling(temperature=0)) for n in range(3)]
+        return [
+            engine.chat(
+                f"free {n}", model="hermes", max_tokens=40, sampling=Sampling(temperature=0)
+            )
+            for n in range(3)
+        ]
 
     alone = [said(generation) for generation in free()]
     held = [ask(engine, seed, format=TITLE) for seed in range(3)]
@@ -177,13 +309,16 @@ def test_a_seed_gives_the_same_answer_alone_and_in_company(engine: Engine):
 
 
 def test_an_answer_that_waits_for_memory_goes_on_where_it_was(
-        folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     caplog.set_level("INFO")
     monkeypatch.setattr(ModelRunner, "EXPECTED", 8)
     long = rows(text(8, minLength=8), 20, minItems=20)
 
     def answers(engine: Engine) -> list[tuple[str, str]]:
-        return [said(generation) for generation in [ask(engine, seed, format=long) for seed in range(4)]]
+        return [
+            said(generation) for generation in [ask(engine, seed, format=long) for seed in range(4)]
+        ]
 
     with Engine(str(folder / "hermes")) as engine:
         alone = [said(ask(engine, seed, format=long)) for seed in range(4)]
@@ -206,7 +341,9 @@ def test_what_looks_like_markup_is_text_inside_the_answer(engine: Engine):
 
 def test_a_begun_answer_is_continued(engine: Engine):
     begun = '{"title": "A'
-    answer, _ = said(ask(engine, format=TITLE, messages=[*HI, {"role": "assistant", "content": begun}]))
+    answer, _ = said(
+        ask(engine, format=TITLE, messages=[*HI, {"role": "assistant", "content": begun}])
+    )
     check(begun + answer, TITLE)
     with pytest.raises(InvalidRequest, match="does not fit the output format"):
         ask(engine, format=TITLE, messages=[*HI, {"role": "assistant", "content": "Well,"}])
@@ -215,7 +352,9 @@ def test_a_begun_answer_is_continued(engine: Engine):
 def test_the_format_begins_behind_the_thinking():
     with Engine("demo") as engine:
         events = list(engine.chat("think then say hello", format=TITLE, max_tokens=200))
-        assert "".join(event.text for event in events if isinstance(event, Thinking)).startswith("The user wants me to think")
+        assert "".join(event.text for event in events if isinstance(event, Thinking)).startswith(
+            "The user wants me to think"
+        )
         assert isinstance(events[-1], Done) and events[-1].reason == "stop"
         check("".join(event.text for event in events if isinstance(event, Text)), TITLE)
 
@@ -223,16 +362,22 @@ def test_the_format_begins_behind_the_thinking():
 def test_a_call_may_follow_the_thinking_when_there_are_tools(engine: Engine):
     request = Request("hermes", HI, tools=TOOLS, format=TITLE)
     tongue = engine._renderer(engine.resolve("hermes"))
-    constraint = tongue.constraint(request, dataclasses.replace(tongue.prompt(request), in_thinking=True))
-    think, end, call, brace, newline = (tongue.encode(text)[0] for text in ("x", "</think>", "<tool_call>", "{", "\n"))
+    constraint = tongue.constraint(
+        request, dataclasses.replace(tongue.prompt(request), in_thinking=True)
+    )
+    think, end, call, brace, newline = (
+        tongue.encode(text)[0] for text in ("x", "</think>", "<tool_call>", "{", "\n")
+    )
 
     said, opens = [], []
 
     def allowed(*tokens: int) -> set[int]:
-        """What may follow when these, too, are said; the answer's last token is taken only when the next one is picked."""
+        """What may follow when these, too, are said; the answer's last token is taken only when the
+        next one is picked."""
         for token in tokens:
             said.append(token)
-            logits = constraint(mx.array([1, *said]), mx.zeros((1, 520)))  # some models have more rows than there are tokens
+            # Some models have more rows than there are tokens
+            logits = constraint(mx.array([1, *said]), mx.zeros((1, 520)))
             opens.append(constraint.take(token, len(said) - 1))
         return {token for token, logit in enumerate(logits[0].tolist()) if logit == 0}
 
@@ -250,33 +395,56 @@ def test_a_matcher_that_gives_up_ends_the_turn_and_says_why(engine: Engine):
     constraint = tongue.constraint(request, tongue.prompt(request))
     constraint(mx.array([1]), mx.zeros((1, 512)))
     logits = constraint(mx.array([1, tongue.encode("x")[0]]), mx.zeros((1, 512)))
-    assert [token for token, logit in enumerate(logits[0].tolist()) if logit == 0] == sorted(tongue.tokenizer.eos_token_ids)
+    assert [token for token, logit in enumerate(logits[0].tolist()) if logit == 0] == sorted(
+        tongue.tokenizer.eos_token_ids
+    )
     assert "doesn't satisfy the grammar" in constraint.error and "\n" not in constraint.error
 
 
-TOOLS = [tool("Todo_Write", obj(todos=rows(TASK, 1))), tool("set", obj(["on"], on={"type": "boolean"}, level={
-    "type": "integer", "minimum": 0, "maximum": 9})), tool("Farbe-ändern", obj(["c"], c={"enum": ["rot", "grün"]}, n={"type": "null"})),
-    tool("nothing", obj())]
+TOOLS = [
+    tool("Todo_Write", obj(todos=rows(TASK, 1))),
+    tool(
+        "set",
+        obj(["on"], on={"type": "boolean"}, level={"type": "integer", "minimum": 0, "maximum": 9}),
+    ),
+    tool("Farbe-ändern", obj(["c"], c={"enum": ["rot", "grün"]}, n={"type": "null"})),
+    tool("nothing", obj()),
+]
 ARGUMENTS = {one["function"]["name"]: one["function"]["parameters"] for one in TOOLS}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_forced_call_is_a_valid_call(engine: Engine, family: str):
     asked = [("any", True), *((choice, False) for choice in ["any", *ARGUMENTS])]
-    answers = [ask(engine, seed, family, tools=TOOLS, tool_choice=choice, parallel_tool_calls=parallel, max_tokens=300)
-               for seed, (choice, parallel) in enumerate(asked)]
+    answers = [
+        ask(
+            engine,
+            seed,
+            family,
+            tools=TOOLS,
+            tool_choice=choice,
+            parallel_tool_calls=parallel,
+            max_tokens=300,
+        )
+        for seed, (choice, parallel) in enumerate(asked)
+    ]
     for (choice, parallel), generation in zip(asked, answers):
         made, reason = calls(generation)
-        assert made and (parallel or (reason, len(made)) == ("tool_calls", 1))  # without skill, several may be any number
+        # Without skill, several may be any number
+        assert made and (parallel or (reason, len(made)) == ("tool_calls", 1))
         for name, arguments in made:
             assert choice in ("any", name)
             Draft202012Validator(ARGUMENTS[name]).validate(arguments)
 
 
 @pytest.mark.parametrize("family", ["hermes", "qwen_coder"])
-def test_calls_of_strict_tools_match_their_schemas_and_what_is_said_beside_them_is_free(engine: Engine, family: str):
+def test_calls_of_strict_tools_match_their_schemas_and_what_is_said_beside_them_is_free(
+    engine: Engine, family: str
+):
     fields = {"tools": TOOLS[1:], "max_tokens": 200}
-    tag = engine.chat(HI, model=family, tool_choice="any", tools=TOOLS, max_tokens=0)._prompt.tokens[-1]
+    tag = engine.chat(
+        HI, model=family, tool_choice="any", tools=TOOLS, max_tokens=0
+    )._prompt.tokens[-1]
     sampling = Sampling(temperature=1.0, seed=4, logit_bias={tag: 9.0})
     events = list(ask(engine, model=family, strict=True, sampling=sampling, **fields))
     names = [event.name for event in events if isinstance(event, ToolStart)]
@@ -284,16 +452,31 @@ def test_calls_of_strict_tools_match_their_schemas_and_what_is_said_beside_them_
     assert len(whole) > 1  # the first one does not end what is held
     for name, arguments in zip(names, whole):
         Draft202012Validator(ARGUMENTS[name]).validate(arguments)
-    assert not [event for event in ask(engine, model=family, sampling=sampling, **fields) if isinstance(event, ToolEnd)]
+    assert not [
+        event
+        for event in ask(engine, model=family, sampling=sampling, **fields)
+        if isinstance(event, ToolEnd)
+    ]
     free = Sampling(temperature=1.0, seed=4)
     assert said(ask(engine, model=family, strict=True, sampling=free, **fields)) == said(
-        ask(engine, model=family, sampling=free, **fields))
+        ask(engine, model=family, sampling=free, **fields)
+    )
 
 
 def test_free_strings_stay_free_in_tags_of_their_own(engine: Engine):
-    schema = obj(["number"], words={"type": "string"}, number={"type": "integer", "maximum": 99, "minimum": 0})
-    generation = ask(engine, model="qwen_coder", tools=[tool("put", schema)], tool_choice="put", max_tokens=1200,
-                     sampling=Sampling(temperature=0.7, seed=3))
+    schema = obj(
+        ["number"],
+        words={"type": "string"},
+        number={"type": "integer", "maximum": 99, "minimum": 0},
+    )
+    generation = ask(
+        engine,
+        model="qwen_coder",
+        tools=[tool("put", schema)],
+        tool_choice="put",
+        max_tokens=1200,
+        sampling=Sampling(temperature=0.7, seed=3),
+    )
     list(generation)
     assert generation._raw.startswith(("<parameter=words>\n", "<parameter=number>\n"))
 
@@ -311,26 +494,62 @@ def test_a_format_beside_tools_leaves_the_choice_to_the_model(engine: Engine):
 
 
 def test_without_a_choice_no_call_is_made(engine: Engine):
-    events = list(ask(engine, format={"const": '{"name": "set", "arguments": {}}'}, tools=TOOLS, tool_choice="none"))
+    events = list(
+        ask(
+            engine,
+            format={"const": '{"name": "set", "arguments": {}}'},
+            tools=TOOLS,
+            tool_choice="none",
+        )
+    )
     assert not [event for event in events if isinstance(event, ToolStart)]
 
 
-LIST = {**obj(value={"type": "boolean"}, next={"anyOf": [{"$ref": "#/$defs/list"}, {"type": "null"}]})}
+LIST = {
+    **obj(value={"type": "boolean"}, next={"anyOf": [{"$ref": "#/$defs/list"}, {"type": "null"}]})
+}
 REFERRED = [
-    {"$ref": "#/$defs/list", "$defs": {"list": LIST}}, {**obj(list={"$ref": "#/$defs/list"}), "$defs": {"list": LIST}},
+    {"$ref": "#/$defs/list", "$defs": {"list": LIST}},
+    {**obj(list={"$ref": "#/$defs/list"}), "$defs": {"list": LIST}},
     {"anyOf": [obj(a={"const": "x"}), obj(b={"enum": [1, 2]}, c={"const": None})]},
-    {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a", "c"], "allOf": [
-        {"properties": {"b": {"type": "null"}, "c": {"enum": [1, 2]}}, "required": ["b"]}]},
-    {"type": "object", "required": ["a"], "additionalProperties": {"type": "integer", "minimum": 1, "maximum": 4}},
-    obj([], a={"type": "boolean"}, b={"type": "null"}, c=text(3)), obj(n=rows({"type": "null"}, 1), m=rows(text(2), 4, minItems=3)),
+    {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}},
+        "required": ["a", "c"],
+        "allOf": [
+            {"properties": {"b": {"type": "null"}, "c": {"enum": [1, 2]}}, "required": ["b"]}
+        ],
+    },
+    {
+        "type": "object",
+        "required": ["a"],
+        "additionalProperties": {"type": "integer", "minimum": 1, "maximum": 4},
+    },
+    obj([], a={"type": "boolean"}, b={"type": "null"}, c=text(3)),
+    obj(n=rows({"type": "null"}, 1), m=rows(text(2), 4, minItems=3)),
 ]
 
 
-@pytest.mark.parametrize("family", ["gemma", "gemma, special", "deepseek_4, special", "qwen_coder", "lfm"])
+@pytest.mark.parametrize(
+    "family", ["gemma", "gemma, special", "deepseek_4, special", "qwen_coder", "lfm"]
+)
 def test_forced_arguments_that_are_no_json_match_their_schemas_too(engine: Engine, family: str):
-    schemas = [obj(value=part) for part in PARTS if "$ref" not in part and "format" not in part] + LIKE_CLAUDE_CODE[1:6] + REFERRED
-    answers = [ask(engine, seed, family, tools=[tool("t", schema)], tool_choice="t", parallel_tool_calls=False)
-               for seed, schema in enumerate(schemas)]
+    schemas = (
+        [obj(value=part) for part in PARTS if "$ref" not in part and "format" not in part]
+        + LIKE_CLAUDE_CODE[1:6]
+        + REFERRED
+    )
+    answers = [
+        ask(
+            engine,
+            seed,
+            family,
+            tools=[tool("t", schema)],
+            tool_choice="t",
+            parallel_tool_calls=False,
+        )
+        for seed, schema in enumerate(schemas)
+    ]
     for schema, generation in zip(schemas, answers):
         [(_, arguments)], reason = calls(generation)
         assert reason == "tool_calls"
@@ -339,42 +558,95 @@ def test_forced_arguments_that_are_no_json_match_their_schemas_too(engine: Engin
 
 @pytest.mark.parametrize("family", ["hermes", "gemma"])
 def test_a_tool_that_nothing_can_be_passed_to_is_not_held_to_its_schema(
-        engine: Engine, family: str, caplog: pytest.LogCaptureFixture):
-    generation = ask(engine, model=family, tools=[tool("t", obj(a={"$ref": "#"}))], tool_choice="t", max_tokens=9)
+    engine: Engine, family: str, caplog: pytest.LogCaptureFixture
+):
+    generation = ask(
+        engine, model=family, tools=[tool("t", obj(a={"$ref": "#"}))], tool_choice="t", max_tokens=9
+    )
     assert said(generation)[1] == "length" and "no arguments match the schema of t" in caplog.text
 
 
-@pytest.mark.parametrize("schema, why", [
-    ({"type": "array", "uniqueItems": True}, "uniqueItems"), ({"not": {"type": "null"}}, "not"),
-    ({"type": "strnig"}, "Invalid type: strnig"), ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
-    ({"type": "integer", "minimum": 5, "maximum": 3}, "Unsatisfiable"), ({"$ref": "http://example.org/x"}, "example.org"),
-    ({"$ref": "#"}, "no text matches"), ({"anyOf": [{"$ref": "#"}]}, "no text matches"),
-    (obj(a=obj(b={"$ref": "#"})), "no text matches"), (rows({"$ref": "#"}, minItems=1), "no text matches"),
-    ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf not fully supported$")])
+@pytest.mark.parametrize(
+    "schema, why",
+    [
+        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"not": {"type": "null"}}, "not"),
+        ({"type": "strnig"}, "Invalid type: strnig"),
+        ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
+        ({"type": "integer", "minimum": 5, "maximum": 3}, "Unsatisfiable"),
+        ({"$ref": "http://example.org/x"}, "example.org"),
+        ({"$ref": "#"}, "no text matches"),
+        ({"anyOf": [{"$ref": "#"}]}, "no text matches"),
+        (obj(a=obj(b={"$ref": "#"})), "no text matches"),
+        (rows({"$ref": "#"}, minItems=1), "no text matches"),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf not fully supported$"),
+    ],
+)
 @pytest.mark.parametrize("thinking", [False, None])
-def test_a_format_that_cannot_be_enforced_is_refused_and_the_reason_named(engine: Engine, schema: dict, why: str, thinking):
+def test_a_format_that_cannot_be_enforced_is_refused_and_the_reason_named(
+    engine: Engine, schema: dict, why: str, thinking
+):
     with pytest.raises(InvalidRequest, match=why) as refused:
         ask(engine, format=schema, thinking=thinking)
-    assert "\n" not in str(refused.value) and str(refused.value).startswith("the output format cannot be enforced: ")
+    assert "\n" not in str(refused.value) and str(refused.value).startswith(
+        "the output format cannot be enforced: "
+    )
 
 
-@pytest.mark.parametrize("schema", [
-    obj(a={"type": "boolean"}, b={"type": "array", "uniqueItems": True, "items": {"type": "null"}, "maxItems": 1}),
-    {"type": "object", "properties": {"location": "garbage"}}, {"properties": {"a": {"type": "nonsense"}}}])
+@pytest.mark.parametrize(
+    "schema",
+    [
+        obj(
+            a={"type": "boolean"},
+            b={"type": "array", "uniqueItems": True, "items": {"type": "null"}, "maxItems": 1},
+        ),
+        {"type": "object", "properties": {"location": "garbage"}},
+        {"properties": {"a": {"type": "nonsense"}}},
+    ],
+)
 def test_no_schema_of_a_tool_breaks_a_forced_call(engine: Engine, schema: dict):
-    assert said(ask(engine, tools=[tool("odd", schema)], tool_choice="odd", max_tokens=40))[1] in ("tool_calls", "length", "stop")
+    assert said(ask(engine, tools=[tool("odd", schema)], tool_choice="odd", max_tokens=40))[1] in (
+        "tool_calls",
+        "length",
+        "stop",
+    )
 
 
-@pytest.mark.parametrize("make", [
-    lambda: OllamaChat({"model": "hermes", "messages": HI, "format": TITLE, "think": False, "options": {"temperature": 1}}),
-    lambda: AnthropicMessages({"model": "hermes", "max_tokens": 900, "messages": HI, "thinking": {"type": "disabled"}, "output_config": {
-        "format": {"type": "json_schema", "schema": TITLE}}})])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: OllamaChat(
+            {
+                "model": "hermes",
+                "messages": HI,
+                "format": TITLE,
+                "think": False,
+                "options": {"temperature": 1},
+            }
+        ),
+        lambda: AnthropicMessages(
+            {
+                "model": "hermes",
+                "max_tokens": 900,
+                "messages": HI,
+                "thinking": {"type": "disabled"},
+                "output_config": {"format": {"type": "json_schema", "schema": TITLE}},
+            }
+        ),
+    ],
+)
 def test_what_is_streamed_is_the_whole_answer(engine: Engine, make):
     reply = make()
     generation = engine.submit(reply.request)
-    objects = [*reply.open(generation), *(one for event in generation for one in reply.event(event))]
+    objects = [
+        *reply.open(generation),
+        *(one for event in generation for one in reply.event(event)),
+    ]
     if isinstance(reply, OllamaChat):
-        pieces, whole = [one["message"]["content"] for one in objects], reply.whole()["message"]["content"]
+        pieces, whole = (
+            [one["message"]["content"] for one in objects],
+            reply.whole()["message"]["content"],
+        )
     else:
         pieces = [one["delta"]["text"] for one in objects if one["type"] == "content_block_delta"]
         whole = reply.whole()["content"][0]["text"]
@@ -383,18 +655,42 @@ def test_what_is_streamed_is_the_whole_answer(engine: Engine, make):
 
 
 def test_the_official_clients_get_what_they_ask_for(server: Server):
-    claude = anthropic.Anthropic(base_url=server.url, api_key="any", max_retries=0, _strict_response_validation=True)
+    claude = anthropic.Anthropic(
+        base_url=server.url, api_key="any", max_retries=0, _strict_response_validation=True
+    )
     asked = {"model": "demo", "max_tokens": 400, "messages": HI, "extra_body": {"temperature": 1}}
-    message = claude.messages.create(**asked, output_config={"format": {"type": "json_schema", "schema": TITLE}})
+    message = claude.messages.create(
+        **asked, output_config={"format": {"type": "json_schema", "schema": TITLE}}
+    )
     check(message.content[-1].text, TITLE)
-    call = claude.messages.create(**asked, tool_choice={"type": "any"}, tools=[
-        {"name": name, "input_schema": schema} for name, schema in ARGUMENTS.items() if name.isascii()]).content[0]
+    call = claude.messages.create(
+        **asked,
+        tool_choice={"type": "any"},
+        tools=[
+            {"name": name, "input_schema": schema}
+            for name, schema in ARGUMENTS.items()
+            if name.isascii()
+        ],
+    ).content[0]
     Draft202012Validator(ARGUMENTS[call.name]).validate(call.input)
     llama = ollama.Client(host=server.url)
-    check(llama.chat(model="demo", messages=HI, format=TITLE, options={"temperature": 1}).message.content, TITLE)
-    check(llama.generate(model="demo", prompt="hi", format=TITLE, options={"temperature": 1}).response, TITLE)
+    check(
+        llama.chat(
+            model="demo", messages=HI, format=TITLE, options={"temperature": 1}
+        ).message.content,
+        TITLE,
+    )
+    check(
+        llama.generate(
+            model="demo", prompt="hi", format=TITLE, options={"temperature": 1}
+        ).response,
+        TITLE,
+    )
     with pytest.raises(anthropic.BadRequestError, match="uniqueItems"):
-        claude.messages.create(**asked, output_config={"format": {"type": "json_schema", "schema": {"uniqueItems": True}}})
+        claude.messages.create(
+            **asked,
+            output_config={"format": {"type": "json_schema", "schema": {"uniqueItems": True}}},
+        )
     with pytest.raises(ollama.ResponseError, match="uniqueItems"):
         llama.chat(model="demo", messages=HI, format={"uniqueItems": True})
 
@@ -422,7 +718,14 @@ with Engine("demo") as engine:
 
 
 def test_without_the_package_a_format_is_refused_and_a_forced_call_still_begun():
-    run = subprocess.run([sys.executable, "-c", WITHOUT], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     claude, llama, call = run.stdout.splitlines()
     for line in (claude, llama):
         assert line.startswith("(400, ") and 'pip install "mlx-server[constrained]"' in line

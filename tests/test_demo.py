@@ -1,8 +1,9 @@
-"""The built-in model keeps its contract (tests/demo/README.md) on fresh prompts, through the engine."""
+"""The built-in model keeps its contract (tests/demo/README.md) on fresh prompts, through the
+engine."""
 
 from __future__ import annotations
 
-from typing import Iterator
+from collections.abc import Iterator
 
 import pytest
 from demo.data import contract_prompts
@@ -16,12 +17,21 @@ def engine() -> Iterator[Engine]:
         yield engine
 
 
-@pytest.mark.parametrize("shape, count", [("bare", 22), ("quiet", 22), ("chat", 22), ("long", 11), ("agent", 4)])
+@pytest.mark.parametrize(
+    "shape, count", [("bare", 22), ("quiet", 22), ("chat", 22), ("long", 11), ("agent", 4)]
+)
 def test_fresh_prompts_are_answered_to_the_character(engine: Engine, shape: str, count: int):
     """`python tests/demo/data.py` asks 300 a shape; of these few at most one may be missed."""
     prompts = list(contract_prompts(4242, count, shape))
-    answers = [engine.chat(p.messages, tools=p.tools or [], max_tokens=400, thinking=False if shape == "quiet" else None)
-               for p in prompts]
+    answers = [
+        engine.chat(
+            p.messages,
+            tools=p.tools or [],
+            max_tokens=400,
+            thinking=False if shape == "quiet" else None,
+        )
+        for p in prompts
+    ]
     wrong = []
     for prompt, answer in zip(prompts, answers):
         for _ in answer:

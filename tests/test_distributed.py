@@ -7,10 +7,11 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPResponse
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 from urllib.request import Request, urlopen
 
 import pytest
@@ -19,7 +20,8 @@ from models import CONFIGS, build_model
 
 from mlx_server import main
 
-CONFIG = {**CONFIGS["qwen2"], "num_key_value_heads": 4, "num_hidden_layers": 5}  # which neither two nor four can share evenly
+# Which neither two nor four can share evenly
+CONFIG = {**CONFIGS["qwen2"], "num_key_value_heads": 4, "num_hidden_layers": 5}
 SYSTEM = "You are one of many. " * 8
 
 
@@ -29,7 +31,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Group:
-    """Processes as `mlx.launch --backend ring` starts them. `server` is rank 0, the only one that listens."""
+    """Processes as `mlx.launch --backend ring` starts them. `server` is rank 0, the only one that
+    listens."""
 
     def __init__(self, folder: Path, size: int, *flags: str):
         sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(size)]
@@ -39,7 +42,10 @@ class Group:
             one.close()
         envs = [{"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)} for rank in range(size)]
         command = [sys.executable, str(ROOT / "mlx_server.py"), *flags]
-        self.followers = [subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, **env}) for env in envs[1:]]
+        self.followers = [
+            subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, **env})
+            for env in envs[1:]
+        ]
         self.server = Server(*flags, env=envs[0])
 
     def stop(self) -> list[int]:
@@ -54,7 +60,13 @@ class Group:
 
 def send(server: Server, text: str, **fields: Any) -> HTTPResponse:
     """The answer of Anthropic's API."""
-    body = {"model": "default", "max_tokens": 3, "system": SYSTEM, "messages": [{"role": "user", "content": text}], **fields}
+    body = {
+        "model": "default",
+        "max_tokens": 3,
+        "system": SYSTEM,
+        "messages": [{"role": "user", "content": text}],
+        **fields,
+    }
     return urlopen(Request(f"{server.url}/v1/messages", json.dumps(body).encode()), timeout=60)
 
 
@@ -64,7 +76,8 @@ def ask(server: Server, text: str, **fields: Any) -> dict:
 
 
 def conversation(server: Server) -> list:
-    """Answers to one client, to two at once, and to the first again, with what this one takes from the prompt cache."""
+    """Answers to one client, to two at once, and to the first again, with what this one takes from
+    the prompt cache."""
     first = ask(server, "number 0")
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(lambda n: ask(server, f"number {n}", max_tokens=n), (2, 3)))
@@ -81,7 +94,9 @@ def alone(model: Path) -> Iterator[list]:
 
 
 @pytest.mark.parametrize("flags", [[], ["--pipeline"]])
-def test_two_processes_answer_as_one_does(flags: list[str], model: Path, alone: list, tmp_path: Path):
+def test_two_processes_answer_as_one_does(
+    flags: list[str], model: Path, alone: list, tmp_path: Path
+):
     group = Group(tmp_path, 2, "--model", str(model), *flags)
     try:
         assert conversation(group.server) == alone
@@ -92,7 +107,8 @@ def test_two_processes_answer_as_one_does(flags: list[str], model: Path, alone: 
 
 @pytest.mark.parametrize("flags", [[], ["--pipeline"]])
 def test_of_four_processes_one_is_killed_which_running_requests_say_and_all_end(
-        flags: list[str], model: Path, alone: list, tmp_path: Path):
+    flags: list[str], model: Path, alone: list, tmp_path: Path
+):
     group = Group(tmp_path, 4, "--model", str(model), *flags)
     try:
         assert ask(group.server, "number 0")["content"] == alone[0]
@@ -106,7 +122,9 @@ def test_of_four_processes_one_is_killed_which_running_requests_say_and_all_end(
         group.kill()
 
 
-def test_what_a_group_cannot_do_is_refused_at_once(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+def test_what_a_group_cannot_do_is_refused_at_once(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
     def refusal(*flags: str) -> str:
         with pytest.raises(SystemExit):
             main(flags)
@@ -114,4 +132,6 @@ def test_what_a_group_cannot_do_is_refused_at_once(capsys: pytest.CaptureFixture
 
     assert "--pipeline needs mlx.launch" in refusal("--model", "demo", "--pipeline")
     monkeypatch.setenv("MLX_RANK", "0")
-    assert "one model" in refusal() and "no --cache-dir" in refusal("--model", "demo", "--cache-dir", "x")
+    assert "one model" in refusal() and "no --cache-dir" in refusal(
+        "--model", "demo", "--cache-dir", "x"
+    )

@@ -1,12 +1,13 @@
-"""Embeddings: against the model's own forward pass, then over the wire with the official clients."""
+"""Embeddings: against the model's own forward pass, then over the wire with the official
+clients."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 import numpy
 import ollama
@@ -19,9 +20,13 @@ from test_http import ask
 from engine import Embedding, Engine, InvalidRequest, ModelLoadError, PromptTooLong, Request
 
 POOLINGS = {
-    "mean-embed": {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "cls-embed": {"pooling_mode_cls_token": True},
-    "last-embed": {"pooling_mode_lasttoken": True}, "new-embed": {"pooling_mode": "mean"}, "max-embed": {"pooling_mode_max_tokens": True},
-    "two-embed": {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}}
+    "mean-embed": {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True},
+    "cls-embed": {"pooling_mode_cls_token": True},
+    "last-embed": {"pooling_mode_lasttoken": True},
+    "new-embed": {"pooling_mode": "mean"},
+    "max-embed": {"pooling_mode_max_tokens": True},
+    "two-embed": {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True},
+}
 LONG = "one two three four five " * 120
 
 
@@ -47,16 +52,23 @@ def tokens_of(path: Path, text: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """An embedding model, whose tokenizer ends each text with a token, the same one saved without a head, a model that chats,
-    one that mlx-lm would read in one direction only, and some of sentence-transformers' with poolings of their own."""
+    """An embedding model, whose tokenizer ends each text with a token, the same one saved without a
+    head, a model that chats, one that mlx-lm would read in one direction only, and some of
+    sentence-transformers' with poolings of their own."""
     folder = tmp_path_factory.mktemp("models")
     path = build_model("qwen3", folder / "embed")
     tokenizer = json.loads((path / "tokenizer.json").read_text())
     tokenizer["post_processor"] = {
         "type": "TemplateProcessing",
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-        "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}],
-        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}}}
+        "single": [
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+        ],
+        "special_tokens": {
+            "<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
+        },
+    }
     (path / "tokenizer.json").write_text(json.dumps(tokenizer))
     bare = shutil.copytree(path, folder / "bare")
     config = json.loads((bare / "config.json").read_text())
@@ -64,7 +76,10 @@ def folder(tmp_path_factory) -> Path:
     (bare / "config.json").write_text(json.dumps({**config, **headless}))
     import mlx.core as mx
 
-    weights = {name.removeprefix("model."): value for name, value in mx.load(str(path / "model.safetensors")).items()}
+    weights = {
+        name.removeprefix("model."): value
+        for name, value in mx.load(str(path / "model.safetensors")).items()
+    }
     mx.save_safetensors(str(bare / "model.safetensors"), weights, {"format": "mlx"})
     build_model("hybrid", folder / "chat")
     both = shutil.copytree(path, folder / "both-ways-embed")
@@ -85,20 +100,38 @@ def engine(folder: Path) -> Iterator[Engine]:
 
 
 @pytest.mark.parametrize("text", ["hi", "word " * 180, LONG])
-def test_an_embedding_model_gives_its_state_at_the_end_token(engine: Engine, folder: Path, text: str):
+def test_an_embedding_model_gives_its_state_at_the_end_token(
+    engine: Engine, folder: Path, text: str
+):
     tokens = tokens_of(folder / "embed", text)[:999]
     assert tokens_of(folder / "embed", "hi")[-1] == 0
-    numpy.testing.assert_allclose(embed(engine, text, truncate=True), states(folder / "embed", [*tokens[:-1], 0])[-1],
-                                  rtol=1e-3, atol=1e-3)
+    numpy.testing.assert_allclose(
+        embed(engine, text, truncate=True),
+        states(folder / "embed", [*tokens[:-1], 0])[-1],
+        rtol=1e-3,
+        atol=1e-3,
+    )
 
 
-@pytest.mark.parametrize("mode, pool", [
-    ("mean", lambda states: states.mean(0)), ("cls", lambda states: states[0]), ("last", lambda states: states[-1]),
-    ("new", lambda states: states.mean(0))])
-def test_the_pooling_of_sentence_transformers_is_the_models_own(engine: Engine, folder: Path, mode: str, pool):
+@pytest.mark.parametrize(
+    "mode, pool",
+    [
+        ("mean", lambda states: states.mean(0)),
+        ("cls", lambda states: states[0]),
+        ("last", lambda states: states[-1]),
+        ("new", lambda states: states.mean(0)),
+    ],
+)
+def test_the_pooling_of_sentence_transformers_is_the_models_own(
+    engine: Engine, folder: Path, mode: str, pool
+):
     for tokens in ([5, 6, 7], [number * 7 % 500 for number in range(900)]):
-        numpy.testing.assert_allclose(embed(engine, tokens, f"{mode}-embed"), pool(states(folder / "embed", tokens)),
-                                      rtol=1e-3, atol=1e-3)
+        numpy.testing.assert_allclose(
+            embed(engine, tokens, f"{mode}-embed"),
+            pool(states(folder / "embed", tokens)),
+            rtol=1e-3,
+            atol=1e-3,
+        )
 
 
 @pytest.mark.parametrize("mode, said", [("max", "max"), ("two", "cls and mean")])
@@ -108,9 +141,13 @@ def test_another_pooling_is_refused(engine: Engine, mode: str, said: str):
 
 
 @pytest.mark.parametrize("count", [1, 2, 511, 512, 513, 514, 999])
-def test_another_model_gives_the_mean_of_its_states_however_many_chunks_it_takes(engine: Engine, folder: Path, count: int):
+def test_another_model_gives_the_mean_of_its_states_however_many_chunks_it_takes(
+    engine: Engine, folder: Path, count: int
+):
     tokens = [number * 7 % 500 for number in range(count)]
-    numpy.testing.assert_allclose(embed(engine, tokens, "chat"), states(folder / "chat", tokens).mean(0), rtol=1e-3, atol=1e-3)
+    numpy.testing.assert_allclose(
+        embed(engine, tokens, "chat"), states(folder / "chat", tokens).mean(0), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_weights_saved_without_a_head_and_its_names_are_the_same_model(engine: Engine):
@@ -147,7 +184,9 @@ def test_a_cancelled_embedding_leaves_the_engine_idle(engine: Engine):
     generation = engine.submit(Request("embed", prompt=[5] * 900, embed=True, max_tokens=0))
     generation.cancel()
     engine.unload("embed")  # waits for it
-    assert engine.stats().running == 0 and "embed" not in [loaded.model.name for loaded in engine.loaded()]
+    assert engine.stats().running == 0 and "embed" not in [
+        loaded.model.name for loaded in engine.loaded()
+    ]
 
 
 # ------------------------------------------------------------------ the wire
@@ -157,7 +196,11 @@ def test_a_cancelled_embedding_leaves_the_engine_idle(engine: Engine):
 def clients(folder: Path) -> Iterator[tuple[Server, ollama.Client, openai.OpenAI]]:
     server = Server("--models-dir", str(folder), "--context", "1000")
     # Not strict: the client's own type knows no base64, which it asks for.
-    yield server, ollama.Client(server.url), openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0)
+    yield (
+        server,
+        ollama.Client(server.url),
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0),
+    )
     assert server.stop() == 0
 
 
@@ -176,47 +219,83 @@ def test_the_older_route_gives_the_vector_as_it_is(clients):
     server, client, _ = clients
     vector = client.embeddings("embed", "hello").embedding
     assert math.hypot(*vector) != pytest.approx(1)
-    assert [number / math.hypot(*vector) for number in vector] == pytest.approx(client.embed("embed", "hello").embeddings[0])
-    assert json.loads(ask(server, "POST", "/api/embeddings", {"model": "embed"})[1]) == {"embedding": []}
+    assert [number / math.hypot(*vector) for number in vector] == pytest.approx(
+        client.embed("embed", "hello").embeddings[0]
+    )
+    assert json.loads(ask(server, "POST", "/api/embeddings", {"model": "embed"})[1]) == {
+        "embedding": []
+    }
 
 
 def test_without_a_text_ollamas_routes_only_load(clients):
     server, client, _ = clients
-    assert client.embed("embed", "", keep_alive=0).embeddings == [] and client.embed("embed", []).embeddings == []
+    assert (
+        client.embed("embed", "", keep_alive=0).embeddings == []
+        and client.embed("embed", []).embeddings == []
+    )
     assert "embed:latest" in [model.model for model in client.ps().models]
 
 
 def test_openais_client_gets_the_same_vectors_as_floats_and_as_bytes(clients):
     _, client, other = clients
     answer = other.embeddings.create(model="embed", input=["hello", "word"])  # asks for base64
-    plain = other.embeddings.create(model="embed", input=["hello", "word"], encoding_format="float", dimensions=64)
-    assert [one.index for one in answer.data] == [0, 1] and answer.usage.total_tokens == answer.usage.prompt_tokens > 2
-    for packed, floats, expected in zip(answer.data, plain.data, client.embed("embed", ["hello", "word"]).embeddings):
-        assert packed.embedding == pytest.approx(floats.embedding, abs=1e-6) and floats.embedding == expected
+    plain = other.embeddings.create(
+        model="embed", input=["hello", "word"], encoding_format="float", dimensions=64
+    )
+    assert [one.index for one in answer.data] == [
+        0,
+        1,
+    ] and answer.usage.total_tokens == answer.usage.prompt_tokens > 2
+    for packed, floats, expected in zip(
+        answer.data, plain.data, client.embed("embed", ["hello", "word"]).embeddings
+    ):
+        assert (
+            packed.embedding == pytest.approx(floats.embedding, abs=1e-6)
+            and floats.embedding == expected
+        )
 
 
 def test_openais_client_may_send_tokens(clients):
     _, _, client = clients
     one = client.embeddings.create(model="embed", input=[5, 6, 7], encoding_format="float").data
-    both = client.embeddings.create(model="embed", input=[[5, 6, 7], [8]], encoding_format="float").data
+    both = client.embeddings.create(
+        model="embed", input=[[5, 6, 7], [8]], encoding_format="float"
+    ).data
     assert one[0].embedding == both[0].embedding != both[1].embedding
 
 
-@pytest.mark.parametrize("path, body, status, said", [
-    ("/api/embed", {"model": "embed", "input": [1]}, 400, "invalid input type"),
-    ("/api/embed", {"model": "embed", "input": ["a", ""]}, 400, "an empty text"),
-    ("/api/embed", {"model": "embed", "input": LONG, "truncate": False}, 400, "exceeds the model's maximum context length"),
-    ("/api/embed", {"input": "x"}, 404, "model '' not found"), ("/api/embed", {"model": "no", "input": "x"}, 404, "not found"),
-    ("/api/embeddings", {"prompt": "x"}, 400, "model is required"),
-    ("/v1/embeddings", {"model": "embed"}, 400, "input: "), ("/v1/embeddings", {"model": "embed", "input": [[]]}, 400, "empty"),
-    ("/v1/embeddings", {"model": "embed", "input": [1.5]}, 400, "input: "),
-    ("/v1/embeddings", {"model": "embed", "input": ["x"] * 2049}, 400, "at most 2048"),
-    ("/v1/embeddings", {"model": "embed", "input": [99999]}, 400, "no token 99999"),
-    ("/v1/embeddings", {"model": "embed", "input": LONG}, 400, "context_length_exceeded"),
-    ("/v1/embeddings", {"model": "embed", "input": "x", "encoding_format": "hex"}, 400, "'float' or 'base64'"),
-    ("/v1/embeddings", {"model": "no", "input": "x"}, 404, "model_not_found"),
-])
-def test_what_cannot_be_embedded_is_an_error_in_the_dialect(clients, path: str, body: dict, status: int, said: str):
+@pytest.mark.parametrize(
+    "path, body, status, said",
+    [
+        ("/api/embed", {"model": "embed", "input": [1]}, 400, "invalid input type"),
+        ("/api/embed", {"model": "embed", "input": ["a", ""]}, 400, "an empty text"),
+        (
+            "/api/embed",
+            {"model": "embed", "input": LONG, "truncate": False},
+            400,
+            "exceeds the model's maximum context length",
+        ),
+        ("/api/embed", {"input": "x"}, 404, "model '' not found"),
+        ("/api/embed", {"model": "no", "input": "x"}, 404, "not found"),
+        ("/api/embeddings", {"prompt": "x"}, 400, "model is required"),
+        ("/v1/embeddings", {"model": "embed"}, 400, "input: "),
+        ("/v1/embeddings", {"model": "embed", "input": [[]]}, 400, "empty"),
+        ("/v1/embeddings", {"model": "embed", "input": [1.5]}, 400, "input: "),
+        ("/v1/embeddings", {"model": "embed", "input": ["x"] * 2049}, 400, "at most 2048"),
+        ("/v1/embeddings", {"model": "embed", "input": [99999]}, 400, "no token 99999"),
+        ("/v1/embeddings", {"model": "embed", "input": LONG}, 400, "context_length_exceeded"),
+        (
+            "/v1/embeddings",
+            {"model": "embed", "input": "x", "encoding_format": "hex"},
+            400,
+            "'float' or 'base64'",
+        ),
+        ("/v1/embeddings", {"model": "no", "input": "x"}, 404, "model_not_found"),
+    ],
+)
+def test_what_cannot_be_embedded_is_an_error_in_the_dialect(
+    clients, path: str, body: dict, status: int, said: str
+):
     response, text = ask(clients[0], "POST", path, body)
     assert (response.status, said in text.decode()) == (status, True), text
 

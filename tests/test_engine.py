@@ -1,4 +1,5 @@
-"""The engine on real random-weight models of each cache class: caching, sampling, limits, cancelling, failing, closing."""
+"""The engine on real random-weight models of each cache class: caching, sampling, limits,
+cancelling, failing, closing."""
 
 from __future__ import annotations
 
@@ -14,10 +15,26 @@ import pytest
 from models import CONFIGS, build_model
 
 from _mlx_server.inference.runner import ModelRunner
-from engine import Done, Engine, EngineClosed, EngineError, Generation, InvalidRequest, ModelLoadError, ModelNotFound, PromptTooLong, Request, Sampling, Text, Tick
+from engine import (
+    Done,
+    Engine,
+    EngineClosed,
+    EngineError,
+    Generation,
+    InvalidRequest,
+    ModelLoadError,
+    ModelNotFound,
+    PromptTooLong,
+    Request,
+    Sampling,
+    Text,
+    Tick,
+)
 
 ROOT = Path(__file__).parent.parent
-REREAD = 8  # tokens: layers that cannot be cut are restored at the end of the conversation, before the generation prompt
+# Tokens: layers that cannot be cut are restored at the end of the conversation, before the
+# generation prompt
+REREAD = 8
 SYSTEM = {"role": "system", "content": "You are a careful tester. " * 40}
 
 
@@ -47,20 +64,27 @@ def test_a_resent_prompt_is_not_prefilled_again(engine: Engine):
     first, _ = answer(engine, messages)
     again, generation = answer(engine, messages)
     assert again == first
-    assert generation.usage.cached_tokens == generation.cached_tokens >= generation.usage.prompt_tokens - REREAD
+    assert (
+        generation.usage.cached_tokens
+        == generation.cached_tokens
+        >= generation.usage.prompt_tokens - REREAD
+    )
 
 
 def test_tokens_before_the_conversation_are_read_before_it_and_found_again(engine: Engine):
     first = engine.chat("one", max_tokens=9)
     *_, done = first
-    assert done.tokens[:first.prompt_tokens] == list(first._prompt.tokens) and len(done.tokens) == first.prompt_tokens + 9
+    assert (
+        done.tokens[: first.prompt_tokens] == list(first._prompt.tokens)
+        and len(done.tokens) == first.prompt_tokens + 9
+    )
     follow_up = engine.chat([user("two")], context=done.tokens, max_tokens=9)
     *events, last = follow_up
     assert follow_up.usage.cached_tokens == len(done.tokens)
     engine.unload(engine._default.name)
     prompt = [*done.tokens, *engine.chat([user("two")], max_tokens=0)._prompt.tokens]
     *_, again = engine.submit(Request("default", prompt=prompt, max_tokens=9))
-    assert last.tokens == again.tokens and last.tokens[:len(prompt)] == prompt
+    assert last.tokens == again.tokens and last.tokens[: len(prompt)] == prompt
 
 
 def test_a_continued_conversation_prefills_only_what_is_new_and_answers_as_if_cold(engine: Engine):
@@ -68,15 +92,21 @@ def test_a_continued_conversation_prefills_only_what_is_new_and_answers_as_if_co
     text, generation = answer(engine, messages)
     messages += [{"role": "assistant", "content": text}, user("two")]
     warm, follow_up = answer(engine, messages)
-    # Random tokens do not re-tokenise as they were generated: only because they are remembered is the answer reused.
-    assert follow_up.usage.cached_tokens == generation.usage.prompt_tokens + generation.usage.completion_tokens
+    # Random tokens do not re-tokenise as they were generated: only because they are remembered is
+    # the answer reused.
+    assert (
+        follow_up.usage.cached_tokens
+        == generation.usage.prompt_tokens + generation.usage.completion_tokens
+    )
     assert warm == cold(engine, messages)
 
 
 def test_conversations_share_the_system_prompt_and_answers_stay_those_of_a_cold_run(engine: Engine):
     answer(engine, [SYSTEM, user("first conversation")])
     warm, other = answer(engine, [SYSTEM, user("quite another one")])
-    assert other.usage.cached_tokens > 0.9 * len(engine._renderer(engine._default).encode(SYSTEM["content"]))
+    assert other.usage.cached_tokens > 0.9 * len(
+        engine._renderer(engine._default).encode(SYSTEM["content"])
+    )
     assert warm == cold(engine, [SYSTEM, user("quite another one")])
 
 
@@ -93,12 +123,23 @@ def test_a_cancelled_prefill_keeps_what_it_has_and_resuming_changes_nothing(engi
     assert resumed.usage.cached_tokens >= ModelRunner.CHUNK
 
 
-def test_a_model_with_experts_reads_large_chunks_while_nobody_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_model_with_experts_reads_large_chunks_while_nobody_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     for name, tokens in (("CHUNK", 32), ("LARGE", 128), ("DEEP", 256)):
         monkeypatch.setattr(ModelRunner, name, tokens)
-    experts = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-               "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
-    with Engine(str(build_model("", tmp_path / "moe", config={**CONFIGS["qwen3"], **experts}))) as engine:
+    experts = {
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+    }
+    with Engine(
+        str(build_model("", tmp_path / "moe", config={**CONFIGS["qwen3"], **experts}))
+    ) as engine:
         answer(engine, "loads the model")
         runtime, sizes = engine._pool.runners["moe"], []
         model = runtime.model
@@ -127,7 +168,9 @@ def test_what_is_too_much_for_the_gpu_is_tried_in_smaller_chunks_and_leaves_noth
 
         def watched(tokens, cache):
             if cache[0].offset > 300 and tokens.shape[1] > 128:
-                raise RuntimeError("[METAL] Command buffer execution failed: Impacting Interactivity")
+                raise RuntimeError(
+                    "[METAL] Command buffer execution failed: Impacting Interactivity"
+                )
             return model(tokens, cache=cache)
 
         runtime.model, watched.layers = watched, model.layers
@@ -152,10 +195,21 @@ def test_a_twin_of_a_running_request_is_not_prefilled_again(engine: Engine):
 
 
 def test_a_seed_gives_the_same_text_alone_and_in_company(engine: Engine):
-    sampling = Sampling(temperature=1.0, top_p=0.95, top_k=40, min_p=0.01, repetition_penalty=1.1, presence_penalty=0.2,
-                        frequency_penalty=0.2, seed=5)
+    sampling = Sampling(
+        temperature=1.0,
+        top_p=0.95,
+        top_k=40,
+        min_p=0.01,
+        repetition_penalty=1.1,
+        presence_penalty=0.2,
+        frequency_penalty=0.2,
+        seed=5,
+    )
     alone, _ = answer(engine, "dice", sampling=sampling)
-    company = [engine.chat(f"guest {n}", max_tokens=24, sampling=Sampling(temperature=1.0, seed=n)) for n in range(3)]
+    company = [
+        engine.chat(f"guest {n}", max_tokens=24, sampling=Sampling(temperature=1.0, seed=n))
+        for n in range(3)
+    ]
     seeded = engine.chat("dice", max_tokens=16, sampling=sampling)
     assert "".join(seeded.text()) == alone
     assert answer(engine, "dice", sampling=Sampling(temperature=1.0, seed=6))[0] != alone
@@ -168,14 +222,19 @@ def test_usage_adds_up_and_the_limit_is_reported(engine: Engine):
     done = events[-1]
     assert isinstance(done, Done) and done.reason == "length"
     assert done.usage.completion_tokens == 7
-    assert done.usage.prompt_tokens == engine.count_tokens(Request(engine._default.name, [user("count")]))
+    assert done.usage.prompt_tokens == engine.count_tokens(
+        Request(engine._default.name, [user("count")])
+    )
     assert done.usage.total_seconds >= done.usage.prefill_seconds + done.usage.decode_seconds
 
 
 def test_max_tokens_zero_only_fills_the_cache(engine: Engine):
     text, generation = answer(engine, "prewarm me", max_tokens=0)
     assert text == "" and generation.usage.completion_tokens == 0
-    assert answer(engine, "prewarm me")[1].usage.cached_tokens >= generation.usage.prompt_tokens - REREAD
+    assert (
+        answer(engine, "prewarm me")[1].usage.cached_tokens
+        >= generation.usage.prompt_tokens - REREAD
+    )
 
 
 def test_an_empty_request_loads_the_model_and_unload_frees_it(engine: Engine):
@@ -221,11 +280,16 @@ def test_a_broken_model_fails_its_own_requests_and_can_be_tried_again(folder: Pa
         assert str(tmp_path) not in str(failure.value)
         assert list(healthy)[-1].usage.completion_tokens > 0
         (broken / "model.safetensors").write_bytes(weights)
-        assert list(engine.submit(Request("broken", [user("hi")], max_tokens=2)))[-1].reason == "length"
+        assert (
+            list(engine.submit(Request("broken", [user("hi")], max_tokens=2)))[-1].reason
+            == "length"
+        )
 
 
 def test_a_failing_step_fails_its_request_and_nothing_else(engine: Engine):
-    bad = Request(engine._default.name, [user("bad")], max_tokens=4, sampling=Sampling(temperature="hot"))
+    bad = Request(
+        engine._default.name, [user("bad")], max_tokens=4, sampling=Sampling(temperature="hot")
+    )
     with pytest.raises(EngineError, match="try again"):
         list(engine.submit(bad))
     assert answer(engine, "good")[1].usage.completion_tokens
@@ -266,7 +330,9 @@ def test_closing_ends_running_work_with_an_error(folder: Path):
 
 def test_importing_the_engine_is_cheap():
     script = "import sys, engine; print(sorted({'mlx', 'mlx_lm', 'transformers', 'numpy'} & set(sys.modules)))"
-    out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert json.loads(out.stdout.replace("'", '"')) == []
 
 
@@ -286,19 +352,31 @@ def test_a_gap_is_filled_with_the_tokenizers_own_tokens(tmp_path: Path):
     tokenizer = json.loads((path / "tokenizer.json").read_text())
     settings = json.loads((path / "tokenizer_config.json").read_text())
     before, fills, after = tokenizer["added_tokens"][-3:]
-    for token, mark in ((before, "<|fim_prefix|>"), (fills, "<|fim_middle|>"), (after, "<|fim_suffix|>")):
+    for token, mark in (
+        (before, "<|fim_prefix|>"),
+        (fills, "<|fim_middle|>"),
+        (after, "<|fim_suffix|>"),
+    ):
         token["content"] = mark
         settings.setdefault("added_tokens_decoder", {})[str(token["id"])] = {
-            key: value for key, value in token.items() if key != "id"}
+            key: value for key, value in token.items() if key != "id"
+        }
     (path / "tokenizer.json").write_text(json.dumps(tokenizer))
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     with Engine(str(path)) as engine:
         assert "insert" in engine.resolve("coder").capabilities
         gap = engine.submit(Request("coder", prompt="def f(", suffix="return x", max_tokens=1))
         spelled = "<|fim_prefix|>def f(<|fim_suffix|>return x<|fim_middle|>"
-        assert gap._prompt.tokens == engine.submit(Request("coder", prompt=spelled, max_tokens=1))._prompt.tokens
+        assert (
+            gap._prompt.tokens
+            == engine.submit(Request("coder", prompt=spelled, max_tokens=1))._prompt.tokens
+        )
         decode, tokens = gap._renderer.tokenizer.decode, gap._prompt.tokens
-        assert [decode(tokens), decode(tokens[:1]), decode(tokens[-1:])] == [spelled, "<|fim_prefix|>", "<|fim_middle|>"]
+        assert [decode(tokens), decode(tokens[:1]), decode(tokens[-1:])] == [
+            spelled,
+            "<|fim_prefix|>",
+            "<|fim_middle|>",
+        ]
         with pytest.raises(InvalidRequest, match="cannot fill a gap"):
             engine.submit(Request("demo", prompt="a", suffix="b"))
 
@@ -306,7 +384,9 @@ def test_a_gap_is_filled_with_the_tokenizers_own_tokens(tmp_path: Path):
 # ------------------------------------------------------------------ the log
 
 
-def test_a_long_prompt_tells_how_far_it_is(engine: Engine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
+def test_a_long_prompt_tells_how_far_it_is(
+    engine: Engine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(ModelRunner, "TELL", 0.0)
     with caplog.at_level(logging.INFO):
         _, generation = answer(engine, "how far " * 150, max_tokens=1)
@@ -314,4 +394,6 @@ def test_a_long_prompt_tells_how_far_it_is(engine: Engine, caplog: pytest.LogCap
     told = [re.fullmatch(pattern, line).groups() for line in caplog.messages if "tokens/s" in line]
     read, total = ([int(match[at].replace(",", "")) for match in told] for at in (1, 2))
     assert len(told) > 1 and read == sorted(set(read)) and set(total) == {generation.prompt_tokens}
-    assert [int(match[0]) for match in told] == [100 * tokens // generation.prompt_tokens for tokens in read]
+    assert [int(match[0]) for match in told] == [
+        100 * tokens // generation.prompt_tokens for tokens in read
+    ]

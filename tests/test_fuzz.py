@@ -1,8 +1,9 @@
-"""Bodies nobody would write: JSON that is valid and wrong in all other ways, sent to each route over real sockets.
+"""Bodies nobody would write: JSON that is valid and wrong in all other ways, sent to each route
+over real sockets.
 
-Each body is one of a few good ones, changed at random. FUZZ_BODIES says how many a dialect gets; FUZZ_SEED makes others of
-them. The server has a small context and gives short answers: both could be long otherwise, without being wrong.
-"""
+Each body is one of a few good ones, changed at random. FUZZ_BODIES says how many a dialect gets;
+FUZZ_SEED makes others of them. The server has a small context and gives short answers: both could
+be long otherwise, without being wrong."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ import json
 import os
 import random
 import threading
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from conftest import Server
@@ -23,46 +25,145 @@ SCHEMA = {"type": "object", "properties": {"command": {"type": "string"}}, "requ
 FUNCTION = {"name": "Bash", "description": "Runs a command.", "parameters": SCHEMA}
 TOOL = {"type": "function", "function": FUNCTION}
 CALL = {"id": "c1", "type": "function", "function": {"name": "Bash", "arguments": "{}"}}
-CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "run ls"},
-        {"role": "assistant", "content": "", "tool_calls": [CALL], "reasoning_content": "Well."},
-        {"role": "tool", "tool_call_id": "c1", "content": "a.txt"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "run ls"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL], "reasoning_content": "Well."},
+    {"role": "tool", "tool_call_id": "c1", "content": "a.txt"},
+    {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+]
 PLAIN = [{"role": "user", "content": "say hi"}]
 
 MESSAGES = [
-    {"messages": PLAIN, "max_tokens": 2, "system": "Be brief.", "stop_sequences": ["x"], "temperature": 0.5, "top_p": 0.9,
-     "top_k": 5, "thinking": {"type": "enabled", "budget_tokens": 1024, "display": "omitted"}, "metadata": {"user_id": "u"}},
-    {"max_tokens": 2, "tools": [{"name": "Bash", "description": "Runs.", "input_schema": SCHEMA},
-                                {"type": "bash_20250124", "name": "bash"}, {"name": "later", "defer_loading": True}],
-     "tool_choice": {"type": "tool", "name": "Bash", "disable_parallel_tool_use": True},
-     "system": [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}],
-     "messages": [
-         {"role": "user", "content": [{"type": "text", "text": "run ls"}, {"type": "image", "source": {"type": "base64"}}]},
-         {"role": "assistant", "content": [{"type": "thinking", "thinking": "Well.", "signature": "s"},
-                                           {"type": "tool_use", "id": "t1", "name": "Bash", "input": {"command": "ls"}}]},
-         {"role": "user", "content": [
-             {"type": "tool_result", "tool_use_id": "t1", "is_error": True, "content": [
-                 {"type": "text", "text": "a"}, {"type": "tool_reference", "tool_name": "later"}]},
-             {"type": "document", "title": "t", "source": {"type": "text", "data": "d"}},
-             {"type": "search_result", "source": "s", "title": "t", "content": [{"type": "text", "text": "c"}]}]},
-         {"role": "system", "content": "more"}]},
-    {"max_tokens": 2, "messages": [*PLAIN, {"role": "assistant", "content": "so "}], "output_config": {"effort": "low"}},
-    {"max_tokens": 2, "messages": PLAIN, "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}},
+    {
+        "messages": PLAIN,
+        "max_tokens": 2,
+        "system": "Be brief.",
+        "stop_sequences": ["x"],
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 5,
+        "thinking": {"type": "enabled", "budget_tokens": 1024, "display": "omitted"},
+        "metadata": {"user_id": "u"},
+    },
+    {
+        "max_tokens": 2,
+        "tools": [
+            {"name": "Bash", "description": "Runs.", "input_schema": SCHEMA},
+            {"type": "bash_20250124", "name": "bash"},
+            {"name": "later", "defer_loading": True},
+        ],
+        "tool_choice": {"type": "tool", "name": "Bash", "disable_parallel_tool_use": True},
+        "system": [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}],
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": "run ls"},
+                    {"type": "image", "source": {"type": "base64"}},
+                ],
+            },
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "thinking", "thinking": "Well.", "signature": "s"},
+                    {"type": "tool_use", "id": "t1", "name": "Bash", "input": {"command": "ls"}},
+                ],
+            },
+            {
+                "role": "user",
+                "content": [
+                    {
+                        "type": "tool_result",
+                        "tool_use_id": "t1",
+                        "is_error": True,
+                        "content": [
+                            {"type": "text", "text": "a"},
+                            {"type": "tool_reference", "tool_name": "later"},
+                        ],
+                    },
+                    {"type": "document", "title": "t", "source": {"type": "text", "data": "d"}},
+                    {
+                        "type": "search_result",
+                        "source": "s",
+                        "title": "t",
+                        "content": [{"type": "text", "text": "c"}],
+                    },
+                ],
+            },
+            {"role": "system", "content": "more"},
+        ],
+    },
+    {
+        "max_tokens": 2,
+        "messages": [*PLAIN, {"role": "assistant", "content": "so "}],
+        "output_config": {"effort": "low"},
+    },
+    {
+        "max_tokens": 2,
+        "messages": PLAIN,
+        "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}},
+    },
 ]
-OPTIONS = {"num_predict": 2, "temperature": 0.5, "top_k": 3, "stop": ["x"], "seed": 4, "repeat_last_n": 9, "repeat_penalty": 1.1}
-NATIVE = {"options": OPTIONS, "keep_alive": "5m", "think": False, "logprobs": True, "top_logprobs": 2}
-SAMPLED = {"temperature": 0.5, "top_p": 0.9, "seed": 4, "logit_bias": {"5": 1}, "presence_penalty": 1, "stop": "x",
-          "frequency_penalty": 1, "stream_options": {"include_usage": True}}
+OPTIONS = {
+    "num_predict": 2,
+    "temperature": 0.5,
+    "top_k": 3,
+    "stop": ["x"],
+    "seed": 4,
+    "repeat_last_n": 9,
+    "repeat_penalty": 1.1,
+}
+NATIVE = {
+    "options": OPTIONS,
+    "keep_alive": "5m",
+    "think": False,
+    "logprobs": True,
+    "top_logprobs": 2,
+}
+SAMPLED = {
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "seed": 4,
+    "logit_bias": {"5": 1},
+    "presence_penalty": 1,
+    "stop": "x",
+    "frequency_penalty": 1,
+    "stream_options": {"include_usage": True},
+}
 ANTHROPIC = {"/v1/messages": MESSAGES, "/v1/messages/count_tokens": MESSAGES[:2]}
 OLLAMA = {
-    "/api/chat": [{**NATIVE, "messages": PLAIN}, {**NATIVE, "messages": CHAT[:4], "tools": [TOOL]},
-                  {"options": OPTIONS, "messages": PLAIN, "format": SCHEMA}, {"messages": []}],
-    "/api/generate": [{**NATIVE, "prompt": "say hi", "system": "Be brief.", "context": [1], "images": ["aGk="]},
-                      {"options": OPTIONS, "prompt": "say", "raw": True}, {"options": OPTIONS, "prompt": "hi", "format": "json"}],
+    "/api/chat": [
+        {**NATIVE, "messages": PLAIN},
+        {**NATIVE, "messages": CHAT[:4], "tools": [TOOL]},
+        {"options": OPTIONS, "messages": PLAIN, "format": SCHEMA},
+        {"messages": []},
+    ],
+    "/api/generate": [
+        {**NATIVE, "prompt": "say hi", "system": "Be brief.", "context": [1], "images": ["aGk="]},
+        {"options": OPTIONS, "prompt": "say", "raw": True},
+        {"options": OPTIONS, "prompt": "hi", "format": "json"},
+    ],
     "/api/show": [{"verbose": True, "system": "", "template": "", "options": {}}, {"name": "demo"}],
-    "/api/embed": [{"input": ["say", "hi"], "truncate": True, "dimensions": 8, "options": OPTIONS, "keep_alive": "5m"}],
+    "/api/embed": [
+        {
+            "input": ["say", "hi"],
+            "truncate": True,
+            "dimensions": 8,
+            "options": OPTIONS,
+            "keep_alive": "5m",
+        }
+    ],
     "/api/embeddings": [{"prompt": "say hi", "options": OPTIONS, "keep_alive": "5m"}],
-    "/api/create": [{"model": "parrot", "from": "demo", "system": "Be brief.", "parameters": OPTIONS,
-                     "messages": [*PLAIN, {"role": "assistant", "content": "hi"}]}],
+    "/api/create": [
+        {
+            "model": "parrot",
+            "from": "demo",
+            "system": "Be brief.",
+            "parameters": OPTIONS,
+            "messages": [*PLAIN, {"role": "assistant", "content": "hi"}],
+        }
+    ],
     "/api/copy": [{"source": "demo", "destination": "org/other:1b"}],
     "/api/pull": [{"model": "org/nowhere", "insecure": False}],
     "/api/push": [{"model": "org/nowhere"}],
@@ -70,21 +171,61 @@ OLLAMA = {
 }
 OPENAI = {
     "/v1/chat/completions": [
-        {**SAMPLED, "messages": CHAT, "tools": [TOOL], "max_tokens": 2, "tool_choice": "required", "logprobs": True},
-        {**SAMPLED, "messages": PLAIN, "max_completion_tokens": 2, "n": 2, "reasoning_effort": "low", "top_logprobs": 2},
-        {"messages": PLAIN, "max_tokens": 2, "response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}],
-    "/v1/completions": [{**SAMPLED, "prompt": ["say", "hi"], "max_tokens": 2, "logprobs": 2, "echo": False},
-                        {"prompt": [5, 6, 7], "max_tokens": 2, "suffix": None}],
-    "/v1/embeddings": [{"input": ["say", "hi"], "encoding_format": "base64", "dimensions": 8}, {"input": [5, 6, 7]}],
+        {
+            **SAMPLED,
+            "messages": CHAT,
+            "tools": [TOOL],
+            "max_tokens": 2,
+            "tool_choice": "required",
+            "logprobs": True,
+        },
+        {
+            **SAMPLED,
+            "messages": PLAIN,
+            "max_completion_tokens": 2,
+            "n": 2,
+            "reasoning_effort": "low",
+            "top_logprobs": 2,
+        },
+        {
+            "messages": PLAIN,
+            "max_tokens": 2,
+            "response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}},
+        },
+    ],
+    "/v1/completions": [
+        {**SAMPLED, "prompt": ["say", "hi"], "max_tokens": 2, "logprobs": 2, "echo": False},
+        {"prompt": [5, 6, 7], "max_tokens": 2, "suffix": None},
+    ],
+    "/v1/embeddings": [
+        {"input": ["say", "hi"], "encoding_format": "base64", "dimensions": 8},
+        {"input": [5, 6, 7]},
+    ],
     "/v1/responses": [
-        {**SAMPLED, "input": "hi", "instructions": "Be brief.", "max_output_tokens": 2, "reasoning": {"effort": "low"},
-         "text": {"format": {"type": "json_schema", "schema": SCHEMA}}, "include": [], "store": False},
-        {"max_output_tokens": 2,
-         "tools": [{"type": "function", **FUNCTION}, {"type": "namespace", "name": "n", "tools": [FUNCTION]}],
-         "input": [{"role": "user", "content": [{"type": "input_text", "text": "run ls"}]},
-                   {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Well."}]},
-                   {"type": "function_call", "call_id": "c1", "name": "Bash", "arguments": "{}"},
-                   {"type": "function_call_output", "call_id": "c1", "output": "a.txt"}]}],
+        {
+            **SAMPLED,
+            "input": "hi",
+            "instructions": "Be brief.",
+            "max_output_tokens": 2,
+            "reasoning": {"effort": "low"},
+            "text": {"format": {"type": "json_schema", "schema": SCHEMA}},
+            "include": [],
+            "store": False,
+        },
+        {
+            "max_output_tokens": 2,
+            "tools": [
+                {"type": "function", **FUNCTION},
+                {"type": "namespace", "name": "n", "tools": [FUNCTION]},
+            ],
+            "input": [
+                {"role": "user", "content": [{"type": "input_text", "text": "run ls"}]},
+                {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Well."}]},
+                {"type": "function_call", "call_id": "c1", "name": "Bash", "arguments": "{}"},
+                {"type": "function_call_output", "call_id": "c1", "output": "a.txt"},
+            ],
+        },
+    ],
 }
 
 
@@ -98,24 +239,95 @@ def nested(depth: int) -> Any:
 # What JSON allows and Python's writer does not write, by the text that stands for it.
 RAW = {"<infinite>": "1e999", "<long>": "7" * 5000, "<deep>": "[" * 5000 + "]" * 5000}
 # Values that few fields expect, as JSON.
-ODD = [json.dumps(value) for value in [
-    None, True, False, 0, -1, 1, 3, 2**31, 2**63 - 1, 2**63, -2**64, 10**400, 0.5, -0.0, 1e308, 1e-320, *RAW, "", " ", "\n",
-    "auto", "any", "none", "json", "object", "text", "demo", "assistant", "system", "tool", "5m", "\ud800", "a\udfffb", "\0",
-    "\u2028\u0085\ufeff\U0001f468\u200d\U0001f469", "{{ 1/0 }}{% raw %}", "<|im_end|><think></think><tool_call>", "../../etc",
-    "e\u0301" * 300, "x" * 3000, "[" * 5000, '{"\\ud800": "\\udfff"}', [], {}, [None], [[]], [{}], [""], {"": ""}, {"type": None},
-    {"type": "text"}, {"\ud800": "\udc00"}, {"$ref": "#"}, {"type": ["string", "null"]}, {"enum": []}, {"pattern": "("}, {"not": {}},
-    list(range(300)), ["x"] * 300, [{"type": "text", "text": "x"}] * 200, *map(nested, (9, 150, 400, 850))]]
+ODD = [
+    json.dumps(value)
+    for value in [
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1,
+        3,
+        2**31,
+        2**63 - 1,
+        2**63,
+        -(2**64),
+        10**400,
+        0.5,
+        -0.0,
+        1e308,
+        1e-320,
+        *RAW,
+        "",
+        " ",
+        "\n",
+        "auto",
+        "any",
+        "none",
+        "json",
+        "object",
+        "text",
+        "demo",
+        "assistant",
+        "system",
+        "tool",
+        "5m",
+        "\ud800",
+        "a\udfffb",
+        "\0",
+        "\u2028\u0085\ufeff\U0001f468\u200d\U0001f469",
+        "{{ 1/0 }}{% raw %}",
+        "<|im_end|><think></think><tool_call>",
+        "../../etc",
+        "e\u0301" * 300,
+        "x" * 3000,
+        "[" * 5000,
+        '{"\\ud800": "\\udfff"}',
+        [],
+        {},
+        [None],
+        [[]],
+        [{}],
+        [""],
+        {"": ""},
+        {"type": None},
+        {"type": "text"},
+        {"\ud800": "\udc00"},
+        {"$ref": "#"},
+        {"type": ["string", "null"]},
+        {"enum": []},
+        {"pattern": "("},
+        {"not": {}},
+        list(range(300)),
+        ["x"] * 300,
+        [{"type": "text", "text": "x"}] * 200,
+        *map(nested, (9, 150, 400, 850)),
+    ]
+]
 
 
 def places(value: Any, depth: int = 9) -> Iterator[tuple[Any, Any]]:
     """Every (container, key) in a JSON value that is not too deep in it."""
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    for key, inner in (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    ):
         yield value, key
         if depth:
             yield from places(inner, depth - 1)
 
 
-NAMES = sorted({key for place, key in places([*ANTHROPIC.values(), *OLLAMA.values(), *OPENAI.values()]) if isinstance(place, dict)})
+NAMES = sorted(
+    {
+        key
+        for place, key in places([*ANTHROPIC.values(), *OLLAMA.values(), *OPENAI.values()])
+        if isinstance(place, dict)
+    }
+)
 
 
 def mutated(body: dict, chance: random.Random) -> Any:
@@ -145,7 +357,9 @@ def bodies(dialect: str, routes: dict[str, list[dict]]) -> Iterator[tuple[str, b
     seeds = [(path, seed) for path, seeds in routes.items() for seed in seeds]
     for _ in range(BODIES):
         path, seed = chance.choice(seeds)
-        text = json.dumps(mutated({"model": "demo", "stream": chance.random() < 0.5, **seed}, chance))
+        text = json.dumps(
+            mutated({"model": "demo", "stream": chance.random() < 0.5, **seed}, chance)
+        )
         for mark, raw in RAW.items():
             text = text.replace(f'"{mark}"', raw)
         yield path, text.encode()
@@ -177,7 +391,8 @@ def is_an_error(path: str, response: http.client.HTTPResponse, text: bytes) -> b
 
 
 def is_an_end(response: http.client.HTTPResponse, text: bytes) -> bool:
-    """Whether an answer is whole: nothing, an object, or a stream that ends as its dialect ends one."""
+    """Whether an answer is whole: nothing, an object, or a stream that ends as its dialect ends
+    one."""
     kind = response.getheader("Content-Type")
     if kind.startswith("application/json"):
         return "error" not in json.loads(text) or json.loads(text)["error"] is None
@@ -187,8 +402,11 @@ def is_an_end(response: http.client.HTTPResponse, text: bytes) -> bool:
     if last == b"[DONE]":
         return True
     end = json.loads(last)
-    return end.get("done") is True or end.get("status") == "success" or end.get("type") in (
-        "message_stop", "response.completed", "response.incomplete")
+    return (
+        end.get("done") is True
+        or end.get("status") == "success"
+        or end.get("type") in ("message_stop", "response.completed", "response.incomplete")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -197,8 +415,15 @@ def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     hub = FakeHub({})
     threading.Thread(target=hub.serve_forever, args=(0.05,), daemon=True).start()
     folder = tmp_path_factory.mktemp("fuzz")
-    server = Server("--max-tokens", "4", "--context", "512", "--state", str(folder / "presets.json"),
-                    env={"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(folder / "hub"), "no_proxy": "127.0.0.1"})
+    server = Server(
+        "--max-tokens",
+        "4",
+        "--context",
+        "512",
+        "--state",
+        str(folder / "presets.json"),
+        env={"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(folder / "hub"), "no_proxy": "127.0.0.1"},
+    )
     yield server
     assert server.stop() == 0
     hub.shutdown()
@@ -206,15 +431,27 @@ def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     assert not [line for line in server.lines if "Traceback" in line]
 
 
-@pytest.mark.parametrize("dialect, routes", [("anthropic", ANTHROPIC), ("ollama", OLLAMA), ("openai", OPENAI)])
-def test_no_body_is_the_servers_fault_or_harms_the_next(limited: Server, dialect: str, routes: dict[str, list[dict]]):
+@pytest.mark.parametrize(
+    "dialect, routes", [("anthropic", ANTHROPIC), ("ollama", OLLAMA), ("openai", OPENAI)]
+)
+def test_no_body_is_the_servers_fault_or_harms_the_next(
+    limited: Server, dialect: str, routes: dict[str, list[dict]]
+):
     ask = Asker(limited)
     route, [seed, *_] = next(iter(routes.items()))
     sane = route, json.dumps({"model": "demo", "stream": False, **seed}).encode()
     for number, (path, body) in enumerate(bodies(dialect, routes)):
         response, text = ask(path, body)
-        ok = is_an_end(response, text) if response.status == 200 else is_an_error(path, response, text)
+        ok = (
+            is_an_end(response, text)
+            if response.status == 200
+            else is_an_error(path, response, text)
+        )
         assert ok and response.status < 500, (path, response.status, text[-500:], body[:20000])
         if number % 10 == 0:
             response, text = ask(*sane)
-            assert response.status == 200 and is_an_end(response, text), (path, text[-500:], body[:20000])
+            assert response.status == 200 and is_an_end(response, text), (
+                path,
+                text[-500:],
+                body[:20000],
+            )

@@ -1,7 +1,7 @@
 """The model library: what counts as a model on this machine, and which model a name means.
 
-Models here are folders of small JSON files; nothing in the library reads weights, so theirs are empty or headers only.
-"""
+Models here are folders of small JSON files; nothing in the library reads weights, so theirs are
+empty or headers only."""
 
 from __future__ import annotations
 
@@ -21,17 +21,37 @@ from engine import Library, LocalModel, ModelLoadError, ModelNotFound
 TOOLS = "{% for tool in tools %}{{ tool }}{% endfor %}{{ messages }}"
 
 
-def make_model(path: Path, *, bits: int | None = 4, parameters: int = 0, template: str | list = TOOLS,
-               files: dict | None = None, **config) -> Path:
-    """Writes a model folder; `bits` None is unquantised, `parameters` go to the weight index, `files` are added."""
+def make_model(
+    path: Path,
+    *,
+    bits: int | None = 4,
+    parameters: int = 0,
+    template: str | list = TOOLS,
+    files: dict | None = None,
+    **config,
+) -> Path:
+    """Writes a model folder; `bits` None is unquantised, `parameters` go to the weight index,
+    `files` are added."""
     path.mkdir(parents=True, exist_ok=True)
-    config = {"model_type": "qwen3", "max_position_embeddings": 40960, "hidden_size": 64, "torch_dtype": "bfloat16",
-              **({"quantization": {"group_size": 64, "bits": bits}} if bits else {}), **config}
-    contents = {"config.json": config, "tokenizer.json": {}, "tokenizer_config.json": {"chat_template": template},
-                **(files or {})}
+    config = {
+        "model_type": "qwen3",
+        "max_position_embeddings": 40960,
+        "hidden_size": 64,
+        "torch_dtype": "bfloat16",
+        **({"quantization": {"group_size": 64, "bits": bits}} if bits else {}),
+        **config,
+    }
+    contents = {
+        "config.json": config,
+        "tokenizer.json": {},
+        "tokenizer_config.json": {"chat_template": template},
+        **(files or {}),
+    }
     if parameters:
-        contents["model.safetensors.index.json"] = {"metadata": {"total_parameters": parameters},
-                                                    "weight_map": {"w": "model.safetensors"}}
+        contents["model.safetensors.index.json"] = {
+            "metadata": {"total_parameters": parameters},
+            "weight_map": {"w": "model.safetensors"},
+        }
     for name, content in contents.items():
         (path / name).write_text(content if isinstance(content, str) else json.dumps(content))
     write_weights(path / "model.safetensors", {})
@@ -40,7 +60,9 @@ def make_model(path: Path, *, bits: int | None = 4, parameters: int = 0, templat
 
 def write_weights(path: Path, tensors: dict[str, tuple[str, list[int]]]) -> None:
     """Writes a safetensors file that has a header but no data: {name: (dtype, shape)}."""
-    header = json.dumps({name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in tensors.items()}).encode()
+    header = json.dumps(
+        {name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in tensors.items()}
+    ).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header)
 
 
@@ -92,10 +114,17 @@ Mistral-Small-3.2-24B-Instruct-2506-4bit Mixtral-8x7B-Instruct-v0.1-4bit Codestr
 LFM2-8B-A1B-4bit LFM2-1.2B-4bit Seed-OSS-36B-Instruct-4bit starcoder2-7b-4bit
 """.split()
 SIZELESS = {  # millions of parameters, where no name tells
-    "phi-4-4bit": 14_660, "Phi-4-mini-instruct-4bit": 3_836, "Phi-3.5-mini-instruct-4bit": 3_821,
-    "Devstral-Small-2507-4bit": 23_572, "GLM-4.5-Air-4bit": 106_852, "granite-4.0-h-tiny-4bit": 6_939,
-    "Kimi-K2-Instruct-4bit": 1_026_408, "MiniMax-M2-4bit": 228_690, "DeepSeek-R1-4bit": 671_026,
-    "Mistral-Nemo-Instruct-2407-4bit": 12_248, "DeepSeek-Coder-V2-Lite-Instruct-4bit": 15_706,
+    "phi-4-4bit": 14_660,
+    "Phi-4-mini-instruct-4bit": 3_836,
+    "Phi-3.5-mini-instruct-4bit": 3_821,
+    "Devstral-Small-2507-4bit": 23_572,
+    "GLM-4.5-Air-4bit": 106_852,
+    "granite-4.0-h-tiny-4bit": 6_939,
+    "Kimi-K2-Instruct-4bit": 1_026_408,
+    "MiniMax-M2-4bit": 228_690,
+    "DeepSeek-R1-4bit": 671_026,
+    "Mistral-Nemo-Instruct-2407-4bit": 12_248,
+    "DeepSeek-Coder-V2-Lite-Instruct-4bit": 15_706,
 }
 
 
@@ -225,11 +254,19 @@ HITS = {
     "deepseek-r1-distill-qwen-14b": "DeepSeek-R1-Distill-Qwen-14B-4bit",
     "hermes-3-llama-3.1-8b": "Hermes-3-Llama-3.1-8B-4bit",
     # vendors' names, with many models installed and none named
-    "claude-sonnet-5-5": NEWEST, "Claude-3-5-Haiku-20241022": NEWEST, "claude-opus-4-1:latest": NEWEST,
-    "gpt-4o": NEWEST, "opus": NEWEST, "sonnet[1m]": NEWEST, "haiku": NEWEST, "demo": "demo", "demo:latest": "demo",
+    "claude-sonnet-5-5": NEWEST,
+    "Claude-3-5-Haiku-20241022": NEWEST,
+    "claude-opus-4-1:latest": NEWEST,
+    "gpt-4o": NEWEST,
+    "opus": NEWEST,
+    "sonnet[1m]": NEWEST,
+    "haiku": NEWEST,
+    "demo": "demo",
+    "demo:latest": "demo",
 }
 
-MISSES = """
+MISSES = (
+    """
 qwen3:32b-q8_0 qwen3:1.7b qwen3:235b qwen3:8b-instruct qwen3:8b-q5_K_M qwen3:8b-nvfp4 qwen3:8b-mxfp4
 qwen3:30b-a3b-thinking qwen3:30b-q8_0 qwen3:30b-a22b qwen3:4b-instruct-2601 qwen3.5:8b qwen3.5:27b-q8_0 qwen3-coder:8b
 qwen3-math:7b qwen2.5-coder:14b qwen2.5-coder:32b-fp16 qwen2.5-coder:32b-base qwen2.5:32b qwen2.5:3b qwen2:7b qwen:7b
@@ -240,14 +277,31 @@ gemma3n:e2b deepseek-r1:7b deepseek-r1:32b deepseek-r1:70b deepseek-v3:671b deep
 phi4:3.8b phi4-mini:14b phi4-reasoning:14b phi3:14b phi mistral:24b mistral-small:22b mistral-large mixtral:8x22b
 codellama:7b glm-4.5 glm-4.5-air:9b kimi-k2-thinking minimax-m1 smollm2 smollm3:135m starcoder2:3b granite4:small-h
 command-r someone/qwen3:8b Qwen/Qwen3-8B mlx-community/Qwen3-9B-4bit qwen3:8b-gguf gpt2 o3 claude 8b 4bit :latest
-""".split() + ["", " ", "/", "..", "../../etc", "~", "qwen3 coder 8b", "qwen3:8b/..", "*", "mlx-community",
-            "mlx-community/", "llama 3.1 8b hermes 4", "qwen3-8b-4bit-dwq-060606"]
+""".split()
+    + [
+        "",
+        " ",
+        "/",
+        "..",
+        "../../etc",
+        "~",
+        "qwen3 coder 8b",
+        "qwen3:8b/..",
+        "*",
+        "mlx-community",
+        "mlx-community/",
+        "llama 3.1 8b hermes 4",
+        "qwen3-8b-4bit-dwq-060606",
+    ]
+)
 
 
 @pytest.mark.parametrize("name, expected", HITS.items())
 def test_name_is_found(installed, name, expected):
     found = installed.resolve(name).name
-    assert found == (expected if "/" in expected or expected == "demo" else f"mlx-community/{expected}")
+    assert found == (
+        expected if "/" in expected or expected == "demo" else f"mlx-community/{expected}"
+    )
 
 
 @pytest.mark.parametrize("name", MISSES)
@@ -270,7 +324,9 @@ def test_the_last_used_is_preferred_only_where_the_size_is_open(installed):
     assert installed.resolve("llama3.2:latest", last_used=used) is used
     eight = installed.resolve("qwen3:8b-q8_0")
     assert installed.resolve("qwen3:8b", last_used=eight).quantization == "int4"
-    assert installed.resolve("qwen2.5-coder:7b", last_used=eight).name.endswith("Coder-7B-Instruct-4bit")
+    assert installed.resolve("qwen2.5-coder:7b", last_used=eight).name.endswith(
+        "Coder-7B-Instruct-4bit"
+    )
 
 
 # ------------------------------------------------------------------ defaults and aliases
@@ -282,9 +338,14 @@ def test_vendor_names_mean_the_default_model(home, library, name):
     add_repo(home, "org/Alpha-1B-4bit")
     add_repo(home, "org/Alpha-Embedding-1B-4bit")  # cannot chat
     assert library.resolve(name).name == "org/Alpha-1B-4bit"
-    for repo, age, options in (("org/Beta-1B-4bit", 9, {}), ("org/Toolless-1B-4bit", 0, {"template": "{{ messages }}"})):
+    for repo, age, options in (
+        ("org/Beta-1B-4bit", 9, {}),
+        ("org/Toolless-1B-4bit", 0, {"template": "{{ messages }}"}),
+    ):
         written = library.resolve("alpha").modified - age
-        os.utime(add_repo(home, repo, **options) / "model.safetensors", (written + 10, written + 10))
+        os.utime(
+            add_repo(home, repo, **options) / "model.safetensors", (written + 10, written + 10)
+        )
     assert library.resolve(name).name == "org/Beta-1B-4bit"  # the newest that knows tools
     beta, alpha = library.resolve("beta"), library.resolve("alpha")
     assert library.resolve(name, last_used=beta) is beta
@@ -309,15 +370,25 @@ def test_aliases_are_globs_and_the_first_match_wins(home):
     add_repo(home, "org/Alpha-4B-4bit")
     add_repo(home, "org/Beta-8B-4bit")
     elsewhere = make_model(home / "elsewhere/gamma")
-    library = Library([home / "models"], [
-        ("claude-*haiku*", "alpha:4b"), ("CLAUDE-*", "Beta-8B-4bit"), ("fast", "demo"), ("loop", "loop2"),
-        ("loop2", "demo"), ("own", str(elsewhere)), ("x?", "sonnet")])
+    library = Library(
+        [home / "models"],
+        [
+            ("claude-*haiku*", "alpha:4b"),
+            ("CLAUDE-*", "Beta-8B-4bit"),
+            ("fast", "demo"),
+            ("loop", "loop2"),
+            ("loop2", "demo"),
+            ("own", str(elsewhere)),
+            ("x?", "sonnet"),
+        ],
+    )
     assert library.resolve("claude-haiku-5-5").name == "org/Alpha-4B-4bit"
     assert library.resolve("Claude-Opus-5-5:latest").name == "org/Beta-8B-4bit"
     assert library.resolve("FAST").name == "demo"
     assert library.resolve("own").path == elsewhere
     assert library.resolve("x1", default=library.resolve("beta")).name == "org/Beta-8B-4bit"
-    with pytest.raises(ModelNotFound, match="model 'loop' not found"):  # a target is not an alias again
+    # A target is not an alias again
+    with pytest.raises(ModelNotFound, match="model 'loop' not found"):
         library.resolve("loop")
 
 
@@ -349,18 +420,28 @@ def test_a_path_into_the_cache_has_the_repos_name(home, library):
 def test_requests_never_leave_the_model_folders(home, library, tmp_path, monkeypatch):
     path = make_model(tmp_path / "secret")
     monkeypatch.chdir(tmp_path)
-    for name in [str(path), "./secret", "secret", "../secret", "~/../secret", f"models/../../{path.name}",
-                 str(home / "models/../../secret")]:
+    for name in [
+        str(path),
+        "./secret",
+        "secret",
+        "../secret",
+        "~/../secret",
+        f"models/../../{path.name}",
+        str(home / "models/../../secret"),
+    ]:
         with pytest.raises(ModelNotFound):
             library.resolve(name)
 
 
-@pytest.mark.parametrize("files, reason", [
-    (["model-q4.gguf", "README.md"], r"GGUF weights \(model-q4.gguf\)"),
-    (["adapter_config.json", "adapters.safetensors"], "adapter"),
-    (["config.json"], r"no model\*\.safetensors"),
-    (["notes.txt"], "no config.json"),
-])
+@pytest.mark.parametrize(
+    "files, reason",
+    [
+        (["model-q4.gguf", "README.md"], r"GGUF weights \(model-q4.gguf\)"),
+        (["adapter_config.json", "adapters.safetensors"], "adapter"),
+        (["config.json"], r"no model\*\.safetensors"),
+        (["notes.txt"], "no config.json"),
+    ],
+)
 def test_a_path_to_something_else_says_what_it_is(library, tmp_path, files, reason):
     folder = tmp_path / "other"
     folder.mkdir()
@@ -395,11 +476,17 @@ def test_lm_studio_folders(home, library):
     make_model(home / ".cache/lm-studio/models/mlx-community/Beta-1B-4bit")
     (home / ".lmstudio/models/bartowski/Gamma-GGUF").mkdir(parents=True)
     (home / ".lmstudio/models/bartowski/Gamma-GGUF/gamma.gguf").write_text("GGUF")
-    assert names(library) == ["demo", "lmstudio-community/Alpha-1B-MLX-4bit", "mlx-community/Beta-1B-4bit"]
+    assert names(library) == [
+        "demo",
+        "lmstudio-community/Alpha-1B-MLX-4bit",
+        "mlx-community/Beta-1B-4bit",
+    ]
     assert library.resolve("alpha:1b").name == "lmstudio-community/Alpha-1B-MLX-4bit"
 
 
-@pytest.mark.parametrize("variable, folder", [("HF_HUB_CACHE", "hub"), ("HF_HOME", ""), ("XDG_CACHE_HOME", "..")])
+@pytest.mark.parametrize(
+    "variable, folder", [("HF_HUB_CACHE", "hub"), ("HF_HOME", ""), ("XDG_CACHE_HOME", "..")]
+)
 def test_the_cache_may_be_elsewhere(home, library, tmp_path, monkeypatch, variable, folder):
     add_repo(home, "org/Alpha-1B-4bit")
     shutil.move(home / ".cache", tmp_path / "moved")
@@ -421,8 +508,16 @@ def test_the_main_revision_else_the_newest(home, library):
 
 
 def test_a_download_is_listed_when_it_is_complete(home, library):
-    snapshot = add_repo(home, "org/Alpha-1B-4bit", files={"model.safetensors.index.json": {
-        "metadata": {}, "weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}})
+    snapshot = add_repo(
+        home,
+        "org/Alpha-1B-4bit",
+        files={
+            "model.safetensors.index.json": {
+                "metadata": {},
+                "weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"},
+            }
+        },
+    )
     write_weights(snapshot / "model-1-of-2.safetensors", {})
     blob = snapshot.parents[1] / "blobs/feed"
     (snapshot / "model-2-of-2.safetensors").symlink_to(blob)
@@ -446,9 +541,17 @@ def test_what_is_no_text_model_is_not_listed(home, library):
     assert names(library) == ["demo"]
 
 
-@pytest.mark.parametrize("content", [
-    "{", "[]", '"text"', "\xff\xfe", '{"model_type": "x", "max_position_embeddings": "many"}',
-    '{"model_type": "x", "quantization": 4}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '"text"',
+        "\xff\xfe",
+        '{"model_type": "x", "max_position_embeddings": "many"}',
+        '{"model_type": "x", "quantization": 4}',
+    ],
+)
 def test_a_broken_config_is_skipped_with_one_log_line(home, library, caplog, content):
     path = make_model(home / "models/broken")
     (path / "config.json").write_text(content, "latin-1")
@@ -487,7 +590,9 @@ def test_the_built_in_model_needs_no_folder(home):
 
 def test_the_built_in_model_of_an_installation(home, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
-    monkeypatch.setattr(sys.modules["_mlx_server.inference.library"], "__file__", str(tmp_path / "a/b/c/library.py"))
+    monkeypatch.setattr(
+        sys.modules["_mlx_server.inference.library"], "__file__", str(tmp_path / "a/b/c/library.py")
+    )
     make_model(tmp_path / "share/mlx-server/demo")
     assert [model.path for model in Library().models()] == [tmp_path / "share/mlx-server/demo"]
 
@@ -507,8 +612,11 @@ def test_digests_are_stable_and_distinct(home, tmp_path):
     (path / "README.md").write_text("more")
     assert described(path).digest == digest
     assert described(make_model(tmp_path / "b/model")).digest == digest, "wherever it lies"
-    others = [make_model(tmp_path / "c/model", bits=8), make_model(tmp_path / "d/model"),
-              make_model(tmp_path / "tuned")]
+    others = [
+        make_model(tmp_path / "c/model", bits=8),
+        make_model(tmp_path / "d/model"),
+        make_model(tmp_path / "tuned"),
+    ]
     write_weights(others[1] / "model.safetensors", {"w": ("F16", [1, 2])})
     assert len({digest, *(described(other).digest for other in others)}) == 4
 
@@ -516,9 +624,12 @@ def test_digests_are_stable_and_distinct(home, tmp_path):
 def test_sizes_and_times(home, tmp_path):
     path = make_model(tmp_path / "model")
     for number, seconds in ((1, 1_000), (2, 2_000)):
-        (path / f"model-{number}.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}" + bytes(100 * number))
+        (path / f"model-{number}.safetensors").write_bytes(
+            b"\2\0\0\0\0\0\0\0{}" + bytes(100 * number)
+        )
         os.utime(path / f"model-{number}.safetensors", (seconds, seconds))
-    (path / "consolidated.safetensors").write_bytes(bytes(999))  # the same weights again, which MLX does not load
+    # The same weights again, which MLX does not load
+    (path / "consolidated.safetensors").write_bytes(bytes(999))
     os.utime(path / "model.safetensors", (10, 10))
     model = described(path)
     assert model.size == 110 + 210 + (path / "model.safetensors").stat().st_size
@@ -528,66 +639,124 @@ def test_sizes_and_times(home, tmp_path):
 def test_parameters_from_headers(home, tmp_path):
     recipe = {"bits": 4, "group_size": 64, "wide": {"bits": 8}, "plain": False}
     path = make_model(tmp_path / "model", quantization=recipe)
-    write_weights(path / "model.safetensors", {
-        "deep.weight": ("U32", [1000, 8]), "deep.scales": ("F16", [1000, 1]), "deep.biases": ("F16", [1000, 1]),
-        "wide.weight": ("U32", [1000, 8]), "wide.scales": ("F16", [1000, 1]), "wide.biases": ("F16", [1000, 1]),
-        "norm.weight": ("F16", [7]), "gate.scales": ("F16", [3])})
+    write_weights(
+        path / "model.safetensors",
+        {
+            "deep.weight": ("U32", [1000, 8]),
+            "deep.scales": ("F16", [1000, 1]),
+            "deep.biases": ("F16", [1000, 1]),
+            "wide.weight": ("U32", [1000, 8]),
+            "wide.scales": ("F16", [1000, 1]),
+            "wide.biases": ("F16", [1000, 1]),
+            "norm.weight": ("F16", [7]),
+            "gate.scales": ("F16", [3]),
+        },
+    )
     model = described(path)
     assert model.parameters == 64_000 + 32_000 + 7 + 3
     assert model.parameter_size == "96.0K"
 
 
-@pytest.mark.parametrize("count, text", [
-    (7_615_616_512, "7.6B"), (1_310_720, "1.3M"), (136_731_648, "136.7M"), (12, "12")])
+@pytest.mark.parametrize(
+    "count, text",
+    [(7_615_616_512, "7.6B"), (1_310_720, "1.3M"), (136_731_648, "136.7M"), (12, "12")],
+)
 def test_parameter_size(home, tmp_path, count, text):
     model = described(make_model(tmp_path / "model", parameters=count))
     assert (model.parameters, model.parameter_size) == (count, text)
 
 
-@pytest.mark.parametrize("config, text", [
-    ({"quantization": {"bits": 4, "group_size": 64}}, "int4"),
-    ({"quantization": {"bits": 4, "group_size": 32, "mode": "mxfp4"}}, "mxfp4"),
-    ({"quantization_config": {"bits": 8, "mode": "affine"}}, "int8"),
-    ({"quantization_config": {"quant_method": "fp8"}}, "BF16"),
-    ({}, "BF16"), ({"torch_dtype": "float16"}, "F16"), ({"torch_dtype": None, "dtype": "float32"}, "F32"),
-    ({"torch_dtype": None, "text_config": {"dtype": "bfloat16"}}, "BF16"), ({"torch_dtype": None}, "unknown"),
-])
+@pytest.mark.parametrize(
+    "config, text",
+    [
+        ({"quantization": {"bits": 4, "group_size": 64}}, "int4"),
+        ({"quantization": {"bits": 4, "group_size": 32, "mode": "mxfp4"}}, "mxfp4"),
+        ({"quantization_config": {"bits": 8, "mode": "affine"}}, "int8"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "BF16"),
+        ({}, "BF16"),
+        ({"torch_dtype": "float16"}, "F16"),
+        ({"torch_dtype": None, "dtype": "float32"}, "F32"),
+        ({"torch_dtype": None, "text_config": {"dtype": "bfloat16"}}, "BF16"),
+        ({"torch_dtype": None}, "unknown"),
+    ],
+)
 def test_quantization(home, tmp_path, config, text):
     assert described(make_model(tmp_path / "model", bits=None, **config)).quantization == text
 
 
-@pytest.mark.parametrize("config, tokens", [
-    ({}, 40960),
-    ({"max_position_embeddings": None, "text_config": {"max_position_embeddings": 131072}}, 131072),
-    ({"max_position_embeddings": None, "n_positions": 1024}, 1024),
-    ({"max_position_embeddings": None}, 4096),
-    ({"max_position_embeddings": 32768,
-      "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}, 131072),
-    ({"max_position_embeddings": 131072,
-      "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}}, 131072),
-])
+@pytest.mark.parametrize(
+    "config, tokens",
+    [
+        ({}, 40960),
+        (
+            {"max_position_embeddings": None, "text_config": {"max_position_embeddings": 131072}},
+            131072,
+        ),
+        ({"max_position_embeddings": None, "n_positions": 1024}, 1024),
+        ({"max_position_embeddings": None}, 4096),
+        (
+            {
+                "max_position_embeddings": 32768,
+                "rope_scaling": {
+                    "type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 32768,
+                },
+            },
+            131072,
+        ),
+        (
+            {
+                "max_position_embeddings": 131072,
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "original_max_position_embeddings": 8192,
+                },
+            },
+            131072,
+        ),
+    ],
+)
 def test_context_length(home, tmp_path, config, tokens):
     model = described(make_model(tmp_path / "model", **config))
     assert (model.context_length, model.embedding_length, model.family) == (tokens, 64, "qwen3")
 
 
-@pytest.mark.parametrize("options, capabilities", [
-    ({}, ["completion", "tools"]),
-    ({"template": "{{ messages }}"}, ["completion"]),
-    ({"template": "{{ tools }}{% if enable_thinking %}"}, ["completion", "tools", "thinking"]),
-    ({"template": "<think>"}, ["completion", "thinking"]),
-    ({"template": "", "files": {"chat_template.jinja": "<|channel|>analysis {{ tools }}"}},
-     ["completion", "tools", "thinking"]),
-    ({"template": "", "files": {"chat_template.json": {"chat_template": "{{ tools }}"}}}, ["completion", "tools"]),
-    ({"template": [{"name": "default", "template": "x"}, {"name": "tool_use", "template": "{{ tools }}"}]},
-     ["completion", "tools"]),
-    ({"architectures": ["Qwen3ForCausalLM"]}, ["completion", "tools"]),
-    ({"architectures": ["BertModel"]}, ["embedding"]),
-    ({"files": {"modules.json": []}}, ["embedding"]),
-])
+@pytest.mark.parametrize(
+    "options, capabilities",
+    [
+        ({}, ["completion", "tools"]),
+        ({"template": "{{ messages }}"}, ["completion"]),
+        ({"template": "{{ tools }}{% if enable_thinking %}"}, ["completion", "tools", "thinking"]),
+        ({"template": "<think>"}, ["completion", "thinking"]),
+        (
+            {"template": "", "files": {"chat_template.jinja": "<|channel|>analysis {{ tools }}"}},
+            ["completion", "tools", "thinking"],
+        ),
+        (
+            {"template": "", "files": {"chat_template.json": {"chat_template": "{{ tools }}"}}},
+            ["completion", "tools"],
+        ),
+        (
+            {
+                "template": [
+                    {"name": "default", "template": "x"},
+                    {"name": "tool_use", "template": "{{ tools }}"},
+                ]
+            },
+            ["completion", "tools"],
+        ),
+        ({"architectures": ["Qwen3ForCausalLM"]}, ["completion", "tools"]),
+        ({"architectures": ["BertModel"]}, ["embedding"]),
+        ({"files": {"modules.json": []}}, ["embedding"]),
+    ],
+)
 def test_capabilities(home, tmp_path, options, capabilities):
     assert described(make_model(tmp_path / "model", **options)).capabilities == capabilities
 
 
 def test_a_name_says_that_a_model_embeds(home, tmp_path):
-    assert described(make_model(tmp_path / "Qwen3-Embedding-0.6B-4bit")).capabilities == ["embedding"]
+    assert described(make_model(tmp_path / "Qwen3-Embedding-0.6B-4bit")).capabilities == [
+        "embedding"
+    ]

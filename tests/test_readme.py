@@ -10,8 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import pytest
 from conftest import ROOT, Server, example, fences
@@ -22,13 +22,24 @@ from _mlx_server.front.cli import arguments
 
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"## ([^\n]+)\n(?:(?!## ).)*?```(\w+)\n(.*?)```", README, re.DOTALL)
-ANSWERS = {"Anthropic's client": "hello from the stream", "OpenAI's client": "one two three",
-           "Ollama's client": "1 2 3 4 5", "In a script": "hello world"}
+ANSWERS = {
+    "Anthropic's client": "hello from the stream",
+    "OpenAI's client": "one two three",
+    "Ollama's client": "1 2 3 4 5",
+    "In a script": "hello world",
+}
 
 
 def test_every_example_is_known_here():
-    assert {title for title, _, _ in BLOCKS} == {"Start", "Claude Code", "curl", "Many clients", "Performance",
-                                                  "Several Macs", *ANSWERS}
+    assert {title for title, _, _ in BLOCKS} == {
+        "Start",
+        "Claude Code",
+        "curl",
+        "Many clients",
+        "Performance",
+        "Several Macs",
+        *ANSWERS,
+    }
 
 
 def test_the_russian_quick_start_shows_the_same_examples():
@@ -37,7 +48,10 @@ def test_the_russian_quick_start_shows_the_same_examples():
 
 
 def test_every_flag_is_described():
-    flags = {option for action in arguments()._actions for option in action.option_strings} - {"-h", "--help"}
+    flags = {option for action in arguments()._actions for option in action.option_strings} - {
+        "-h",
+        "--help",
+    }
     described = set(re.findall(r"^\| `(--[\w-]+)", README, re.M))
     assert described == flags
 
@@ -52,19 +66,29 @@ def test_the_example_for_several_macs_with_this_machine_as_both(tmp_path: Path):
     code = next(code for name, _, code in BLOCKS if name == "Several Macs")
     code = re.sub(r"mac\d\.local|10\.0\.0\.\d", "127.0.0.1", code)
     model = build_model("qwen2", tmp_path / "wide", config=CONFIG)
-    code = code.replace("mlx_server.py", f"{ROOT}/mlx_server.py --port 0").replace("qwen3:235b", str(model))
-    process = subprocess.Popen(["sh", "-ec", code], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    code = code.replace("mlx_server.py", f"{ROOT}/mlx_server.py --port 0").replace(
+        "qwen3:235b", str(model)
+    )
+    process = subprocess.Popen(
+        ["sh", "-ec", code], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     loaded = (line for line in process.stderr if "loaded wide" in line)
     assert next(loaded) and next(loaded)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
-    assert not re.search(r"\[WARN\]", process.communicate(timeout=60)[1])  # of a status other than 0
+    # Of a status other than 0
+    assert not re.search(r"\[WARN\]", process.communicate(timeout=60)[1])
 
 
 @pytest.mark.parametrize("title", ANSWERS)
 def test_python_examples(server: Server, title: str):
     code = next(code for name, kind, code in BLOCKS if name == title and kind == "python")
-    out = subprocess.run([sys.executable, "-c", code.replace("http://localhost:11435", server.url)], cwd=ROOT,
-                         capture_output=True, text=True, timeout=120)
+    out = subprocess.run(
+        [sys.executable, "-c", code.replace("http://localhost:11435", server.url)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert out.returncode == 0 and out.stdout.startswith(ANSWERS[title]), out.stderr
 
 
@@ -72,41 +96,79 @@ def test_curl_examples(server: Server):
     if not shutil.which("curl"):
         pytest.skip("there is no curl on this machine")
     code = next(code for name, _, code in BLOCKS if name == "curl")
-    out = subprocess.run(["sh", "-ec", code.replace("http://localhost:11435", server.url)], capture_output=True, text=True)
+    out = subprocess.run(
+        ["sh", "-ec", code.replace("http://localhost:11435", server.url)],
+        capture_output=True,
+        text=True,
+    )
     assert out.returncode == 0, out.stderr
-    assert '"text":"hello"' in out.stdout and "демо" in out.stdout and '"name":"demo:latest"' in out.stdout
+    assert (
+        '"text":"hello"' in out.stdout
+        and "демо" in out.stdout
+        and '"name":"demo:latest"' in out.stdout
+    )
 
 
 def test_the_installed_command_is_the_program():
     command = Path(sys.executable).with_name("mlx-server")
     if not command.exists():
         pytest.skip("the project is not installed in this environment")
-    assert subprocess.run([command, "--version"], capture_output=True, text=True).stdout.startswith("mlx-server")
+    assert subprocess.run([command, "--version"], capture_output=True, text=True).stdout.startswith(
+        "mlx-server"
+    )
 
 
 @pytest.fixture
 def claude(server: Server, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
-    """The real CLI with the README's variables, in an empty home. It works in the folder `project`."""
+    """The real CLI with the README's variables, in an empty home. It works in the folder
+    `project`."""
     cli = os.environ.get("CLAUDE_CLI")
     if not cli:
         pytest.skip("CLAUDE_CLI does not name Claude Code's program; .ci/run does")
     project, home = tmp_path / "project", tmp_path / "home"
     project.mkdir()
     home.mkdir()
-    clean = {"PATH": os.environ["PATH"], "HOME": str(home), "IS_SANDBOX": "1", "DISABLE_TELEMETRY": "1",
-             "DISABLE_AUTOUPDATER": "1", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"}
+    clean = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(home),
+        "IS_SANDBOX": "1",
+        "DISABLE_TELEMETRY": "1",
+        "DISABLE_AUTOUPDATER": "1",
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+    }
 
-    def run(*flags: str, exports: str = example("export "), **env: str) -> subprocess.CompletedProcess:
+    def run(
+        *flags: str, exports: str = example("export "), **env: str
+    ) -> subprocess.CompletedProcess:
         script = f'{exports.replace("http://localhost:11435", server.url)}\nexec "$@"'
-        return subprocess.run(["sh", "-c", script, "sh", cli, "-p", *flags, "--permission-mode", "acceptEdits",
-                               "--allowedTools", "Bash Read Edit Write"], cwd=project, env={**clean, **env},
-                              stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=400)
+        return subprocess.run(
+            [
+                "sh",
+                "-c",
+                script,
+                "sh",
+                cli,
+                "-p",
+                *flags,
+                "--permission-mode",
+                "acceptEdits",
+                "--allowedTools",
+                "Bash Read Edit Write",
+            ],
+            cwd=project,
+            env={**clean, **env},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
 
     return run
 
 
 def test_claude_code(server: Server, claude: Callable[..., subprocess.CompletedProcess]):
     """A real tool call, with and without --model, and a second turn."""
+
     def answer(*flags: str, **how: str) -> str:
         out = claude(*flags, **how)
         assert out.returncode == 0, out.stdout + out.stderr
@@ -120,20 +182,41 @@ def test_claude_code(server: Server, claude: Callable[..., subprocess.CompletedP
     assert reused > 0.9 * prompt
     printed = example("--print-env").partition(" && ")[0]
     program = f"{shlex.join([sys.executable, str(ROOT / 'mlx_server.py')])} --port {server.port}"
-    assert said in answer("run echo hello-from-mlx", exports=printed.replace("python mlx_server.py", program))
+    assert said in answer(
+        "run echo hello-from-mlx", exports=printed.replace("python mlx_server.py", program)
+    )
 
 
-def test_claude_code_edits_odd_blanks_byte_for_byte(claude: Callable[..., subprocess.CompletedProcess], tmp_path: Path):
-    """The model was never taught to edit: a schema of constants, sent beside a forced choice, makes it write just this call."""
+def test_claude_code_edits_odd_blanks_byte_for_byte(
+    claude: Callable[..., subprocess.CompletedProcess], tmp_path: Path
+):
+    """The model was never taught to edit: a schema of constants, sent beside a forced choice, makes
+    it write just this call."""
     file = tmp_path / "project" / "odd.md"  # the CLI itself strips lines of other files
     before = "def f():\n\tif x:  \n\t \treturn 1\t \n\n    y = 2   \n \t"
     old, new = "\tif x:  \n\t \treturn 1\t \n", "\tif  x :\t\n \t return\t2  \n\t\n"
     file.write_bytes(before.encode())
     assert "The tool answered: 1" in claude("read odd.md", "--model", "demo", "--bare").stdout
-    schema = {"properties": {key: {"const": value} for key, value in (
-        ("file_path", str(file)), ("old_string", old), ("new_string", new))}, "additionalProperties": False}
-    tool = {"name": "Edit", "input_schema": {"type": "object", "required": [*schema["properties"]], **schema}}
+    schema = {
+        "properties": {
+            key: {"const": value}
+            for key, value in (("file_path", str(file)), ("old_string", old), ("new_string", new))
+        },
+        "additionalProperties": False,
+    }
+    tool = {
+        "name": "Edit",
+        "input_schema": {"type": "object", "required": [*schema["properties"]], **schema},
+    }
     forced = {"tools": [tool], "tool_choice": {"type": "tool", "name": "Edit"}}
-    out = claude("edit it", "--model", "demo", "--bare", "--continue", "--max-turns", "1",
-                 CLAUDE_CODE_EXTRA_BODY=json.dumps(forced))
+    out = claude(
+        "edit it",
+        "--model",
+        "demo",
+        "--bare",
+        "--continue",
+        "--max-turns",
+        "1",
+        CLAUDE_CODE_EXTRA_BODY=json.dumps(forced),
+    )
     assert file.read_bytes() == before.replace(old, new).encode(), out.stdout + out.stderr

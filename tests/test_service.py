@@ -1,5 +1,5 @@
-"""The server among many clients: what it says when it is full, silent or told to end, and whom it serves first; and as a
-service of the system, with its files, logs, signals and clocks."""
+"""The server among many clients: what it says when it is full, silent or told to end, and whom it
+serves first; and as a service of the system, with its files, logs, signals and clocks."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Iterator
 
 import pytest
 from conftest import ROOT, Server
@@ -38,7 +38,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that takes its time to read."""
     from models import CONFIGS
 
-    config = {**CONFIGS["qwen2"], "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
+    config = {
+        **CONFIGS["qwen2"],
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 6,
+    }
     return build_model("qwen2", tmp_path_factory.mktemp("slow") / "slow", config=config)
 
 
@@ -60,8 +65,22 @@ def start(model: Path) -> Iterator:
 class Call:
     """A request that has been sent; the answer's status and headers are there."""
 
-    def __init__(self, server: Server, path: str, text: str, *, stream: bool = True, headers: dict | None = None, **fields):
-        body = {"model": "slow", "messages": [{"role": "user", "content": text}], "stream": stream, **fields}
+    def __init__(
+        self,
+        server: Server,
+        path: str,
+        text: str,
+        *,
+        stream: bool = True,
+        headers: dict | None = None,
+        **fields,
+    ):
+        body = {
+            "model": "slow",
+            "messages": [{"role": "user", "content": text}],
+            "stream": stream,
+            **fields,
+        }
         self.connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
         self.connection.request("POST", path, json.dumps(body), headers or {})
         self.response: http.client.HTTPResponse | None = None
@@ -115,7 +134,9 @@ def test_a_full_house_is_refused_politely_in_each_dialect_and_hanging_up_makes_r
     assert json.load(refused)["error"]["type"] == "overloaded_error"
     refused = chat(server, "hi").wait()
     assert refused.status == 503
-    assert json.load(refused) == {"error": "server busy, please try again.  maximum pending requests exceeded"}
+    assert json.load(refused) == {
+        "error": "server busy, please try again.  maximum pending requests exceeded"
+    }
     waiting.hang_up()
     until(server, "waiting_requests", 0)
     assert messages(server, "hi").wait().status == 200
@@ -127,7 +148,10 @@ def test_a_full_house_is_refused_politely_in_each_dialect_and_hanging_up_makes_r
 
 def test_no_stream_is_ever_silent_for_long(start):
     server = start()
-    calls = {"/v1/messages": messages(server, SLOW * 3), "/api/chat": chat(server, SLOW * 2, options={"num_predict": 4})}
+    calls = {
+        "/v1/messages": messages(server, SLOW * 3),
+        "/api/chat": chat(server, SLOW * 2, options={"num_predict": 4}),
+    }
 
     def listen(path: str) -> tuple[float, float, list[str]]:
         calls[path].wait()
@@ -142,7 +166,9 @@ def test_no_stream_is_ever_silent_for_long(start):
     with ThreadPoolExecutor() as pool:
         heard = dict(zip(calls, pool.map(listen, calls)))
     for path, (whole, longest, lines) in heard.items():
-        beats = [line for line in lines if line == "event: ping" or '"content":""},"done":false' in line]
+        beats = [
+            line for line in lines if line == "event: ping" or '"content":""},"done":false' in line
+        ]
         assert longest <= 6, path
         assert len(beats) >= whole // 6
     assert "event: message_stop" in heard["/v1/messages"][2]
@@ -150,7 +176,9 @@ def test_no_stream_is_ever_silent_for_long(start):
 
 
 def test_a_long_lull_is_bridged_by_events_that_every_client_counts():
-    reply = AnthropicMessages({"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]})
+    reply = AnthropicMessages(
+        {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]}
+    )
 
     class Accepted:
         id, prompt_tokens, cached_tokens, usage = "1", 5, 0, Usage(5)
@@ -158,7 +186,11 @@ def test_a_long_lull_is_bridged_by_events_that_every_client_counts():
     reply.open(Accepted())
     assert reply.ping(10) == [{"type": "ping"}]
     first = reply.ping(200)
-    assert first[0] == {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
+    assert first[0] == {
+        "type": "content_block_start",
+        "index": 0,
+        "content_block": {"type": "text", "text": ""},
+    }
     empty = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": ""}}
     assert first[-1] == empty and reply.ping(200) == [empty]
     assert reply.event(Text("hello"))[-1]["delta"]["text"] == "hello"
@@ -167,14 +199,21 @@ def test_a_long_lull_is_bridged_by_events_that_every_client_counts():
 # ------------------------------------------------------------------ whom it serves first
 
 
-@pytest.mark.parametrize("flags, headers", [
-    ((), {"x-priority": "high"}),
-    (("--priority", "anthropic=low"), {}),
-    (("--api-key", "agent=low", "--api-key", "bot=high"), {"x-api-key": "bot"}),
-])
-def test_an_important_client_does_not_wait_for_the_others(start, flags: tuple[str, ...], headers: dict):
+@pytest.mark.parametrize(
+    "flags, headers",
+    [
+        ((), {"x-priority": "high"}),
+        (("--priority", "anthropic=low"), {}),
+        (("--api-key", "agent=low", "--api-key", "bot=high"), {"x-api-key": "bot"}),
+    ],
+)
+def test_an_important_client_does_not_wait_for_the_others(
+    start, flags: tuple[str, ...], headers: dict
+):
     server = start(*flags)
-    agents = [messages(server, f"{n} " + SLOW * 3, headers={"x-api-key": "agent"}) for n in range(3)]
+    agents = [
+        messages(server, f"{n} " + SLOW * 3, headers={"x-api-key": "agent"}) for n in range(3)
+    ]
     for agent in agents:
         agent.wait()
     bot = chat(server, "slow " * 150, headers=headers, options={"num_predict": 2})
@@ -187,7 +226,10 @@ def test_an_important_client_does_not_wait_for_the_others(start, flags: tuple[st
 
 def test_a_key_bounds_the_priority_of_its_holder_and_nonsense_is_refused(start):
     server = start("--api-key", "agent=low", "--api-key", "plain")
-    assert messages(server, "hi", headers={"x-api-key": "agent", "x-priority": "high"}).wait().status == 200
+    assert (
+        messages(server, "hi", headers={"x-api-key": "agent", "x-priority": "high"}).wait().status
+        == 200
+    )
     refused = messages(server, "hi", headers={"x-api-key": "plain", "x-priority": "urgent"}).wait()
     assert refused.status == 400 and "x-priority" in json.load(refused)["error"]["message"]
     assert messages(server, "hi", headers={"x-api-key": "nobody"}).wait().status == 401
@@ -212,7 +254,9 @@ def test_metrics_count_what_was_done(start):
     assert figure(server.url, "time_to_first_token_seconds_count") == 2
     assert 0 < figure(server.url, "memory_bytes") < figure(server.url, "memory_limit_bytes")
     for line in get(server, "/metrics")[1].splitlines():
-        assert re.fullmatch(r"# (HELP|TYPE) mlx_server_\w+ .+|mlx_server_\w+(\{[^{}]*\})? [0-9.e+-]+", line), line
+        assert re.fullmatch(
+            r"# (HELP|TYPE) mlx_server_\w+ .+|mlx_server_\w+(\{[^{}]*\})? [0-9.e+-]+", line
+        ), line
 
 
 def test_a_server_told_to_end_finishes_what_it_has_begun_and_takes_nothing_new(start):
@@ -229,7 +273,9 @@ def test_a_server_told_to_end_finishes_what_it_has_begun_and_takes_nothing_new(s
 
 
 @pytest.mark.parametrize("signals, flags", [(1, ("--drain", "0")), (2, ("--drain", "1h"))])
-def test_what_cannot_be_finished_ends_with_an_error_that_clients_understand(start, signals: int, flags: tuple[str, ...]):
+def test_what_cannot_be_finished_ends_with_an_error_that_clients_understand(
+    start, signals: int, flags: tuple[str, ...]
+):
     server = start(*flags)
     running = messages(server, "hi", max_tokens=30000)
     lines = running.lines()
@@ -245,15 +291,18 @@ def test_what_cannot_be_finished_ends_with_an_error_that_clients_understand(star
 
 # ------------------------------------------------------------------ a service
 
-# https://developer.apple.com/library/archive/documentation/MacOSX/Conceptual/BPSystemStartup, `man launchd.plist`
-APPLES = set("""
+# https://developer.apple.com/library/archive/documentation/MacOSX/Conceptual/BPSystemStartup, `man
+# launchd.plist`
+APPLES = set(
+    """
 Label Disabled UserName GroupName inetdCompatibility LimitLoadToHosts LimitLoadFromHosts LimitLoadToSessionType
 LimitLoadToHardware LimitLoadFromHardware Program BundleProgram ProgramArguments EnableGlobbing EnableTransactions
 EnablePressuredExit OnDemand ServiceIPC KeepAlive RunAtLoad RootDirectory WorkingDirectory EnvironmentVariables Umask TimeOut
 ExitTimeOut ThrottleInterval InitGroups WatchPaths QueueDirectories StartOnMount StartInterval StartCalendarInterval
 StandardInPath StandardOutPath StandardErrorPath Debug WaitForDebugger SoftResourceLimits HardResourceLimits Nice ProcessType
 AbandonProcessGroup LowPriorityIO LowPriorityBackgroundIO MaterializeDatalessFiles LaunchOnlyOnce MachServices Sockets
-LaunchEvents HopefullyExitsLast HopefullyExitsFirst SessionCreate LegacyTimers AssociatedBundleIdentifiers""".split())
+LaunchEvents HopefullyExitsLast HopefullyExitsFirst SessionCreate LegacyTimers AssociatedBundleIdentifiers""".split()
+)
 
 
 def clean(home: Path) -> dict[str, str]:
@@ -263,8 +312,14 @@ def clean(home: Path) -> dict[str, str]:
 
 def printed(home: Path, *flags: str) -> str:
     """What the program prints when it is started in a home directory."""
-    out = subprocess.run([sys.executable, str(ROOT / "mlx_server.py"), *flags], cwd=home, capture_output=True, text=True,
-                         timeout=30, env={**clean(home), "HF_HUB_CACHE": str(home / "hub")})
+    out = subprocess.run(
+        [sys.executable, str(ROOT / "mlx_server.py"), *flags],
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env={**clean(home), "HF_HUB_CACHE": str(home / "hub")},
+    )
     assert out.returncode == 0, out.stderr
     return out.stdout
 
@@ -272,24 +327,41 @@ def printed(home: Path, *flags: str) -> str:
 def test_a_server_whose_gpu_takes_no_more_work_ends_to_be_started_anew(tmp_path: Path):
     refused = "[METAL] Command buffer execution failed: Ignored (00000004:kIOGPUCommandBufferCallbackErrorSubmissionsIgnored)"
     (tmp_path / "sitecustomize.py").write_text(
-        f"import engine\ndef step(self):\n    raise RuntimeError({refused!r})\nengine.Decoder.step = step\n")
+        f"import engine\ndef step(self):\n    raise RuntimeError({refused!r})\nengine.Decoder.step = step\n"
+    )
     server = Server("--model", "demo", env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
-    assert ask(server, "POST", "/api/generate", {"model": "demo", "prompt": "hi", "stream": False})[0].status == 500
+    assert (
+        ask(server, "POST", "/api/generate", {"model": "demo", "prompt": "hi", "stream": False})[
+            0
+        ].status
+        == 500
+    )
     assert server.process.wait(20) == 1
 
 
 class Service:
     """A server started by a whole command, that logs to a file or, without one, to `stderr`."""
 
-    def __init__(self, command: list[str], home: Path, log: Path, env: dict | None = None, stderr: int = subprocess.DEVNULL):
-        self.process = subprocess.Popen(command, cwd="/", env={**clean(home), **(env or {})}, stderr=stderr)
+    def __init__(
+        self,
+        command: list[str],
+        home: Path,
+        log: Path,
+        env: dict | None = None,
+        stderr: int = subprocess.DEVNULL,
+    ):
+        self.process = subprocess.Popen(
+            command, cwd="/", env={**clean(home), **(env or {})}, stderr=stderr
+        )
         deadline, found = time.monotonic() + 30, None
         while not found:
             assert self.process.poll() is None and time.monotonic() < deadline
-            found = re.search(r"listening on http://\S+:(\d+)", log.read_text("utf-8") if log.exists() else "")
+            found = re.search(
+                r"listening on http://\S+:(\d+)", log.read_text("utf-8") if log.exists() else ""
+            )
         self.port = int(found[1])
 
-    def __enter__(self) -> "Service":
+    def __enter__(self) -> Service:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -297,8 +369,24 @@ class Service:
         assert self.process.wait(20) == 0
 
 
-FLAGS = ["--port", "0", "--models-dir", "my models", "--cache-dir=~/kv", "--state", "./names.json", "--api-key-file", "keys",
-         "--alias", "near=./my models/near", "--alias=far=demo", "--priority", "anthropic=low", "--drain", "60s"]
+FLAGS = [
+    "--port",
+    "0",
+    "--models-dir",
+    "my models",
+    "--cache-dir=~/kv",
+    "--state",
+    "./names.json",
+    "--api-key-file",
+    "keys",
+    "--alias",
+    "near=./my models/near",
+    "--alias=far=demo",
+    "--priority",
+    "anthropic=low",
+    "--drain",
+    "60s",
+]
 
 
 @pytest.fixture
@@ -310,22 +398,49 @@ def user(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_launchd_job_starts_the_server_from_anywhere_shows_no_keys_and_its_log_may_be_truncated(user: Path):
+def test_a_launchd_job_starts_the_server_from_anywhere_shows_no_keys_and_its_log_may_be_truncated(
+    user: Path,
+):
     text = printed(user, "--print-launchd", *FLAGS)
     job = plistlib.loads(text.encode())
     assert set(job) <= APPLES and "secret" not in text
     log = user / "Library" / "Logs" / "mlx-server.log"
     assert job["ProgramArguments"] == [
-        sys.executable, str(ROOT / "mlx_server.py"), "--port", "0", "--models-dir", f"{user}/my models",
-        "--cache-dir", f"{user}/kv", "--state", f"{user}/names.json", "--api-key-file", f"{user}/keys", "--alias", f"near={user}/my models/near",
-        "--alias", "far=demo", "--priority", "anthropic=low", "--drain", "60s", "--log-file", str(log)]
+        sys.executable,
+        str(ROOT / "mlx_server.py"),
+        "--port",
+        "0",
+        "--models-dir",
+        f"{user}/my models",
+        "--cache-dir",
+        f"{user}/kv",
+        "--state",
+        f"{user}/names.json",
+        "--api-key-file",
+        f"{user}/keys",
+        "--alias",
+        f"near={user}/my models/near",
+        "--alias",
+        "far=demo",
+        "--priority",
+        "anthropic=low",
+        "--drain",
+        "60s",
+        "--log-file",
+        str(log),
+    ]
     assert job["RunAtLoad"] is True and job["KeepAlive"] == {"SuccessfulExit": False}
     assert job["ExitTimeOut"] > 60 + 5
     assert job["StandardErrorPath"].startswith(f"{user}/Library/Logs/")
     with Service(job["ProgramArguments"], user, log, job["EnvironmentVariables"]) as service:
         assert ask(service, "GET", "/api/tags")[0].status == 401
         for name in ("near", "far"):
-            assert ask(service, "POST", "/api/show", {"model": name}, {"x-api-key": "secret"})[0].status == 200
+            assert (
+                ask(service, "POST", "/api/show", {"model": name}, {"x-api-key": "secret"})[
+                    0
+                ].status
+                == 200
+            )
         assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d mlx-server", log.read_text())
         os.truncate(log, 0)
         service.process.send_signal(signal.SIGHUP)
@@ -344,13 +459,23 @@ def test_a_systemd_unit_starts_the_server_whatever_the_arguments_are(user: Path)
     assert re.fullmatch(plain, lines["ExecStart"])
     if shutil.which("systemd-analyze"):
         (user / "x.service").write_text(unit)
-        assert subprocess.run(["systemd-analyze", "--user", "verify", user / "x.service"],
-                              env={**clean(user), "XDG_RUNTIME_DIR": str(user)}).returncode == 0
-    command = [word.replace("$$", "$").replace("%%", "%") for word in shlex.split(lines["ExecStart"])]
+        assert (
+            subprocess.run(
+                ["systemd-analyze", "--user", "verify", user / "x.service"],
+                env={**clean(user), "XDG_RUNTIME_DIR": str(user)},
+            ).returncode
+            == 0
+        )
+    command = [
+        word.replace("$$", "$").replace("%%", "%") for word in shlex.split(lines["ExecStart"])
+    ]
     assert command[2:6] == ["--alias", f"{odd}=demo", "--log-file", f"{user}/log"]
     name, _, value = shlex.split(lines["Environment"])[0].partition("=")
     with Service(command, user, user / "log", {name: value}) as service:
-        assert ask(service, "POST", "/api/show", {"model": odd}, {"x-api-key": "secret"})[0].status == 200
+        assert (
+            ask(service, "POST", "/api/show", {"model": odd}, {"x-api-key": "secret"})[0].status
+            == 200
+        )
 
 
 def test_a_log_file_is_bounded(tmp_path: Path):
@@ -365,14 +490,23 @@ def test_a_log_file_is_bounded(tmp_path: Path):
 
 def test_a_log_that_cannot_be_written_is_told(tmp_path: Path):
     (tmp_path / "file").touch()
-    out = subprocess.run([sys.executable, str(ROOT / "mlx_server.py"), "--log-file", str(tmp_path / "file" / "log")],
-                         capture_output=True, text=True, timeout=30)
+    out = subprocess.run(
+        [sys.executable, str(ROOT / "mlx_server.py"), "--log-file", str(tmp_path / "file" / "log")],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
     assert out.returncode == 1 and out.stderr.count("\n") == 1 and "cannot log to" in out.stderr
 
 
 def test_a_closed_stderr_does_no_harm(tmp_path: Path):
-    process = subprocess.Popen([sys.executable, str(ROOT / "mlx_server.py"), "--port", "0", "--verbose"], cwd="/",
-                               env=clean(tmp_path), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "mlx_server.py"), "--port", "0", "--verbose"],
+        cwd="/",
+        env=clean(tmp_path),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while not (found := re.search(r"listening on http://\S+:(\d+)", process.stderr.readline())):
         assert process.poll() is None
     process.stderr.close()
@@ -402,7 +536,9 @@ def set_clock(monkeypatch: pytest.MonkeyPatch, ahead: float) -> None:
     monkeypatch.setattr(time, "time", lambda: wall() + ahead)
 
 
-def test_a_clock_set_forward_unloads_nothing_and_shows_in_what_is_told(monkeypatch: pytest.MonkeyPatch, model: Path):
+def test_a_clock_set_forward_unloads_nothing_and_shows_in_what_is_told(
+    monkeypatch: pytest.MonkeyPatch, model: Path
+):
     with Engine(models_dirs=[model]) as engine:
         list(engine.chat("say hi", model="demo", keep_alive=3600.0))
         told = engine.loaded()[0].expires

@@ -1,4 +1,5 @@
-"""Chat templates: one canonical conversation renders on templates of every temperament that real model families have."""
+"""Chat templates: one canonical conversation renders on templates of every temperament that real
+model families have."""
 
 from __future__ import annotations
 
@@ -12,13 +13,31 @@ from _mlx_server.inference.renderer import PromptRenderer
 from _mlx_server.inference.template import Template
 from engine import InvalidRequest, Request
 
-TOOLS = [{"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {
-    "type": "object", "properties": {"at": {"type": "string"}}}}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "look",
+            "description": "Looks.",
+            "parameters": {"type": "object", "properties": {"at": {"type": "string"}}},
+        },
+    }
+]
 
 
 def call(*ids: str) -> dict:
-    return {"role": "assistant", "content": "", "tool_calls": [
-        {"id": i, "type": "function", "function": {"name": "look", "arguments": {"at": f"<{i}>"}}} for i in ids]}
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {
+                "id": i,
+                "type": "function",
+                "function": {"name": "look", "arguments": {"at": f"<{i}>"}},
+            }
+            for i in ids
+        ],
+    }
 
 
 def result(call_id: str) -> dict:
@@ -48,18 +67,26 @@ def refuse(condition: str) -> str:
 
 
 NINE = refuse("m.role == 'tool' and m.tool_call_id | length != 9") + (
-    "{% for c in m.tool_calls or [] %}" + refuse("c.id | length != 9") + "{% endfor %}")
+    "{% for c in m.tool_calls or [] %}" + refuse("c.id | length != 9") + "{% endfor %}"
+)
 TEMPLATES = {
     "chatml": CHATML,
     "plain": template(),
-    "strict": template(NINE + refuse("m.role == 'system' and not loop.first")
-                       + refuse("m.role == 'user' and loop.previtem and loop.previtem.role not in ('assistant', 'system')")),
+    "strict": template(
+        NINE
+        + refuse("m.role == 'system' and not loop.first")
+        + refuse(
+            "m.role == 'user' and loop.previtem and loop.previtem.role not in ('assistant', 'system')"
+        )
+    ),
     "one call a turn": template(refuse("(m.tool_calls or []) | length > 1")),
     "no system": template(refuse("m.role == 'system'")),
-    "no tools": template(refuse("m.role == 'tool'"))[len(TOP):],
+    "no tools": template(refuse("m.role == 'tool'"))[len(TOP) :],
     "calls forgotten": template(turn="<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"),
     "always thinks": template(refuse("enable_thinking is defined and not enable_thinking")),
-    "user first": template(refuse("m.role == 'assistant' and (loop.first or loop.previtem.role == 'system')")),
+    "user first": template(
+        refuse("m.role == 'assistant' and (loop.first or loop.previtem.role == 'system')")
+    ),
 }
 
 
@@ -72,8 +99,16 @@ def test_every_part_of_the_conversation_reaches_the_prompt(tmp_path: Path, name:
     voice = tongue(tmp_path, TEMPLATES[name])
     request = Request("m", CONVERSATION, tools=TOOLS, thinking=False)
     text = voice.tokenizer.decode(voice.prompt(request).tokens)
-    for part in ("Be brief.", "Look twice.", "<toolu_aaaaaaaaaaaa>", "<toolu_bbbbbbbbbbbb>", "saw toolu_aaaaaaaaaaaa",
-                 "saw toolu_bbbbbbbbbbbb", "And now?", "Looks."):
+    for part in (
+        "Be brief.",
+        "Look twice.",
+        "<toolu_aaaaaaaaaaaa>",
+        "<toolu_bbbbbbbbbbbb>",
+        "saw toolu_aaaaaaaaaaaa",
+        "saw toolu_bbbbbbbbbbbb",
+        "And now?",
+        "Looks.",
+    ):
         assert text.count(part) == 1, (part, text)
 
 
@@ -89,7 +124,9 @@ def test_an_appended_turn_leaves_the_tokens_before_it_alone(tmp_path: Path, name
 def test_the_final_assistant_message_is_left_open(tmp_path: Path):
     voice = tongue(tmp_path, CHATML)
     messages = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "It is"}]
-    assert voice.tokenizer.decode(voice.prompt(Request("m", messages)).tokens).endswith("<|im_start|>assistant\nIt is")
+    assert voice.tokenizer.decode(voice.prompt(Request("m", messages)).tokens).endswith(
+        "<|im_start|>assistant\nIt is"
+    )
 
 
 def test_tools_are_not_shown_when_none_may_be_called(tmp_path: Path):
@@ -103,16 +140,26 @@ def test_a_prompt_that_ends_inside_thinking_is_noticed(tmp_path: Path):
     assert voice.prompt(Request("m", CONVERSATION[:2])).in_thinking
 
 
-EFFORTS = ("{% if reasoning_effort is defined and reasoning_effort not in ['low', 'medium', 'xhigh'] %}{{ raise_exception('no') }}"
-           "{% endif %}thinking={{ enable_thinking }} effort={{ reasoning_effort }}\n")
+EFFORTS = (
+    "{% if reasoning_effort is defined and reasoning_effort not in ['low', 'medium', 'xhigh'] %}{{ raise_exception('no') }}"
+    "{% endif %}thinking={{ enable_thinking }} effort={{ reasoning_effort }}\n"
+)
 
 
-@pytest.mark.parametrize("thinking, effort, said", [
-    (True, "low", "thinking=True effort=low"), (True, "xhigh", "thinking=True effort=xhigh"), (True, "max", "thinking=True effort="),
-    (True, "bogus", "thinking=True effort="), (None, "medium", "effort=medium"), (False, "low", "thinking=False effort="),
-])
+@pytest.mark.parametrize(
+    "thinking, effort, said",
+    [
+        (True, "low", "thinking=True effort=low"),
+        (True, "xhigh", "thinking=True effort=xhigh"),
+        (True, "max", "thinking=True effort="),
+        (True, "bogus", "thinking=True effort="),
+        (None, "medium", "effort=medium"),
+        (False, "low", "thinking=False effort="),
+    ],
+)
 def test_an_effort_the_template_does_not_know_leaves_thinking_as_it_was_asked_for(
-        tmp_path: Path, thinking: bool | None, effort: str, said: str):
+    tmp_path: Path, thinking: bool | None, effort: str, said: str
+):
     voice = tongue(tmp_path, template(opening=EFFORTS + OPEN))
     request = Request("m", CONVERSATION[:2], thinking=thinking, effort=effort)
     assert f"{said}\n" in voice.tokenizer.decode(voice.prompt(request).tokens)
@@ -120,7 +167,9 @@ def test_an_effort_the_template_does_not_know_leaves_thinking_as_it_was_asked_fo
 
 def test_raw_text_goes_around_the_template(tmp_path: Path):
     voice = tongue(tmp_path, CHATML)
-    assert voice.tokenizer.decode(voice.prompt(Request("m", prompt="as it is")).tokens) == "as it is"
+    assert (
+        voice.tokenizer.decode(voice.prompt(Request("m", prompt="as it is")).tokens) == "as it is"
+    )
 
 
 def test_a_template_that_refuses_everything_is_the_requests_error(tmp_path: Path):
@@ -130,7 +179,10 @@ def test_a_template_that_refuses_everything_is_the_requests_error(tmp_path: Path
 
 
 def test_traits_are_found_by_probing(tmp_path: Path):
-    strict, one, plain = (tongue(tmp_path / name, TEMPLATES[name]).template for name in ("strict", "one call a turn", "plain"))
+    strict, one, plain = (
+        tongue(tmp_path / name, TEMPLATES[name]).template
+        for name in ("strict", "one call a turn", "plain")
+    )
     assert isinstance(strict, Template)
     assert strict.short_ids and not plain.short_ids
     assert not strict.user_after_tool and plain.user_after_tool

@@ -9,22 +9,27 @@ import re
 import select
 import socket
 import time
-from typing import Any, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 from _mlx_server.wire.fields import Object, WireError
 
-
 MAX_BODY = 32 * 1024 * 1024  # bytes, the Messages API's own limit
-PING_AFTER = 4.0  # seconds without a byte after which a stream says that it is alive; clients count on 5
-DISCONNECT_POLL = 0.1  # seconds after which an answer in the making looks again whether its client is there
-PATIENCE = 300.0  # seconds that a client may take to read some of an answer, or to send its next request
+# Seconds without a byte after which a stream says that it is alive; clients count on 5
+PING_AFTER = 4.0
+# Seconds after which an answer in the making looks again whether its client is there
+DISCONNECT_POLL = 0.1
+# Seconds that a client may take to read some of an answer, or to send its next request
+PATIENCE = 300.0
 ARRIVAL = 120.0  # seconds that a request may take to arrive, from its first byte on
 CONNECTIONS = 512  # at the same time; fewer where a process may not open twice as many files
 TURNED_AWAY = 32  # more that are told that there is no room
 ASKING = 2.0  # seconds that an upstream may take to accept a connection, or to say what it has
 HOST = re.compile(r"([\w.-]*|\[[\da-f:.]+\])(:\d{1,5})?", re.I | re.A)
 LOCAL_ORIGINS = re.compile(
-    r"https?://(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\])(:\d+)?|(app|file|tauri|vscode-webview|vscode-file)://.*", re.I)
+    r"https?://(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\])(:\d+)?|(app|file|tauri|vscode-webview|vscode-file)://.*",
+    re.I,
+)
 
 
 class HungUp(ConnectionError):
@@ -32,20 +37,23 @@ class HungUp(ConnectionError):
 
 
 class RequestSocket(socket.SocketIO):
-    """What a client sends. Once a request has begun, `due` is when all of it has to be there, in monotonic seconds; reading
-    raises TimeoutError then."""
+    """What a client sends. Once a request has begun, `due` is when all of it has to be there, in
+    monotonic seconds; reading raises TimeoutError then."""
 
     due: float | None = None
 
     def readinto(self, buffer: Any) -> int | None:
-        if not readable(self, PATIENCE if self.due is None else max(0.0, self.due - time.monotonic())):
+        if not readable(
+            self, PATIENCE if self.due is None else max(0.0, self.due - time.monotonic())
+        ):
             raise TimeoutError
         self.due = self.due or time.monotonic() + ARRIVAL
         return super().readinto(buffer)
 
 
 class HeaderReader(io.BufferedReader):
-    """What arrives, for reading its lines. A CR alone ends none (RFC 9112, 2.2): it becomes a fold, which is refused."""
+    """What arrives, for reading its lines. A CR alone ends none (RFC 9112, 2.2): it becomes a fold,
+    which is refused."""
 
     def readline(self, limit: int = -1) -> bytes:
         line = super().readline(limit)
@@ -59,7 +67,8 @@ def chunk(data: bytes) -> bytes:
 
 
 def reuse(generation: Any, cached: int | None = None) -> dict[str, str]:
-    """The header that tells what of a prompt was read before, as far as that is known, and where it parts from what was."""
+    """The header that tells what of a prompt was read before, as far as that is known, and where it
+    parts from what was."""
     value = f"reused={generation.cached_tokens if cached is None else cached}; prompt={generation.prompt_tokens}"
     if generation.miss:
         value += f"; parts-at={generation.miss.at}; in={place(generation.miss)}"
@@ -98,7 +107,9 @@ def is_local(host: str) -> bool:
         address = ipaddress.ip_address(host)
         return address.is_loopback or address.is_private or address.is_unspecified
     except ValueError:
-        return host in ("", "localhost", socket.gethostname().lower()) or host.endswith((".localhost", ".local", ".internal"))
+        return host in ("", "localhost", socket.gethostname().lower()) or host.endswith(
+            (".localhost", ".local", ".internal")
+        )
 
 
 def why(error: Exception) -> str:

@@ -18,22 +18,24 @@ import ssl
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Iterator
+from typing import Any, BinaryIO
 from urllib.parse import quote, urlencode
 
 from _mlx_server.front.http import why
 from _mlx_server.inference.memory import gigabytes
 from _mlx_server.inference.models import shortcoming
 from _mlx_server.inference.names import best_repo, parse_name
-from _mlx_server.wire.fields import Object, WireError, is_type, items, field
+from _mlx_server.wire.fields import Object, WireError, field, is_type, items
 
 log = logging.getLogger("mlx_server")
 
 
 @dataclasses.dataclass
 class RemoteFile:
-    """A file of a repo: its size in bytes and its digest, SHA-256 of its content or, for small files, what Git has."""
+    """A file of a repo: its size in bytes and its digest, SHA-256 of its content or, for small
+    files, what Git has."""
 
     name: str
     size: int
@@ -41,21 +43,29 @@ class RemoteFile:
 
     def progress(self, completed: int) -> Object:
         """Ollama's word on how many bytes of it are there."""
-        return {"status": f"pulling {self.digest[:12]}", "digest": f"sha256:{self.digest}", "total": self.size,
-                "completed": completed}
+        return {
+            "status": f"pulling {self.digest[:12]}",
+            "digest": f"sha256:{self.digest}",
+            "total": self.size,
+            "completed": completed,
+        }
 
     def hasher(self) -> Any:
         """What has `digest` in the end."""
-        return hashlib.sha256() if len(self.digest) == 64 else hashlib.sha1(b"blob %d\0" % self.size)
+        return (
+            hashlib.sha256() if len(self.digest) == 64 else hashlib.sha1(b"blob %d\0" % self.size)
+        )
 
 
 class Hub:
-    """The models of a Hugging Face hub ($HF_ENDPOINT, with $HF_TOKEN), and the folder they are downloaded to.
+    """The models of a Hugging Face hub ($HF_ENDPOINT, with $HF_TOKEN), and the folder they are
+    downloaded to.
 
-    https://huggingface.co/docs/hub/api, https://huggingface.co/docs/huggingface_hub/guides/manage-cache
-    """
+    https://huggingface.co/docs/hub/api,
+    https://huggingface.co/docs/huggingface_hub/guides/manage-cache"""
 
-    FILES = ("*.json", "model*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken")  # what a model is loaded from
+    # What a model is loaded from
+    FILES = ("*.json", "model*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken")
     SILENCE = 60.0  # seconds without a byte after which a download has failed
     TELL = 0.2  # seconds between two reports of progress
 
@@ -64,14 +74,16 @@ class Hub:
         self._url = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
         self._token = os.environ.get("HF_TOKEN", "")
         self._trust = ssl.create_default_context()
-        with contextlib.suppress(ImportError):  # python.org's Python knows no authorities; mlx-lm's packages bring some
+        # Python.org's Python knows no authorities; mlx-lm's packages bring some
+        with contextlib.suppress(ImportError):
             import certifi
 
             self._trust.load_verify_locations(certifi.where())
 
     def pull(self, name: str) -> Iterator[Object]:
-        """Downloads the model that a name means, or what is missing of it, and yields Ollama's progress objects. Nothing is
-        visible in the cache before all is there and checked. Raises WireError."""
+        """Downloads the model that a name means, or what is missing of it, and yields Ollama's
+        progress objects. Nothing is visible in the cache before all is there and checked. Raises
+        WireError."""
         repo = self.find(name)
         commit, files = self._list(repo)
         yield {"status": "pulling manifest"}
@@ -82,14 +94,22 @@ class Hub:
             yield from (file.progress(file.size) for file in files if file not in missing)
             needed, free = sum(file.size for file in missing), shutil.disk_usage(folder).free
             if needed > free:
-                raise WireError(507, f"{repo} needs {needed} bytes, and {free} are free on the disk")
+                raise WireError(
+                    507, f"{repo} needs {needed} bytes, and {free} are free on the disk"
+                )
             for file in missing:
-                yield from self._download(f"/{repo}/resolve/{commit}/{quote(file.name)}", file, folder / "blobs" / file.digest)
+                yield from self._download(
+                    f"/{repo}/resolve/{commit}/{quote(file.name)}",
+                    file,
+                    folder / "blobs" / file.digest,
+                )
             yield {"status": "verifying sha256 digest"}
             yield {"status": "writing manifest"}
             self._link(folder, commit, files)
         except OSError as error:
-            raise WireError(500, f"{repo} cannot be written to the model cache: {why(error)}") from None
+            raise WireError(
+                500, f"{repo} cannot be written to the model cache: {why(error)}"
+            ) from None
         log.info("pulled %s", repo)
         yield {"status": "success"}
 
@@ -98,14 +118,18 @@ class Hub:
         return sum({file.digest: file.size for file in self._list(repo)[1]}.values())
 
     def choose(self, name: str, memory: int) -> tuple[str, int, str]:
-        """The repo that a name means to a machine whose GPU may use so many bytes, its size, and why. Where the name says no
-        quantisation that is the 8-bit one, if half of the memory can hold it. Raises WireError."""
+        """The repo that a name means to a machine whose GPU may use so many bytes, its size, and
+        why. Where the name says no quantisation that is the 8-bit one, if half of the memory can
+        hold it. Raises WireError."""
         repo = self.find(name)
         size, most = self.size(repo), f"the {gigabytes(memory)} of memory that can be used"
         if "/" in name or parse_name(name).bits:
             return repo, size, "as asked"
         if size > memory:
-            raise WireError(507, f"{repo} takes {gigabytes(size)}, more than {most}; pull a smaller model, or just '{repo}'")
+            raise WireError(
+                507,
+                f"{repo} takes {gigabytes(size)}, more than {most}; pull a smaller model, or just '{repo}'",
+            )
         try:
             better = self.find(re.sub(r"(?i)[4-6](-?bit)", r"8\1", repo.partition("/")[2]))
         except WireError as error:
@@ -119,31 +143,43 @@ class Hub:
         return repo, size, f"8-bit takes {gigabytes(larger)}, more than half of {most}"
 
     def find(self, name: str) -> str:
-        """The repo that a name means: itself, or the best of mlx-community's. Raises WireError if there is none."""
+        """The repo that a name means: itself, or the best of mlx-community's. Raises WireError if
+        there is none."""
         plain = re.sub(r"^(hf\.co|huggingface\.co)/", "", name).removesuffix(":latest")
         if "/" in plain:
             return plain
         for words in dict.fromkeys((plain.partition(":")[0], re.match(r"[a-z]*", plain, re.I)[0])):
-            query = urlencode({"author": "mlx-community", "search": words, "sort": "downloads", "limit": 1000})
+            query = urlencode(
+                {"author": "mlx-community", "search": words, "sort": "downloads", "limit": 1000}
+            )
             listed = self._ask(f"/api/models?{query}")
             repo = best_repo(plain, [one["id"] for one in listed if is_type(one.get("id"), str)])
             if repo:
                 return repo
-        raise WireError(404, f"mlx-community has no model '{name}'; any repo can be pulled as ORG/NAME")
+        raise WireError(
+            404, f"mlx-community has no model '{name}'; any repo can be pulled as ORG/NAME"
+        )
 
     def _list(self, repo: str) -> tuple[str, list[RemoteFile]]:
         """A repo's last commit and those of its files that are wanted."""
         info = self._ask(f"/api/models/{repo}/revision/main?blobs=true")
         commit, files = info.get("sha"), []
         for one in items(info, "siblings", dict):
-            name, lfs = field(one, "rfilename", str, required=True), field(one, "lfs", dict, default={})
+            name, lfs = (
+                field(one, "rfilename", str, required=True),
+                field(one, "lfs", dict, default={}),
+            )
             digest = lfs.get("sha256") or one.get("blobId")
             size = field(one, "size", int, required=True)
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.FILES):
                 files.append(RemoteFile(name, size, digest))
-        if not all(re.fullmatch(r"[\da-f]{40}([\da-f]{24})?", str(one)) for one in [commit, *(f.digest for f in files)]) or any(
-                {"..", "/", ""} & {*PurePosixPath(file.name).parts, file.name} for file in files):
-            raise WireError(502, f"the hub {self._url} describes {repo} in a way that makes no sense")
+        if not all(
+            re.fullmatch(r"[\da-f]{40}([\da-f]{24})?", str(one))
+            for one in [commit, *(f.digest for f in files)]
+        ) or any({"..", "/", ""} & {*PurePosixPath(file.name).parts, file.name} for file in files):
+            raise WireError(
+                502, f"the hub {self._url} describes {repo} in a way that makes no sense"
+            )
         if not any(file.name.endswith(".safetensors") for file in files):
             names = [field(one, "rfilename", str) for one in items(info, "siblings", dict)]
             raise WireError(400, f"{repo} holds no MLX model: {shortcoming(names)}")
@@ -170,7 +206,10 @@ class Hub:
                     told = time.monotonic()
                     yield file.progress(out.tell())
             if out.tell() < file.size:
-                raise WireError(502, f"{file.name} broke off after {out.tell()} of {file.size} bytes; pull again to go on")
+                raise WireError(
+                    502,
+                    f"{file.name} broke off after {out.tell()} of {file.size} bytes; pull again to go on",
+                )
             if hasher.hexdigest() != file.digest:
                 part.unlink()
                 raise WireError(502, f"{file.name} has arrived damaged; pull again")
@@ -187,7 +226,9 @@ class Hub:
                 while piece := answer.read1(1 << 20):
                     yield piece
             except (OSError, http.client.HTTPException) as error:
-                raise WireError(502, f"the hub {self._url} failed: {why(error)}; pull again to go on") from None
+                raise WireError(
+                    502, f"the hub {self._url} failed: {why(error)}; pull again to go on"
+                ) from None
 
     def _link(self, folder: Path, commit: str, files: list[RemoteFile]) -> None:
         """Makes downloaded files a snapshot, the one that `main` means."""
@@ -208,15 +249,24 @@ class Hub:
 
     def _open(self, path: str, start: int = 0) -> Any:
         """The hub's answer, from byte `start` on if it can. Raises WireError."""
-        request = urllib.request.Request(self._url + path, headers={"Range": f"bytes={start}-"} if start else {})
+        request = urllib.request.Request(
+            self._url + path, headers={"Range": f"bytes={start}-"} if start else {}
+        )
         if self._token:  # for the hub alone, not for where it keeps its files
             request.add_unredirected_header("Authorization", f"Bearer {self._token}")
         try:
             return urllib.request.urlopen(request, timeout=self.SILENCE, context=self._trust)
         except urllib.error.HTTPError as error:
             if error.code in (401, 403, 404):
-                raise WireError(404, f"the hub {self._url} says {error.code} to {path}: there is no such repo, or it takes "
-                                     "a token, in HF_TOKEN, that may read it") from None
-            raise WireError(502, f"the hub {self._url} says {error.code} {error.reason} to {path}") from None
+                raise WireError(
+                    404,
+                    f"the hub {self._url} says {error.code} to {path}: there is no such repo, or it takes "
+                    "a token, in HF_TOKEN, that may read it",
+                ) from None
+            raise WireError(
+                502, f"the hub {self._url} says {error.code} {error.reason} to {path}"
+            ) from None
         except (OSError, ValueError, http.client.HTTPException) as error:
-            raise WireError(502, f"the hub {self._url} cannot be asked: {why(getattr(error, 'reason', error))}") from None
+            raise WireError(
+                502, f"the hub {self._url} cannot be asked: {why(getattr(error, 'reason', error))}"
+            ) from None

@@ -39,7 +39,11 @@ def api_key(text: str) -> tuple[str, Priority]:
     if not text.strip():  # everyone would have it
         raise argparse.ArgumentTypeError("a key cannot be empty")
     key, _, priority = text.rpartition("=")
-    return (key, _priority(priority)) if key and priority.upper() in Priority.__members__ else (text, Priority.NORMAL)
+    return (
+        (key, _priority(priority))
+        if key and priority.upper() in Priority.__members__
+        else (text, Priority.NORMAL)
+    )
 
 
 def _key_file(name: str) -> list[tuple[str, Priority]]:
@@ -47,12 +51,17 @@ def _key_file(name: str) -> list[tuple[str, Priority]]:
         with open(name, encoding="utf-8") as file:
             mode, lines = os.fstat(file.fileno()).st_mode, file.read().split("\n")
     except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{name} cannot be read: {getattr(error, 'strerror', 'it is no text')}") from None
+        raise argparse.ArgumentTypeError(
+            f"{name} cannot be read: {getattr(error, 'strerror', 'it is no text')}"
+        ) from None
     keys = [api_key(line.strip()) for line in lines if line.strip()]
     if not keys:
         raise argparse.ArgumentTypeError(f"{name} holds no key")
     if mode & 0o044:
-        print(f"mlx-server: others may read the keys in {name}; to stop that: chmod 600 {shlex.quote(name)}", file=sys.stderr)
+        print(
+            f"mlx-server: others may read the keys in {name}; to stop that: chmod 600 {shlex.quote(name)}",
+            file=sys.stderr,
+        )
     return keys
 
 
@@ -93,7 +102,11 @@ def _port(text: str) -> int:
 
 def _state_file() -> str:
     """https://specifications.freedesktop.org/basedir-spec/latest/"""
-    return os.path.join(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "mlx-server", "presets.json")
+    return os.path.join(
+        os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"),
+        "mlx-server",
+        "presets.json",
+    )
 
 
 def program() -> str:

@@ -13,10 +13,11 @@ import select
 import socket
 import threading
 import time
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 from urllib.parse import urlsplit
 
-from _mlx_server.front.http import ASKING, HungUp, PATIENCE, why
+from _mlx_server.front.http import ASKING, PATIENCE, HungUp, why
 from _mlx_server.wire.fields import Object, WireError, is_type, items
 from _mlx_server.wire.ollama_models import find_tag
 
@@ -32,11 +33,29 @@ class UpstreamError(Exception):
 
 RELAY = "mlx-server"  # our name in the Via header (RFC 9110, 7.6.3)
 _NOT_RELAYED = {
-    "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
-    "transfer-encoding", "upgrade",  # of one connection (RFC 9110, 7.6.1)
-    "host", "content-length", "expect", "date",  # said anew
-    "authorization", "x-api-key", "cookie", "origin", "access-control-allow-origin", "x-request-id"}  # between client and us
-_CLOUD = re.compile(r".*:([^/:]*-)?cloud", re.I)  # names that Ollama sends on to its cloud, listed or not
+    "connection",
+    "keep-alive",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",  # of one connection (RFC 9110, 7.6.1)
+    "host",
+    "content-length",
+    "expect",
+    "date",  # said anew
+    # Between client and us
+    "authorization",
+    "x-api-key",
+    "cookie",
+    "origin",
+    "access-control-allow-origin",
+    "x-request-id",
+}
+# Names that Ollama sends on to its cloud, listed or not
+_CLOUD = re.compile(r".*:([^/:]*-)?cloud", re.I)
 
 
 class Upstream:
@@ -51,13 +70,17 @@ class Upstream:
         self._asked, self._tags, self._trouble = -math.inf, [], None
 
     def tags(self) -> list[Object]:
-        """The objects of its `GET /api/tags`, at most `FRESH` seconds old; none if it cannot be asked."""
+        """The objects of its `GET /api/tags`, at most `FRESH` seconds old; none if it cannot be
+        asked."""
         with self._lock:
             if time.monotonic() - self._asked > FRESH:
                 try:
                     self._tags, self._trouble = self._ask(), None
                 except (OSError, http.client.HTTPException, ValueError, WireError) as error:
-                    self._tags, self._trouble = [], f"the upstream {self.url} cannot be asked: {why(error)}"
+                    self._tags, self._trouble = (
+                        [],
+                        f"the upstream {self.url} cannot be asked: {why(error)}",
+                    )
                     log.warning("%s", self._trouble)
                 self._asked = time.monotonic()
             return self._tags
@@ -71,8 +94,8 @@ class Upstream:
 
     @contextlib.contextmanager
     def open(self, client: Any) -> Iterator[http.client.HTTPResponse]:
-        """Its answer to a client's request. It and its reads raise UpstreamError and HTTPException when the upstream fails,
-        and HungUp as soon as the client goes away."""
+        """Its answer to a client's request. It and its reads raise UpstreamError and HTTPException
+        when the upstream fails, and HungUp as soon as the client goes away."""
         with contextlib.closing(self._connection()) as connection:
             try:
                 connection.connect()
@@ -105,7 +128,8 @@ class Upstream:
 
 
 class _Watched(socket.SocketIO):
-    """What the upstream sends, while the client is there: when it hangs up, reading ends with HungUp."""
+    """What the upstream sends, while the client is there: when it hangs up, reading ends with
+    HungUp."""
 
     def __init__(self, upstream: socket.socket, client: Any):
         super().__init__(upstream, "r")
@@ -126,5 +150,11 @@ class _Watched(socket.SocketIO):
 
 def end_to_end(headers: http.client.HTTPMessage) -> dict[str, str]:
     """The headers to relay, by lower-case name."""
-    dropped = _NOT_RELAYED | {name.strip().lower() for name in ",".join(headers.get_all("Connection", [])).split(",")}
-    return {name: ", ".join(headers.get_all(name)) for name in map(str.lower, headers) if name not in dropped}
+    dropped = _NOT_RELAYED | {
+        name.strip().lower() for name in ",".join(headers.get_all("Connection", [])).split(",")
+    }
+    return {
+        name: ", ".join(headers.get_all(name))
+        for name in map(str.lower, headers)
+        if name not in dropped
+    }

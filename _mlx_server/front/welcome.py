@@ -22,7 +22,9 @@ def welcome(args: argparse.Namespace, engine: Any, port: int) -> None:
     """Logs what there is and what to type next."""
     if not args.model:
         models = sorted(engine.models(), key=lambda model: model.modified, reverse=True)
-        found = [f"{model.name} ({gigabytes(model.size)})" for model in models if model.name != "demo"]
+        found = [
+            f"{model.name} ({gigabytes(model.size)})" for model in models if model.name != "demo"
+        ]
         more = f" and {len(found) - 8} more" if len(found) > 8 else ""
         log.info("models: %s%s", ", ".join(found[:8]) or "none but the built-in demo", more)
         with contextlib.suppress(ModelNotFound):  # not even the demo is there
@@ -36,8 +38,17 @@ def _env_command(args: argparse.Namespace, port: int) -> str:
     words, untouched = ["--print-env", "--port", str(port)], arguments()
     for name in ("host", "model", "models_dir", "alias", "state", "context", "max_tokens"):
         given = getattr(args, name)
-        for value in [] if given == untouched.get_default(name) else given if isinstance(given, list) else [given]:
+        for value in (
+            []
+            if given == untouched.get_default(name)
+            else given
+            if isinstance(given, list)
+            else [given]
+        ):
             value = "=".join(value) if isinstance(value, tuple) else str(value)
-            words += [f"--{name.replace('_', '-')}", os.path.abspath(value) if os.path.exists(value) else value]
+            words += [
+                f"--{name.replace('_', '-')}",
+                os.path.abspath(value) if os.path.exists(value) else value,
+            ]
     keys = ["--api-key", "YOUR_KEY"] if api_keys(args) else []
     return f"{program()} {shlex.join(words + keys)}"

@@ -5,26 +5,42 @@ from __future__ import annotations
 import copy
 import math
 import re
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 
 class Constraint:
-    """A logits processor that keeps one answer within a grammar; after the grammar's end only the turn's end is left.
+    """A logits processor that keeps one answer within a grammar; after the grammar's end only the
+    turn's end is left.
 
-    `begins` is how many of the answer's tokens precede the text that is held: None as long as the model thinks, and for
-    calls. `exits` are tokens that lead out of the grammar where that text could begin: into thinking (if True), which ends
-    with the tokens `thinking_end`, or to where nothing is held any more. `blanks` may precede the text. With an `opener` only
-    what follows these tokens is held, each time they come, up to the grammar's end.
+    `begins` is how many of the answer's tokens precede the text that is held: None as long as the
+    model thinks, and for calls. `exits` are tokens that lead out of the grammar where that text
+    could begin: into thinking (if True), which ends with the tokens `thinking_end`, or to where
+    nothing is held any more. `blanks` may precede the text. With an `opener` only what follows
+    these tokens is held, each time they come, up to the grammar's end.
 
-    To be held, a token must be known before the next one is picked, and the model waits for that. What is awaited, the end of
-    the thinking or an opener, costs no such wait: there the mask depends on the token that is still being computed.
-    """
+    To be held, a token must be known before the next one is picked, and the model waits for that.
+    What is awaited, the end of the thinking or an opener, costs no such wait: there the mask
+    depends on the token that is still being computed."""
 
-    def __init__(self, matcher: Any, begins: int | None = None, exits: dict[int, bool] | None = None,
-                 thinking_end: Sequence[int] = (), blanks: Sequence[int] = (), opener: Sequence[int] = ()):
-        self._matcher, self._opened, self._begins, self._exits = matcher, matcher, begins, exits or {}
+    def __init__(
+        self,
+        matcher: Any,
+        begins: int | None = None,
+        exits: dict[int, bool] | None = None,
+        thinking_end: Sequence[int] = (),
+        blanks: Sequence[int] = (),
+        opener: Sequence[int] = (),
+    ):
+        self._matcher, self._opened, self._begins, self._exits = (
+            matcher,
+            matcher,
+            begins,
+            exits or {},
+        )
         self._blanks, self._opener = blanks, list(opener)
-        self._awaited = self._opener or list(thinking_end)  # the tokens from which on the answer is held
+        # The tokens from which on the answer is held
+        self._awaited = self._opener or list(thinking_end)
         self._state = "waiting" if opener or begins is None and thinking_end else "held"
         self._length = 0  # of the answer as far as it was read
         self._latest: list[int] = []
@@ -41,24 +57,26 @@ class Constraint:
 
     @property
     def error(self) -> str:
-        """What made the matcher give up, which ends the turn: a grammar may outgrow llguidance's limits. Or ""."""
+        """What made the matcher give up, which ends the turn: a grammar may outgrow llguidance's
+        limits. Or ""."""
         return grammar_error(self._matcher) if self._matcher.is_error() else ""
 
     def take(self, token: int, before: int) -> bool:
-        """Must be told each token of the answer and how many precede it, before the next call; returns whether the text that is
-        held opens with it."""
+        """Must be told each token of the answer and how many precede it, before the next call;
+        returns whether the text that is held opens with it."""
         if before == self._length:
             self._read(token)
         return self._begins == before and token not in self._exits and token not in self._blanks
 
     def __call__(self, context: Any, logits: Any) -> Any:
-        """The logits (1, vocabulary) with all tokens ruled out that may not follow the tokens `context`. On the MLX thread."""
+        """The logits (1, vocabulary) with all tokens ruled out that may not follow the tokens
+        `context`. On the MLX thread."""
         import mlx.core as mx
 
         token, fresh, self._started = context[-1:], self._started, True
         if self._state == "waiting":
             *known, last = self._awaited
-            if not fresh or self._latest[len(self._latest) - len(known):] != known:
+            if not fresh or self._latest[len(self._latest) - len(known) :] != known:
                 return logits
             if self._first is None:
                 exits = [token for token, thinks in self._exits.items() if not thinks]
@@ -71,8 +89,15 @@ class Constraint:
         if self._state != "held":
             return logits
         # Thinking is not begun merely because all else is ruled out.
-        exits = [token for token, thinks in self._exits.items() if not thinks or token == mx.argmax(logits).item()
-                 ] if self._length == self._begins else []
+        exits = (
+            [
+                token
+                for token, thinks in self._exits.items()
+                if not thinks or token == mx.argmax(logits).item()
+            ]
+            if self._length == self._begins
+            else []
+        )
         return mx.where(self._mask(self._matcher, exits, logits.shape[-1]), logits, -math.inf)
 
     @staticmethod
@@ -89,12 +114,14 @@ class Constraint:
         beginning = self._begins == self._length
         self._length += 1
         if self._state == "waiting":
-            self._latest = [*self._latest, token][-len(self._awaited):]
+            self._latest = [*self._latest, token][-len(self._awaited) :]
             if self._latest == self._awaited:
                 self._state, self._matcher = "held", self._opened.deep_copy()
                 if not self._opener:
                     self._begins = self._length
-                    self._exits = {token: thinks for token, thinks in self._exits.items() if not thinks}
+                    self._exits = {
+                        token: thinks for token, thinks in self._exits.items() if not thinks
+                    }
         elif beginning and token in self._exits:
             self._state, self._begins = "waiting" if self._exits[token] else "free", None
         elif self._state == "held":
@@ -106,43 +133,55 @@ class Constraint:
 
 
 class ThinkingBudget:
-    """A logits processor that lets one answer think for `budget` tokens; after those only the thinking's end is left.
+    """A logits processor that lets one answer think for `budget` tokens; after those only the
+    thinking's end is left.
 
-    The answer begins behind the first `prompt` tokens of the context. Its thinking stands between the tokens `start`, none
-    if the prompt ends inside it, and `end`, or a `call`, which may begin inside thinking. Thinking that has not begun when
-    the budget would be spent is not expected any more.
-    """
+    The answer begins behind the first `prompt` tokens of the context. Its thinking stands between
+    the tokens `start`, none if the prompt ends inside it, and `end`, or a `call`, which may begin
+    inside thinking. Thinking that has not begun when the budget would be spent is not expected any
+    more."""
 
-    def __init__(self, budget: int, prompt: int, start: Sequence[int], end: Sequence[int], call: Sequence[int]):
+    def __init__(
+        self,
+        budget: int,
+        prompt: int,
+        start: Sequence[int],
+        end: Sequence[int],
+        call: Sequence[int],
+    ):
         self._budget, self._prompt = budget, prompt
         self._start, self._end, self._call = list(start), list(end), list(call)
         self._over = False
 
     def __call__(self, context: Any, logits: Any) -> Any:
-        """The logits (1, vocabulary) behind the tokens `context`. Reads those, which makes the model wait, only from the
-        moment on when the budget may be spent. On the MLX thread."""
+        """The logits (1, vocabulary) behind the tokens `context`. Reads those, which makes the
+        model wait, only from the moment on when the budget may be spent. On the MLX thread."""
         import mlx.core as mx
 
         written = context.shape[0] - self._prompt
         if self._over or written < self._budget:
             return logits
-        answer = context[self._prompt:].tolist()
+        answer = context[self._prompt :].tolist()
         begin = _find(answer, self._start)
         if begin < 0:
             self._over = written > self._budget + len(self._start)
             return logits
-        thought = answer[begin + len(self._start):]
+        thought = answer[begin + len(self._start) :]
         self._over = _find(thought, self._end) >= 0 or _find(thought, self._call) >= 0
         if self._over or len(thought) < self._budget:
             return logits
-        done = next(n for n in range(len(self._end) - 1, -1, -1) if thought[len(thought) - n:] == self._end[:n])
+        done = next(
+            n
+            for n in range(len(self._end) - 1, -1, -1)
+            if thought[len(thought) - n :] == self._end[:n]
+        )
         return mx.where(mx.arange(logits.shape[-1]) == self._end[done], logits, -math.inf)
 
 
 def _find(tokens: list[int], wanted: list[int]) -> int:
     """Where `wanted` first stands among `tokens`, or -1."""
     last = len(tokens) - len(wanted)
-    return next((at for at in range(last + 1) if tokens[at:at + len(wanted)] == wanted), -1)
+    return next((at for at in range(last + 1) if tokens[at : at + len(wanted)] == wanted), -1)
 
 
 def grammar_error(matcher: Any) -> str:

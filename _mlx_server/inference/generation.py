@@ -9,14 +9,27 @@ import itertools
 import secrets
 import threading
 import time
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 from _mlx_server.inference.constraint import Constraint
 from _mlx_server.inference.formats import OutputFormat
 from _mlx_server.inference.models import LocalModel
 from _mlx_server.inference.parser import OutputParser
 from _mlx_server.inference.prefix_cache import CacheEntry
-from _mlx_server.inference.protocol import Done, EngineError, Event, Miss, Request, Text, Thinking, Tick, Token, ToolInput, Usage
+from _mlx_server.inference.protocol import (
+    Done,
+    EngineError,
+    Event,
+    Miss,
+    Request,
+    Text,
+    Thinking,
+    Tick,
+    Token,
+    ToolInput,
+    Usage,
+)
 from _mlx_server.inference.renderer import Prompt, PromptRenderer
 
 
@@ -28,16 +41,25 @@ class Phase(enum.Enum):
 
 
 class Generation:
-    """One answer in the making: iterate it for `Event`s, the last of which is `Done`; it raises EngineError on failure.
+    """One answer in the making: iterate it for `Event`s, the last of which is `Done`; it raises
+    EngineError on failure.
 
-    `prompt_tokens`, `cached_tokens` and `miss` are known at once (the latter two as the cache stood at submission; `usage` is
-    exact after the end). `cancel` may be called from any thread, at any time, any number of times.
-    """
+    `prompt_tokens`, `cached_tokens` and `miss` are known at once (the latter two as the cache stood
+    at submission; `usage` is exact after the end). `cancel` may be called from any thread, at any
+    time, any number of times."""
 
     TICK = 0.1  # seconds of silence after which the iterator yields a Tick
 
-    def __init__(self, request: Request, local: LocalModel, renderer: PromptRenderer, prompt: Prompt, limit: int, by_context: bool,
-                 mutex: threading.RLock):
+    def __init__(
+        self,
+        request: Request,
+        local: LocalModel,
+        renderer: PromptRenderer,
+        prompt: Prompt,
+        limit: int,
+        by_context: bool,
+        mutex: threading.RLock,
+    ):
         self.id = secrets.token_hex(12)
         self.request, self.model = request, local
         self.prompt_tokens, self.cached_tokens = len(prompt.tokens), 0
@@ -46,7 +68,8 @@ class Generation:
         self.ending = ""  # once it has ended: the reason, or the error's type
         self._renderer, self._prompt = renderer, prompt
         self._limit, self._by_context = limit, by_context
-        self._news = threading.Condition(mutex)  # the engine's one lock, with a waiting room of its own
+        # The engine's one lock, with a waiting room of its own
+        self._news = threading.Condition(mutex)
         self._outbox: collections.deque[Event | EngineError] = collections.deque()
         self._over = False
         self._cancelled = False
@@ -59,16 +82,27 @@ class Generation:
         self._suspect = False  # it was decoding when a step failed, and decodes alone from then on
         self._sampler: Any = None
         self._detokenizer: Any = None
-        self._raw, self._visible, self._thinking = "", "", ""  # what the model wrote, and what of it is text and thinking
-        callable_tools = [*request.tools, *request.deferred_tools] if request.tool_choice != "none" else []
+        # What the model wrote, and what of it is text and thinking
+        self._raw, self._visible, self._thinking = "", "", ""
+        callable_tools = (
+            [*request.tools, *request.deferred_tools] if request.tool_choice != "none" else []
+        )
         self._grammar = renderer.constraint(request, prompt) if prompt.tokens else None
         self._constraint: Constraint | None = None  # the grammar at work
         format = renderer.format if request.prompt is None else OutputFormat()
-        stop = [*request.stop, *renderer._gap(), "<|endoftext|>"] if request.suffix else request.stop
-        self._parser = OutputParser(format, callable_tools, stop, in_thinking=prompt.in_thinking,
-                                    parallel=request.parallel_tool_calls)
+        stop = (
+            [*request.stop, *renderer._gap(), "<|endoftext|>"] if request.suffix else request.stop
+        )
+        self._parser = OutputParser(
+            format,
+            callable_tools,
+            stop,
+            in_thinking=prompt.in_thinking,
+            parallel=request.parallel_tool_calls,
+        )
         self._pending_logprobs: list[Token] = []  # tokens that may turn out to be visible
-        self._embedded: tuple[int, Any, list[Any]] | None = None  # tokens of a text read so far, their pooled states, caches
+        # Tokens of a text read so far, their pooled states, caches
+        self._embedded: tuple[int, Any, list[Any]] | None = None
         self._born = self._mark = time.perf_counter()
         self._progress_logged = 0.0  # when it was last logged how far the prompt is
 
@@ -112,7 +146,8 @@ class Generation:
                 self._news.notify()
 
     def _put_out(self, event: Event | EngineError) -> None:
-        """What continues a piece that nobody has taken yet joins it: who is late gets fewer and larger pieces."""
+        """What continues a piece that nobody has taken yet joins it: who is late gets fewer and
+        larger pieces."""
         last = self._outbox[-1] if self._outbox else None
         if type(event) is not type(last) or not isinstance(event, (Text, Thinking, ToolInput)):
             self._outbox.append(event)
@@ -124,19 +159,27 @@ class Generation:
                 last.tokens += event.tokens
 
     def _left(self) -> int:
-        """Tokens of the prompt that are still to be prefilled, as far as one can tell. The last one is the decoder's."""
-        read = len(self._line.tokens) if self._line else self._embedded[0] if self._embedded else self.cached_tokens
+        """Tokens of the prompt that are still to be prefilled, as far as one can tell. The last one
+        is the decoder's."""
+        read = (
+            len(self._line.tokens)
+            if self._line
+            else self._embedded[0]
+            if self._embedded
+            else self.cached_tokens
+        )
         return len(self._prompt.tokens) - 1 - read
 
     def _take_logprobs(self, text: str) -> list[Token]:
-        """Takes the tokens that a piece of visible text was made of; what lies before them was markup or blanks. All of them
-        where the text is not made of their bytes, as with half a character."""
+        """Takes the tokens that a piece of visible text was made of; what lies before them was
+        markup or blanks. All of them where the text is not made of their bytes, as with half a
+        character."""
         wanted, told = text.encode(), self._pending_logprobs
         start = b"".join(token.bytes for token in told).find(wanted)
         ends = list(itertools.accumulate(len(token.bytes) for token in told))
         last = bisect.bisect_left(ends, start + len(wanted)) + 1 if start >= 0 else len(told)
         self._pending_logprobs = told[last:]
-        return told[bisect.bisect_right(ends, start):last]
+        return told[bisect.bisect_right(ends, start) : last]
 
     def _lap(self) -> float:
         """Seconds since the last lap."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, Callable
-
+from collections.abc import Callable
+from typing import Any
 
 Calls = list[tuple[str, Any]]
 ParseCalls = Callable[[str, list[dict]], Calls]
 
 
 class CutShort(ValueError):
-    """A call as far as it goes, but it ends inside a value: an end tag found there belongs to the value."""
+    """A call as far as it goes, but it ends inside a value: an end tag found there belongs to the
+    value."""
 
 
 # What may stand around the JSON objects of one block: list brackets, commas, doubled braces.
@@ -21,8 +22,9 @@ _STRING_OR_STRAY_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])', re.DOT
 
 
 def read_json(text: str) -> tuple[Any, str]:
-    """The JSON value at the beginning of `text` and what follows it. Forgives raw newlines in strings and commas before
-    a closing bracket. Raises CutShort inside an unfinished string, else ValueError."""
+    """The JSON value at the beginning of `text` and what follows it. Forgives raw newlines in
+    strings and commas before a closing bracket. Raises CutShort inside an unfinished string, else
+    ValueError."""
     decoder = json.JSONDecoder(strict=False)
     try:
         try:
@@ -38,11 +40,12 @@ def read_json(text: str) -> tuple[Any, str]:
 
 
 def parse_json_calls(text: str, tools: list[dict]) -> Calls:
-    """`{"name": N, "arguments": {…}}` in any order of keys, once or several times; text after the objects is ignored."""
+    """`{"name": N, "arguments": {…}}` in any order of keys, once or several times; text after the
+    objects is ignored."""
     calls: Calls = []
     while gap := _BEFORE_OBJECT.match(text):
         try:
-            value, text = read_json(text[gap.end():])
+            value, text = read_json(text[gap.end() :])
         except ValueError:
             if calls:
                 break

@@ -8,41 +8,53 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
 
 from _mlx_server.inference.models import LocalModel, describe
 from _mlx_server.inference.names import VENDOR_NAME, best_match, plain_name, stand_in
 from _mlx_server.inference.presets import Preset, PresetStore
-from _mlx_server.inference.protocol import EngineError, InvalidRequest, ModelLoadError, ModelNotFound
+from _mlx_server.inference.protocol import (
+    EngineError,
+    InvalidRequest,
+    ModelLoadError,
+    ModelNotFound,
+)
 
 log = logging.getLogger("mlx_server")
 
 
 def _demos() -> list[Path]:
-    return [Path(__file__).parents[2] / "tests" / "demo",  # in a checkout
-            Path(sys.prefix) / "share" / "mlx-server" / "demo"]  # installed
+    return [
+        Path(__file__).parents[2] / "tests" / "demo",  # in a checkout
+        Path(sys.prefix) / "share" / "mlx-server" / "demo",
+    ]  # installed
 
 
 class Library:
     """The models on this machine and the one resolver of their names.
 
-    It looks into `models_dirs` (each a model, or a folder of NAME or ORG/NAME), the Hugging Face cache, LM Studio's
-    folders, and for the built-in `demo`; where two have one name, the first counts. `aliases` are pairs of (glob,
-    name), `state` is the file of the presets.
-    """
+    It looks into `models_dirs` (each a model, or a folder of NAME or ORG/NAME), the Hugging Face
+    cache, LM Studio's folders, and for the built-in `demo`; where two have one name, the first
+    counts. `aliases` are pairs of (glob, name), `state` is the file of the presets."""
 
-    def __init__(self, models_dirs: Sequence[str | Path] = (), aliases: Sequence[tuple[str, str]] = (),
-                 state: Path | None = None):
+    def __init__(
+        self,
+        models_dirs: Sequence[str | Path] = (),
+        aliases: Sequence[tuple[str, str]] = (),
+        state: Path | None = None,
+    ):
         self.presets = PresetStore(state)
         self.only: LocalModel | None = None  # the one that can be served, if there are no others
         self._dirs = [Path(folder).expanduser() for folder in models_dirs]
         self._aliases = [(pattern.lower(), target) for pattern, target in aliases]
-        self._explicit: list[Path] = []  # trusted paths outside those folders; they are listed from then on
+        # Trusted paths outside those folders; they are listed from then on
+        self._explicit: list[Path] = []
         self._described: dict[Path, tuple[tuple[int, int], LocalModel | None]] = {}
 
     def models(self) -> list[LocalModel]:
-        """Every loadable model. Cheap enough for every request: folders that have not changed are not read again."""
+        """Every loadable model. Cheap enough for every request: folders that have not changed are
+        not read again."""
         if self.only is not None:
             return [self.only]
         found: dict[str, LocalModel] = {}
@@ -55,25 +67,36 @@ class Library:
         """Every model that can be served, presets as models of their names."""
         models = self.models()
         by_name = {model.name: model for model in models}
-        return models + [dataclasses.replace(by_name[preset.model], name=preset.name, modified=preset.modified)
-                         for preset in self.presets if preset.model in by_name]
+        return models + [
+            dataclasses.replace(by_name[preset.model], name=preset.name, modified=preset.modified)
+            for preset in self.presets
+            if preset.model in by_name
+        ]
 
-    def resolve(self, name: str, *, default: LocalModel | None = None, last_used: LocalModel | None = None,
-                trusted: bool = False) -> LocalModel:
+    def resolve(
+        self,
+        name: str,
+        *,
+        default: LocalModel | None = None,
+        last_used: LocalModel | None = None,
+        trusted: bool = False,
+    ) -> LocalModel:
         """The model that `name` means, by the first of these that fits:
 
-        1. a path: of any folder if `trusted` (the command line, scripts), else only of a model that is listed already;
+        1. a path: of any folder if `trusted` (the command line, scripts), else only of a model that
+           is listed already;
         2. an alias, whose target is then resolved as a trusted name, or a preset;
-        3. a repo id or folder name, in any case, without its org if need be; `:latest` never counts;
-        4. family, size and variant, as in `qwen2.5-coder:32b-instruct-q8_0`. Family, version, variant (VL, Coder, Base,
-           Thinking, ...) and size have to agree. Of several that do, the best is: the last used if no size is asked
-           for; an instruct model; 4-bit, then 5, 6, 8, 3, unquantised; the smaller; the later revision; the plainer
-           name;
-        5. a vendor's name (`claude-*`, `gpt-*`, `opus`, ...) or "default": `default`, else `last_used`, else the newest
-           one that can chat, rather one that knows tools, else `demo`.
+        3. a repo id or folder name, in any case, without its org if need be; `:latest` never
+           counts;
+        4. family, size and variant, as in `qwen2.5-coder:32b-instruct-q8_0`. Family, version,
+           variant (VL, Coder, Base, Thinking, ...) and size have to agree. Of several that do, the
+           best is: the last used if no size is asked for; an instruct model; 4-bit, then 5, 6, 8,
+           3, unquantised; the smaller; the later revision; the plainer name;
+        5. a vendor's name (`claude-*`, `gpt-*`, `opus`, ...) or "default": `default`, else
+           `last_used`, else the newest one that can chat, rather one that knows tools, else `demo`.
 
-        Raises ModelNotFound; ModelLoadError for a trusted path or name of something that is no MLX model.
-        """
+        Raises ModelNotFound; ModelLoadError for a trusted path or name of something that is no MLX
+        model."""
         meant, by_owner = name, trusted
         if not _is_path(name, trusted):
             meant = self._aliased(name)
@@ -84,7 +107,8 @@ class Library:
         if _is_path(meant, trusted):
             try:
                 model = self._by_path(meant, models, trusted)
-            except (ModelLoadError, ValueError, RuntimeError) as error:  # the latter two for what cannot be a path
+            # The latter two for what cannot be a path
+            except (ModelLoadError, ValueError, RuntimeError) as error:
                 if by_owner:
                     raise
                 log.warning("%s cannot be served: %s", name, error)
@@ -104,15 +128,23 @@ class Library:
 
     def _aliased(self, name: str) -> str:
         plain = plain_name(name)
-        return next((target for pattern, target in self._aliases if fnmatch.fnmatchcase(plain, pattern)), name)
+        return next(
+            (target for pattern, target in self._aliases if fnmatch.fnmatchcase(plain, pattern)),
+            name,
+        )
 
     def preset(self, name: str) -> Preset | None:
         """The preset that `name` means."""
         return self.presets.get(self._aliased(name))
 
-    def delete(self, name: str, model: LocalModel, release: Callable[[LocalModel], None] = lambda model: None) -> None:
-        """Deletes a model's files, once `release` has returned. Raises InvalidRequest if `name` is not its whole one or it is
-        not ours to delete, and EngineError."""
+    def delete(
+        self,
+        name: str,
+        model: LocalModel,
+        release: Callable[[LocalModel], None] = lambda model: None,
+    ) -> None:
+        """Deletes a model's files, once `release` has returned. Raises InvalidRequest if `name` is
+        not its whole one or it is not ours to delete, and EngineError."""
         if plain_name(name) != model.name.lower():
             raise InvalidRequest(f"to delete a model, say its whole name: '{model.name}'")
         folder = self.folder(model)
@@ -127,8 +159,8 @@ class Library:
         log.info("deleted %s", folder)
 
     def folder(self, model: LocalModel) -> Path | None:
-        """What holds a model's files and nothing else, if it is ours to delete: it lies in `models_dirs` or the Hugging Face
-        cache, not only by a link, and is not the demo."""
+        """What holds a model's files and nothing else, if it is ours to delete: it lies in
+        `models_dirs` or the Hugging Face cache, not only by a link, and is not the demo."""
         path = Path(os.path.realpath(model.path))
         if path in map(Path, map(os.path.realpath, _demos())):
             return None
@@ -140,9 +172,13 @@ class Library:
 
     @property
     def hub(self) -> Path:
-        """The Hugging Face cache: https://huggingface.co/docs/huggingface_hub/guides/manage-cache"""
+        """The Hugging Face cache:
+        https://huggingface.co/docs/huggingface_hub/guides/manage-cache"""
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or cache / "huggingface") / "hub"
+        hub = (
+            os.environ.get("HF_HUB_CACHE")
+            or Path(os.environ.get("HF_HOME") or cache / "huggingface") / "hub"
+        )
         return Path(hub).expanduser()
 
     def _by_path(self, name: str, models: list[LocalModel], trusted: bool) -> LocalModel | None:
@@ -166,7 +202,11 @@ class Library:
                 model = describe(name, path)
             except ModelLoadError as error:
                 # Folders of other kinds are nobody's mistake; files that cannot be read are.
-                log.log(logging.WARNING if error.__cause__ else logging.DEBUG, "model skipped: %s", error)
+                log.log(
+                    logging.WARNING if error.__cause__ else logging.DEBUG,
+                    "model skipped: %s",
+                    error,
+                )
                 model = None
             self._described[path] = seen, model
         return self._described[path][1]
@@ -175,7 +215,10 @@ class Library:
         """Where models may be, with the names they would have."""
         for path in self._explicit:
             yield path.name, path
-        studio = [Path.home() / ".lmstudio" / "models", Path.home() / ".cache" / "lm-studio" / "models"]
+        studio = [
+            Path.home() / ".lmstudio" / "models",
+            Path.home() / ".cache" / "lm-studio" / "models",
+        ]
         for root in [*self._dirs, self.hub, *studio]:
             if (root / "config.json").exists():
                 yield root.resolve().name, root
@@ -193,7 +236,11 @@ class Library:
 
 def _subfolders(path: Path) -> list[Path]:
     try:
-        return sorted(Path(entry.path) for entry in os.scandir(path) if entry.is_dir() and entry.name[0] != ".")
+        return sorted(
+            Path(entry.path)
+            for entry in os.scandir(path)
+            if entry.is_dir() and entry.name[0] != "."
+        )
     except OSError:
         return []
 
@@ -204,9 +251,18 @@ def _snapshots(repo: Path) -> Iterator[Path]:
         yield repo / "snapshots" / (repo / "refs" / "main").read_text("utf-8").strip()
     except (OSError, ValueError):
         pass
-    yield from sorted(_subfolders(repo / "snapshots"), key=lambda path: path.stat().st_mtime, reverse=True)
+    yield from sorted(
+        _subfolders(repo / "snapshots"), key=lambda path: path.stat().st_mtime, reverse=True
+    )
 
 
 def _is_path(name: str, trusted: bool) -> bool:
-    return name.startswith(("/", "~", "./", "../")) or trusted and (
-        name in (".", "..") or name.endswith(".gguf") or os.path.exists(os.path.join(name, "config.json")))
+    return (
+        name.startswith(("/", "~", "./", "../"))
+        or trusted
+        and (
+            name in (".", "..")
+            or name.endswith(".gguf")
+            or os.path.exists(os.path.join(name, "config.json"))
+        )
+    )

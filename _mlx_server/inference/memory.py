@@ -24,7 +24,11 @@ class StateSize:
                 layers += layer.caches
                 continue
             keys = getattr(layer, "keys", None)
-            rows = (keys[0] if isinstance(keys, (list, tuple)) else keys).shape[-2] if keys is not None else 0
+            rows = (
+                (keys[0] if isinstance(keys, (list, tuple)) else keys).shape[-2]
+                if keys is not None
+                else 0
+            )
             window = getattr(layer, "max_size", None)
             if rows and window is None:
                 token += layer.nbytes / rows
@@ -46,8 +50,11 @@ def gigabytes(size: float) -> str:
 
 
 def usable_memory() -> int:
-    """Bytes that the GPU may use; without one, all memory there is. Raises ImportError without MLX."""
+    """Bytes that the GPU may use; without one, all memory there is. Raises ImportError without
+    MLX."""
     import mlx.core as mx
 
     device = mx.device_info() if mx.metal.is_available() else {}
-    return device.get("max_recommended_working_set_size") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return device.get("max_recommended_working_set_size") or os.sysconf(
+        "SC_PAGE_SIZE"
+    ) * os.sysconf("SC_PHYS_PAGES")

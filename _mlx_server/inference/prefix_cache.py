@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Callable
+from typing import Any
 
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.layers import copy_layer, is_trimmable, own_buffers
 
 
 class Checkpoint:
-    """The states of a model's layers at some length: of those that cannot be cut back, None for the others."""
+    """The states of a model's layers at some length: of those that cannot be cut back, None for the
+    others."""
 
     def __init__(self, layers: list[Any]):
         self.layers = layers
@@ -20,14 +22,14 @@ class Checkpoint:
 
 @dataclass(eq=False, repr=False)
 class CacheEntry:
-    """The KV state of one conversation: `tokens` are exactly what `cache` (one mlx-lm cache a layer) has read.
+    """The KV state of one conversation: `tokens` are exactly what `cache` (one mlx-lm cache a
+    layer) has read.
 
-    A layer with plain or quantised KV can be cut back to any length. Sliding-window and recurrent layers cannot, so
-    `checkpoints` keeps their states at chosen lengths; lines that have branched share them.
-    `model` is the fingerprint of what has read them, `root` the length of system and tools, `turns` are the lengths at which
-    the user's latest turns ended: a template that drops old thinking goes back there. `answers` tells at which length each
-    remembered answer ends.
-    """
+    A layer with plain or quantised KV can be cut back to any length. Sliding-window and recurrent
+    layers cannot, so `checkpoints` keeps their states at chosen lengths; lines that have branched
+    share them. `model` is the fingerprint of what has read them, `root` the length of system and
+    tools, `turns` are the lengths at which the user's latest turns ended: a template that drops old
+    thinking goes back there. `answers` tells at which length each remembered answer ends."""
 
     CHECKPOINTS = 10  # besides those at the root and the latest turns
 
@@ -44,7 +46,9 @@ class CacheEntry:
 
     @property
     def nbytes(self) -> int:
-        return self.cache_nbytes + sum(checkpoint.nbytes for checkpoint in self.checkpoints.values())
+        return self.cache_nbytes + sum(
+            checkpoint.nbytes for checkpoint in self.checkpoints.values()
+        )
 
     @property
     def cache_nbytes(self) -> int:
@@ -64,49 +68,69 @@ class CacheEntry:
     def checkpoint(self) -> None:
         """Remembers the layers that cannot be cut back later, as they are now. On the MLX thread.
 
-        Of too many the one goes that leaves the smallest gap for its distance from the end: near the end, where edits are
-        likely, they stay dense, and far back one still restarts not too far from an edit.
-        """
+        Of too many the one goes that leaves the smallest gap for its distance from the end: near
+        the end, where edits are likely, they stay dense, and far back one still restarts not too
+        far from an edit."""
         if self.trimmable:
             return
         end = len(self.tokens)
-        self.checkpoints[end] = Checkpoint([None if is_trimmable(c) else copy_layer(c) for c in self.cache])
+        self.checkpoints[end] = Checkpoint(
+            [None if is_trimmable(c) else copy_layer(c) for c in self.cache]
+        )
         at = sorted(self.checkpoints)
-        gaps = {here: (after - before) / (end - here + 1) for before, here, after in zip([0, *at], at, at[1:])
-                if here != self.root and here not in self.turns[-2:]}
+        gaps = {
+            here: (after - before) / (end - here + 1)
+            for before, here, after in zip([0, *at], at, at[1:])
+            if here != self.root and here not in self.turns[-2:]
+        }
         if len(gaps) > self.CHECKPOINTS:
             del self.checkpoints[min(gaps, key=gaps.get)]
 
     def layers(self, start: int, end: int) -> list[Any]:
-        """What tokens `start` to `end` (a restorable length) contribute: copies of that part of the layers that can be cut,
-        and of the others' whole state at `end`. On the MLX thread."""
-        kept = self.checkpoints[end].layers if end < len(self.tokens) and not self.trimmable else [None] * len(self.cache)
-        return [copy_layer(layer if state is None else state, start, end) for layer, state in zip(self.cache, kept)]
+        """What tokens `start` to `end` (a restorable length) contribute: copies of that part of the
+        layers that can be cut, and of the others' whole state at `end`. On the MLX thread."""
+        kept = (
+            self.checkpoints[end].layers
+            if end < len(self.tokens) and not self.trimmable
+            else [None] * len(self.cache)
+        )
+        return [
+            copy_layer(layer if state is None else state, start, end)
+            for layer, state in zip(self.cache, kept)
+        ]
 
     def branch(self, length: int) -> CacheEntry:
         """A copy of the first `length` tokens, which must be restorable. On the MLX thread."""
-        return CacheEntry(self.tokens[:length], self.layers(0, length), {at: s for at, s in self.checkpoints.items() if at <= length},
-                    self.root, [at for at in self.turns if at <= length],
-                    {key: at for key, at in self.answers.items() if at <= length}, model=self.model)
+        return CacheEntry(
+            self.tokens[:length],
+            self.layers(0, length),
+            {at: s for at, s in self.checkpoints.items() if at <= length},
+            self.root,
+            [at for at in self.turns if at <= length],
+            {key: at for key, at in self.answers.items() if at <= length},
+            model=self.model,
+        )
 
 
 class PrefixCache:
     """KV states of earlier requests to all models, found by longest common token prefix.
 
-    Policy. A request takes the line that gives it the most tokens. When the conversation simply goes on, the line moves
-    into the request and comes back longer; when it branches, the shared part is copied and the line stays. Memory is
-    bounded in real bytes: the least recently used line goes first, where one that was never used again (a title, a
-    sub-agent's only turn) counts as `ONE_OFF` seconds older, and the last thing kept of a line is its root (system and
-    tools), which every new conversation of that client shares. A line larger than all the room there is keeps its beginning.
-    A line is named by the model's fingerprint and its tokens, and no state of one model is ever given to another.
-    """
+    Policy. A request takes the line that gives it the most tokens. When the conversation simply
+    goes on, the line moves into the request and comes back longer; when it branches, the shared
+    part is copied and the line stays. Memory is bounded in real bytes: the least recently used line
+    goes first, where one that was never used again (a title, a sub-agent's only turn) counts as
+    `ONE_OFF` seconds older, and the last thing kept of a line is its root (system and tools), which
+    every new conversation of that client shares. A line larger than all the room there is keeps its
+    beginning. A line is named by the model's fingerprint and its tokens, and no state of one model
+    is ever given to another."""
 
     ONE_OFF = 600.0
 
     def __init__(self, room: Callable[[], int], group: Group = Group()):
         """`room` tells how many bytes there are for it at the moment."""
         self._room, self._group = room, group
-        self._lines: dict[CacheEntry, int] = {}  # with the bytes of their caches, which do not change in here
+        # With the bytes of their caches, which do not change in here
+        self._lines: dict[CacheEntry, int] = {}
 
     @property
     def nbytes(self) -> int:
@@ -115,7 +139,9 @@ class PrefixCache:
     def _bytes(self, lines: list[CacheEntry]) -> int:
         """What lines take together; what several of them share counts once."""
         shared = {checkpoint for line in lines for checkpoint in line.checkpoints.values()}
-        return sum(self._lines.get(line, 0) for line in lines) + sum(checkpoint.nbytes for checkpoint in shared)
+        return sum(self._lines.get(line, 0) for line in lines) + sum(
+            checkpoint.nbytes for checkpoint in shared
+        )
 
     @property
     def limit(self) -> int:
@@ -127,7 +153,8 @@ class PrefixCache:
         return [line for line in list(self._lines) if line.model == model]
 
     def find(self, model: str, tokens: list[int]) -> tuple[CacheEntry | None, int]:
-        """The line that restores the longest proper prefix of `tokens`, and that length. From any thread: it only reads."""
+        """The line that restores the longest proper prefix of `tokens`, and that length. From any
+        thread: it only reads."""
         best, length = None, 0
         for line in self.lines(model):
             usable = line.restorable(min(common_prefix(line.tokens, tokens), len(tokens) - 1))
@@ -136,12 +163,14 @@ class PrefixCache:
         return best, length
 
     def closest(self, model: str, tokens: list[int]) -> tuple[list[int], int]:
-        """The tokens of the line that agrees with `tokens` the longest, and how many those are. From any thread."""
+        """The tokens of the line that agrees with `tokens` the longest, and how many those are.
+        From any thread."""
         pairs = ((line.tokens, common_prefix(line.tokens, tokens)) for line in self.lines(model))
         return max(pairs, key=lambda pair: pair[1], default=([], 0))
 
     def take(self, model: str, tokens: list[int]) -> CacheEntry | None:
-        """The state to start from: a line moved out of the cache or a copy of one's beginning. On the MLX thread."""
+        """The state to start from: a line moved out of the cache or a copy of one's beginning. On
+        the MLX thread."""
         line, length = self.find(model, tokens)
         if line is None:
             return None
@@ -157,7 +186,8 @@ class PrefixCache:
         return self._bytes(self.lines(model))
 
     def put(self, line: CacheEntry) -> None:
-        """Files a state and makes room for it. A line that the new one continues is dropped. On the MLX thread."""
+        """Files a state and makes room for it. A line that the new one continues is dropped. On the
+        MLX thread."""
         import mlx.core as mx
 
         mx.eval([own_buffers(layer).state for layer in line.cache if not is_trimmable(layer)])
@@ -183,11 +213,17 @@ class PrefixCache:
 
     def unwritten(self, model: str) -> CacheEntry | None:
         """The model's most recently used line that is not on disk yet."""
-        return max((line for line in self.lines(model) if not line.written), key=lambda line: line.used, default=None)
+        return max(
+            (line for line in self.lines(model) if not line.written),
+            key=lambda line: line.used,
+            default=None,
+        )
 
     def _beginning(self, line: CacheEntry) -> CacheEntry:
         """The longest beginning of a line that fits."""
-        length = self._group.broadcast(lambda: int(len(line.tokens) * self.limit / line.nbytes * 0.95))
+        length = self._group.broadcast(
+            lambda: int(len(line.tokens) * self.limit / line.nbytes * 0.95)
+        )
         while length := line.restorable(length):
             shorter = line.branch(length)
             if self._group.broadcast(lambda: shorter.nbytes <= self.limit):
@@ -197,12 +233,19 @@ class PrefixCache:
 
     def evict(self, spare: int = 0) -> None:
         """Keeps within its room, and so many bytes below. On the MLX thread."""
-        while self._lines and (at := self._group.broadcast(lambda: self._surplus(spare))) is not None:
+        while (
+            self._lines and (at := self._group.broadcast(lambda: self._surplus(spare))) is not None
+        ):
             victim = list(self._lines)[at]
             del self._lines[victim]
-            if 0 < victim.root < len(victim.tokens) and victim.restorable(victim.root) == victim.root:
+            if (
+                0 < victim.root < len(victim.tokens)
+                and victim.restorable(victim.root) == victim.root
+            ):
                 others = self.lines(victim.model)
-                if not any(common_prefix(victim.tokens, line.tokens) >= victim.root for line in others):
+                if not any(
+                    common_prefix(victim.tokens, line.tokens) >= victim.root for line in others
+                ):
                     kept = victim.branch(victim.root)
                     kept.hits, kept.used, kept.written = 1, victim.used, victim.written
                     self._lines[kept] = kept.cache_nbytes

@@ -1,4 +1,5 @@
-"""What goes into the engine, what comes out of it and what can go wrong: requests, events and errors, in no vendor's words."""
+"""What goes into the engine, what comes out of it and what can go wrong: requests, events and
+errors, in no vendor's words."""
 
 from __future__ import annotations
 
@@ -9,19 +10,18 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Union
 
-
 Message = dict[str, Any]
 """One message of the canonical conversation: `{"role", "content": str, ...}`.
 
-`system` only first; `user` and `assistant` alternate apart from runs of `tool` after an assistant's calls. An assistant
-may carry `reasoning_content: str` and `tool_calls: [{"id", "type": "function", "function": {"name", "arguments": dict}}]`;
-a tool result carries `tool_call_id` and `name`.
-"""
+`system` only first; `user` and `assistant` alternate apart from runs of `tool` after an assistant's
+calls. An assistant may carry `reasoning_content: str` and `tool_calls: [{"id", "type": "function",
+"function": {"name", "arguments": dict}}]`; a tool result carries `tool_call_id` and `name`. """
 
 
 @dataclass
 class Sampling:
-    """How to pick tokens. None leaves the choice to the model's generation_config.json; temperature 0 is greedy."""
+    """How to pick tokens. None leaves the choice to the model's generation_config.json; temperature
+    0 is greedy."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -45,25 +45,28 @@ class Priority(enum.IntEnum):
 
 @dataclass
 class Request:
-    """One generation, in no vendor's words. With neither `messages` nor `prompt` it only loads the model.
+    """One generation, in no vendor's words. With neither `messages` nor `prompt` it only loads the
+    model.
 
-    `prompt` (raw text or token ids: no chat template, no markup in the answer) replaces `messages` when given. `tools` are
-    in OpenAI form and are rendered; `deferred_tools` are not rendered but may be called. `tool_choice` is "auto", "none",
-    "any" or a tool's name.
-    `max_tokens` None means up to the context's end; 0 only fills the prompt cache. `logprobs` asks for the visible answer's
-    tokens with their probabilities, and for so many of the likeliest ones beside each. `keep_alive` is in seconds
-    (negative: for ever, 0: unload afterwards, None: the model's current setting).
+    `prompt` (raw text or token ids: no chat template, no markup in the answer) replaces `messages`
+    when given. `tools` are in OpenAI form and are rendered; `deferred_tools` are not rendered but
+    may be called. `tool_choice` is "auto", "none", "any" or a tool's name. `max_tokens` None means
+    up to the context's end; 0 only fills the prompt cache. `logprobs` asks for the visible answer's
+    tokens with their probabilities, and for so many of the likeliest ones beside each. `keep_alive`
+    is in seconds (negative: for ever, 0: unload afterwards, None: the model's current setting).
     `context` are tokens that the model reads before all that, an earlier answer's `Done.tokens`.
-    `suffix` is raw text that the answer leads from `prompt` to, for models whose capabilities have "insert".
-    `embed` asks for the prompt's `Embedding` instead of an answer, `truncate` for that of its beginning where it is too long.
+    `suffix` is raw text that the answer leads from `prompt` to, for models whose capabilities have
+    "insert". `embed` asks for the prompt's `Embedding` instead of an answer, `truncate` for that of
+    its beginning where it is too long.
 
-    `thinking_budget` is how many tokens the model may think for; then its thinking is ended for it. None leaves it the time.
+    `thinking_budget` is how many tokens the model may think for; then its thinking is ended for it.
+    None leaves it the time.
 
-    `format` is what the visible answer must be: "json" (any JSON object) or a JSON schema, here the schema's dict; with
-    `tools` the model may call one instead. Thinking stays free. A forced call (`tool_choice` "any" or a name) is held to
-    the tools' names and, as far as the model's call syntax allows, their schemas; so is, with `strict`, every call the model
-    makes. All this needs the package llguidance: without it a `format` is refused and a forced call only begun.
-    """
+    `format` is what the visible answer must be: "json" (any JSON object) or a JSON schema, here the
+    schema's dict; with `tools` the model may call one instead. Thinking stays free. A forced call
+    (`tool_choice` "any" or a name) is held to the tools' names and, as far as the model's call
+    syntax allows, their schemas; so is, with `strict`, every call the model makes. All this needs
+    the package llguidance: without it a `format` is refused and a forced call only begun."""
 
     model: str
     messages: list[Message] = field(default_factory=list)
@@ -98,8 +101,9 @@ class Thinking:
 
 @dataclass
 class Token:
-    """A token that was generated, or could have been: its bytes, which need not be whole characters, the text they make by
-    themselves, and the natural logarithm of its probability before temperature and the like. `top` are the likeliest."""
+    """A token that was generated, or could have been: its bytes, which need not be whole
+    characters, the text they make by themselves, and the natural logarithm of its probability
+    before temperature and the like. `top` are the likeliest."""
 
     text: str
     bytes: bytes
@@ -109,8 +113,8 @@ class Token:
 
 @dataclass
 class Text:
-    """A piece of the visible answer. Never holds part of a stop string or half a character. `tokens` are those that begin
-    in it, if the request wants `logprobs`."""
+    """A piece of the visible answer. Never holds part of a stop string or half a character.
+    `tokens` are those that begin in it, if the request wants `logprobs`."""
 
     text: str
     tokens: list[Token] = field(default_factory=list)
@@ -118,7 +122,8 @@ class Text:
 
 @dataclass
 class ToolStart:
-    """A tool call begins: its unique `id` ("toolu_" and 24 characters) and the declared tool's name."""
+    """A tool call begins: its unique `id` ("toolu_" and 24 characters) and the declared tool's
+    name."""
 
     id: str
     name: str
@@ -126,15 +131,17 @@ class ToolStart:
 
 @dataclass
 class ToolInput:
-    """A piece of the open call's arguments as JSON text; all pieces together are exactly one JSON object, or its beginning."""
+    """A piece of the open call's arguments as JSON text; all pieces together are exactly one JSON
+    object, or its beginning."""
 
     json: str
 
 
 @dataclass
 class ToolEnd:
-    """The open call is over; `arguments` is the object its pieces spell. With `cut` the answer's end came before the call's:
-    the pieces are no whole object, `arguments` is empty, and the call must not be made."""
+    """The open call is over; `arguments` is the object its pieces spell. With `cut` the answer's
+    end came before the call's: the pieces are no whole object, `arguments` is empty, and the call
+    must not be made."""
 
     arguments: dict[str, Any]
     cut: bool = False
@@ -149,13 +156,14 @@ class Embedding:
 
 @dataclass
 class Tick:
-    """Nothing new for `Generation.TICK` seconds: the time to look whether the caller's client still listens."""
+    """Nothing new for `Generation.TICK` seconds: the time to look whether the caller's client still
+    listens."""
 
 
 @dataclass
 class Usage:
-    """Token counts and seconds. `prompt_tokens` is the whole prompt, `cached_tokens` the part that was not prefilled
-    again, `completion_tokens` everything generated, thinking included."""
+    """Token counts and seconds. `prompt_tokens` is the whole prompt, `cached_tokens` the part that
+    was not prefilled again, `completion_tokens` everything generated, thinking included."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -169,9 +177,10 @@ class Usage:
 
 @dataclass
 class Done:
-    """The last event. `reason` is "stop" (end of turn), "stop_sequence" (then `stop_sequence` names it), "length"
-    (`max_tokens` reached), "context" (context window full), "tool_calls" (the turn ended and holds a call) or "load" (the
-    request had nothing to generate from: the model was loaded, that is all). `tokens` are the prompt's and the answer's."""
+    """The last event. `reason` is "stop" (end of turn), "stop_sequence" (then `stop_sequence` names
+    it), "length" (`max_tokens` reached), "context" (context window full), "tool_calls" (the turn
+    ended and holds a call) or "load" (the request had nothing to generate from: the model was
+    loaded, that is all). `tokens` are the prompt's and the answer's."""
 
     reason: str
     usage: Usage
@@ -183,7 +192,8 @@ Event = Union[Thinking, Text, ToolStart, ToolInput, ToolEnd, Embedding, Tick, Do
 
 
 class EngineError(Exception):
-    """Something failed in the engine; `str(error)` is one sentence a user can act on, free of internals."""
+    """Something failed in the engine; `str(error)` is one sentence a user can act on, free of
+    internals."""
 
 
 class InvalidRequest(EngineError):
@@ -219,15 +229,16 @@ class EngineClosed(EngineError):
 
 
 def first_line(error: Exception, known: str = "/…") -> str:
-    """An exception's first line without the machine's paths, one of which is known, fit for a client."""
+    """An exception's first line without the machine's paths, one of which is known, fit for a
+    client."""
     line = (str(error).splitlines() or [type(error).__name__])[0].replace(known, "…")
     return re.sub(r"(?:/[\w.+@-]+){2,}/?", "…", line)[:200]
 
 
 @dataclass
 class Miss:
-    """Where a prompt and the cached one that is most like it part: at which token, in which message of the canonical
-    conversation, and the first words there, as cached and now."""
+    """Where a prompt and the cached one that is most like it part: at which token, in which message
+    of the canonical conversation, and the first words there, as cached and now."""
 
     at: int
     message: int | None
@@ -248,7 +259,8 @@ class Totals:
 
 @dataclass
 class Stats:
-    """The engine at this moment. `memory` is what MLX holds, `memory_limit` what it may, both in bytes."""
+    """The engine at this moment. `memory` is what MLX holds, `memory_limit` what it may, both in
+    bytes."""
 
     waiting: int
     running: int
@@ -262,5 +274,11 @@ class Stats:
 
 def fill_sampling(sampling: Sampling, defaults: Sampling) -> Sampling:
     """What the client left open is taken from the model's defaults."""
-    return Sampling(**{f.name: getattr(defaults, f.name) if getattr(sampling, f.name) is None else getattr(sampling, f.name)
-                       for f in dataclasses.fields(Sampling)})
+    return Sampling(
+        **{
+            f.name: getattr(defaults, f.name)
+            if getattr(sampling, f.name) is None
+            else getattr(sampling, f.name)
+            for f in dataclasses.fields(Sampling)
+        }
+    )

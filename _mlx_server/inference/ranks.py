@@ -14,9 +14,10 @@ import socket
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 from _mlx_server.inference.generation import Generation
 from _mlx_server.inference.group import Group
@@ -28,14 +29,14 @@ log = logging.getLogger("mlx_server")
 
 
 class Ranks(Group):
-    """The processes that `mlx.launch` has started, on one machine or several. They share each tensor or, with `pipeline`, the
-    layers.
+    """The processes that `mlx.launch` has started, on one machine or several. They share each
+    tensor or, with `pipeline`, the layers.
 
-    Rank 0 has a TCP connection to every other one, on which it tells what it decides: waiting there costs nothing, and
-    whoever is gone is missed at once. MLX's collectives wait for ever for a process that does not take part. So the group
-    ends, on rank 0 by `on_lost` and elsewhere at once, when a connection closes or is silent, or when one process fails alone.
-    Raises EngineError if the group does not come together.
-    """
+    Rank 0 has a TCP connection to every other one, on which it tells what it decides: waiting there
+    costs nothing, and whoever is gone is missed at once. MLX's collectives wait for ever for a
+    process that does not take part. So the group ends, on rank 0 by `on_lost` and elsewhere at
+    once, when a connection closes or is silent, or when one process fails alone. Raises EngineError
+    if the group does not come together."""
 
     BEAT = 5.0  # seconds between two signs of life
     SILENCE = 30.0  # seconds without one after which a process counts as gone
@@ -51,25 +52,39 @@ class Ranks(Group):
             self.rank, self.size, self._pipeline = group.rank(), group.size(), pipeline
             self._peers = self._connect(_leader())
             self._memory = self._least(usable_memory())
-        except (RuntimeError, ValueError, LookupError, OSError, EOFError, connection.AuthenticationError) as error:
+        except (
+            RuntimeError,
+            ValueError,
+            LookupError,
+            OSError,
+            EOFError,
+            connection.AuthenticationError,
+        ) as error:
             raise EngineError(f"the group does not come together: {first_line(error)}") from error
-        self._jobs: weakref.WeakValueDictionary[str, Generation] = weakref.WeakValueDictionary()  # that all know
+        # That all know
+        self._jobs: weakref.WeakValueDictionary[str, Generation] = weakref.WeakValueDictionary()
         self._told: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        self._failures: queue.SimpleQueue[int] = queue.SimpleQueue()  # ranks with one that rank 0 has not had yet
+        # Ranks with one that rank 0 has not had yet
+        self._failures: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._sending = threading.Lock()  # the MLX thread and `_watch` both do
         self._closed = False
 
     def _connect(self, host: str) -> dict[connection.Connection, int]:
-        """Connections by the rank at their other end. Nobody gets one without the key, which MLX's own connections carry."""
+        """Connections by the rank at their other end. Nobody gets one without the key, which MLX's
+        own connections carry."""
         import mlx.core as mx
 
         key = secrets.token_bytes(32)
-        listener = None if self.rank else connection.Listener((host, 0), backlog=self.size, authkey=key)
+        listener = (
+            None if self.rank else connection.Listener((host, 0), backlog=self.size, authkey=key)
+        )
         ours = [listener.address[1], *key] if listener else [0] * 33
         port, *key = mx.distributed.all_sum(mx.array(ours), stream=mx.cpu).tolist()
         if listener:
             with listener:
-                peers = {peer: peer.recv() for peer in (listener.accept() for _ in range(1, self.size))}
+                peers = {
+                    peer: peer.recv() for peer in (listener.accept() for _ in range(1, self.size))
+                }
         else:
             peers = {connection.Client((host, port), authkey=bytes(key)): 0}
             next(iter(peers)).send(self.rank)
@@ -141,7 +156,9 @@ class Ranks(Group):
         model = load_model(path, lazy=True, **options)[0]
         whole, split = (model_body(model), "pipeline") if self._pipeline else (model, "shard")
         if not hasattr(whole, split):
-            raise ValueError(f"mlx-lm cannot split it so; try {'without' if self._pipeline else 'with'} --pipeline")
+            raise ValueError(
+                f"mlx-lm cannot split it so; try {'without' if self._pipeline else 'with'} --pipeline"
+            )
         getattr(whole, split)(mx.distributed.init())
         mx.eval(model.parameters())
         self._least(0)  # waits for the slowest disk: a GPU must not
@@ -189,7 +206,10 @@ class Ranks(Group):
                 elif message != self._BEAT:
                     self._told.put(message)
             now = time.monotonic()
-            silent = next((rank for peer, rank in self._peers.items() if now - heard[peer] > self.SILENCE), None)
+            silent = next(
+                (rank for peer, rank in self._peers.items() if now - heard[peer] > self.SILENCE),
+                None,
+            )
             if silent is not None:
                 return self.give_up(f"{self._GONE}: rank {silent} is silent")
             if not self._failures.empty() and now - failed > self.SKEW:
@@ -212,5 +232,7 @@ def _leader() -> str:
     """Rank 0's address, from what `mlx.launch` tells of its back ends ring and jaccl:
     https://ml-explore.github.io/mlx/build/html/usage/distributed.html"""
     hosts = os.environ.get("MLX_HOSTFILE")
-    address = json.loads(Path(hosts).read_text())[0][0] if hosts else os.environ["MLX_JACCL_COORDINATOR"]
+    address = (
+        json.loads(Path(hosts).read_text())[0][0] if hosts else os.environ["MLX_JACCL_COORDINATOR"]
+    )
     return address.rpartition(":")[0]

@@ -14,7 +14,7 @@ from _mlx_server.inference.disk_cache import DiskCache
 from _mlx_server.inference.generation import Generation, Phase
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.memory import StateSize, gigabytes
-from _mlx_server.inference.models import LocalModel, load_error, fingerprint
+from _mlx_server.inference.models import LocalModel, fingerprint, load_error
 from _mlx_server.inference.prefix_cache import CacheEntry, PrefixCache, common_prefix
 from _mlx_server.inference.protocol import Embedding, EngineError, InvalidRequest
 from _mlx_server.inference.renderer import PromptRenderer
@@ -27,43 +27,67 @@ log = logging.getLogger("mlx_server")
 class ModelRunner:
     """A model's weights and its running requests. Every method runs on the MLX thread.
 
-    Prefill is done here, a chunk at a time, since snapshots have to be taken inside it and others get their turn between
-    two chunks; the decoder then takes over. Whatever fails, fails for the request it belongs to.
-    """
+    Prefill is done here, a chunk at a time, since snapshots have to be taken inside it and others
+    get their turn between two chunks; the decoder then takes over. Whatever fails, fails for the
+    request it belongs to."""
 
     CHUNK = 512  # tokens; larger ones gain no speed but memory peaks and waiting time
-    LARGE = 2048  # but up to a fifth with experts, all of which each chunk reads: https://github.com/ml-explore/mlx-lm/pull/406
+    # But up to a fifth with experts, all of which each chunk reads:
+    # https://github.com/ml-explore/mlx-lm/pull/406
+    LARGE = 2048
     LEAST = 64  # tokens that a chunk has after failures
-    DEEP = 16384  # tokens up to which a large chunk's attention takes no more memory than a small one's does at 64k
+    # Tokens up to which a large chunk's attention takes no more memory than a small one's does at
+    # 64k
+    DEEP = 16384
     SPARSE = 4096  # tokens between two restore points inside a long prompt
     BATCH = 32  # requests that decode side by side
-    EXPECTED = 4096  # tokens of an answer to keep memory free for; who writes more may have to wait in between
+    # Tokens of an answer to keep memory free for; who writes more may have to wait in between
+    EXPECTED = 4096
     INSPECTED = 32  # tokens between two looks whether the model still computes numbers
     TELL = 4.0  # seconds between two words on how far a long prompt is
 
-    def __init__(self, local: LocalModel, renderer: PromptRenderer, prefixes: PrefixCache, kv_bits: int | None, disk_cache: DiskCache | None,
-                 group: Group):
+    def __init__(
+        self,
+        local: LocalModel,
+        renderer: PromptRenderer,
+        prefixes: PrefixCache,
+        kv_bits: int | None,
+        disk_cache: DiskCache | None,
+        group: Group,
+    ):
         import mlx.core as mx
         from mlx.utils import tree_flatten
 
         started = time.perf_counter()
         log.info("loading %s, %s", local.name, gigabytes(local.size))
-        self.local, self.renderer, self.prefixes, self.disk_cache, self._group = local, renderer, prefixes, disk_cache, group
+        self.local, self.renderer, self.prefixes, self.disk_cache, self._group = (
+            local,
+            renderer,
+            prefixes,
+            disk_cache,
+            group,
+        )
         self.fingerprint, self._kv_bits = fingerprint(local, kv_bits), kv_bits
         try:
             embeds = "embedding" in local.capabilities
-            self.model = group.load(local.path, **({"get_model_classes": headless_classes} if embeds else {}))
+            self.model = group.load(
+                local.path, **({"get_model_classes": headless_classes} if embeds else {})
+            )
             self._body = model_body(self.model)
             self._pooling = pooling_mode(local) if embeds else "mean"
             cache = self._new_cache()
             forward = self._body if embeds else self.model
-            mx.eval(forward(mx.array([[0]]), cache=cache))  # compiles the kernels, and shows what KV takes
+            # Compiles the kernels, and shows what KV takes
+            mx.eval(forward(mx.array([[0]]), cache=cache))
         except Exception as error:
             raise load_error(local, f"model '{local.name}'", error) from error
         size = sum(array.nbytes for _, array in tree_flatten(self.model.parameters()))
         self.size, self.state = group.broadcast(lambda: (size, StateSize.of(cache)))
-        experts = any(type(module).__name__.endswith("SwitchLinear") for module in self.model.modules())
-        self._undisturbed = self.LARGE if experts and group.size == 1 else self.CHUNK  # a GPU must not wait long for another
+        experts = any(
+            type(module).__name__.endswith("SwitchLinear") for module in self.model.modules()
+        )
+        # A GPU must not wait long for another
+        self._undisturbed = self.LARGE if experts and group.size == 1 else self.CHUNK
         self.load_seconds = time.perf_counter() - started
         self.jobs: list[Generation] = []
         self.keep_alive: float | None = None
@@ -75,10 +99,16 @@ class ModelRunner:
         from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 
         def quantized(layer: Any) -> Any:
-            return QuantizedKVCache(64 if head % 64 == 0 else 32, self._kv_bits) if type(layer) is KVCache else layer
+            return (
+                QuantizedKVCache(64 if head % 64 == 0 else 32, self._kv_bits)
+                if type(layer) is KVCache
+                else layer
+            )
 
         config = self.local.config.get("text_config") or self.local.config
-        head = config.get("head_dim") or config.get("hidden_size", 0) // config.get("num_attention_heads", 1)
+        head = config.get("head_dim") or config.get("hidden_size", 0) // config.get(
+            "num_attention_heads", 1
+        )
         cache = make_prompt_cache(self.model)
         return [quantized(layer) for layer in cache] if self._kv_bits and head % 32 == 0 else cache
 
@@ -98,7 +128,8 @@ class ModelRunner:
         return self.state.nbytes(job.prompt_tokens + max(written, min(job._limit, self.EXPECTED)))
 
     def admit(self, job: Generation) -> None:
-        """Takes a request in, with the state that it goes on from: before room is made for it by dropping states."""
+        """Takes a request in, with the state that it goes on from: before room is made for it by
+        dropping states."""
         if job.request.keep_alive is not None:
             self.keep_alive = job.request.keep_alive
         waited = job._lap()
@@ -123,7 +154,9 @@ class ModelRunner:
         if len(self._decoder) >= self.BATCH:
             return []
         waiting = [job for job in self.jobs if job._phase in (Phase.WAITING, Phase.PREFILL)]
-        return [job for job in waiting if job._left() > 0 or job._line is None or self._may_decode(job)]
+        return [
+            job for job in waiting if job._left() > 0 or job._line is None or self._may_decode(job)
+        ]
 
     def _may_decode(self, job: Generation) -> bool:
         alone = job._suspect or any(other._suspect for other in self.decoding())
@@ -132,7 +165,8 @@ class ModelRunner:
     # -- prefill
 
     def prefill(self, job: Generation, alone: bool) -> None:
-        """One chunk of a request's prompt, a large one if nobody else is here to wait for it; behind the last one it decodes."""
+        """One chunk of a request's prompt, a large one if nobody else is here to wait for it;
+        behind the last one it decodes."""
         job._phase = Phase.PREFILL
         try:
             if job.request.embed:
@@ -152,15 +186,20 @@ class ModelRunner:
             self._drop(job, error)
 
     def _restore(self, job: Generation) -> None:
-        """Gives a request the longest beginning of its prompt that anyone has read: a line of the prefix cache, the disk's, or
-        a copy from a request that runs, so that a twin or a sub-agent of a running request does not prefill twice. One that
-        has begun changes over when others have come a chunk further."""
+        """Gives a request the longest beginning of its prompt that anyone has read: a line of the
+        prefix cache, the disk's, or a copy from a request that runs, so that a twin or a sub-agent
+        of a running request does not prefill twice. One that has begun changes over when others
+        have come a chunk further."""
         tokens, begun = job._prompt.tokens, job._line is not None
         if begun and len(self.jobs) == 1 or job.request.embed:
             return
         have = len(job._line.tokens) + self.CHUNK if begun else 0
         _, length = self.prefixes.find(self.fingerprint, tokens)
-        chain, kept = self.disk_cache.find(self.fingerprint, tokens[:-1]) if self.disk_cache and not begun else ([], 0)
+        chain, kept = (
+            self.disk_cache.find(self.fingerprint, tokens[:-1])
+            if self.disk_cache and not begun
+            else ([], 0)
+        )
         shared, donor = self._most_like(job)
         line = None
         if shared > max(length, have):
@@ -187,21 +226,36 @@ class ModelRunner:
         job._line = line
 
     def _most_like(self, job: Generation) -> tuple[int, Generation | None]:
-        """The running request that has read the most of what a request has to read, and how much that is."""
+        """The running request that has read the most of what a request has to read, and how much
+        that is."""
+
         def read(other: Generation) -> int:
             shared = common_prefix(other._prompt.tokens, job._prompt.tokens)
             return shared if other._phase is Phase.DECODE else min(shared, len(other._line.tokens))
 
         others = [other for other in self.jobs if other is not job and other._line is not None]
-        return max(((read(other), other) for other in others), key=lambda pair: pair[0], default=(0, None))
+        return max(
+            ((read(other), other) for other in others), key=lambda pair: pair[0], default=(0, None)
+        )
 
     def _read_chunk(self, job: Generation, most: int) -> None:
         import mlx.core as mx
 
         tokens, line, prompt = job._prompt.tokens, job._line, job._prompt
         start, end = len(line.tokens), len(tokens) - 1
-        marks = sorted({prompt.root, prompt.turn, prompt.body or end, (start // self.SPARSE + 1) * self.SPARSE, end})
-        stop = min(next(at for at in marks if at > start), start + (most if start < self.DEEP else self.CHUNK))
+        marks = sorted(
+            {
+                prompt.root,
+                prompt.turn,
+                prompt.body or end,
+                (start // self.SPARSE + 1) * self.SPARSE,
+                end,
+            }
+        )
+        stop = min(
+            next(at for at in marks if at > start),
+            start + (most if start < self.DEEP else self.CHUNK),
+        )
         self.model(mx.array(tokens[start:stop])[None], cache=line.cache)
         mx.eval([c.state for c in line.cache])
         mx.clear_cache()
@@ -216,15 +270,25 @@ class ModelRunner:
             return
         job._told = now
         speed = (done - job.usage.cached_tokens) / (now - job._mark)
-        log.info("%s: prompt %d %%, %s/%s tokens, %.0f tokens/s, %.0f s left", self.local.name, 100 * done // job.prompt_tokens,
-                 f"{done:,}", f"{job.prompt_tokens:,}", speed, job._left() / speed)
+        log.info(
+            "%s: prompt %d %%, %s/%s tokens, %.0f tokens/s, %.0f s left",
+            self.local.name,
+            100 * done // job.prompt_tokens,
+            f"{done:,}",
+            f"{job.prompt_tokens:,}",
+            speed,
+            job._left() / speed,
+        )
 
     def _embed(self, job: Generation) -> None:
-        """A chunk of a text to embed; behind the last one there is its vector. The prefix cache has no part in it."""
+        """A chunk of a text to embed; behind the last one there is its vector. The prefix cache has
+        no part in it."""
         import mlx.core as mx
 
         start, pooled, cache = job._embedded or (0, None, self._new_cache())
-        tokens = job._prompt.tokens[start:start + self.CHUNK if job._left() > self.CHUNK else None]
+        tokens = job._prompt.tokens[
+            start : start + self.CHUNK if job._left() > self.CHUNK else None
+        ]
         states = self._body(mx.array(tokens)[None], cache=cache)[0].astype(mx.float32)
         if self._pooling == "lasttoken":
             pooled = states[-1]
@@ -253,22 +317,28 @@ class ModelRunner:
         job._sampler = job._sampler or make_sampler(sampling, len(self.renderer.tokenizer))
         processors = make_penalties(sampling)
         if job._grammar is not None:
-            job._constraint = job._grammar.after(job._prompt.tokens[job.prompt_tokens:])
+            job._constraint = job._grammar.after(job._prompt.tokens[job.prompt_tokens :])
             processors.append(job._constraint)
         if budget := self.renderer.budget(job.request, job._prompt, job.prompt_tokens):
             processors.append(budget)
-        job._number = self._decoder.insert(job._line, job._prompt.tokens[-1], job._limit - job.usage.completion_tokens,
-                                           job._sampler, processors)
+        job._number = self._decoder.insert(
+            job._line,
+            job._prompt.tokens[-1],
+            job._limit - job.usage.completion_tokens,
+            job._sampler,
+            processors,
+        )
         job._line.cache = []  # the decoder gives it back at the end
         job._phase = Phase.DECODE
 
     def _salvage(self, job: Generation) -> None:
-        """Files the chunks that a failed prefill had finished. The layers may or may not have taken up more than those."""
+        """Files the chunks that a failed prefill had finished. The layers may or may not have taken
+        up more than those."""
         import mlx.core as mx
 
         try:
             done = len(job._line.tokens)
-            torn = dataclasses.replace(job._line, tokens=job._prompt.tokens[:done + 1])
+            torn = dataclasses.replace(job._line, tokens=job._prompt.tokens[: done + 1])
             line = torn.branch(torn.restorable(done))
             mx.eval([layer.state for layer in line.cache])
             self.prefixes.put(line)
@@ -301,13 +371,16 @@ class ModelRunner:
         import mlx.core as mx
 
         usage, parser, detokenizer = job.usage, job._parser, job._detokenizer
-        # Of logits that are no numbers every sampler picks token 0; a model that has once lost them never comes back.
+        # Of logits that are no numbers every sampler picks token 0; a model that has once lost them
+        # never comes back.
         if response.token == 0 or usage.completion_tokens % self.INSPECTED == 0:
             with mx.stream(mx.cpu):  # on the GPU it would have to wait for the next step
                 broken = math.isnan(response.logprobs[0].item())
             if broken:
                 raise ArithmeticError("the model's output is not a number")
-        if job._constraint is not None and job._constraint.take(response.token, usage.completion_tokens):
+        if job._constraint is not None and job._constraint.take(
+            response.token, usage.completion_tokens
+        ):
             parser.verbatim()
         usage.completion_tokens += 1
         usage.thinking_tokens += parser.state == "thinking"
@@ -315,7 +388,14 @@ class ModelRunner:
             detokenizer.add_token(response.token)
             if job.request.logprobs is not None:
                 with mx.stream(mx.cpu):
-                    job._pending_logprobs.append(token_logprobs(response.token, response.logprobs, job.request.logprobs, self.renderer.token_bytes))
+                    job._pending_logprobs.append(
+                        token_logprobs(
+                            response.token,
+                            response.logprobs,
+                            job.request.logprobs,
+                            self.renderer.token_bytes,
+                        )
+                    )
         if response.finish_reason:
             detokenizer.finalize()
         piece = detokenizer.last_segment
@@ -333,8 +413,9 @@ class ModelRunner:
         job._line.tokens, job._line.cache = self._decoder.remove(job._number)
 
     def isolate_failed_batch(self, error: Exception) -> None:
-        """The step of those who decode has failed, and whose fault it was cannot be told: each of them reads what it had once
-        more and goes on alone, where only the guilty one fails again."""
+        """The step of those who decode has failed, and whose fault it was cannot be told: each of
+        them reads what it had once more and goes on alone, where only the guilty one fails
+        again."""
         jobs = self.decoding()
         self._failed(error)
         self._decoder, batch = self._new_decoder(), self._decoder._batch
@@ -342,7 +423,9 @@ class ModelRunner:
             for job in jobs:
                 self._drop(job, error)
             return
-        log.warning("a step of %d requests has failed: they go on one by one", len(jobs), exc_info=error)
+        log.warning(
+            "a step of %d requests has failed: they go on one by one", len(jobs), exc_info=error
+        )
         read = dict(zip(batch.uids, batch.tokens))
         for job in jobs:
             if job._number not in read:  # it has ended meanwhile
@@ -353,10 +436,13 @@ class ModelRunner:
             job._suspect = True
 
     def pause(self, job: Generation) -> bool:
-        """Lets a decoding request wait for memory: its state goes to the prefix cache, from where it goes on later. Not if
-        it ends with its next token."""
+        """Lets a decoding request wait for memory: its state goes to the prefix cache, from where
+        it goes on later. Not if it ends with its next token."""
         response = self._decoder.upcoming(job._number)
-        last = response.token in self.renderer.tokenizer.eos_token_ids or job.usage.completion_tokens + 1 >= job._limit
+        last = (
+            response.token in self.renderer.tokenizer.eos_token_ids
+            or job.usage.completion_tokens + 1 >= job._limit
+        )
         if not last:
             self._take_token(job, response)  # it is picked, and never will be again
         if last or job._phase is Phase.ENDED:
@@ -376,7 +462,8 @@ class ModelRunner:
     # -- the end
 
     def drop_cancelled(self, cancelled: list[Generation]) -> None:
-        """Ends those of these requests that are here; what they have computed goes to the prefix cache."""
+        """Ends those of these requests that are here; what they have computed goes to the prefix
+        cache."""
         for job in [job for job in self.jobs if job in cancelled]:
             if job._phase is Phase.DECODE:
                 self._reclaim(job)
@@ -387,7 +474,8 @@ class ModelRunner:
 
         if job._phase is Phase.DECODE:
             job.usage.decode_seconds += job._lap()
-            mx.synchronize()  # the next step has changed its state already: if that fails, none is kept
+            # The next step has changed its state already: if that fails, none is kept
+            mx.synchronize()
         self._release(job)
         job._emit(*job._parser.finish(cut=reason == "length"))
         if job._phase is Phase.DECODE:
@@ -397,11 +485,14 @@ class ModelRunner:
             self.prefixes.put(job._line)
             job._line = None
         if job._constraint is not None and job._constraint.error:
-            return job._fail(InvalidRequest(f"the output format asks too much: {job._constraint.error}"))
+            return job._fail(
+                InvalidRequest(f"the output format asks too much: {job._constraint.error}")
+            )
         job._finish(reason)
 
     def _failed(self, error: Exception) -> None:
-        """Comes first after a failure: what was computed at the same time may fail as well, and nobody else is to hear of it."""
+        """Comes first after a failure: what was computed at the same time may fail as well, and
+        nobody else is to hear of it."""
         import mlx.core as mx
 
         self._group.failed(error)
@@ -414,7 +505,9 @@ class ModelRunner:
         if job in self.jobs:
             self._release(job)
         job._line = None
-        job._fail(EngineError("the model failed while generating; the server goes on, please try again"))
+        job._fail(
+            EngineError("the model failed while generating; the server goes on, please try again")
+        )
 
     def _release(self, job: Generation) -> None:
         self.jobs.remove(job)
@@ -436,5 +529,6 @@ class ModelRunner:
 
 
 def _on_gpu(error: Exception) -> bool:
-    """Whether it was the GPU that failed. What its commands were to write or to move, earlier tokens' states among it, is lost."""
+    """Whether it was the GPU that failed. What its commands were to write or to move, earlier
+    tokens' states among it, is lost."""
     return str(error).startswith("[METAL]")

@@ -8,11 +8,11 @@ from _mlx_server.inference.generation import Generation
 class Scheduler:
     """Who gets the next chunk of prefill, and when those who decode get their tokens.
 
-    The highest priority goes first, and lower work keeps what it has and waits. Among equals it is the one with the least
-    left to read, by powers of two, so that a short prompt does not wait for a long one; of about the same, the first that
-    came. The oldest request is never passed over more than `PATIENCE` times in a row. While anyone decodes, prefill takes at
-    most half of the time, a quarter if it is of lower priority, and all it needs if it is of higher.
-    """
+    The highest priority goes first, and lower work keeps what it has and waits. Among equals it is
+    the one with the least left to read, by powers of two, so that a short prompt does not wait for
+    a long one; of about the same, the first that came. The oldest request is never passed over more
+    than `PATIENCE` times in a row. While anyone decodes, prefill takes at most half of the time, a
+    quarter if it is of lower priority, and all it needs if it is of higher."""
 
     PATIENCE = 3
 
@@ -37,7 +37,9 @@ class Scheduler:
 
     def prefilled(self, job: Generation, seconds: float, decoding: list[Generation]) -> None:
         """Takes note of a chunk's time."""
-        lower = bool(decoding) and job.request.priority > min(other.request.priority for other in decoding)
+        lower = bool(decoding) and job.request.priority > min(
+            other.request.priority for other in decoding
+        )
         self._owed = seconds * (3 if lower else 1) if decoding else 0.0
 
     def decoded(self, seconds: float) -> None:

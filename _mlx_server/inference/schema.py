@@ -6,33 +6,65 @@ import collections
 import itertools
 import json
 import math
-from typing import Any, Iterable
+from collections.abc import Iterable
+from typing import Any
 
-
-TYPES_OF = {bool: {"boolean"}, int: {"integer", "number"}, float: {"number"}, str: {"string"}, list: {"array"},
-          dict: {"object"}, type(None): {"null"}}
+TYPES_OF = {
+    bool: {"boolean"},
+    int: {"integer", "number"},
+    float: {"number"},
+    str: {"string"},
+    list: {"array"},
+    dict: {"object"},
+    type(None): {"null"},
+}
 EVERY_TYPE = set().union(*TYPES_OF.values()) - {"integer"}
 _PYTHON_WORDS = {"True": True, "False": False, "None": None}
 # What a keyword must be to count at all.
-_FORMS = {"$ref": str, "allOf": list, "anyOf": list, "oneOf": list, "enum": list, "type": (str, list), "properties": dict,
-          "required": list, "prefixItems": list, "minItems": int, "maxItems": int, "minLength": int, "maxLength": int,
-          "pattern": str}
+_FORMS = {
+    "$ref": str,
+    "allOf": list,
+    "anyOf": list,
+    "oneOf": list,
+    "enum": list,
+    "type": (str, list),
+    "properties": dict,
+    "required": list,
+    "prefixItems": list,
+    "minItems": int,
+    "maxItems": int,
+    "minLength": int,
+    "maxLength": int,
+    "pattern": str,
+}
 
 
 def alternatives(schema: Any, root: Any, path: tuple[str, ...] = ()) -> list[dict]:
-    """The alternatives of a schema, at most 64, without references into `root` and combinations on their highest level; none
-    if it refers to nothing but itself."""
+    """The alternatives of a schema, at most 64, without references into `root` and combinations on
+    their highest level; none if it refers to nothing but itself."""
     if not isinstance(schema, dict) or len(path) > 64:
         return [] if schema is False else [{}]
-    schema = {key: value for key, value in schema.items() if isinstance(value, _FORMS.get(key, object))}
-    parts = [{key: value for key, value in schema.items() if key not in ("$ref", "allOf", "anyOf", "oneOf")}]
-    groups = [[one] for one in schema.get("allOf", ())] + [schema[key] for key in ("anyOf", "oneOf") if schema.get(key)]
+    schema = {
+        key: value for key, value in schema.items() if isinstance(value, _FORMS.get(key, object))
+    }
+    parts = [
+        {
+            key: value
+            for key, value in schema.items()
+            if key not in ("$ref", "allOf", "anyOf", "oneOf")
+        }
+    ]
+    groups = [[one] for one in schema.get("allOf", ())] + [
+        schema[key] for key in ("anyOf", "oneOf") if schema.get(key)
+    ]
     if reference := schema.get("$ref", ""):
         if reference in path:
             return []
         groups.append([_pointed(root, reference)])
     for group in groups:
-        choices = (one for choice in group for one in alternatives(choice, root, (*path, reference)))
+        choices = (
+            one for choice in group for one in alternatives(choice, root, (*path, reference))
+        )
         pairs = itertools.product(parts, itertools.islice(choices, 64))
         parts = [_merged(one, other) for one, other in itertools.islice(pairs, 64)]
     return parts
@@ -47,8 +79,12 @@ def _pointed(root: Any, reference: str) -> Any:
 
 
 def _merged(one: dict, other: dict) -> dict:
-    return {**one, **other, "properties": {**one.get("properties", {}), **other.get("properties", {})},
-            "required": [*one.get("required", ()), *other.get("required", ())]}
+    return {
+        **one,
+        **other,
+        "properties": {**one.get("properties", {}), **other.get("properties", {})},
+        "required": [*one.get("required", ()), *other.get("required", ())],
+    }
 
 
 def listed_values(part: dict) -> list | None:
@@ -72,11 +108,13 @@ def _property_types(schema: Any, root: Any) -> set[str]:
     parts = alternatives(schema, root)
     if len(parts) == 1:
         return allowed_types(parts[0])
-    return {kind for part in parts for kind in allowed_types(part) or {"string"}}  # an untyped alternative may well be a string
+    # An untyped alternative may well be a string
+    return {kind for part in parts for kind in allowed_types(part) or {"string"}}
 
 
 def can_end(schema: Any) -> bool:
-    """Whether a value that matches can come to an end: no part of it needs another of its own kind, without end."""
+    """Whether a value that matches can come to an end: no part of it needs another of its own kind,
+    without end."""
     needs: dict[int, list[list[Any]]] = {}  # schema -> what each of its alternatives holds at least
     waiting, root = [schema], schema
     while waiting:
@@ -95,8 +133,11 @@ def can_end(schema: Any) -> bool:
             parts.append(needed)
             waiting += needed
     ended: set[int] = set()
-    while new := {one for one, parts in needs.items() if one not in ended and any(
-            all(id(need) in ended for need in needed) for needed in parts)}:
+    while new := {
+        one
+        for one, parts in needs.items()
+        if one not in ended and any(all(id(need) in ended for need in needed) for needed in parts)
+    }:
         ended |= new
     return id(schema) in ended
 
@@ -106,7 +147,9 @@ def coerce(value: Any, types: set[str]) -> Any:
     if not isinstance(value, str) or not types or "string" in types:
         return value
     try:
-        spelled = _PYTHON_WORDS[value] if value in _PYTHON_WORDS else json.loads(value, strict=False)
+        spelled = (
+            _PYTHON_WORDS[value] if value in _PYTHON_WORDS else json.loads(value, strict=False)
+        )
     except (ValueError, RecursionError):
         return value
     if isinstance(spelled, float):
@@ -118,13 +161,20 @@ def coerce(value: Any, types: set[str]) -> Any:
 
 
 def declared_types(tools: Iterable[dict]) -> dict[str, collections.defaultdict[str, set[str]]]:
-    """Tool name -> property name -> the types it allows. What is not shaped like a schema counts as not said."""
+    """Tool name -> property name -> the types it allows. What is not shaped like a schema counts as
+    not said."""
     declared = {}
     for tool in tools:
         schema = tool["function"].get("parameters")
         parts = alternatives(schema, schema)
-        others = set().union(*(_property_types(part.get("additionalProperties"), schema) for part in parts))
-        types = declared[tool["function"]["name"]] = collections.defaultdict(lambda others=others: others)
-        for key, value in ((key, value) for part in parts for key, value in part.get("properties", {}).items()):
+        others = set().union(
+            *(_property_types(part.get("additionalProperties"), schema) for part in parts)
+        )
+        types = declared[tool["function"]["name"]] = collections.defaultdict(
+            lambda others=others: others
+        )
+        for key, value in (
+            (key, value) for part in parts for key, value in part.get("properties", {}).items()
+        ):
             types[key] = types.get(key, set()) | _property_types(value, schema)
     return declared

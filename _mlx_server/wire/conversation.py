@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
-import dataclasses
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Callable, Iterable
 
 from _mlx_server.inference.protocol import Message, Request
-from _mlx_server.wire.fields import Object, WireError, items, field
+from _mlx_server.wire.fields import Object, WireError, field, items
 from _mlx_server.wire.tools import call_arguments
-
 
 IMAGE_NOTE = "[image omitted: this model cannot see images]"
 NO_RESULT = "[no result: interrupted]"
@@ -19,10 +18,11 @@ NO_RESULT = "[no result: interrupted]"
 
 @dataclass
 class Turn:
-    """One thing somebody said, as a dialect found it. `role` is "system", "user", "assistant" or "tool".
+    """One thing somebody said, as a dialect found it. `role` is "system", "user", "assistant" or
+    "tool".
 
-    `calls` are an assistant's (id, name, arguments); `call_id` says which of them a tool's text answers.
-    """
+    `calls` are an assistant's (id, name, arguments); `call_id` says which of them a tool's text
+    answers."""
 
     role: str
     text: str = ""
@@ -47,8 +47,8 @@ def require_content(turns: list[Turn], key: str = "messages") -> list[Turn]:
 def canonical(turns: Iterable[Turn]) -> list[Message]:
     """Turns in any order and number as the canonical conversation that the engine renders.
 
-    It is append-only: when turns are added at the end, nothing changes but the last run of turns between two of the
-    assistant's, and that only by what a system message after it brings along.
+    It is append-only: when turns are added at the end, nothing changes but the last run of turns
+    between two of the assistant's, and that only by what a system message after it brings along.
     """
     turns = [turn for turn in turns if turn.says_something]
     if turns and turns[-1].role == "assistant" and not (turns[-1].text.strip() or turns[-1].calls):
@@ -58,7 +58,9 @@ def canonical(turns: Iterable[Turn]) -> list[Message]:
     if head:
         messages.append({"role": "system", "content": "\n\n".join(turn.text for turn in head)})
     calls: list[Object] = []
-    for spoken, group in itertools.groupby(turns[len(head):], lambda turn: turn.role == "assistant"):
+    for spoken, group in itertools.groupby(
+        turns[len(head) :], lambda turn: turn.role == "assistant"
+    ):
         if spoken:
             messages.append(_answer(list(group)))
             calls = messages[-1].get("tool_calls", [])
@@ -68,28 +70,35 @@ def canonical(turns: Iterable[Turn]) -> list[Message]:
     if calls:
         messages += _between(calls, [])
     elif messages and messages[-1]["role"] == "assistant":
-        messages[-1]["content"] = messages[-1]["content"].rstrip()  # templates cannot continue after a blank
+        # Templates cannot continue after a blank
+        messages[-1]["content"] = messages[-1]["content"].rstrip()
     return messages
 
 
 def _answer(turns: list[Turn]) -> Message:
     """Successive assistant turns as one message; what was said after a call comes before it."""
-    message: Message = {"role": "assistant", "content": "\n".join(turn.text for turn in turns if turn.text.strip())}
+    message: Message = {
+        "role": "assistant",
+        "content": "\n".join(turn.text for turn in turns if turn.text.strip()),
+    }
     if reasoning := "\n".join(turn.reasoning for turn in turns if turn.reasoning.strip()):
         message["reasoning_content"] = reasoning
     if calls := [call for turn in turns for call in turn.calls]:
-        message["tool_calls"] = [{"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
-                                 for id, name, arguments in calls]
+        message["tool_calls"] = [
+            {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+            for id, name, arguments in calls
+        ]
     return message
 
 
 def _between(calls: list[Object], turns: Iterable[Turn]) -> list[Message]:
-    """What stands between two assistant messages: the results of `calls` in their order, then the user's words.
+    """What stands between two assistant messages: the results of `calls` in their order, then the
+    user's words.
 
-    A system message becomes a reminder right before the words of the one user message it follows, not at the head of
-    several: an earlier request may have ended in those and has been prefilled like that. Without words before it, it
-    ends the last result, or, after a plain answer, opens the next user message.
-    """
+    A system message becomes a reminder right before the words of the one user message it follows,
+    not at the head of several: an earlier request may have ended in those and has been prefilled
+    like that. Without words before it, it ends the last result, or, after a plain answer, opens the
+    next user message."""
     results: dict[str, str] = {}
     reminders: list[str] = []
     words: list[str] = []
@@ -100,7 +109,9 @@ def _between(calls: list[Object], turns: Iterable[Turn]) -> list[Message]:
             results[turn.call_id] = turn.text
         elif turn.role != "system":
             last_words = len(words)
-            words.append(turn.text if turn.role == "user" else f"Tool result ({turn.call_id}): {turn.text}")
+            words.append(
+                turn.text if turn.role == "user" else f"Tool result ({turn.call_id}): {turn.text}"
+            )
         else:
             reminder = f"<system-reminder>\n{turn.text}\n</system-reminder>"
             if last_words is not None:
@@ -109,8 +120,14 @@ def _between(calls: list[Object], turns: Iterable[Turn]) -> list[Message]:
             else:
                 (reminders if calls else words).append(reminder)
     messages: list[Message] = [
-        {"role": "tool", "tool_call_id": call["id"], "name": call["function"]["name"],
-         "content": results.get(call["id"], NO_RESULT)} for call in calls]
+        {
+            "role": "tool",
+            "tool_call_id": call["id"],
+            "name": call["function"]["name"],
+            "content": results.get(call["id"], NO_RESULT),
+        }
+        for call in calls
+    ]
     if reminders:
         messages[-1]["content"] = "\n".join([*filter(None, [messages[-1]["content"]]), *reminders])
     if words:
@@ -119,33 +136,48 @@ def _between(calls: list[Object], turns: Iterable[Turn]) -> list[Message]:
 
 
 def chat_turns(messages: list[Object], text_of: Callable[[Object, str], str]) -> list[Turn]:
-    """The turns of a chat of OpenAI's or Ollama's; `text_of` reads a message's content. A result without an id belongs to
-    the first open call of its name, or else to the first."""
+    """The turns of a chat of OpenAI's or Ollama's; `text_of` reads a message's content. A result
+    without an id belongs to the first open call of its name, or else to the first."""
     turns: list[Turn] = []
     waiting: list[tuple[str, str]] = []  # (id, name) of the last calls, while they have no result
     for number, message in enumerate(messages):
         path = f"messages.{number}."
-        role, text = field(message, "role", str, path, required=True).lower(), text_of(message, path)
+        role, text = (
+            field(message, "role", str, path, required=True).lower(),
+            text_of(message, path),
+        )
         if role == "assistant":
             calls = list(_past_calls(message, number))
             follows = turns and turns[-1].role == "assistant"
             waiting = [*(waiting if follows else []), *((id, name) for id, name, _ in calls)]
-            thoughts = (field(message, key, str, path) for key in ("reasoning_content", "reasoning", "thinking"))
+            thoughts = (
+                field(message, key, str, path)
+                for key in ("reasoning_content", "reasoning", "thinking")
+            )
             turns.append(Turn("assistant", text, next(filter(None, thoughts), ""), calls))
         elif role in ("tool", "function"):
-            id, *names = (field(message, key, str, path) for key in ("tool_call_id", "tool_name", "name"))
+            id, *names = (
+                field(message, key, str, path) for key in ("tool_call_id", "tool_name", "name")
+            )
             by_id = [call for call in waiting if call[0] == id]
             by_name = [call for call in waiting if call[1] in names]
             found = next(iter([*by_id, *by_name, *waiting]), None)
             if found:
                 waiting.remove(found)
-            turns.append(Turn("tool", text, call_id=found[0] if found else next(filter(None, [id, *names]), "unknown")))
+            turns.append(
+                Turn(
+                    "tool",
+                    text,
+                    call_id=found[0] if found else next(filter(None, [id, *names]), "unknown"),
+                )
+            )
         else:
             turns.append(Turn(CHAT_ROLES.get(role, "user"), text))
     return turns
 
 
-CHAT_ROLES = {"system": "system", "developer": "system", "assistant": "assistant"}  # all others are the user's
+# All others are the user's
+CHAT_ROLES = {"system": "system", "developer": "system", "assistant": "assistant"}
 
 
 def _past_calls(message: Object, number: int) -> Iterable[tuple[str, str, Object]]:
@@ -155,12 +187,16 @@ def _past_calls(message: Object, number: int) -> Iterable[tuple[str, str, Object
         at = f"{path}tool_calls.{place}."
         function = field(call, "function", dict, at, required=True)
         name = field(function, "name", str, f"{at}function.", required=True)
-        yield field(call, "id", str, at) or f"call_{number}_{place}", name, call_arguments(function.get("arguments"))
+        yield (
+            field(call, "id", str, at) or f"call_{number}_{place}",
+            name,
+            call_arguments(function.get("arguments")),
+        )
 
 
 def ask_for_json(request: Request, schema: Object | None) -> None:
-    """Demands an answer in JSON, of any object or of what matches a schema. The engine sees to it; the words at the end of
-    the last user message let the model know beforehand."""
+    """Demands an answer in JSON, of any object or of what matches a schema. The engine sees to it;
+    the words at the end of the last user message let the model know beforehand."""
     request.format = "json" if schema is None else schema
     demand = f", matching this schema: {json.dumps(schema, ensure_ascii=False)}" if schema else "."
     demand = f"Answer with JSON only{demand}"

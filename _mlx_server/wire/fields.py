@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import json
 import math
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
-
 
 Object = dict[str, Any]
 """A JSON object of some wire."""
 
 
 class WireError(Exception):
-    """A request that its wire does not allow: HTTP status, a sentence for the client and headers to send with it."""
+    """A request that its wire does not allow: HTTP status, a sentence for the client and headers to
+    send with it."""
 
     def __init__(self, status: int, message: str, headers: dict[str, str] | None = None):
         super().__init__(message)
         self.status, self.message, self.headers = status, message, headers or {}
 
 
-_KINDS = {str: "a valid string", bool: "a valid boolean", int: "a valid integer", float: "a valid number",
-          list: "a valid list", dict: "an object"}
+_KINDS = {
+    str: "a valid string",
+    bool: "a valid boolean",
+    int: "a valid integer",
+    float: "a valid number",
+    list: "a valid list",
+    dict: "an object",
+}
 
 
 def is_type(value: Any, kind: type) -> bool:
-    """Whether a JSON value is of a kind: a boolean is no number, an integer is a `float` too, NaN is nothing."""
+    """Whether a JSON value is of a kind: a boolean is no number, an integer is a `float` too, NaN
+    is nothing."""
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
     if kind is float:
@@ -33,9 +40,19 @@ def is_type(value: Any, kind: type) -> bool:
     return isinstance(value, kind)
 
 
-def field(body: Object, key: str, kind: type, path: str = "", *, required: bool = False, default: Any = None,
-         low: float | None = None, high: float | None = None) -> Any:
-    """`body[key]`, checked. Null is absent. `path` ("messages.0.") precedes the key in the sentence of a WireError."""
+def field(
+    body: Object,
+    key: str,
+    kind: type,
+    path: str = "",
+    *,
+    required: bool = False,
+    default: Any = None,
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """`body[key]`, checked. Null is absent. `path` ("messages.0.") precedes the key in the sentence
+    of a WireError."""
     value = body.get(key)
     if value is None:
         if required:
@@ -87,14 +104,19 @@ def nested(value: Object, key: str, path: str) -> tuple[Object, str]:
 
 
 def encodable(value: Any, text: str) -> Any:
-    """What JSON `text` has been parsed to, with "?" for half a surrogate pair, which is no text that a tokenizer could read."""
-    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")) if "\\ud" in text.lower() else value
+    """What JSON `text` has been parsed to, with "?" for half a surrogate pair, which is no text
+    that a tokenizer could read."""
+    return (
+        json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+        if "\\ud" in text.lower()
+        else value
+    )
 
 
 def timestamp(seconds: float) -> str:
     """Unix seconds as RFC 3339 with microseconds, in UTC."""
-    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def now() -> str:
-    return timestamp(datetime.now(timezone.utc).timestamp())
+    return timestamp(datetime.now(UTC).timestamp())

@@ -7,31 +7,54 @@ import logging
 import time
 from typing import Any
 
-from _mlx_server.inference.protocol import Done, Event, Text, Thinking, ToolEnd, ToolInput, ToolStart
-from _mlx_server.wire.conversation import Turn, CHAT_ROLES, require_content
-from _mlx_server.wire.fields import Object, WireError, items, field
-from _mlx_server.wire.openai import fill_conversation, openai_request, openai_text, openai_error
+from _mlx_server.inference.protocol import (
+    Done,
+    Event,
+    Text,
+    Thinking,
+    ToolEnd,
+    ToolInput,
+    ToolStart,
+)
+from _mlx_server.wire.conversation import CHAT_ROLES, Turn, require_content
+from _mlx_server.wire.fields import Object, WireError, field, items
+from _mlx_server.wire.openai import fill_conversation, openai_error, openai_request, openai_text
 from _mlx_server.wire.reply import Reply, token_objects
 from _mlx_server.wire.tools import call_arguments
 
 log = logging.getLogger("mlx_server")
 
 
-_NOT_KEPT = ("previous_response_id", "conversation", "prompt", "background")  # what a server would have to remember
-_ITEMS = {"reasoning": "rs", "message": "msg", "function_call": "fc", "custom_tool_call": "ctc"}  # what their ids begin with
-_PARTS = {  # by the item's type: the key of its parts, a part, what its events say beside it, and the names of those
-    "reasoning": ("summary", {"type": "summary_text"}, {"summary_index": 0}, "reasoning_summary_part",
-                  "reasoning_summary_text"),
-    "message": ("content", {"type": "output_text", "annotations": [], "logprobs": []},
-                {"content_index": 0, "logprobs": []}, "content_part", "output_text"),
+# What a server would have to remember
+_NOT_KEPT = ("previous_response_id", "conversation", "prompt", "background")
+# What their ids begin with
+_ITEMS = {"reasoning": "rs", "message": "msg", "function_call": "fc", "custom_tool_call": "ctc"}
+# By the item's type: the key of its parts, a part, what its events say beside it, and the names of
+# those
+_PARTS = {
+    "reasoning": (
+        "summary",
+        {"type": "summary_text"},
+        {"summary_index": 0},
+        "reasoning_summary_part",
+        "reasoning_summary_text",
+    ),
+    "message": (
+        "content",
+        {"type": "output_text", "annotations": [], "logprobs": []},
+        {"content_index": 0, "logprobs": []},
+        "content_part",
+        "output_text",
+    ),
 }
-_FREE = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}  # of a custom tool
+# Of a custom tool
+_FREE = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
 
 
 class OpenAIResponses(Reply):
-    """POST /v1/responses, without a memory of earlier ones. Items come strictly one after the other, so `_output` is what
-    was streamed and what `whole` returns. Reasoning goes by the name of a summary, which is what clients show and send back.
-    """
+    """POST /v1/responses, without a memory of earlier ones. Items come strictly one after the
+    other, so `_output` is what was streamed and what `whole` returns. Reasoning goes by the name of
+    a summary, which is what clients show and send back."""
 
     dialect = "openai"
     framing = "events"
@@ -41,21 +64,39 @@ class OpenAIResponses(Reply):
         self.stream = field(body, "stream", bool, default=False)
         for key in _NOT_KEPT:
             if body.get(key):
-                raise WireError(400, f"{key}: not supported by this server; send the whole conversation as input")
-        self._spaces: dict[str, tuple[str, str]] = {}  # (namespace, name) by the name that the model sees
+                raise WireError(
+                    400,
+                    f"{key}: not supported by this server; send the whole conversation as input",
+                )
+        # (namespace, name) by the name that the model sees
+        self._spaces: dict[str, tuple[str, str]] = {}
         tools = self._flat_tools(items(body, "tools", dict))
         self._custom = {tool["name"] for tool in tools if tool.get("parameters") is _FREE}
         if "message.output_text.logprobs" in items(body, "include", str):
             self.request.logprobs = field(body, "top_logprobs", int, default=0, low=0, high=20)
-        turns = [Turn("system", field(body, "instructions", str, default="")), *require_content(_responses_turns(body), "input")]
+        turns = [
+            Turn("system", field(body, "instructions", str, default="")),
+            *require_content(_responses_turns(body), "input"),
+        ]
         effort = field(field(body, "reasoning", dict, default={}), "effort", str, "reasoning.")
         form = field(field(body, "text", dict, default={}), "format", dict, "text.", default={})
         fill_conversation(self.request, body, tools, turns, effort, form, "text.format.")
         self._response: Object = {
-            "object": "response", "model": self.request.model, "status": "in_progress", "output": [], "error": None,
-            "incomplete_details": None, "instructions": body.get("instructions"), "usage": None,
-            "tools": [{"type": "function", "strict": None, **tool["function"]} for tool in self.request.tools],
-            "tool_choice": body.get("tool_choice") or "auto", "parallel_tool_calls": self.request.parallel_tool_calls}
+            "object": "response",
+            "model": self.request.model,
+            "status": "in_progress",
+            "output": [],
+            "error": None,
+            "incomplete_details": None,
+            "instructions": body.get("instructions"),
+            "usage": None,
+            "tools": [
+                {"type": "function", "strict": None, **tool["function"]}
+                for tool in self.request.tools
+            ],
+            "tool_choice": body.get("tool_choice") or "auto",
+            "parallel_tool_calls": self.request.parallel_tool_calls,
+        }
         self._output: list[Object] = []
         self._open = ""  # the type of the item being written
         self._count = 0  # of events
@@ -72,8 +113,18 @@ class OpenAIResponses(Reply):
                 return self._say("message", text, token_objects(tokens))
             case ToolStart(id, called):
                 space, name = self._spaces.get(called, (None, called))
-                kind, key = ("custom_tool_call", "input") if called in self._custom else ("function_call", "arguments")
-                return self._start(kind, call_id=id, name=name, **{key: ""}, **({"namespace": space} if space else {}))
+                kind, key = (
+                    ("custom_tool_call", "input")
+                    if called in self._custom
+                    else ("function_call", "arguments")
+                )
+                return self._start(
+                    kind,
+                    call_id=id,
+                    name=name,
+                    **{key: ""},
+                    **({"namespace": space} if space else {}),
+                )
             case ToolInput(piece) if self._open == "function_call":
                 self._output[-1]["arguments"] += piece
                 return [self._event("function_call_arguments.delta", **self._place(), delta=piece)]
@@ -81,7 +132,9 @@ class OpenAIResponses(Reply):
                 out = []
                 if self._open == "custom_tool_call":
                     given = arguments.get("input", "")
-                    self._output[-1]["input"] = text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+                    self._output[-1]["input"] = text = (
+                        given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+                    )
                     out = [self._event("custom_tool_call_input.delta", **self._place(), delta=text)]
                 return [*out, *self._stop("incomplete" if cut else "completed")]
             case Done():
@@ -93,7 +146,9 @@ class OpenAIResponses(Reply):
 
     def failure(self, error: Exception) -> list[Object]:
         said = {"code": "server_error", "message": openai_error(error)[2]["error"]["message"]}
-        return [self._event("failed", response={**self._response, "status": "failed", "error": said})]
+        return [
+            self._event("failed", response={**self._response, "status": "failed", "error": said})
+        ]
 
     def whole(self) -> Object:
         return self._response
@@ -117,9 +172,13 @@ class OpenAIResponses(Reply):
         key, part, _, part_name, text_name = _PARTS[kind]
         out = []
         if self._open != kind:
-            out = self._start(kind, **{key: []}, **({"role": "assistant"} if kind == "message" else {}))
+            out = self._start(
+                kind, **{key: []}, **({"role": "assistant"} if kind == "message" else {})
+            )
             self._output[-1][key] = [{**part, "text": ""}]
-            out.append(self._event(f"{part_name}.added", **self._place(), part={**part, "text": ""}))
+            out.append(
+                self._event(f"{part_name}.added", **self._place(), part={**part, "text": ""})
+            )
         out.append(self._event(f"{text_name}.delta", **self._place(), delta=text))
         said = self._output[-1][key][0]
         said["text"] += text
@@ -132,7 +191,12 @@ class OpenAIResponses(Reply):
         self._open = kind
         id = f"{_ITEMS[kind]}_{self._response['id'].removeprefix('resp_')}{len(self._output):02}"
         self._output.append({"id": id, "type": kind, "status": "in_progress", **fields})
-        return [*out, self._event("output_item.added", output_index=len(self._output) - 1, item=dict(self._output[-1]))]
+        return [
+            *out,
+            self._event(
+                "output_item.added", output_index=len(self._output) - 1, item=dict(self._output[-1])
+            ),
+        ]
 
     def _stop(self, status: str = "completed") -> list[Object]:
         if not self._open:
@@ -143,24 +207,47 @@ class OpenAIResponses(Reply):
             key, _, _, part_name, text_name = _PARTS[self._open]
             part = item[key][0]
             said = {name: part[name] for name in ("text", "logprobs") if name in part}
-            out = [self._event(f"{text_name}.done", **where | said), self._event(f"{part_name}.done", **where, part=part)]
+            out = [
+                self._event(f"{text_name}.done", **where | said),
+                self._event(f"{part_name}.done", **where, part=part),
+            ]
         elif self._open == "custom_tool_call":
             out = [self._event("custom_tool_call_input.done", **where, input=item["input"])]
         else:
-            out = [self._event("function_call_arguments.done", **where, name=item["name"], arguments=item["arguments"])]
+            out = [
+                self._event(
+                    "function_call_arguments.done",
+                    **where,
+                    name=item["name"],
+                    arguments=item["arguments"],
+                )
+            ]
         self._open = ""
-        return [*out, self._event("output_item.done", output_index=len(self._output) - 1, item=item)]
+        return [
+            *out,
+            self._event("output_item.done", output_index=len(self._output) - 1, item=item),
+        ]
 
     def _done(self, done: Done) -> list[Object]:
         status = "incomplete" if done.reason in ("length", "context") else "completed"
         out, usage = self._stop(status), done.usage
         self._response |= {
-            "status": status, "output": self._output,
-            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
-            "usage": {"input_tokens": usage.prompt_tokens, "output_tokens": usage.completion_tokens,
-                      "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-                      "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
-                      "output_tokens_details": {"reasoning_tokens": usage.thinking_tokens}}}
+            "status": status,
+            "output": self._output,
+            "incomplete_details": {"reason": "max_output_tokens"}
+            if status == "incomplete"
+            else None,
+            "usage": {
+                "input_tokens": usage.prompt_tokens,
+                "output_tokens": usage.completion_tokens,
+                "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+                "input_tokens_details": {
+                    "cached_tokens": usage.cached_tokens,
+                    "cache_write_tokens": 0,
+                },
+                "output_tokens_details": {"reasoning_tokens": usage.thinking_tokens},
+            },
+        }
         return [*out, self._event(status, response=self._response)]
 
     def _place(self) -> Object:
@@ -174,14 +261,22 @@ class OpenAIResponses(Reply):
 
 
 def _as_function(tool: Object, at: str) -> Object:
-    """A custom tool, whose input is free text, as a function of one string; others as they are. A grammar that the text is to
-    follow is told, not enforced."""
+    """A custom tool, whose input is free text, as a function of one string; others as they are. A
+    grammar that the text is to follow is told, not enforced."""
     if tool.get("type") != "custom":
         return tool
     form = field(tool, "format", dict, at, default={})
-    told = [field(tool, "description", str, at, default=""), field(form, "definition", str, f"{at}format.", default="")]
+    told = [
+        field(tool, "description", str, at, default=""),
+        field(form, "definition", str, f"{at}format.", default=""),
+    ]
     name = field(tool, "name", str, at, required=True)
-    return {"type": "function", "name": name, "description": "\n\n".join(filter(None, told)), "parameters": _FREE}
+    return {
+        "type": "function",
+        "name": name,
+        "description": "\n\n".join(filter(None, told)),
+        "parameters": _FREE,
+    }
 
 
 def _in_space(space: str | None, name: str) -> str:
@@ -190,7 +285,8 @@ def _in_space(space: str | None, name: str) -> str:
 
 
 def _item_call_id(item: Object, kind: str, at: str) -> str:
-    """The id of the call that an item is or answers; those of the local shell may have no `call_id`."""
+    """The id of the call that an item is or answers; those of the local shell may have no
+    `call_id`."""
     own = kind.startswith("local_shell_call") and item.get("call_id") is None
     return field(item, "id" if own else "call_id", str, at, required=True)
 
@@ -208,19 +304,35 @@ def _responses_turns(body: Object) -> list[Turn]:
             turns.append(Turn(CHAT_ROLES.get(role, "user"), openai_text(item, at)))
         elif kind in ("function_call", "custom_tool_call"):
             id, name = (field(item, key, str, at, required=True) for key in ("call_id", "name"))
-            arguments = call_arguments(item.get("arguments")) if kind == "function_call" else {
-                "input": field(item, "input", str, at, default="")}
-            turns.append(Turn("assistant", calls=[(id, _in_space(field(item, "namespace", str, at), name), arguments)]))
+            arguments = (
+                call_arguments(item.get("arguments"))
+                if kind == "function_call"
+                else {"input": field(item, "input", str, at, default="")}
+            )
+            turns.append(
+                Turn(
+                    "assistant",
+                    calls=[(id, _in_space(field(item, "namespace", str, at), name), arguments)],
+                )
+            )
         elif kind == "local_shell_call":
             action = field(item, "action", dict, at, required=True)
-            turns.append(Turn("assistant", calls=[(_item_call_id(item, kind, at), "local_shell", action)]))
+            turns.append(
+                Turn("assistant", calls=[(_item_call_id(item, kind, at), "local_shell", action)])
+            )
         elif kind in ("function_call_output", "custom_tool_call_output", "local_shell_call_output"):
             id = _item_call_id(item, kind, at)
             turns.append(Turn("tool", openai_text(item, at, "output"), call_id=id))
         elif kind == "reasoning":
-            turns.append(Turn("assistant", reasoning=openai_text(item, at) or openai_text(item, at, "summary")))
+            turns.append(
+                Turn(
+                    "assistant", reasoning=openai_text(item, at) or openai_text(item, at, "summary")
+                )
+            )
         elif kind == "item_reference":
-            raise WireError(400, f"{at}type: '{kind}' is not supported by this server; send the item")
+            raise WireError(
+                400, f"{at}type: '{kind}' is not supported by this server; send the item"
+            )
         else:
             log.info("%s left out an item of type %s", at, kind)
     return turns
