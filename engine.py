@@ -644,7 +644,7 @@ class Engine:
         except Exception as error:
             for runner in self._pool.runners.values():
                 if runner.decoding():
-                    runner.part(error)
+                    runner.isolate_failed_batch(error)
 
     def _admit(self, waiting: list[Generation]) -> list[Generation]:
         """Lets requests in, the highest priority first and then as they came, until one has to wait

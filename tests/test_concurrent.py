@@ -471,7 +471,7 @@ def test_a_failure_that_nobody_expected_costs_only_what_was_running(
         monkeypatch.undo()
         raise KeyError("nobody expected this")
 
-    monkeypatch.setattr(engine._pool, "settle", fails)
+    monkeypatch.setattr(engine._pool, "rebalance", fails)
     with pytest.raises(EngineError, match="starts afresh"):
         list(victim)
     assert answer(engine, "after", max_tokens=8)[0] == expected

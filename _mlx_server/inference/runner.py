@@ -266,9 +266,9 @@ class ModelRunner:
     def _log_progress(self, job: Generation) -> None:
         """Logs, now and then, how far a prompt is."""
         now, done = time.perf_counter(), len(job._line.tokens)
-        if now - max(job._mark, job._told) < self.TELL or job._left() <= 0:
+        if now - max(job._mark, job._progress_logged) < self.TELL or job._left() <= 0:
             return
-        job._told = now
+        job._progress_logged = now
         speed = (done - job.usage.cached_tokens) / (now - job._mark)
         log.info(
             "%s: prompt %d %%, %s/%s tokens, %.0f tokens/s, %.0f s left",
