@@ -91,7 +91,9 @@ class Generation:
         self._constraint: Constraint | None = None  # the grammar at work
         format = renderer.format if request.prompt is None else OutputFormat()
         stop = (
-            [*request.stop, *renderer._gap(), "<|endoftext|>"] if request.suffix else request.stop
+            [*request.stop, *renderer.gap_tokens(), "<|endoftext|>"]
+            if request.suffix
+            else request.stop
         )
         self._parser = OutputParser(
             format,

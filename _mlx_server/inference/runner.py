@@ -479,7 +479,17 @@ class ModelRunner:
         self._release(job)
         job._emit(*job._parser.finish(cut=reason == "length"))
         if job._phase is Phase.DECODE:
-            job._line.answers[self.renderer.remember(job)] = len(job._line.tokens)
+            written = job._line.tokens[job.prompt_tokens :]
+            key = self.renderer.remember(
+                job.request,
+                job._prompt,
+                written,
+                job._raw,
+                job._visible,
+                job._thinking,
+                job._parser.call_ids,
+            )
+            job._line.answers[key] = len(job._line.tokens)
             job._read = list(job._line.tokens)
         if job._line is not None:
             self.prefixes.put(job._line)
