@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anthropic
@@ -16,10 +16,11 @@ from conftest import ROOT, Server
 from models import build_tokenizer
 
 from _mlx_server.inference.models import describe
-from _mlx_server.inference.prefix_cache import CacheEntry, common_prefix
+from _mlx_server.inference.parser import OutputParser
+from _mlx_server.inference.prefix_cache import common_prefix
 from _mlx_server.inference.renderer import Prompt, PromptRenderer
 from _mlx_server.wire.anthropic import AnthropicMessages
-from engine import Generation
+from engine import Done, Text, Thinking, Usage
 
 # ------------------------------------------------------------------ templates with the habits of real families
 
@@ -360,15 +361,21 @@ class Session:
         if "<" in written:
             tokens = self.voice.encode(written)  # tags are single tokens
         everything = [*self.prompt.tokens, *tokens, *self.voice.encode(end)]
-        job = Generation(
-            self.reply.request, None, self.voice, self.prompt, 100, False, threading.RLock()
+        request = self.reply.request
+        parser = OutputParser(self.voice.format, [*request.tools, *request.deferred_tools])
+        events = [*parser.feed(written), *parser.finish()]
+        self.voice.remember(
+            request,
+            self.prompt,
+            everything[len(self.prompt.tokens) :],
+            written,
+            "".join(event.text for event in events if isinstance(event, Text)),
+            "".join(event.text for event in events if isinstance(event, Thinking)),
+            parser.call_ids,
         )
-        self.reply.open(job)
-        job._line, job._raw = CacheEntry(everything, []), written
-        job._emit(*job._parser.feed(written), *job._parser.finish())
-        self.voice.remember(job)
-        job._finish("stop")
-        for event in job:
+        reason = "tool_calls" if parser.called else "stop"
+        self.reply.open(SimpleNamespace(id="1", prompt_tokens=0, cached_tokens=0))
+        for event in [*events, Done(reason, Usage())]:
             self.reply.event(event)
         return everything, {"role": "assistant", "content": self.reply.whole()["content"]}
 

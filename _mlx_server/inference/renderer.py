@@ -151,7 +151,9 @@ class PromptRenderer:
             if request.suffix:
                 raw = "".join(
                     itertools.chain(
-                        *itertools.zip_longest(self._gap(), (raw, request.suffix), fillvalue="")
+                        *itertools.zip_longest(
+                            self.gap_tokens(), (raw, request.suffix), fillvalue=""
+                        )
                     )
                 )
             return Prompt(
@@ -180,7 +182,9 @@ class PromptRenderer:
             in_thinking=bool(start) and not opening and text.rstrip().endswith(start),
         )
 
-    def _gap(self) -> tuple[str, ...]:
+    def gap_tokens(self) -> tuple[str, ...]:
+        """The texts of the tokens between which a text with a gap stands. Raises InvalidRequest if
+        the model has none."""
         marks = gap_marks(token.content for token in self.tokenizer.added_tokens_decoder.values())
         if not marks:
             raise InvalidRequest(
@@ -377,20 +381,27 @@ class PromptRenderer:
             return None
         return at, messages[at]["role"]
 
-    def remember(self, job: Any) -> str:
-        """Keeps the answer of a request that has decoded, under the ids of its calls or else the
-        text the client saw; returns that key."""
-        opening = job._prompt.opening
-        tokens = job._line.tokens[job.prompt_tokens - len(self._encode_whole(opening)) :]
+    def remember(
+        self,
+        request: Request,
+        prompt: Prompt,
+        written: list[int],
+        raw: str,
+        visible: str,
+        thinking: str,
+        call_ids: list[str],
+    ) -> str:
+        """Keeps the answer to a request, under the ids of its calls or else the text the client
+        saw; returns that key. `written` are the tokens generated behind the prompt, `raw` their
+        text, `visible` and `thinking` what the client saw of it."""
+        tokens = self._encode_whole(prompt.opening) + written
         if tokens and tokens[-1] in self.tokenizer.eos_token_ids:
             tokens = tokens[:-1]
-        visible = (
-            job._raw.rpartition(self.format.thinking[1])[2] if job._thinking else opening + job._raw
-        )
-        key = _answer_key(job._parser.call_ids, job._visible, job.request.messages)
-        while mark := self._structural_markers.match(visible):
-            visible = visible[mark.end() :]
-        self.learn({key: Answer(tokens, visible.lstrip("\n"), job._thinking)})
+        text = raw.rpartition(self.format.thinking[1])[2] if thinking else prompt.opening + raw
+        key = _answer_key(call_ids, visible, request.messages)
+        while mark := self._structural_markers.match(text):
+            text = text[mark.end() :]
+        self.learn({key: Answer(tokens, text.lstrip("\n"), thinking)})
         return key
 
     def learn(self, answers: dict[str, Answer]) -> None:
