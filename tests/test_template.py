@@ -10,7 +10,6 @@ from models import CHATML, build_model
 
 from _mlx_server.inference.models import describe
 from _mlx_server.inference.renderer import PromptRenderer
-from _mlx_server.inference.template import Template
 from engine import InvalidRequest, Request
 
 TOOLS = [
@@ -180,10 +179,9 @@ def test_a_template_that_refuses_everything_is_the_requests_error(tmp_path: Path
 
 def test_traits_are_found_by_probing(tmp_path: Path):
     strict, one, plain = (
-        tongue(tmp_path / name, TEMPLATES[name]).template
+        tongue(tmp_path / name, TEMPLATES[name]).template.traits
         for name in ("strict", "one call a turn", "plain")
     )
-    assert isinstance(strict, Template)
     assert strict.short_ids and not plain.short_ids
     assert not strict.user_after_tool and plain.user_after_tool
     assert not one.parallel_calls and plain.parallel_calls
