@@ -51,29 +51,32 @@ class AnswerMemory:
         self, messages: list[Message], excluded: Collection[int] = ()
     ) -> tuple[list[Message], dict[int, Answer]]:
         """The conversation with a placeholder for the text of each remembered answer, and these
-        answers by the index of their message. Messages with an `excluded` index stay as they are.
+        answers by the index of their message. Messages with an `excluded` index keep their text.
 
         Thinking that the client has left out is put back: the template decides whether to show
         it."""
         replaced, answers = list(messages), {}
         for at, message in enumerate(messages[:-1]):
-            if message["role"] != "assistant" or at in excluded:
+            if message["role"] != "assistant":
                 continue
             call_ids = [call.get("id", "") for call in message.get("tool_calls") or []]
-            answer = self.get(answer_key(call_ids, message["content"], messages[:at]))
+            question = messages[at - 1] if at else None
+            answer = self.get(answer_key(call_ids, message["content"], question))
             if answer is None:
                 continue
-            answers[at] = answer
-            replaced[at] = {**message, "content": f"\u2063{_SECRET} {at}\u2063"}
+            if at not in excluded:
+                answers[at] = answer
+                message = {**message, "content": f"\u2063{_SECRET} {at}\u2063"}
             if answer.thinking and not message.get("reasoning_content"):
-                replaced[at]["reasoning_content"] = answer.thinking
+                message = {**message, "reasoning_content": answer.thinking}
+            replaced[at] = message
         return replaced, answers
 
 
-def answer_key(call_ids: list[str], text: str, before: list[Message]) -> str:
-    """Identifies an answer: by the ids of its calls, else by its text and the message it
-    answers."""
+def answer_key(call_ids: list[str], text: str, question: Message | None) -> str:
+    """Identifies an answer: by the ids of its calls, else by its text and the message before
+    it."""
     if call_ids:
         return " ".join(call_ids)
-    question = before[-1]["content"] if before else ""
-    return hashlib.sha256(f"{question}\0{text.strip()}".encode()).hexdigest()
+    asked = question["content"] if question else ""
+    return hashlib.sha256(f"{asked}\0{text.strip()}".encode()).hexdigest()

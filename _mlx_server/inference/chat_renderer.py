@@ -96,11 +96,13 @@ class ChatRenderer:
 
     def _render(self, request: Request) -> _Rendering:
         tools, options = _shown_tools(request), self._options(request)
-        messages, answers = self._memory.insert_placeholders(request.messages)
+        # The template needs a result between two calls that were generated without one
+        split = set() if self._template.traits.parallel_calls else _parallel_calls(request.messages)
+        messages, answers = self._memory.insert_placeholders(request.messages, split)
         text = self._template.render(messages, tools, options, generation=True)
         # Templates may drop text beside calls, or not end turns with a token
         if lost := answers.keys() - self._splicer.replaceable(text):
-            messages, answers = self._memory.insert_placeholders(request.messages, lost)
+            messages, answers = self._memory.insert_placeholders(request.messages, lost | split)
             text = self._template.render(messages, tools, options, generation=True)
         return _Rendering(messages, tools, options, answers, text)
 
@@ -182,3 +184,8 @@ class ChatRenderer:
 
 def _shown_tools(request: Request) -> list[dict[str, Any]]:
     return request.tools if request.tool_choice != "none" else []
+
+
+def _parallel_calls(messages: list[Message]) -> set[int]:
+    """The indices of messages with several calls."""
+    return {at for at, one in enumerate(messages) if len(one.get("tool_calls") or []) > 1}

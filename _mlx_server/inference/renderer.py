@@ -90,7 +90,8 @@ class PromptRenderer:
         """Keeps the answer to a request, under the ids of its calls or else the text the client
         saw; returns that key. `written` are the tokens generated behind the prompt, `raw` their
         text, `visible` and `thinking` what the client saw of it."""
-        key = answer_key(call_ids, visible, request.messages)
+        question = request.messages[-1] if request.messages else None
+        key = answer_key(call_ids, visible, question)
         self.learn({key: self._splicer.answer(prompt, written, raw, thinking)})
         return key
 
