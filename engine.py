@@ -69,7 +69,8 @@ from _mlx_server.inference.protocol import (
     fill_sampling,
 )
 from _mlx_server.inference.ranks import Ranks
-from _mlx_server.inference.renderer import Prompt, PromptRenderer
+from _mlx_server.inference.prompt import Prompt
+from _mlx_server.inference.renderer import PromptRenderer
 from _mlx_server.inference.renderers import RendererTable
 from _mlx_server.inference.runner import ModelRunner
 from _mlx_server.inference.scheduler import Scheduler

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from _mlx_server.inference.answers import Answer
 from _mlx_server.inference.layers import concatenate_layers, is_trimmable
 from _mlx_server.inference.prefix_cache import CacheEntry, Checkpoint, common_prefix
 from _mlx_server.inference.protocol import first_line
-from _mlx_server.inference.renderer import Answer
 
 log = logging.getLogger("mlx_server")
 

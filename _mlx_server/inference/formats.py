@@ -12,8 +12,7 @@ from _mlx_server.inference.call_syntax import BARE_KEY, JSON_START, CallSyntax, 
 from _mlx_server.inference.grammar import ArgumentsGrammar, json_rule
 from _mlx_server.inference.json_calls import Calls, ParseCalls, parse_json_calls
 from _mlx_server.inference.protocol import InvalidRequest
-from _mlx_server.inference.schema import can_end
-from _mlx_server.inference.template import EMPTY_SCHEMA
+from _mlx_server.inference.schema import EMPTY_SCHEMA, can_end
 
 
 def _wrap(parse: Callable[[str, list[dict]], Any]) -> ParseCalls:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+EMPTY_SCHEMA = {"type": "object", "properties": {}}
 TYPES_OF = {
     bool: {"boolean"},
     int: {"integer", "number"},

@@ -27,7 +27,8 @@ from _mlx_server.inference.protocol import (
     Token,
     Usage,
 )
-from _mlx_server.inference.renderer import Prompt, PromptRenderer
+from _mlx_server.inference.prompt import Prompt
+from _mlx_server.inference.renderer import PromptRenderer
 
 if TYPE_CHECKING:
     import mlx.core as mx
