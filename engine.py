@@ -40,6 +40,7 @@ from _mlx_server.inference.models import (
 from _mlx_server.inference.names import plain_name
 from _mlx_server.inference.pool import ModelPool
 from _mlx_server.inference.presets import Preset
+from _mlx_server.inference.prompt import Prompt
 from _mlx_server.inference.protocol import (
     Done,
     Embedding,
@@ -69,7 +70,6 @@ from _mlx_server.inference.protocol import (
     fill_sampling,
 )
 from _mlx_server.inference.ranks import Ranks
-from _mlx_server.inference.prompt import Prompt
 from _mlx_server.inference.renderer import PromptRenderer
 from _mlx_server.inference.renderers import RendererTable
 from _mlx_server.inference.runner import ModelRunner

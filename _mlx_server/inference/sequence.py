@@ -17,6 +17,7 @@ from _mlx_server.inference.formats import OutputFormat
 from _mlx_server.inference.models import LocalModel
 from _mlx_server.inference.parser import OutputParser
 from _mlx_server.inference.prefix_cache import CacheEntry
+from _mlx_server.inference.prompt import Prompt
 from _mlx_server.inference.protocol import (
     Done,
     EngineError,
@@ -27,7 +28,6 @@ from _mlx_server.inference.protocol import (
     Token,
     Usage,
 )
-from _mlx_server.inference.prompt import Prompt
 from _mlx_server.inference.renderer import PromptRenderer
 
 if TYPE_CHECKING:
