@@ -108,7 +108,10 @@ from _mlx_server.wire.ollama_models import (
 from _mlx_server.wire.openai import OpenAIChat, OpenAICompletion, OpenAIEmbeddings, openai_error
 from _mlx_server.wire.reply import Embeddings, Reply
 from _mlx_server.wire.responses import OpenAIResponses
-from dialects import anthropic_model, anthropic_models, ollama_tags, upstream_model
+from dialects import model_object as anthropic_model
+from dialects import model_page as anthropic_models
+from dialects import tag_list as ollama_tags
+from dialects import upstream_model_object as upstream_model
 from engine import Engine
 
 log = logging.getLogger("mlx_server")

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from _mlx_server.wire.anthropic import AnthropicMessages, anthropic_count, anthropic_error
 from _mlx_server.wire.conversation import IMAGE_NOTE, NO_RESULT, Turn, canonical
 from _mlx_server.wire.fields import WireError
-from dialects import anthropic_model, anthropic_models
+from dialects import model_object, model_page
 from engine import (
     Done,
     EngineClosed,
@@ -936,7 +936,7 @@ def model(name: str) -> LocalModel:
 
 
 def test_model_object() -> None:
-    one = anthropic_model(model("mlx-community/Qwen3-4B-4bit"))
+    one = model_object(model("mlx-community/Qwen3-4B-4bit"))
     ModelInfo.model_validate_json(json.dumps(one), strict=True)
     assert (
         one["id"] == one["display_name"] == "mlx-community/Qwen3-4B-4bit"
@@ -958,7 +958,7 @@ def test_model_object() -> None:
     ],
 )
 def test_model_pages(query: dict, page: str, more: bool) -> None:
-    listed = anthropic_models([model(name) for name in "abcde"], query)
+    listed = model_page([model(name) for name in "abcde"], query)
     assert "".join(one["id"] for one in listed["data"]) == page and listed["has_more"] is more
     assert (listed["first_id"], listed["last_id"]) == (
         (page[0], page[-1]) if page else (None, None)
@@ -970,4 +970,4 @@ def test_model_pages(query: dict, page: str, more: bool) -> None:
 )
 def test_bad_model_pages(query: dict) -> None:
     with pytest.raises(WireError):
-        anthropic_models([model("a")], query)
+        model_page([model("a")], query)

@@ -15,7 +15,7 @@ from _mlx_server.wire.conversation import IMAGE_NOTE
 from _mlx_server.wire.fields import WireError
 from _mlx_server.wire.ollama import OllamaChat, OllamaGenerate, ollama_error, parse_keep_alive
 from _mlx_server.wire.ollama_models import ollama_ps, ollama_show
-from dialects import ollama_tags
+from dialects import tag_list
 from engine import (
     Done,
     EngineClosed,
@@ -652,7 +652,7 @@ DETAILS = {
 
 
 def test_tags() -> None:
-    listed = ollama_tags([DEMO, replace(BIG, name="org/x:4b")])
+    listed = tag_list([DEMO, replace(BIG, name="org/x:4b")])
     ListResponse.model_validate_json(json.dumps(listed))
     assert [one["name"] for one in listed["models"]] == ["org/x:4b", "demo:latest"]
     assert listed["models"][1] == {
@@ -664,7 +664,7 @@ def test_tags() -> None:
         "details": DETAILS,
         "capabilities": ["completion", "tools"],
     }
-    assert ollama_tags([]) == {"models": []}
+    assert tag_list([]) == {"models": []}
 
 
 def test_show() -> None:
