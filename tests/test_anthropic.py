@@ -13,8 +13,10 @@ from anthropic.types import Message, ModelInfo
 from anthropic.types.raw_message_stream_event import RawMessageStreamEvent
 from pydantic import TypeAdapter
 
-from _mlx_server.wire.anthropic import AnthropicMessages, anthropic_count, anthropic_error
+from _mlx_server.wire.anthropic import AnthropicMessages
+from _mlx_server.wire.anthropic_request import count_request
 from _mlx_server.wire.conversation import IMAGE_NOTE, NO_RESULT, Turn, canonical
+from _mlx_server.wire.errors import anthropic_error
 from _mlx_server.wire.fields import WireError
 from dialects import model_object, model_page
 from engine import (
@@ -483,7 +485,7 @@ def test_an_output_format_is_asked_for(field: str) -> None:
 
 def test_count_tokens_sees_the_same_request() -> None:
     body = {"model": "m", "messages": HI, "tools": [WEATHER], "system": "s"}
-    counted = anthropic_count(body)
+    counted = count_request(body)
     asked = AnthropicMessages({**body, "max_tokens": 9}).request
     assert (counted.messages, counted.tools) == (asked.messages, asked.tools)
 

@@ -12,9 +12,11 @@ import pytest
 from ollama import ChatResponse, GenerateResponse, ListResponse, ProcessResponse, ShowResponse
 
 from _mlx_server.wire.conversation import IMAGE_NOTE
+from _mlx_server.wire.errors import ollama_error
 from _mlx_server.wire.fields import WireError
-from _mlx_server.wire.ollama import OllamaChat, OllamaGenerate, ollama_error, parse_keep_alive
+from _mlx_server.wire.ollama import OllamaChat, OllamaGenerate
 from _mlx_server.wire.ollama_models import ollama_ps, ollama_show
+from _mlx_server.wire.ollama_request import parse_keep_alive
 from dialects import tag_list
 from engine import (
     Done,

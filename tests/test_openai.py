@@ -17,8 +17,9 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from _mlx_server.wire.conversation import IMAGE_NOTE
+from _mlx_server.wire.errors import openai_error
 from _mlx_server.wire.fields import WireError
-from _mlx_server.wire.openai import OpenAIChat, OpenAICompletion, openai_error
+from _mlx_server.wire.openai import OpenAIChat, OpenAICompletion
 from _mlx_server.wire.responses import OpenAIResponses
 from _mlx_server.wire.tools import call_arguments
 from engine import (
