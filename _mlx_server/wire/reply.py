@@ -30,8 +30,8 @@ class Reply:
     `stream` is whether the client asked for a stream. `framing` is how the objects of a stream are
     sent: "events" (server-sent events, named by the object's "type"), "data" (server-sent events
     without names) or "lines" (NDJSON). With `unload` nothing is generated: the model is to be
-    unloaded, and `whole` is the answer. Every event of the generations goes through `event`, also if
-    the answer is not streamed."""
+    unloaded, and `whole` is the answer. Every event of the generations goes through `event`, even
+    if the answer is not streamed."""
 
     request: Request
     dialect: str
