@@ -89,15 +89,13 @@ from _mlx_server.inference.protocol import (
     Tick,
 )
 from _mlx_server.inference.ranks import Ranks
-from _mlx_server.wire.anthropic import AnthropicMessages, anthropic_count, anthropic_error
+from _mlx_server.wire.anthropic import AnthropicMessages
+from _mlx_server.wire.anthropic_request import count_request as anthropic_count
+from _mlx_server.wire.embeddings import Embeddings
+from _mlx_server.wire.errors import anthropic_error, ollama_error, openai_error
 from _mlx_server.wire.fields import Object, WireError, encodable, field
-from _mlx_server.wire.ollama import (
-    OllamaChat,
-    OllamaEmbed,
-    OllamaEmbeddings,
-    OllamaGenerate,
-    ollama_error,
-)
+from _mlx_server.wire.ollama import OllamaChat, OllamaGenerate
+from _mlx_server.wire.ollama_embeddings import OllamaEmbed, OllamaEmbeddings
 from _mlx_server.wire.ollama_models import (
     checked_name,
     find_tag,
@@ -105,10 +103,14 @@ from _mlx_server.wire.ollama_models import (
     ollama_ps,
     ollama_show,
 )
-from _mlx_server.wire.openai import OpenAIChat, OpenAICompletion, OpenAIEmbeddings, openai_error
-from _mlx_server.wire.reply import Embeddings, Reply
+from _mlx_server.wire.openai import OpenAIChat, OpenAICompletion
+from _mlx_server.wire.openai_embeddings import OpenAIEmbeddings
+from _mlx_server.wire.reply import Reply
 from _mlx_server.wire.responses import OpenAIResponses
-from dialects import anthropic_model, anthropic_models, ollama_tags, upstream_model
+from dialects import model_object as anthropic_model
+from dialects import model_page as anthropic_models
+from dialects import tag_list as ollama_tags
+from dialects import upstream_model_object as upstream_model
 from engine import Engine
 
 log = logging.getLogger("mlx_server")
