@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from _mlx_server.front.hub import Hub
-from _mlx_server.front.options import _library, api_keys, program, reached
+from _mlx_server.front.options import api_keys, library_of, program, reached
 from _mlx_server.front.startup import mlx_trouble
 from _mlx_server.inference.memory import gigabytes, usable_memory
 from _mlx_server.inference.models import LocalModel
@@ -25,7 +25,7 @@ log = logging.getLogger("mlx_server")
 def print_env(args: argparse.Namespace) -> None:
     """Prints shell commands for Claude Code's variables:
     https://code.claude.com/docs/en/settings#environment-variables"""
-    library = _library(args)
+    library = library_of(args)
     default = (
         library.resolve(args.model, trusted=True) if args.model else default_model(library.resolve)
     )
@@ -68,7 +68,7 @@ def print_env(args: argparse.Namespace) -> None:
 def pull_model(args: argparse.Namespace) -> None:
     """Downloads the model called `args.name`."""
     name = checked_name(args.name.removeprefix("https://"), f"'{args.name}' is not a model's name")
-    hub = Hub(_library(args).hub)
+    hub = Hub(library_of(args).hub)
     repo, size, why = hub.choose(name, args.memory or usable_memory())
     print(f"pulling {repo}, {gigabytes(size)}: {why}", flush=True)
     progress = Progress(size)
@@ -126,7 +126,7 @@ class Progress:
 
 def list_models(args: argparse.Namespace) -> None:
     """Prints a table of the installed models, the newest first."""
-    models = sorted(_library(args).catalog(), key=lambda model: model.modified, reverse=True)
+    models = sorted(library_of(args).catalog(), key=lambda model: model.modified, reverse=True)
     width = max([len(model.name) for model in models], default=0)
     print(f"{'NAME':{width}}  {'SIZE':>8}  MODIFIED")
     for model in models:
@@ -150,7 +150,7 @@ def _ago(seconds: float) -> str:
 
 def show_model(args: argparse.Namespace) -> None:
     """Prints what is known of the model called `args.name`."""
-    model = _library(args).resolve(args.name, trusted=True)
+    model = library_of(args).resolve(args.name, trusted=True)
     for key, value in {
         "name": model.name,
         "architecture": model.family,
@@ -166,7 +166,7 @@ def show_model(args: argparse.Namespace) -> None:
 
 def remove_model(args: argparse.Namespace) -> None:
     """Deletes the model or preset called `args.name`."""
-    library = _library(args)
+    library = library_of(args)
     if not library.presets.remove(args.name):
         library.delete(args.name, library.resolve(args.name))
     print(f"deleted {args.name}")
@@ -175,10 +175,10 @@ def remove_model(args: argparse.Namespace) -> None:
 COMMANDS = {"pull": pull_model, "list": list_models, "show": show_model, "rm": remove_model}
 
 
-def run_command(args: argparse.Namespace) -> int:
+def run_command(command: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
     """Does what is to be done instead of serving; returns the exit status."""
     try:
-        args.run(args)
+        command(args)
         return 0
     except KeyboardInterrupt:
         log.error("broken off; the same command goes on from there")

@@ -18,12 +18,12 @@ import ssl
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import quote, urlencode
 
-from _mlx_server.front.http import why
+from _mlx_server.front.upstream import error_text as why
 from _mlx_server.inference.memory import gigabytes
 from _mlx_server.inference.models import shortcoming
 from _mlx_server.inference.names import best_repo, parse_name
@@ -80,7 +80,7 @@ class Hub:
 
             self._trust.load_verify_locations(certifi.where())
 
-    def pull(self, name: str) -> Iterator[Object]:
+    def pull(self, name: str) -> Generator[Object, None, None]:
         """Downloads the model that a name means, or what is missing of it, and yields Ollama's
         progress objects. Nothing is visible in the cache before all is there and checked. Raises
         WireError."""
