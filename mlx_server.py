@@ -344,7 +344,8 @@ class Handler(HTTPHandler):
         self.send_json(dialects.tag_list(self.engine.models(), self.upstream_tags()))
 
     def post_show(self) -> None:
-        engine, (_, name) = self.engine, self.read_named()
+        _, name = self.read_named()
+        engine = self.engine
         local = engine.resolve(name)
         template, generation = engine.show(local)
         context, preset = engine.context_length(local), engine.preset(name)
