@@ -71,7 +71,6 @@ from _mlx_server.front.http import (
     reuse,
     too_large,
 )
-from _mlx_server.front.hub import Hub
 from _mlx_server.front.logs import start_logging
 from _mlx_server.front.metrics import Metrics
 from _mlx_server.front.options import api_keys, program, url_of
@@ -79,6 +78,7 @@ from _mlx_server.front.startup import allow_files, holder, is_taken, mlx_trouble
 from _mlx_server.front.upstream import RELAY, Upstream, UpstreamError, end_to_end
 from _mlx_server.front.welcome import welcome
 from _mlx_server.inference.group import Group
+from _mlx_server.inference.hub import Hub
 from _mlx_server.inference.presets import Preset
 from _mlx_server.inference.protocol import (
     Done,
@@ -106,6 +106,7 @@ from _mlx_server.wire.ollama_models import (
     ollama_show,
 )
 from _mlx_server.wire.openai import OpenAIChat, OpenAICompletion, OpenAIEmbeddings, openai_error
+from _mlx_server.wire.pull import ollama_pull
 from _mlx_server.wire.reply import Embeddings, Reply
 from _mlx_server.wire.responses import OpenAIResponses
 from dialects import anthropic_model, anthropic_models, ollama_tags, upstream_model
@@ -925,9 +926,8 @@ class Handler(BaseHTTPRequestHandler):
     def post_pull(self) -> None:
         body = self.read_json()
         name = checked_name((self.model or "").removeprefix("https://"), "invalid model name")
-        self.progress(
-            Hub(self.server.engine.hub).pull(name), field(body, "stream", bool, default=True)
-        )
+        steps = ollama_pull(Hub(self.server.engine.hub).pull(name))
+        self.progress(steps, field(body, "stream", bool, default=True))
 
     def post_push(self) -> None:
         self.read_json()
