@@ -41,7 +41,6 @@ from _mlx_server.front.cli import parse_arguments, selected_command
 from _mlx_server.front.commands import run_command
 from _mlx_server.front.connections import ConnectionServer
 from _mlx_server.front.http import HTTPHandler
-from _mlx_server.front.hub import Hub
 from _mlx_server.front.logs import start_logging
 from _mlx_server.front.options import api_keys, program, url_of
 from _mlx_server.front.relay import relay
@@ -52,6 +51,7 @@ from _mlx_server.front.upstream import Upstream, is_relayed
 from _mlx_server.front.welcome import welcome
 from _mlx_server.inference.generation import Generation
 from _mlx_server.inference.group import Group
+from _mlx_server.inference.hub import Hub
 from _mlx_server.inference.presets import Preset
 from _mlx_server.inference.protocol import (
     EngineBusy,
@@ -70,6 +70,7 @@ from _mlx_server.wire.ollama_models import (
     ollama_ps,
     ollama_show,
 )
+from _mlx_server.wire.pull import ollama_pull
 from _mlx_server.wire.reply import Embeddings, Reply
 from engine import Engine
 
@@ -390,7 +391,7 @@ class Handler(HTTPHandler):
         body = self.read_object()
         name = (self.exchange.model or "").removeprefix("https://")
         steps = Hub(self.engine.hub).pull(checked_name(name, "invalid model name"))
-        send_progress(self, steps, field(body, "stream", bool, default=True))
+        send_progress(self, ollama_pull(steps), field(body, "stream", bool, default=True))
 
     def post_push(self) -> None:
         self.read_object()
