@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from _mlx_server.inference.constraint import Constraint, ThinkingBudget, grammar_error
-from _mlx_server.inference.formats import HERMES, OutputFormat
+from _mlx_server.inference.families import HERMES, detect_format
 from _mlx_server.inference.grammar import json_rule
 from _mlx_server.inference.models import LocalModel, gap_marks, generation_defaults, load_error
 from _mlx_server.inference.protocol import InvalidRequest, Message, Request, first_line
-from _mlx_server.inference.schema import can_end
+from _mlx_server.inference.schema import has_finite_value
 from _mlx_server.inference.template import MARK, Template, plain_text
 
 log = logging.getLogger("mlx_server")
@@ -85,7 +85,7 @@ class PromptRenderer:
         except Exception as error:
             raise load_error(local, f"the tokenizer of model '{local.name}'", error) from error
         self.template = Template(self.tokenizer) if self.tokenizer.has_chat_template else None
-        self.format = OutputFormat.of(self.tokenizer)
+        self.format = detect_format(self.tokenizer)
         if self.template and not self.template.has_tools:
             self.format = dataclasses.replace(
                 HERMES,
@@ -166,7 +166,7 @@ class PromptRenderer:
             messages, answers = self._recall(request.messages, lost)
             text = self.template.render(messages, tools, options, generation=True)
         opener = self._opener(messages, tools, options, text)
-        opening = self.format.opening(request.tool_choice) if tools else ""
+        opening = self.format.call_prefix(request.tool_choice) if tools else ""
         start = (self.format.thinking or ("",))[0]
         tokens = request.context + self._splice(text, answers, opener) + self._encode_whole(opening)
         return Prompt(
@@ -245,7 +245,7 @@ class PromptRenderer:
             grammar_error(matcher)
             if matcher.is_error()
             else ""
-            if can_end(schema)
+            if has_finite_value(schema)
             else "no text matches it"
         )
         if reason:

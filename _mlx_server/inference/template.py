@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 from _mlx_server.inference.protocol import InvalidRequest, Message
+from _mlx_server.inference.schema import EMPTY_SCHEMA
 
 log = logging.getLogger("mlx_server")
 
@@ -207,7 +208,6 @@ class Template:
 
 
 MARK = "\u2063\u2063end\u2063\u2063"
-EMPTY_SCHEMA = {"type": "object", "properties": {}}
 _TOOL_PROMPT = """You can call these tools:
 {tools}
 To call one, write only this, once per call:
