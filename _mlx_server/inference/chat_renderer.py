@@ -64,7 +64,7 @@ class ChatRenderer:
         text = rendering.text
         opener = self._opener(rendering)
         chat = request.context + self._splicer.splice(text, rendering.answers, opener)
-        opening = self._format.opening(request.tool_choice) if rendering.tools else ""
+        opening = self._format.call_prefix(request.tool_choice) if rendering.tools else ""
         start = self._format.thinking[0] if self._format.thinking else ""
         return Prompt(
             chat + self._tokenizer.encode(opening),

@@ -12,7 +12,7 @@ from _mlx_server.inference.grammar import json_rule
 from _mlx_server.inference.grammar_compiler import GrammarCompiler
 from _mlx_server.inference.prompt import Prompt
 from _mlx_server.inference.protocol import InvalidRequest, Request
-from _mlx_server.inference.schema import can_end
+from _mlx_server.inference.schema import has_finite_value
 from _mlx_server.inference.tokenizer import TextTokenizer
 
 log = logging.getLogger("mlx_server")
@@ -117,7 +117,7 @@ class OutputRules:
         reason = ""
         if matcher.is_error():
             reason = grammar_error(matcher)
-        elif not can_end(schema):
+        elif not has_finite_value(schema):
             reason = "no text matches it"
         else:
             for warning in matcher.get_grammar_warnings():

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from _mlx_server.inference.answers import Answer, AnswerMemory, answer_key
 from _mlx_server.inference.chat_renderer import ChatRenderer
 from _mlx_server.inference.constraint import Constraint, ThinkingBudget
-from _mlx_server.inference.formats import HERMES, OutputFormat
+from _mlx_server.inference.families import HERMES, detect_format
 from _mlx_server.inference.models import LocalModel, generation_defaults
 from _mlx_server.inference.output_rules import OutputRules
 from _mlx_server.inference.prompt import Prompt
@@ -34,7 +34,7 @@ class PromptRenderer:
         self._tokenizer = TextTokenizer.load(local)
         self.tokenizer = self._tokenizer.wrapped
         self.template = Template(self.tokenizer) if self.tokenizer.has_chat_template else None
-        self.format = OutputFormat.of(self.tokenizer)
+        self.format = detect_format(self.tokenizer)
         if self.template and not self.template.traits.has_tools:
             self.format = dataclasses.replace(
                 HERMES,
