@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 from conftest import Server
 from models import build_model
 from soak import KINDS, Soak, figure, memory
 
 
+@pytest.mark.slow
 def test_a_long_day_with_many_clients(tmp_path: Path):
     for kind in ("qwen2", "llama_sliding", "hybrid"):
         build_model(kind, tmp_path / kind)
