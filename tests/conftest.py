@@ -8,12 +8,20 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from models import CONFIGS, build_model
 
 ROOT = Path(__file__).parent.parent
+PATIENCE = 240.0  # seconds after which something hangs, however busy the machine is
+
+
+def kinds(*fast: str) -> list:
+    """Parameters of a fixture: the kinds of random models, of which those not named are slow."""
+    slow = pytest.mark.slow
+    return [kind if kind in fast else pytest.param(kind, marks=slow) for kind in CONFIGS]
 
 
 def fences(file: str) -> list[str]:
@@ -29,22 +37,26 @@ def example(part: str) -> str:
 
 
 class Server:
-    """`python mlx_server.py` on a free port. `lines` are what it has logged so far."""
+    """`python mlx_server.py`, or another command, on a free port. `lines` are what it has logged
+    so far."""
 
-    def __init__(self, *flags: str, env: dict[str, str] | None = None):
+    def __init__(
+        self,
+        *flags: str,
+        env: dict[str, str] | None = None,
+        command: Sequence[str] = (sys.executable, str(ROOT / "mlx_server.py")),
+        folder: Path = ROOT,
+    ):
+        nowhere = {"HF_HUB_CACHE": "/nonexistent", "XDG_CONFIG_HOME": "/nonexistent"}
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "mlx_server.py"), "--port", "0", *flags],
-            cwd=ROOT,
+            [*command, "--port", "0", *flags],
+            cwd=folder,
             stderr=subprocess.PIPE,
             text=True,
-            env={
-                **os.environ,
-                "HF_HUB_CACHE": "/nonexistent",
-                "XDG_CONFIG_HOME": "/nonexistent",
-                **(env or {}),
-            },
+            env={**os.environ, **nowhere, **(env or {})},
         )
         self.lines: list[str] = []
+        self._ended = False
         self._news = threading.Condition()
         threading.Thread(target=self._read, daemon=True).start()
         self.port = int(self.wait_for(r"listening on http://\S+:(\d+)")[1])
@@ -55,31 +67,33 @@ class Server:
             with self._news:
                 self.lines.append(line)
                 self._news.notify_all()
+        with self._news:
+            self._ended = True
+            self._news.notify_all()
 
-    def wait_for(self, pattern: str, seconds: float = 30, since: int = 0) -> re.Match:
-        """The first line logged that matches, waiting for it if need be; lines before `since` do
-        not count."""
+    def wait_for(self, pattern: str, seconds: float = PATIENCE, since: int = 0) -> re.Match:
+        """The first line logged that matches, waiting for it if need be, as long as the server
+        runs; lines before `since` do not count."""
 
         def found() -> re.Match | None:
-            return next(
-                filter(None, (re.search(pattern, line) for line in self.lines[since:])), None
-            )
+            matches = (re.search(pattern, line) for line in self.lines[since:])
+            return next(filter(None, matches), None)
 
         with self._news:
-            assert self._news.wait_for(found, seconds), f"no {pattern!r} in:\n{''.join(self.lines)}"
-            return found()
+            self._news.wait_for(lambda: self._ended or found(), seconds)
+            match = found()
+            assert match, f"no {pattern!r} in:\n{''.join(self.lines)}"
+            return match
 
     def stop(self) -> int:
         """Ends the server as a service manager would; returns its exit status."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(20)
+        return self.process.wait(PATIENCE)
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random-weight model of each cache class."""
-    from models import CONFIGS, build_model
-
     path = tmp_path_factory.mktemp("models")
     for kind in CONFIGS:
         build_model(kind, path / kind)

@@ -129,14 +129,11 @@ def build_tokenizer(path: Path, template: str = CHATML, marks: Sequence[str] = (
     tokenizer.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
     tokenizer.add_special_tokens(list(marks))
     tokenizer.save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "eos_token": "<|im_end|>",
-                "pad_token": "<|endoftext|>",
-                "chat_template": template,
-                "model_max_length": 32768,
-            }
-        )
-    )
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "chat_template": template,
+        "model_max_length": 32768,
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(config))

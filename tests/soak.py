@@ -1,7 +1,7 @@
-"""Many clients of all dialects at once, who hang up, come back, send nonsense and change models,
-for as long as one likes.
+"""Many clients of all dialects at once, which hang up, come back, send nonsense and change models.
 
-Every answer is compared with what the server said to the same words when nobody else was there.
+Every answer is compared with what the server answered to the same prompt when it had no other
+client.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ TOOLS = [
     for name, key in (("Bash", "command"), ("Read", "file_path"), ("Write", "content"))
 ]
 PREFACES = ["", "Be brief. " * 30, "You are an agent. " * 200]
+PATIENCE = 240.0  # seconds without a byte after which a request counts as stuck
+Reply = tuple[http.client.HTTPConnection, http.client.HTTPResponse]
+KINDS = ("ask", "hang up", "nonsense", "other model")
 PATHS = {"anthropic": "/v1/messages", "ollama": "/api/chat", "openai": "/v1/chat/completions"}
 NONSENSE = [
     ("anthropic", {"max_tokens": "many"}, 400),
@@ -59,8 +62,7 @@ NONSENSE = [
 
 @dataclass
 class Report:
-    """What came of it: requests by kind, what was wrong, and the seconds that `GET /api/version`
-    took."""
+    """Requests by kind, what was wrong, and the seconds that each `GET /api/version` took."""
 
     done: collections.Counter[str] = field(default_factory=collections.Counter)
     wrong: list[str] = field(default_factory=list)
@@ -93,7 +95,7 @@ def probe(port: int) -> None:
     ended = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.read(), ended.set())).start()
     while not ended.wait(0.05):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
         started = time.perf_counter()
         connection.request("GET", "/api/version")
         json.loads(connection.getresponse().read())["version"]
@@ -114,17 +116,7 @@ def body(dialect: str, model: str, words: str, preface: str, stream: bool, token
             "messages": turns,
             "stream": stream,
         }
-    tools = [
-        {
-            "type": "function",
-            "function": {
-                "name": tool["name"],
-                "description": tool["description"],
-                "parameters": tool["input_schema"],
-            },
-        }
-        for tool in TOOLS
-    ]
+    tools = [as_function(tool) for tool in TOOLS]
     turns = [{"role": "system", "content": preface}, *turns] if preface else turns
     limits = {"max_tokens": tokens, "temperature": 0}
     if dialect == "ollama":
@@ -132,23 +124,40 @@ def body(dialect: str, model: str, words: str, preface: str, stream: bool, token
     return {"model": model, "messages": turns, "tools": tools, "stream": stream, **limits}
 
 
+def as_function(tool: dict) -> dict:
+    """A tool of Anthropic's API in the form of the other two."""
+    function = {
+        "name": tool["name"],
+        "description": tool["description"],
+        "parameters": tool["input_schema"],
+    }
+    return {"type": "function", "function": function}
+
+
 def read(dialect: str, stream: bool, lines: list[str]) -> str:
     """The text and the calls of an answer. Raises ValueError if it has no proper end."""
     if not stream:
         return _whole(dialect, json.loads("".join(lines)))
     if dialect == "ollama":
-        objects = [json.loads(line) for line in lines if line]
-        if not objects or not objects[-1].get("done"):
-            raise ValueError("no last object")
-        text = "".join(o["message"]["content"] for o in objects)
-        calls = [c["function"] for o in objects for c in o["message"].get("tool_calls", [])]
-        return _said(text, [(c["name"], c["arguments"]) for c in calls])
+        return _ollama_stream([json.loads(line) for line in lines if line])
     data = [line[5:].strip() for line in lines if line.startswith("data:")]
-    if dialect == "openai":
-        if data[-1:] != ["[DONE]"]:
-            raise ValueError("no [DONE]")
-        return _openai_stream([json.loads(item) for item in data[:-1]])
-    events = [json.loads(item) for item in data]
+    if dialect == "anthropic":
+        return _anthropic_stream([json.loads(item) for item in data])
+    if data[-1:] != ["[DONE]"]:
+        raise ValueError("no [DONE]")
+    return _openai_stream([json.loads(item) for item in data[:-1]])
+
+
+def _ollama_stream(objects: list[dict]) -> str:
+    if not objects or not objects[-1].get("done"):
+        raise ValueError("no last object")
+    messages = [one["message"] for one in objects]
+    calls = [call["function"] for one in messages for call in one.get("tool_calls", [])]
+    text = "".join(one["content"] for one in messages)
+    return _said(text, [(call["name"], call["arguments"]) for call in calls])
+
+
+def _anthropic_stream(events: list[dict]) -> str:
     if not events or events[-1]["type"] != "message_stop":
         raise ValueError("no message_stop")
     blocks: list[dict] = []
@@ -156,12 +165,13 @@ def read(dialect: str, stream: bool, lines: list[str]) -> str:
         if event["type"] == "content_block_start":
             blocks.append({**event["content_block"], "json": ""})
         elif event["type"] == "content_block_delta":
-            blocks[-1]["text"] = blocks[-1].get("text", "") + event["delta"].get("text", "")
-            blocks[-1]["json"] += event["delta"].get("partial_json", "")
-    return _said(
-        "".join(b["text"] for b in blocks if b["type"] == "text"),
-        [(b["name"], json.loads(b["json"])) for b in blocks if b["type"] == "tool_use"],
-    )
+            block, delta = blocks[-1], event["delta"]
+            block["text"] = block.get("text", "") + delta.get("text", "")
+            block["json"] += delta.get("partial_json", "")
+    for block in blocks:
+        if block["type"] == "tool_use":
+            block["input"] = json.loads(block["json"])
+    return _said_in(blocks)
 
 
 def _openai_stream(chunks: list[dict]) -> str:
@@ -178,19 +188,21 @@ def _openai_stream(chunks: list[dict]) -> str:
 
 def _whole(dialect: str, answer: dict) -> str:
     if dialect == "anthropic":
-        return _said(
-            "".join(b["text"] for b in answer["content"] if b["type"] == "text"),
-            [(b["name"], b["input"]) for b in answer["content"] if b["type"] == "tool_use"],
-        )
+        return _said_in(answer["content"])
     message = answer["message"] if dialect == "ollama" else answer["choices"][0]["message"]
-    calls = [call["function"] for call in message.get("tool_calls") or []]
-    return _said(
-        message.get("content") or "",
-        [
-            (c["name"], c["arguments"] if dialect == "ollama" else json.loads(c["arguments"]))
-            for c in calls
-        ],
-    )
+    calls = []
+    for call in message.get("tool_calls") or []:
+        arguments = call["function"]["arguments"]
+        if dialect == "openai":
+            arguments = json.loads(arguments)
+        calls.append((call["function"]["name"], arguments))
+    return _said(message.get("content") or "", calls)
+
+
+def _said_in(blocks: list[dict]) -> str:
+    text = "".join(block["text"] for block in blocks if block["type"] == "text")
+    calls = [(block["name"], block["input"]) for block in blocks if block["type"] == "tool_use"]
+    return _said(text, calls)
 
 
 def _said(text: str, calls: list[tuple[str, dict]]) -> str:
@@ -198,39 +210,30 @@ def _said(text: str, calls: list[tuple[str, dict]]) -> str:
 
 
 class Client:
-    """One connection's worth of trouble."""
+    """Sends one request after the other, each of a kind chosen at random."""
 
     def __init__(self, soak: Soak, seed: int):
         self.soak, self.rng = soak, random.Random(seed)
 
     def run(self) -> None:
         while self.soak.goes_on():
-            kind = self.rng.choices(
-                ("ask", "hang up", "nonsense", "other model"), self.soak.weights
-            )[0]
+            kind = self.rng.choices(KINDS, self.soak.weights)[0]
             try:
                 getattr(self, kind.replace(" ", "_"))()
             except Exception as error:  # whatever it is, it is the server's fault
                 self.soak.note_wrong(f"{kind}: {type(error).__name__}: {error}")
             self.soak.note_done(kind)
 
-    def send(
-        self, path: str, payload: dict
-    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-        connection = http.client.HTTPConnection(
-            "127.0.0.1", self.soak.port, timeout=self.soak.patience
-        )
-        connection.request("POST", path, json.dumps(payload).encode())
+    def send(self, dialect: str, payload: dict) -> Reply:
+        connection = http.client.HTTPConnection("127.0.0.1", self.soak.port, timeout=PATIENCE)
+        connection.request("POST", PATHS[dialect], json.dumps(payload).encode())
         return connection, connection.getresponse()
 
     def pick(self) -> tuple[str, str, str, bool]:
-        rng = self.rng
-        return (
-            rng.choice(list(PATHS)),
-            rng.choice(PROMPTS),
-            rng.choice(PREFACES),
-            rng.random() < 0.7,
-        )
+        """A dialect, a prompt, a preface, and whether to stream."""
+        choice = self.rng.choice
+        picked = choice(list(PATHS)), choice(PROMPTS), choice(PREFACES)
+        return (*picked, self.rng.random() < 0.7)
 
     def ask(self) -> None:
         dialect, words, preface, stream = self.pick()
@@ -240,9 +243,7 @@ class Client:
         """Leaves in the midst of an answer, and half of the time comes back with the same
         request."""
         dialect, words, preface, _ = self.pick()
-        connection, response = self.send(
-            PATHS[dialect], body(dialect, "demo", words, preface, True, 80)
-        )
+        connection, response = self.send(dialect, body(dialect, "demo", words, preface, True, 80))
         for _ in range(self.rng.randrange(6)):
             response.readline()
         response.close()
@@ -252,9 +253,8 @@ class Client:
 
     def nonsense(self) -> None:
         dialect, change, status = self.rng.choice(NONSENSE)
-        connection, response = self.send(
-            PATHS[dialect], {**body(dialect, "demo", "hi", "", False, 5), **change}
-        )
+        payload = {**body(dialect, "demo", "hi", "", False, 5), **change}
+        connection, response = self.send(dialect, payload)
         answer = json.loads(response.read())
         connection.close()
         if response.status != status or "error" not in answer:
@@ -263,9 +263,7 @@ class Client:
     def other_model(self) -> None:
         dialect, words, preface, stream = self.pick()
         model = self.rng.choice(self.soak.others)
-        connection, response = self.send(
-            PATHS[dialect], body(dialect, model, words, preface, stream, 5)
-        )
+        connection, response = self.send(dialect, body(dialect, model, words, preface, stream, 5))
         lines = [line.decode().rstrip("\n") for line in response]
         connection.close()
         if response.status != 200:
@@ -274,10 +272,8 @@ class Client:
 
 
 class Soak:
-    """`clients` of a server at `port` that has the demo model and `others`, until `seconds` or
-    `requests` are through."""
-
-    patience = 240.0  # seconds without a byte after which a request counts as stuck
+    """`clients` of a server at `port` that has the demo model and `others`, until `requests` are
+    through, or `seconds` and at least one request of each kind."""
 
     def __init__(
         self,
@@ -290,7 +286,7 @@ class Soak:
         hang_ups: int = 20,
     ):
         self.port, self.clients, self.others = port, clients, others
-        self.weights = [85 - hang_ups, hang_ups, 10, 5 if others else 0]
+        self.weights = [85 - hang_ups, hang_ups, 10, 5 if others else 0]  # in the order of `KINDS`
         self.report = Report()
         self._until, self._left, self._seconds = 0.0, requests, seconds
         self._lock = threading.Lock()
@@ -302,12 +298,11 @@ class Soak:
         for dialect in PATHS:
             for words in PROMPTS:
                 for preface in PREFACES:
-                    self._expected[dialect, words, preface] = self.answer(
-                        dialect, words, preface, False
-                    )
+                    answer = self.answer(dialect, words, preface, False)
+                    self._expected[dialect, words, preface] = answer
 
     def run(self) -> Report:
-        """Lets everybody loose."""
+        """Starts all clients and waits for their end."""
         self._until = time.monotonic() + (self._seconds or 0)
         threads = [threading.Thread(target=Client(self, seed).run) for seed in range(self.clients)]
         probe = Probe(self.port)
@@ -323,11 +318,12 @@ class Soak:
             if self._left is not None:
                 self._left -= 1
                 return self._left >= 0
-            return time.monotonic() < self._until
+            wanted = {kind for kind, weight in zip(KINDS, self.weights, strict=True) if weight}
+            return time.monotonic() < self._until or not wanted <= {*self.report.done}
 
     def answer(self, dialect: str, words: str, preface: str, stream: bool) -> str:
         connection, response = self._alone.send(
-            PATHS[dialect], body(dialect, "demo", words, preface, stream, 80)
+            dialect, body(dialect, "demo", words, preface, stream, 80)
         )
         lines = [line.decode().rstrip("\n") for line in response]
         connection.close()
@@ -336,14 +332,11 @@ class Soak:
         return read(dialect, stream, lines)
 
     def check(self, dialect: str, words: str, preface: str, stream: bool) -> None:
-        said, right = (
-            self.answer(dialect, words, preface, stream),
-            self._expected[dialect, words, preface],
-        )
+        said = self.answer(dialect, words, preface, stream)
+        right = self._expected[dialect, words, preface]
         if said != right:
-            self.note_wrong(
-                f"{dialect} {words!r} behind {len(preface)} characters: {said} instead of {right}"
-            )
+            where = f"{dialect} {words!r} behind {len(preface)} characters"
+            self.note_wrong(f"{where}: {said} instead of {right}")
 
     def note_wrong(self, what: str) -> None:
         with self._lock:
@@ -357,7 +350,7 @@ class Soak:
 def figure(url: str, name: str) -> float:
     """A figure of a server's `/metrics`. Raises LookupError if it has none of that name."""
     address = urlsplit(url)
-    connection = http.client.HTTPConnection(address.netloc, timeout=30)
+    connection = http.client.HTTPConnection(address.netloc, timeout=PATIENCE)
     connection.request("GET", f"{address.path.rstrip('/')}/metrics")
     text = connection.getresponse().read().decode(errors="replace")
     connection.close()
@@ -374,14 +367,15 @@ def memory(port: int, others: list[str]) -> float:
         *({"model": model, "keep_alive": 0} for model in [*others, "demo"]),
         {"model": "demo", "keep_alive": -1},
     ]:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
         connection.request("POST", "/api/generate", json.dumps(body))
         connection.getresponse().read()
         connection.close()
-    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 60
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE
     while figure(url, "running_requests") or figure(url, "waiting_requests"):
         if time.monotonic() > deadline:
             raise TimeoutError("a request is stuck")
+        time.sleep(0.05)
     return figure(url, "memory_bytes")
 
 

@@ -28,22 +28,19 @@ def printed(server: Server, folder: Path, picture: Path) -> str:
     API."""
     other, out = Server("--models-dir", str(folder)), io.StringIO()
     plot = ["--plot", str(picture)] if find_spec("matplotlib") else []
-    shown = (
-        example("bench.py")
-        .replace("--against-model qwen3:8b", "--against-model qwen2")
-        .replace("qwen3:8b", "demo")
-    )
-    flags = shlex.split(shown.replace("http://localhost:11434", other.url))[2:]
+    shown = example("bench.py").replace("http://localhost:11434", other.url)
+    shown = shown.replace("--against-model qwen3:8b", "--against-model qwen2")
+    flags = shlex.split(shown.replace("qwen3:8b", "demo"))[2:]
+    flags += ["--minutes", "0.02", "--url", server.url, "--against-api", "ollama"]
     try:
         with contextlib.redirect_stdout(out):
-            bench.main(
-                [*flags, "--minutes", "0.02", "--url", server.url, "--against-api", "ollama", *plot]
-            )
+            bench.main([*flags, *plot])
     finally:
         assert other.stop() == 0
     return out.getvalue()
 
 
+@pytest.mark.slow
 def test_every_row_of_the_table_has_numbers_for_both_servers(printed: str):
     rows = re.findall(rf"^[↑↓] (.+?) \(\S+\) +{NUMBER} +(≤ )?{NUMBER} +{NUMBER}$", printed, re.M)
     assert [title for title, *_ in rows] == [row.title for row in bench.ROWS], printed
@@ -53,6 +50,7 @@ def test_every_row_of_the_table_has_numbers_for_both_servers(printed: str):
     assert "asked in its API 'messages'" in printed and "mlx-server 0." in printed
 
 
+@pytest.mark.slow
 def test_the_table_is_drawn(printed: str, picture: Path):
     pytest.importorskip("matplotlib")
     assert picture.read_bytes().startswith(b"\x89PNG")

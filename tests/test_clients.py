@@ -1,4 +1,4 @@
-"""The official clients against a really started server, with the demo model's known answers."""
+"""The official clients against a running server, with the demo model's known answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import anthropic
 import ollama
 import pytest
-from conftest import Server
+from conftest import PATIENCE, Server
 
 PRIVET = "Привет! Я встроенная демо-модель. Я умею говорить, считать, читать, писать и запускать."
 BASH = {
@@ -72,27 +72,17 @@ def test_anthropic_tools_round_trip(claude: anthropic.Anthropic):
     ) as stream:
         first = stream.get_final_message()
     call = first.content[-1]
-    assert (first.stop_reason, call.type, call.name, call.input) == (
-        "tool_use",
-        "tool_use",
-        "Bash",
-        {"command": "echo hello-from-mlx"},
-    )
+    assert first.stop_reason == call.type == "tool_use"
+    assert (call.name, call.input) == ("Bash", {"command": "echo hello-from-mlx"})
+    result = {"type": "tool_result", "tool_use_id": call.id, "content": "hello-from-mlx"}
     messages += [
         {"role": "assistant", "content": first.content},
-        {
-            "role": "user",
-            "content": [
-                {"type": "tool_result", "tool_use_id": call.id, "content": "hello-from-mlx"}
-            ],
-        },
+        {"role": "user", "content": [result]},
     ]
     second = claude.messages.create(model="demo", max_tokens=200, messages=messages, tools=[BASH])
     assert second.content[0].text == "The tool answered: hello-from-mlx"
-    assert (
-        second.usage.cache_read_input_tokens
-        >= first.usage.input_tokens + first.usage.output_tokens - 1
-    )
+    before = first.usage.input_tokens + first.usage.output_tokens
+    assert second.usage.cache_read_input_tokens >= before - 1
 
 
 def test_anthropic_parallel_calls_and_their_limit(claude: anthropic.Anthropic):
@@ -126,15 +116,10 @@ def test_anthropic_stop_reasons(claude: anthropic.Anthropic):
     stopped = claude.messages.create(
         model="demo", max_tokens=100, messages=user("count to 9"), stop_sequences=["5 6"]
     )
-    assert (stopped.content[0].text, stopped.stop_reason, stopped.stop_sequence) == (
-        "1 2 3 4 ",
-        "stop_sequence",
-        "5 6",
-    )
-    assert (
-        claude.messages.create(model="demo", max_tokens=3, messages=user("count to 9")).stop_reason
-        == "max_tokens"
-    )
+    assert stopped.content[0].text == "1 2 3 4 "
+    assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", "5 6")
+    cut = claude.messages.create(model="demo", max_tokens=3, messages=user("count to 9"))
+    assert cut.stop_reason == "max_tokens"
     prefilled = claude.messages.create(
         model="demo",
         max_tokens=60,
@@ -159,6 +144,7 @@ def test_anthropic_models(claude: anthropic.Anthropic):
     assert claude.models.retrieve("demo").type == "model"
 
 
+@pytest.mark.clients
 def test_anthropic_0_60(server: Server):
     old = os.environ.get("ANTHROPIC_0_60")
     if not old:
@@ -169,65 +155,54 @@ def test_anthropic_0_60(server: Server):
         env={**os.environ, "PYTHONPATH": old},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert out.stdout.strip() == "0.60.0 ok", out.stderr
 
 
+@pytest.mark.clients
 @pytest.mark.parametrize("name", ["langchain-anthropic", "langchain-ollama", "litellm"])
 def test_clients_of_frameworks(server: Server, name: str):
     python = os.environ.get("OTHER_CLIENTS")
     if not python:
-        pytest.skip(
-            "OTHER_CLIENTS does not name a Python with langchain-anthropic, langchain-ollama and litellm; .ci/run does"
-        )
+        packages = "langchain-anthropic, langchain-ollama and litellm"
+        pytest.skip(f"OTHER_CLIENTS does not name a Python with {packages}; .ci/run does")
     script = Path(__file__).with_name("other_clients.py")
-    out = subprocess.run(
-        [python, str(script), name, server.url], capture_output=True, text=True, timeout=120
-    )
+    command = [python, str(script), name, server.url]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert out.stdout.endswith(f"{name} ok\n"), out.stderr
 
 
+@pytest.mark.clients
 def test_ollamas_client_for_javascript(server: Server):
     folder = os.environ.get("OLLAMA_JS")
     if not folder:
         pytest.skip("OLLAMA_JS does not name a folder with that package; .ci/run does")
     script = Path(__file__).with_name("ollama_client.cjs")
-    out = subprocess.run(
-        ["node", str(script), folder, server.url], capture_output=True, text=True, timeout=120
-    )
+    command = ["node", str(script), folder, server.url]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert out.stdout == "ok\n", out.stderr
 
 
+@pytest.mark.clients
 def test_codex(server: Server, tmp_path: Path):
     """The real CLI: an answer, and a second turn that reuses the first one's prompt."""
     cli = os.environ.get("CODEX_CLI")
     if not cli:
         pytest.skip("CODEX_CLI does not name Codex's program; .ci/run does")
-    provider = (
-        f'model_providers.mlx={{name="mlx", base_url="{server.url}/v1", wire_api="responses"}}'
-    )
+    fields = f'name="mlx", base_url="{server.url}/v1", wire_api="responses"'
+    command = [cli, "exec", "--skip-git-repo-check", "--model", "demo"]
+    command += ["-c", f"model_providers.mlx={{{fields}}}", "-c", 'model_provider="mlx"']
 
     def codex(*words: str) -> str:
         out = subprocess.run(
-            [
-                cli,
-                "exec",
-                "--skip-git-repo-check",
-                "--model",
-                "demo",
-                "-c",
-                provider,
-                "-c",
-                'model_provider="mlx"',
-                *words,
-            ],
+            [*command, *words],
             cwd=tmp_path,
             env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=4 * PATIENCE,
         )
         assert out.returncode == 0, out.stdout + out.stderr
         return out.stdout
@@ -235,9 +210,8 @@ def test_codex(server: Server, tmp_path: Path):
     assert codex("say hello from codex").strip() == "hello from codex"
     seen = len(server.lines)
     assert codex("resume", "--last", "say goodbye").strip() == "goodbye"
-    prompt, reused = map(
-        int, server.wait_for(r"/v1/responses demo: prompt (\d+), reused (\d+)", since=seen).groups()
-    )
+    line = r"/v1/responses demo: prompt (\d+), reused (\d+)"
+    prompt, reused = map(int, server.wait_for(line, since=seen).groups())
     assert reused > 0.95 * prompt
 
 
@@ -245,11 +219,8 @@ def test_ollama_chat(llama: ollama.Client):
     parts = list(llama.chat(model="demo", messages=user("Привет!"), stream=True))
     assert "".join(part.message.content for part in parts) == PRIVET
     assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
-    assert (
-        parts[-1].done_reason == "stop"
-        and parts[-1].eval_count > 5
-        and parts[-1].prompt_eval_count > 5
-    )
+    last = parts[-1]
+    assert last.done_reason == "stop" and last.eval_count > 5 and last.prompt_eval_count > 5
     assert llama.chat(model="demo", messages=user("Привет!")).message.content == PRIVET
 
 
@@ -259,17 +230,15 @@ def test_ollama_generate(llama: ollama.Client):
         model="demo", prompt="count to 9", options={"num_predict": 3, "stop": ["zzz"]}
     )
     assert limited.done_reason == "length"
-    assert "".join(
-        p.response for p in llama.generate(model="demo", prompt="hello", stream=True)
-    ).startswith("Hello!")
+    pieces = llama.generate(model="demo", prompt="hello", stream=True)
+    assert "".join(piece.response for piece in pieces).startswith("Hello!")
 
 
 def test_ollama_generate_goes_on_from_a_context(server: Server, llama: ollama.Client):
     first = llama.generate(model="demo", prompt="say a b c")
     *_, last = llama.generate(model="demo", prompt="count to 3", context=first.context, stream=True)
-    assert last.context[: len(first.context)] == list(
-        first.context
-    ) and last.prompt_eval_count > len(first.context)
+    assert last.context[: len(first.context)] == list(first.context)
+    assert last.prompt_eval_count > len(first.context)
     assert server.wait_for(rf"prompt {last.prompt_eval_count}, reused {len(first.context)},")
     with pytest.raises(ollama.ResponseError, match="no token 99999"):
         llama.generate(model="demo", prompt="hi", context=[1, 99999])
@@ -281,14 +250,11 @@ def test_ollama_tools_round_trip(llama: ollama.Client):
 
     messages = user("run date")
     answer = llama.chat(model="demo", messages=messages, tools=[Bash])
-    assert [(c.function.name, c.function.arguments) for c in answer.message.tool_calls] == [
-        ("Bash", {"command": "date"})
-    ]
+    (call,) = answer.message.tool_calls
+    assert (call.function.name, call.function.arguments) == ("Bash", {"command": "date"})
     messages += [answer.message, {"role": "tool", "content": "Monday", "tool_name": "Bash"}]
-    assert (
-        llama.chat(model="demo", messages=messages, tools=[Bash]).message.content
-        == "The tool answered: Monday"
-    )
+    second = llama.chat(model="demo", messages=messages, tools=[Bash])
+    assert second.message.content == "The tool answered: Monday"
 
 
 def test_ollama_thinking(llama: ollama.Client):
@@ -299,9 +265,8 @@ def test_ollama_thinking(llama: ollama.Client):
 def test_ollama_models_and_life(llama: ollama.Client):
     assert [model.model for model in llama.list().models] == ["demo:latest"]
     shown = llama.show("demo")
-    assert shown.modelinfo["general.architecture"] and {"completion", "tools", "thinking"} <= set(
-        shown.capabilities
-    )
+    assert shown.modelinfo["general.architecture"]
+    assert {"completion", "tools", "thinking"} <= set(shown.capabilities)
     assert llama.generate(model="demo").done_reason == "load"
     assert [model.model for model in llama.ps().models] == ["demo:latest"]
     assert llama.generate(model="demo", keep_alive=0).done_reason == "unload"

@@ -17,23 +17,29 @@ def engine() -> Iterator[Engine]:
         yield engine
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    "shape, count", [("bare", 22), ("quiet", 22), ("chat", 22), ("long", 11), ("agent", 4)]
+    "shape, count",
+    [
+        ("bare", 22),
+        pytest.param("quiet", 22, marks=SLOW),
+        pytest.param("chat", 22, marks=SLOW),
+        pytest.param("long", 11, marks=SLOW),
+        pytest.param("agent", 4, marks=SLOW),
+    ],
 )
 def test_fresh_prompts_are_answered_to_the_character(engine: Engine, shape: str, count: int):
     """`python tests/demo/data.py` asks 300 a shape; of these few at most one may be missed."""
     prompts = list(contract_prompts(4242, count, shape))
+    thinking = False if shape == "quiet" else None
     answers = [
-        engine.chat(
-            p.messages,
-            tools=p.tools or [],
-            max_tokens=400,
-            thinking=False if shape == "quiet" else None,
-        )
+        engine.chat(p.messages, tools=p.tools or [], max_tokens=400, thinking=thinking)
         for p in prompts
     ]
     wrong = []
-    for prompt, answer in zip(prompts, answers):
+    for prompt, answer in zip(prompts, answers, strict=True):
         for _ in answer:
             pass
         if answer.sequence.raw != prompt.expected:

@@ -1,0 +1,76 @@
+"""A wheel built from the tree, installed elsewhere, is the whole program."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import sysconfig
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Server
+
+pytestmark = pytest.mark.slow
+NOT_SOURCE = (".*", "__pycache__", "build", "dist", "*.egg-info")
+
+
+def run(*command: str | Path, folder: Path) -> str:
+    out = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True)
+    assert out.returncode == 0, out.stdout + out.stderr
+    return out.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    source = shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(*NOT_SOURCE))
+    run(
+        sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, source, folder=folder
+    )
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of programs of a fresh environment. Its other packages are this environment's,
+    but not an installation of the project: an editable one is a `.pth` file, which only counts in
+    the environment's own folder."""
+    folder = tmp_path_factory.mktemp("fresh")
+    run(sys.executable, "-m", "venv", folder, folder=folder)
+    run(folder / "bin/python", "-m", "pip", "install", "-q", "--no-deps", wheel, folder=folder)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib"))
+    return folder / "bin"
+
+
+def test_every_file_of_the_product_is_in_the_wheel(wheel: Path):
+    product = [*ROOT.glob("*.py"), *ROOT.glob("_mlx_server/**/*.py")]
+    expected = {path.relative_to(ROOT).as_posix() for path in product}
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name for name in names if name.endswith(".py")} == expected
+    assert any(name.endswith("share/mlx-server/demo/model.safetensors") for name in names)
+
+
+def test_the_installed_server_answers_with_the_demo(programs: Path, tmp_path: Path):
+    server = Server(command=[str(programs / "mlx-server")], folder=tmp_path)
+    try:
+        payload = {"model": "demo", "prompt": "say hello", "stream": False}
+        body = json.dumps(payload).encode()
+        with urllib.request.urlopen(f"{server.url}/api/generate", body) as answer:
+            assert json.load(answer)["response"] == "hello"
+    finally:
+        assert server.stop() == 0
+
+
+def test_the_installed_engine_answers_with_the_demo(programs: Path, tmp_path: Path):
+    code = (
+        "import engine\n"
+        "with engine.Engine('demo') as running:\n"
+        "    print(engine.__file__, ''.join(running.chat('say hello').text()))"
+    )
+    file, answer = run(programs / "python", "-c", code, folder=tmp_path).split()
+    assert Path(file).is_relative_to(programs.parent) and answer == "hello"
