@@ -28,18 +28,18 @@ def ask(messages: list | None = None, **fields) -> Request:
     ).request
 
 
-def said(role: str, *blocks: dict | str) -> dict:
+def message(role: str, *blocks: dict | str) -> dict:
     return {
         "role": role,
         "content": [{"type": "text", "text": b} if isinstance(b, str) else b for b in blocks],
     }
 
 
-def use(id: str, name: str = "weather", **input) -> dict:
+def tool_use(id: str, name: str = "weather", **input) -> dict:
     return {"type": "tool_use", "id": id, "name": name, "input": input}
 
 
-def result(id: str, content: object = "ok", **fields) -> dict:
+def tool_result(id: str, content: object = "ok", **fields) -> dict:
     return {"type": "tool_result", "tool_use_id": id, "content": content, **fields}
 
 
@@ -66,55 +66,55 @@ def client_requests(messages: list[dict]) -> list[list[dict]]:
 
 SESSIONS = {
     "system after the prompt": [
-        said("user", "git", "commits", "fix it"),
-        said("system", "env"),
-        said("assistant", "ok", use("1")),
-        said("user", result("1")),
-        said("assistant", "done"),
-        said("user", "more"),
-        said("assistant", "yes"),
+        message("user", "git", "commits", "fix it"),
+        message("system", "env"),
+        message("assistant", "ok", tool_use("1")),
+        message("user", tool_result("1")),
+        message("assistant", "done"),
+        message("user", "more"),
+        message("assistant", "yes"),
     ],
     "system after results": [
-        said("user", "fix it"),
-        said("system", "env"),
-        said("assistant", use("1")),
-        said("user", result("1")),
-        said("system", "left: 9"),
-        said("assistant", use("2")),
-        said("user", result("2")),
-        said("system", "left: 8"),
-        said("assistant", "done"),
-        said("user", "more"),
-        said("system", "date"),
-        said("assistant", "fine"),
-        said("user", "x"),
+        message("user", "fix it"),
+        message("system", "env"),
+        message("assistant", tool_use("1")),
+        message("user", tool_result("1")),
+        message("system", "left: 9"),
+        message("assistant", tool_use("2")),
+        message("user", tool_result("2")),
+        message("system", "left: 8"),
+        message("assistant", "done"),
+        message("user", "more"),
+        message("system", "date"),
+        message("assistant", "fine"),
+        message("user", "x"),
     ],
     "words with results": [
-        said("user", "a"),
-        said("assistant", use("1"), use("2")),
-        said("user", result("2"), result("1"), "note"),
-        said("system", "s"),
-        said("assistant", "b"),
-        said("user", "c"),
-        said("assistant", "d"),
-        said("user", "e"),
+        message("user", "a"),
+        message("assistant", tool_use("1"), tool_use("2")),
+        message("user", tool_result("2"), tool_result("1"), "note"),
+        message("system", "s"),
+        message("assistant", "b"),
+        message("user", "c"),
+        message("assistant", "d"),
+        message("user", "e"),
     ],
     "interrupted": [
-        said("user", "a"),
-        said("system", "s"),
-        said("assistant", "half"),
-        said("user", "[interrupted]", "go on"),
-        said("assistant", use("1")),
-        said("user", result("1", is_error=True), "stopped"),
-        said("assistant", "b"),
-        said("user", "c"),
+        message("user", "a"),
+        message("system", "s"),
+        message("assistant", "half"),
+        message("user", "[interrupted]", "go on"),
+        message("assistant", tool_use("1")),
+        message("user", tool_result("1", is_error=True), "stopped"),
+        message("assistant", "b"),
+        message("user", "c"),
     ],
     "deferred tools": [
-        said("user", "a"),
-        said("assistant", use("1")),
-        said("user", result("1", [{"type": "tool_reference", "tool_name": "later"}])),
-        said("assistant", "b"),
-        said("user", "c"),
+        message("user", "a"),
+        message("assistant", tool_use("1")),
+        message("user", tool_result("1", [{"type": "tool_reference", "tool_name": "later"}])),
+        message("assistant", "b"),
+        message("user", "c"),
     ],
 }
 
@@ -139,7 +139,7 @@ def test_string_and_block_render_the_same_and_markers_do_not() -> None:
         "cache_control": {"type": "ephemeral", "ttl": "9h", "scope": "x"},
     }
     system = [{"type": "text", "text": "be nice", "cache_control": {"type": "ephemeral"}}]
-    assert ask(system="be nice") == ask([said("user", marked)], system=system)
+    assert ask(system="be nice") == ask([message("user", marked)], system=system)
 
 
 BILLING = "x-anthropic-billing-header: cc_version=2.1.330.4ed; cc_entrypoint=cli;"
@@ -151,7 +151,7 @@ BILLING = "x-anthropic-billing-header: cc_version=2.1.330.4ed; cc_entrypoint=cli
         (None, None),
         ("", None),
         ("a", "a"),
-        ([said("", "a")["content"][0], {"type": "text", "text": "b"}], "a\n\nb"),
+        ([message("", "a")["content"][0], {"type": "text", "text": "b"}], "a\n\nb"),
         ([{"type": "text", "text": BILLING}, {"type": "text", "text": "a"}], "a"),
         (f"{BILLING}\na", "a"),
         (BILLING, None),
@@ -184,13 +184,16 @@ def source(kind: str, **fields) -> dict:
             "T\nC\nD",
         ),
         ({"type": "document", **source("content", content="D")}, "D"),
-        ({"type": "document", **source("content", content=said("", "D", "E")["content"])}, "D\nE"),
+        (
+            {"type": "document", **source("content", content=message("", "D", "E")["content"])},
+            "D\nE",
+        ),
         (
             {
                 "type": "search_result",
                 "title": "T",
                 "source": "S",
-                "content": said("", "D")["content"],
+                "content": message("", "D")["content"],
             },
             "T\nS\nD",
         ),
@@ -200,7 +203,7 @@ def source(kind: str, **fields) -> dict:
     ],
 )
 def test_blocks_become_text(block: dict, text: str) -> None:
-    assert ask([said("user", "go", block)]).messages[0]["content"] == (
+    assert ask([message("user", "go", block)]).messages[0]["content"] == (
         f"go\n{text}" if text else "go"
     )
 
@@ -208,16 +211,16 @@ def test_blocks_become_text(block: dict, text: str) -> None:
 def test_blocks_of_an_assistant() -> None:
     history = [
         *HI,
-        said(
+        message(
             "assistant",
             {"type": "redacted_thinking", "data": "x"},
             {"type": "thinking", "thinking": "hmm"},
             {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}},
             " ",
-            use("1", city="Rome"),
+            tool_use("1", city="Rome"),
             "well",
         ),
-        said("user", "after", result("1")),
+        message("user", "after", tool_result("1")),
     ]
     assert ask(history).messages[1:] == [
         {
@@ -249,7 +252,11 @@ def test_blocks_of_an_assistant() -> None:
 )
 def test_inputs_are_objects(given: object, arguments: dict) -> None:
     messages = ask(
-        [*HI, said("assistant", {**use("1"), "input": given}), said("user", result("1"))]
+        [
+            *HI,
+            message("assistant", {**tool_use("1"), "input": given}),
+            message("user", tool_result("1")),
+        ]
     ).messages
     assert messages[1]["tool_calls"][0]["function"]["arguments"] == arguments
 
@@ -257,20 +264,20 @@ def test_inputs_are_objects(given: object, arguments: dict) -> None:
 @pytest.mark.parametrize(
     "block, text",
     [
-        (result("1", None), ""),
+        (tool_result("1", None), ""),
         ({"type": "tool_result", "tool_use_id": "1"}, ""),
-        (result("1", []), ""),
-        (result("1", said("", "a", "b")["content"]), "a\nb"),
-        (result("1", "boom", is_error=True), "Error: boom"),
-        (result("1", "Error: boom", is_error=True), "Error: boom"),
-        (result("1", "fine", is_error=False), "fine"),
-        (result("1", [{"type": "image", **source("base64", data="A")}]), IMAGE_NOTE),
-        (result("1", [{"type": "tool_reference", "tool_name": "weather"}]), "weather"),
+        (tool_result("1", []), ""),
+        (tool_result("1", message("", "a", "b")["content"]), "a\nb"),
+        (tool_result("1", "boom", is_error=True), "Error: boom"),
+        (tool_result("1", "Error: boom", is_error=True), "Error: boom"),
+        (tool_result("1", "fine", is_error=False), "fine"),
+        (tool_result("1", [{"type": "image", **source("base64", data="A")}]), IMAGE_NOTE),
+        (tool_result("1", [{"type": "tool_reference", "tool_name": "weather"}]), "weather"),
     ],
 )
 def test_tool_results(block: dict, text: str) -> None:
     messages = ask(
-        [*HI, said("assistant", use("1")), said("user", block)], tools=[WEATHER]
+        [*HI, message("assistant", tool_use("1")), message("user", block)], tools=[WEATHER]
     ).messages
     assert messages[-1] == {"role": "tool", "tool_call_id": "1", "name": "weather", "content": text}
 
@@ -332,7 +339,7 @@ def test_fields(body: dict, attribute: str, value: object) -> None:
 def test_an_output_format_is_asked_for(field: str) -> None:
     form = {"type": "json_schema", "schema": {"type": "object"}}
     request = ask(
-        [*HI, said("assistant", use("1")), said("user", result("1"))],
+        [*HI, message("assistant", tool_use("1")), message("user", tool_result("1"))],
         **{field: {"format": form} if field == "output_config" else form},
     )
     assert (
@@ -375,9 +382,9 @@ def test_a_tool_is_always_complete(schema: dict, parameters: dict) -> None:
 
 def test_deferred_tools_appear_where_they_are_referenced() -> None:
     later = {**WEATHER, "name": "later", "defer_loading": True}
-    found = said("user", result("1", [{"type": "tool_reference", "tool_name": "later"}]))
+    found = message("user", tool_result("1", [{"type": "tool_reference", "tool_name": "later"}]))
     request = ask(
-        [*HI, said("assistant", use("1")), found],
+        [*HI, message("assistant", tool_use("1")), found],
         tools=[
             {"name": "DeferredToolPlaceholder", "description": "", "defer_loading": True},
             later,
@@ -460,28 +467,31 @@ REFUSALS = [
         {"messages": [{"role": "user", "content": ["x"]}]},
         "messages.0.content.0: Input should be an object",
     ),
-    ({"messages": [said("user", {"type": "text"})]}, "messages.0.content.0.text: Field required"),
     (
-        {"messages": [said("user", {"type": []})]},
+        {"messages": [message("user", {"type": "text"})]},
+        "messages.0.content.0.text: Field required",
+    ),
+    (
+        {"messages": [message("user", {"type": []})]},
         "messages.0.content.0.type: Input should be a valid string",
     ),
     (
-        {"messages": [*HI, said("assistant", "x", use("t1"))]},
+        {"messages": [*HI, message("assistant", "x", tool_use("t1"))]},
         "messages.1: `tool_use` ids were found without `tool_result` blocks immediately after: "
         "t1. Each `tool_use` block must have a corresponding `tool_result` block in the next "
         "message.",
     ),
     (
-        {"messages": [said("user", {"type": "image", **source("file", file_id="f")})]},
+        {"messages": [message("user", {"type": "image", **source("file", file_id="f")})]},
         "messages.0.content.0.source: files are not supported by this server",
     ),
     (
-        {"messages": [said("user", {"type": "document", **source("base64", data="A")})]},
+        {"messages": [message("user", {"type": "document", **source("base64", data="A")})]},
         "messages.0.content.0.source: only documents of text are supported by this server; "
         "send its text",
     ),
     (
-        {"messages": [said("user", {"type": "container_upload", "file_id": "f"})]},
+        {"messages": [message("user", {"type": "container_upload", "file_id": "f"})]},
         "messages.0.content.0: files are not supported by this server",
     ),
     ({"system": 5}, "system: Input should be a valid string or list"),

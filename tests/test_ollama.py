@@ -33,12 +33,12 @@ def test_what_a_model_cannot_do(
     ask: type, fields: dict, capabilities: list, message: str | None
 ) -> None:
     reply = ask({"model": "m", "messages": HI, "prompt": "hi", **fields})
-    said = None
+    refusal = None
     try:
         reply.check(replace(DEMO, capabilities=capabilities))
     except WireError as error:
-        said = error.message
-    assert said == message
+        refusal = error.message
+    assert refusal == message
 
 
 USAGE = Usage(
@@ -172,7 +172,7 @@ def test_lines_stay_short(letter: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "ask, empty, said",
+    "ask, empty, text_fields",
     [
         (OllamaChat, {"messages": []}, {"message": {"role": "assistant", "content": ""}}),
         (OllamaChat, {"messages": None}, {"message": {"role": "assistant", "content": ""}}),
@@ -184,7 +184,7 @@ def test_lines_stay_short(letter: str) -> None:
     "keep_alive, unload", [(None, False), ("5m", False), (0, True), ("0s", True)]
 )
 def test_loading_and_unloading(
-    ask: type, empty: dict, said: dict, keep_alive: object, unload: bool
+    ask: type, empty: dict, text_fields: dict, keep_alive: object, unload: bool
 ) -> None:
     body = {
         "model": "m",
@@ -203,7 +203,7 @@ def test_loading_and_unloading(
     )
     events = [] if unload else [Done("load", Usage())]
     _, whole = answer(ask, *events, **{"keep_alive": keep_alive, **empty})
-    assert whole == {**said, "done": True, "done_reason": "unload" if unload else "load"}
+    assert whole == {**text_fields, "done": True, "done_reason": "unload" if unload else "load"}
 
 
 def test_a_chat_with_keep_alive_zero_is_answered() -> None:

@@ -3,6 +3,8 @@ no model."""
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai_cases import BASH, CALL, EVENTS, READ, answer, chat, flat
@@ -266,3 +268,10 @@ def test_a_failure_in_a_stream():
     assert reply.failure(EngineError("odd")) == [
         {"error": {"message": "odd", "type": "server_error", "param": None, "code": None}}
     ]
+
+
+def test_an_unknown_part_is_left_out_with_a_log_line(caplog: pytest.LogCaptureFixture):
+    content = [{"type": "of_tomorrow"}, {"type": "text", "text": "hi"}]
+    with caplog.at_level(logging.INFO, "mlx_server"):
+        assert chat(messages=[{"role": "user", "content": content}]).messages == HI
+    assert "messages.0.content.0: left out a part of type of_tomorrow" in caplog.text

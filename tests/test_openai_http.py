@@ -403,8 +403,8 @@ def test_several_choices_stream_one_after_the_other(client: openai.OpenAI):
 
 
 def test_responses_round_trip(client: openai.OpenAI):
-    said = user("run echo hello-from-mlx")
-    with client.responses.stream(model="demo", input=said, tools=[flat(BASH)]) as stream:
+    conversation = user("run echo hello-from-mlx")
+    with client.responses.stream(model="demo", input=conversation, tools=[flat(BASH)]) as stream:
         first = list(stream) and stream.get_final_response()
     call = first.output[-1]
     assert (call.type, call.name, json.loads(call.arguments)) == (
@@ -412,11 +412,11 @@ def test_responses_round_trip(client: openai.OpenAI):
         "Bash",
         {"command": "echo hello-from-mlx"},
     )
-    said += [
+    conversation += [
         *(item.model_dump(exclude_none=True) for item in first.output),
         {"type": "function_call_output", "call_id": call.call_id, "output": "hello-from-mlx"},
     ]
-    second = client.responses.create(model="demo", input=said, tools=[flat(BASH)])
+    second = client.responses.create(model="demo", input=conversation, tools=[flat(BASH)])
     assert (
         second.output_text == "The tool answered: hello-from-mlx" and second.status == "completed"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
@@ -277,3 +278,9 @@ def test_a_failure_in_a_stream():
     (event,) = reply.failure(EngineError("odd"))
     STREAM_EVENTS.validate_python(event, strict=True)
     assert event["response"]["error"] == {"code": "server_error", "message": "odd"}
+
+
+def test_an_unknown_item_is_left_out_with_a_log_line(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO, "mlx_server"):
+        respond(input=[{"type": "of_tomorrow"}, *HI])
+    assert "input.0: left out an item of type of_tomorrow" in caplog.text
