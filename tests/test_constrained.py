@@ -378,7 +378,7 @@ def test_a_call_may_follow_the_thinking_when_there_are_tools(engine: Engine):
             said.append(token)
             # Some models have more rows than there are tokens
             logits = constraint(mx.array([1, *said]), mx.zeros((1, 520)))
-            opens.append(constraint.take(token, len(said) - 1))
+            opens.append(constraint.observe(token, len(said) - 1))
         return {token for token, logit in enumerate(logits[0].tolist()) if logit == 0}
 
     constraint(mx.array([1]), mx.zeros((1, 520)))

@@ -225,7 +225,7 @@ class PromptRenderer:
             raise InvalidRequest(grammar_error(matcher))
         for warning in matcher.get_grammar_warnings():
             log.warning("the call's arguments are not held to all of their schema: %s", warning)
-        return Constraint(matcher, opener=[] if opening else begun)
+        return Constraint(matcher, trigger=[] if opening else begun)
 
     def _formatted(self, request: Request, prompt: Prompt) -> Constraint:
         schema = {"type": "object"} if request.format == "json" else request.format

@@ -378,7 +378,7 @@ class ModelRunner:
                 broken = math.isnan(response.logprobs[0].item())
             if broken:
                 raise ArithmeticError("the model's output is not a number")
-        if job._constraint is not None and job._constraint.take(
+        if job._constraint is not None and job._constraint.observe(
             response.token, usage.completion_tokens
         ):
             parser.verbatim()
