@@ -16,6 +16,19 @@ import pytest
 from conftest import ROOT, Server
 from jsonschema import Draft202012Validator
 from models import CHATML, CONFIGS, build_model
+from schemas import (
+    ARGUMENTS,
+    LIKE_CLAUDE_CODE,
+    PARTS,
+    REFERRED,
+    SCHEMAS,
+    TITLE,
+    TOOLS,
+    obj,
+    rows,
+    text,
+    tool,
+)
 
 from _mlx_server.inference.runner import ModelRunner
 from _mlx_server.wire.anthropic import AnthropicMessages
@@ -62,121 +75,6 @@ MARKS = {
     "deepseek_4, special": ["｜DSML｜"],
     "gemma, special": ["<|tool_call>", "<tool_call|>", '<|"|>'],
 }
-
-
-def obj(required: list[str] | None = None, **properties: dict) -> dict:
-    return {
-        "type": "object",
-        "properties": properties,
-        "additionalProperties": False,
-        "required": list(properties) if required is None else required,
-    }
-
-
-def text(most: int, **more) -> dict:
-    return {"type": "string", "maxLength": most, **more}
-
-
-def rows(items: dict, most: int = 2, **more) -> dict:
-    return {"type": "array", "items": items, "maxItems": most, **more}
-
-
-def tool(name: str, schema: dict) -> dict:
-    return {"type": "function", "function": {"name": name, "description": "", "parameters": schema}}
-
-
-PARTS = [
-    {"type": "boolean"},
-    {"type": "null"},
-    {"type": ["boolean", "null"]},
-    text(6),
-    text(6, minLength=3),
-    {"const": "fixed"},
-    {"const": 17},
-    {"const": {"a": [1, None]}},
-    {"enum": ["red", "green", "blue"]},
-    {"enum": [1, "two", None, 3.5, False]},
-    {"enum": [f"a rather long value, number {n}" for n in range(300)]},
-    {"enum": ["grün", "日本", '"quoted"', "a\\b", "\n"]},
-    {"type": "integer", "minimum": 0, "maximum": 9},
-    {"type": "integer", "minimum": -120, "maximum": 35},
-    {"type": "integer", "exclusiveMinimum": 10, "exclusiveMaximum": 12},
-    {"type": "integer", "multipleOf": 5, "minimum": 0, "maximum": 99},
-    {"type": "number", "minimum": 0, "maximum": 1},
-    {"type": "string", "pattern": "^[a-z]{2,5}$"},
-    {"type": "string", "pattern": r"^\d{3}-[A-F]{2}$"},
-    {"type": "string", "format": "date"},
-    {"type": "string", "format": "uuid"},
-    {"anyOf": [{"type": "boolean"}, text(4)]},
-    {"oneOf": [obj(kind={"const": "a"}), obj(kind={"const": "b"}, n={"type": "null"})]},
-    {"allOf": [{"type": "integer", "minimum": 3}, {"maximum": 8}]},
-    obj(),
-    obj(a=text(3), b={"type": "boolean"}),
-    rows(text(3)),
-    {"$ref": "#/$defs/part"},
-]
-WRAPS = [
-    lambda part: part,
-    lambda part: obj(value=part),
-    lambda part: obj([], value=part, other=part),
-    lambda part: obj(["größe"], **{"größe": part, "Ключ 键": {"type": "boolean"}}),
-    lambda part: rows(part, 3, minItems=1),
-    lambda part: obj(outer=obj(inner=rows(obj(["value"], value=part, note=text(4))))),
-    lambda part: {"anyOf": [part, {"type": "null"}]},
-    lambda part: {
-        "type": "array",
-        "prefixItems": [part, {"type": "boolean"}],
-        "items": False,
-        "minItems": 2,
-    },
-]
-TITLE = {
-    "$schema": "https://json-schema.org/draft/2020-12/schema",
-    **obj(title=text(20, description="3 to 7 words")),
-}
-TASK = obj(
-    content=text(8, minLength=1),
-    status={"type": "string", "enum": ["pending", "in_progress", "completed"]},
-    activeForm=text(8, minLength=1),
-)
-LIKE_CLAUDE_CODE = [
-    TITLE,
-    {**TITLE, **obj(isNewTopic={"type": "boolean"}, title={"anyOf": [text(20), {"type": "null"}]})},
-    obj(todos=rows(TASK, 3)),
-    obj(
-        ["command"],
-        command=text(12),
-        timeout={"type": "number", "maximum": 600000, "minimum": 1000},
-        run_in_background={"type": "boolean"},
-        description=text(5),
-    ),
-    obj(
-        ["file_path", "old_string"],
-        file_path=text(9, pattern="^/[a-z/]{1,8}$"),
-        old_string=text(9),
-        replace_all={"default": False, "type": "boolean"},
-    ),
-    obj(
-        questions=rows(
-            obj(
-                question=text(9),
-                header=text(5),
-                multiSelect={"type": "boolean"},
-                options=rows(obj(label=text(4), description=text(4)), 3, minItems=2),
-            ),
-            2,
-            minItems=1,
-        )
-    ),
-    obj(ok={"type": "boolean"}, reason=text(10)),
-    obj(url={"type": "string", "format": "ipv4"}, prompt=text(5)),
-]
-SCHEMAS = [
-    {**wrap(part), **({"$defs": {"part": text(3)}} if "$ref" in part else {})}
-    for part in PARTS
-    for wrap in WRAPS
-]
-SCHEMAS += LIKE_CLAUDE_CODE
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +139,7 @@ def check(answer: str, schema: dict) -> None:
 def test_a_model_without_skill_answers_every_schema_at_temperature_1(engine: Engine):
     assert len(SCHEMAS) > 200
     answers = [ask(engine, seed, format=schema) for seed, schema in enumerate(SCHEMAS)]
-    for schema, generation in zip(SCHEMAS, answers):
+    for schema, generation in zip(SCHEMAS, answers, strict=True):
         answer, reason = said(generation)
         assert reason == "stop", (schema, answer)
         check(answer, schema)
@@ -378,7 +276,7 @@ def test_a_call_may_follow_the_thinking_when_there_are_tools(engine: Engine):
             said.append(token)
             # Some models have more rows than there are tokens
             logits = constraint(mx.array([1, *said]), mx.zeros((1, 520)))
-            opens.append(constraint.take(token, len(said) - 1))
+            opens.append(constraint.observe(token, len(said) - 1))
         return {token for token, logit in enumerate(logits[0].tolist()) if logit == 0}
 
     constraint(mx.array([1]), mx.zeros((1, 520)))
@@ -401,18 +299,6 @@ def test_a_matcher_that_gives_up_ends_the_turn_and_says_why(engine: Engine):
     assert "doesn't satisfy the grammar" in constraint.error and "\n" not in constraint.error
 
 
-TOOLS = [
-    tool("Todo_Write", obj(todos=rows(TASK, 1))),
-    tool(
-        "set",
-        obj(["on"], on={"type": "boolean"}, level={"type": "integer", "minimum": 0, "maximum": 9}),
-    ),
-    tool("Farbe-ändern", obj(["c"], c={"enum": ["rot", "grün"]}, n={"type": "null"})),
-    tool("nothing", obj()),
-]
-ARGUMENTS = {one["function"]["name"]: one["function"]["parameters"] for one in TOOLS}
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_forced_call_is_a_valid_call(engine: Engine, family: str):
     asked = [("any", True), *((choice, False) for choice in ["any", *ARGUMENTS])]
@@ -428,7 +314,7 @@ def test_a_forced_call_is_a_valid_call(engine: Engine, family: str):
         )
         for seed, (choice, parallel) in enumerate(asked)
     ]
-    for (choice, parallel), generation in zip(asked, answers):
+    for (choice, parallel), generation in zip(asked, answers, strict=True):
         made, reason = calls(generation)
         # Without skill, several may be any number
         assert made and (parallel or (reason, len(made)) == ("tool_calls", 1))
@@ -450,7 +336,7 @@ def test_calls_of_strict_tools_match_their_schemas_and_what_is_said_beside_them_
     names = [event.name for event in events if isinstance(event, ToolStart)]
     whole = [event.arguments for event in events if isinstance(event, ToolEnd) and not event.cut]
     assert len(whole) > 1  # the first one does not end what is held
-    for name, arguments in zip(names, whole):
+    for name, arguments in zip(names, whole, strict=False):
         Draft202012Validator(ARGUMENTS[name]).validate(arguments)
     assert not [
         event
@@ -505,31 +391,6 @@ def test_without_a_choice_no_call_is_made(engine: Engine):
     assert not [event for event in events if isinstance(event, ToolStart)]
 
 
-LIST = {
-    **obj(value={"type": "boolean"}, next={"anyOf": [{"$ref": "#/$defs/list"}, {"type": "null"}]})
-}
-REFERRED = [
-    {"$ref": "#/$defs/list", "$defs": {"list": LIST}},
-    {**obj(list={"$ref": "#/$defs/list"}), "$defs": {"list": LIST}},
-    {"anyOf": [obj(a={"const": "x"}), obj(b={"enum": [1, 2]}, c={"const": None})]},
-    {
-        "type": "object",
-        "properties": {"a": {"type": "boolean"}},
-        "required": ["a", "c"],
-        "allOf": [
-            {"properties": {"b": {"type": "null"}, "c": {"enum": [1, 2]}}, "required": ["b"]}
-        ],
-    },
-    {
-        "type": "object",
-        "required": ["a"],
-        "additionalProperties": {"type": "integer", "minimum": 1, "maximum": 4},
-    },
-    obj([], a={"type": "boolean"}, b={"type": "null"}, c=text(3)),
-    obj(n=rows({"type": "null"}, 1), m=rows(text(2), 4, minItems=3)),
-]
-
-
 @pytest.mark.parametrize(
     "family", ["gemma", "gemma, special", "deepseek_4, special", "qwen_coder", "lfm"]
 )
@@ -550,7 +411,7 @@ def test_forced_arguments_that_are_no_json_match_their_schemas_too(engine: Engin
         )
         for seed, schema in enumerate(schemas)
     ]
-    for schema, generation in zip(schemas, answers):
+    for schema, generation in zip(schemas, answers, strict=True):
         [(_, arguments)], reason = calls(generation)
         assert reason == "tool_calls"
         Draft202012Validator(schema).validate(arguments)
@@ -698,15 +559,19 @@ def test_the_official_clients_get_what_they_ask_for(server: Server):
 WITHOUT = """
 import sys
 sys.modules["llguidance"] = None  # what makes an import fail as if the package were not there
-from dialects import AnthropicMessages, OllamaChat, anthropic_error, ollama_error
+from _mlx_server.wire.anthropic import AnthropicMessages, anthropic_error
+from _mlx_server.wire.ollama import OllamaChat, ollama_error
 from engine import Engine, InvalidRequest, ToolEnd
 
 hi = [{"role": "user", "content": "run echo hi"}]
 bash = {"type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}
 with Engine("demo") as engine:
     form = {"type": "json_schema", "schema": {"type": "object"}}
-    for reply, error in ((AnthropicMessages({"model": "demo", "max_tokens": 9, "messages": hi, "output_config": {"format": form}}),
-                          lambda e: anthropic_error(e, "")), (OllamaChat({"model": "demo", "messages": hi, "format": "json"}), ollama_error)):
+    asked = {"model": "demo", "max_tokens": 9, "messages": hi, "output_config": {"format": form}}
+    for reply, error in (
+        (AnthropicMessages(asked), lambda refused: anthropic_error(refused, "")),
+        (OllamaChat({"model": "demo", "messages": hi, "format": "json"}), ollama_error),
+    ):
         try:
             engine.submit(reply.request)
         except InvalidRequest as refused:

@@ -98,7 +98,9 @@ class ArgumentsGrammar:
         self._quote = '"' if isinstance(syntax, TagSyntax) else syntax.quotes[0]
         self._template, self._root, self._literal = template, schema, literal
         self._separator = literal(template.separator)
-        self._definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        self._definitions: dict[str, Any] = {
+            key: schema[key] for key in ("$defs", "definitions") if key in schema
+        }
         self._value_rules: dict[str, str] = {}  # a schema in JSON -> its values' rule
         self._name = name
         self.rules = [""]

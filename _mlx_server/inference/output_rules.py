@@ -71,7 +71,7 @@ class OutputRules:
             raise InvalidRequest(grammar_error(matcher))
         for warning in matcher.get_grammar_warnings():
             log.warning("the call's arguments are not held to all of their schema: %s", warning)
-        return Constraint(matcher, opener=[] if opening else begun)
+        return Constraint(matcher, trigger=[] if opening else begun)
 
     def _format_constraint(
         self, request: Request, prompt: Prompt, schema: dict[str, Any]

@@ -334,7 +334,7 @@ class ModelRunner:
         usage, parser, detokenizer = sequence.usage, sequence.parser, sequence.detokenizer
         self._check_numbers(sequence, response)
         constraint = sequence.constraint
-        if constraint is not None and constraint.take(response.token, usage.completion_tokens):
+        if constraint is not None and constraint.observe(response.token, usage.completion_tokens):
             parser.verbatim()
         usage.completion_tokens += 1
         usage.thinking_tokens += parser.state == "thinking"

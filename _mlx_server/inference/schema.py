@@ -104,7 +104,7 @@ def _merge(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def enum_values(schema: dict[str, Any]) -> list | None:
+def enum_values(schema: dict[str, Any]) -> list[Any] | None:
     """The only values that `const` or `enum` allow; None without these keywords."""
     return [schema["const"]] if "const" in schema else schema.get("enum")
 
