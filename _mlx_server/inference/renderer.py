@@ -106,27 +106,27 @@ class PromptRenderer:
     # What holds an answer to the request's rules
 
     def constraint(self, request: Request, prompt: Prompt) -> Constraint | None:
-        """See OutputRules.constraint."""
+        """What holds the answer to a format or to the tools' schemas: see OutputRules."""
         return self._rules.constraint(request, prompt)
 
     def budget(self, request: Request, prompt: Prompt, begins: int) -> ThinkingBudget | None:
-        """See OutputRules.budget."""
+        """What ends the thinking of an answer that begins behind `begins` tokens: see OutputRules."""
         return self._rules.budget(request, prompt, begins)
 
     # Tokens
 
     def encode(self, text: str) -> list[int]:
-        """See TextTokenizer.encode."""
+        """The token ids of a text in which special tokens are recognised; none are added."""
         return self._tokenizer.encode(text)
 
     def token_bytes(self, token: int) -> bytes:
-        """See TextTokenizer.token_bytes."""
+        """The bytes of a token, which need not be whole characters."""
         return self._tokenizer.token_bytes(token)
 
     def check_tokens(self, tokens: Iterable[int]) -> None:
-        """See TextTokenizer.check_tokens."""
+        """Raises InvalidRequest for ids that no token has."""
         self._tokenizer.check_tokens(tokens)
 
     def gap_tokens(self) -> tuple[str, ...]:
-        """See TextTokenizer.gap_tokens."""
+        """The special tokens of a text with a gap, as text: see TextTokenizer."""
         return self._tokenizer.gap_tokens()

@@ -40,7 +40,9 @@ class TextTokenizer:
             # another type, and maybe refuse it. The tokenizer does not need the config.
             if local.config.get("model_type") not in CONFIG_MAPPING:
                 options["config"] = PreTrainedConfig()
-            wrapped = load_tokenizer(local.path, options, eos_token_ids=eos_token_ids)
+            wrapped = load_tokenizer(  # type: ignore[no-untyped-call]
+                local.path, options, eos_token_ids=eos_token_ids
+            )
         except Exception as error:
             raise load_error(local, f"the tokenizer of model '{local.name}'", error) from error
         return cls(wrapped)
@@ -143,5 +145,5 @@ def _bytes_by_letter() -> dict[str, bytes]:
     """Byte-level vocabularies write each byte as a letter."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    letters: dict[int, str] = bytes_to_unicode()
+    letters: dict[int, str] = bytes_to_unicode()  # type: ignore[no-untyped-call]
     return {letter: bytes([byte]) for byte, letter in letters.items()}
