@@ -111,7 +111,7 @@ def test_any_repo_is_pulled_by_its_id_and_only_what_a_model_needs(
     assert puller.pull("hf.co/org/own").status == "success"
     snapshot = cache / "models--org--own" / "snapshots" / COMMIT
     assert {str(path.relative_to(snapshot)) for path in snapshot.rglob("*") if path.is_file()} == (
-        {name for name in hub.repos["org/own"]} - {"README.md", "x.py"}
+        set(hub.repos["org/own"]) - {"README.md", "x.py"}
     )
     assert (cache / "models--org--own" / "refs" / "main").read_text() == COMMIT
 
@@ -210,6 +210,13 @@ def test_damaged_files_are_not_kept(hub: FakeHub, puller: ollama.Client, cache: 
         assert puller.pull("org/own").status == "success"
         assert damaged in hub.fetched()
         puller.delete("org/own")
+
+
+def test_the_server_starts_without_the_library_that_downloads():
+    slow = "sorted({'huggingface_hub', 'tqdm', 'httpx2'} & set(sys.modules))"
+    code = f"import sys, mlx_server, engine; print({slow})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n"
 
 
 def pull(hub: FakeHub, cache: Path, *words: str, env: dict | None = None, **how):
