@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.client
 import json
@@ -20,7 +21,7 @@ import pytest
 from conftest import ROOT, Server, example
 from fake_hub import COMMIT, FakeHub, digest, serving
 
-from _mlx_server.inference.download import HubError, HubFailure
+from _mlx_server.inference.download import HubError, HubFailure, hub_error
 from _mlx_server.inference.hub import Hub
 from engine import Library
 
@@ -183,7 +184,7 @@ def test_hanging_up_ends_a_pull(hub: FakeHub, pulling, puller: ollama.Client, ca
     assert failure.value.status_code == 409
     answer.close()
     connection.close()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while list(blobs.glob("*.incomplete")):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -293,7 +294,7 @@ def test_at_the_keyboard_ctrl_c_ends_a_pull(hub: FakeHub, cache: Path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     program.send_signal(2)
-    _, told = program.communicate(timeout=10)
+    _, told = program.communicate(timeout=30)
     assert program.returncode == 1 and "the same command goes on from there" in told
     assert "Traceback" not in told and not list(cache.glob("*/blobs/*.incomplete"))
 
@@ -363,3 +364,26 @@ def test_a_disk_that_is_too_small_or_read_only_is_an_error(
     with pytest.raises(HubError, match="cannot be written to the model cache: ") as failure:
         list(Hub(tmp_path / "file").pull("org/own"))
     assert failure.value.reason is HubFailure.UNWRITABLE
+
+
+@pytest.mark.parametrize(
+    "error, reason, said",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "NO_SPACE", "no room for org/own"),
+        (RuntimeError("I/O: No space left on device (28)"), "NO_SPACE", "no room for org/own"),
+        (OSError(errno.EROFS, "Read-only file system"), "UNWRITABLE", "Read-only file system"),
+        (OSError("Consistency check failed"), "UNREACHABLE", "pull again to go on"),
+        (RuntimeError("CAS: timeout\nmore"), "UNREACHABLE", "failed: CAS: timeout; pull again"),
+        (KeyError("sha"), "UNREACHABLE", "describes org/own in a way that makes no sense"),
+        (HubError(HubFailure.BUSY, "as it is"), "BUSY", "^as it is$"),
+    ],
+)
+def test_what_fails_is_one_sentence(error: Exception, reason: str, said: str):
+    failure = hub_error(error, "org/own")
+    assert failure.reason.name == reason and re.search(said, str(failure))
+
+
+def test_a_repo_has_an_org_and_a_name(puller: ollama.Client):
+    with pytest.raises(ollama.ResponseError, match="'a/b/c' names no repo") as failure:
+        puller.pull("a/b/c")
+    assert failure.value.status_code == 404
