@@ -10,10 +10,11 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ollama
@@ -168,34 +169,41 @@ def test_a_newer_revision_replaces_the_older_one_when_it_is_whole(
     assert library.resolve("org/own").path == snapshots / hub.commit
 
 
-def test_hanging_up_ends_a_pull(hub: FakeHub, pulling, puller: ollama.Client, cache: Path):
-    hub.pause = 0.05
-    server = pulling[1]
-    connection = http.client.HTTPConnection("127.0.0.1", server.port)
+@pytest.mark.parametrize("xet", [False, True])
+def test_hanging_up_ends_a_pull(
+    hub: FakeHub, pulling, puller: ollama.Client, cache: Path, xet: bool
+):
+    hub.pause, hub.xet = 0.05, xet
+    connection = http.client.HTTPConnection("127.0.0.1", pulling[1].port)
     connection.request("POST", "/api/pull", json.dumps({"model": "org/own"}))
     answer = connection.getresponse()
     weights = digest("model.safetensors", hub.repos["org/own"]["model.safetensors"])
-    while weights not in (line := answer.readline().decode()):
-        assert line
-    blobs = cache / "models--org--own" / "blobs"
-    assert list(blobs.glob("*.incomplete"))
+    part = f"models--org--own/blobs/{weights}.*.incomplete"
+    while not list(cache.glob(part)):
+        assert answer.readline()
     with pytest.raises(ollama.ResponseError, match="being downloaded already") as failure:
         puller.pull("org/own")
     assert failure.value.status_code == 409
     answer.close()
     connection.close()
-    deadline = time.monotonic() + 30
-    while list(blobs.glob("*.incomplete")):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    hub.pause = 0
+    wait_until(lambda: not list(cache.glob(part)))
+    hub.reset()
     assert "org/own:latest" not in names(puller)
-    while True:  # until the first one has let go of the repo
+
+    def succeeds() -> bool:
         try:
-            assert puller.pull("org/own").status == "success"
-            return
-        except ollama.ResponseError as error:
-            assert error.status_code == 409 and time.monotonic() < deadline
+            return puller.pull("org/own").status == "success"
+        except ollama.ResponseError as error:  # the first one has not let go of the repo
+            assert error.status_code == 409
+            return False
+
+    wait_until(succeeds)
+
+
+def wait_until(done: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
@@ -289,11 +297,8 @@ def test_at_the_keyboard_a_pull_draws_a_bar_and_what_fails_is_a_sentence(hub: Fa
 def test_at_the_keyboard_ctrl_c_ends_a_pull(hub: FakeHub, cache: Path):
     hub.pause = 0.1
     program = pull(hub, cache, "pull", "org/own", stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 20
-    while not list(cache.glob("*/blobs/*.incomplete")):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    program.send_signal(2)
+    wait_until(lambda: bool(list(cache.glob("*/blobs/*.incomplete"))))
+    program.send_signal(signal.SIGINT)
     _, told = program.communicate(timeout=30)
     assert program.returncode == 1 and "the same command goes on from there" in told
     assert "Traceback" not in told and not list(cache.glob("*/blobs/*.incomplete"))
