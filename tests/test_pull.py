@@ -359,7 +359,7 @@ def test_a_disk_that_is_too_small_or_read_only_is_an_error(
     from huggingface_hub import HfApi
 
     api = HfApi(hub.url)
-    monkeypatch.setattr(Hub, "_api", api)
+    monkeypatch.setattr(Hub, "api", api)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(HubError, match=r"org/own needs \d{7} bytes, and 1000 are free") as failure:
