@@ -60,11 +60,11 @@ def parse_name(name: str) -> NameParts:
     for token in re.split(r"[-_:\s]+", bare):
         reader.read(token)
     reader.move_base()
-    *smaller, size = sorted(reader.sizes, key=_billions) or [None]
+    sizes = sorted(reader.sizes, key=_billions)
     return NameParts(
-        frozenset(reader.words + smaller),
+        frozenset(reader.words + sizes[:-1]),
         frozenset(reader.extras),
-        size,
+        sizes[-1] if sizes else None,
         reader.chat,
         frozenset(reader.bits),
         reader.revision,
@@ -188,7 +188,7 @@ def best_match(
     candidates = [
         _Candidate(model.name, model.quantization, model.parameters) for model in by_name.values()
     ]
-    found = _best(plain, candidates, last_used and last_used.name)
+    found = _best(plain, candidates, last_used.name if last_used else None)
     return by_name[found.name] if found else None
 
 

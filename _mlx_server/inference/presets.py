@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -93,7 +94,8 @@ class PresetStore:
             new.write_text(json.dumps(presets, ensure_ascii=False, indent=1), "utf-8")
             os.replace(new, self._path)
         except OSError as error:
-            new.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                new.unlink()
             raise EngineError(
                 f"{self._path.name} cannot be written: {error.strerror}; "
                 "the change lasts until the end"
