@@ -8,6 +8,7 @@ breaks it, and all of them on one that comes close.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,6 +259,16 @@ def house() -> House:
 def test_the_tree_keeps_its_rules(house: House, rule: Callable[[House], Iterator[str]]):
     found = list(rule(house))
     assert not found, "\n" + "\n".join(found)
+
+
+def test_the_map_names_every_file(house: House):
+    named, folder = set(), ""
+    for line in (ROOT / "ARCHITECTURE.md").read_text("utf-8").splitlines():
+        if heading := re.match(r"### `(.+/)`$", line):
+            folder = heading[1].removeprefix("./")
+        elif row := re.match(r"\| `(\w+\.py)` \|", line):
+            named.add(folder + row[1])
+    assert named == {source.path for source in house.product}
 
 
 # ---- tests of the rules
