@@ -5,28 +5,31 @@ It knows models and tokens; it knows no HTTP and no vendor's JSON. A caller hand
 
 The threading rule. All MLX work (load, prefill, decode, cache copy and trim, unload) happens on ONE
 thread that the `Engine` owns. Callers' threads resolve names, render and tokenise prompts, which
-needs no MLX array. Both sides meet under ONE lock, `Engine._lock`, a Condition that guards the
-inbox, the outboxes and the model table. It is never held during MLX work, tokenisation or I/O."""
+needs no MLX array. Both sides meet under ONE lock, a Condition. It guards the requests that wait
+for admission, the events of every request, the wishes to unload, and the flags that say whether the
+engine is ready, draining or closing. It is never held during MLX work, tokenisation or I/O. What
+callers read without it (the pool's models and their requests, the prefix cache, the disk cache, the
+renderers) is replaced as a whole by the thread that changes it, and says so where it is defined.
+"""
 
 from __future__ import annotations
 
 import importlib
 import logging
-import math
-import os
-import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from _mlx_server.inference.disk_cache import DiskCache
-from _mlx_server.inference.generation import Generation, Phase
-from _mlx_server.inference.group import Group
+from _mlx_server.inference.event_queue import EventQueue
+from _mlx_server.inference.generation import Generation
+from _mlx_server.inference.group import Group, GroupLost
 from _mlx_server.inference.library import Library
-from _mlx_server.inference.memory import gigabytes, usable_memory
+from _mlx_server.inference.lookup import look_up
+from _mlx_server.inference.memory import usable_memory
 from _mlx_server.inference.models import (
     Loaded,
     LocalModel,
@@ -37,6 +40,7 @@ from _mlx_server.inference.models import (
 from _mlx_server.inference.names import plain_name
 from _mlx_server.inference.pool import ModelPool
 from _mlx_server.inference.presets import Preset
+from _mlx_server.inference.prompt import Prompt
 from _mlx_server.inference.protocol import (
     Done,
     Embedding,
@@ -66,9 +70,11 @@ from _mlx_server.inference.protocol import (
     fill_sampling,
 )
 from _mlx_server.inference.ranks import Ranks
-from _mlx_server.inference.renderer import Prompt, PromptRenderer
+from _mlx_server.inference.renderer import PromptRenderer
+from _mlx_server.inference.renderers import RendererTable
 from _mlx_server.inference.runner import ModelRunner
 from _mlx_server.inference.scheduler import Scheduler
+from _mlx_server.inference.sequence import Sequence, State
 
 __all__ = [
     "Done",
@@ -114,8 +120,8 @@ class StepInput:
     """What callers want of a step: the requests that wait, in the order they came, and those that
     are cancelled."""
 
-    waiting: list[Generation]
-    cancelled: list[Generation]
+    waiting: list[Sequence]
+    cancelled: list[Sequence]
 
 
 class Engine:
@@ -141,7 +147,6 @@ class Engine:
     ModelNotFound or ModelLoadError for a bad `model`, OSError for a `cache_dir` that cannot be
     written to."""
 
-    WRITE_DELAY = 1.0  # seconds without work after which the prefix cache is written to disk
     LAST_WRITES = 2.5  # seconds that closing may spend on that
     STUCK = 600.0  # seconds after which a single step counts as hanging
 
@@ -149,8 +154,8 @@ class Engine:
         self,
         model: str | None = None,
         *,
-        models_dirs: Sequence[str | Path] = (),
-        aliases: Sequence[tuple[str, str]] = (),
+        models_dirs: Iterable[str | Path] = (),
+        aliases: Iterable[tuple[str, str]] = (),
         context: int | None = None,
         max_tokens: int | None = None,
         cache_limit: int | None = None,
@@ -162,36 +167,36 @@ class Engine:
         max_queue: int = 64,
         keep_alive: float | None = None,
         state: str | Path | None = None,
-        group: Group = Group(),
+        group: Group | None = None,
     ):
-        self._group = group
-        self._library = Library(
-            [Path(d) for d in models_dirs], aliases, Path(state).expanduser() if state else None
-        )
-        self._default = self._library.resolve(model, trusted=True) if model else None
-        self._library.only = self._default if group.size > 1 else None
+        self._group = group or Group()
+        folders = [Path(folder) for folder in models_dirs]
+        presets = Path(state).expanduser() if state else None
+        self._library = Library(folders, list(aliases), presets)
+        self.default = self._library.resolve(model, trusted=True) if model else None
+        self._library.only = self.default if self._group.size > 1 else None
         self._context, self._max_tokens, self._kv_bits = context, max_tokens, kv_bits
         self._max_queue, self._keep_alive = max_queue, keep_alive
         self._disk_cache = DiskCache(Path(cache_dir), cache_dir_limit) if cache_dir else None
-        memory = memory or group.memory() * 9 // 10
+        memory = memory or self._group.memory() * 9 // 10
+        self.pool = ModelPool(
+            memory, cache_limit or memory // 4, max_loaded, kv_bits, self._disk_cache, self._group
+        )
+        if self.default is not None:
+            self.pool.check_size(self.default, self._library.models())
+        self._renderers = RendererTable(self._build_renderer)
+        self._scheduler, self._totals = Scheduler(), Totals()
+        self._last_used: LocalModel | None = None
+
         self._mutex = threading.RLock()
         self._lock = threading.Condition(self._mutex)
-        self._queue: list[Generation] = []
-        self._renderers: dict[str, PromptRenderer | None] = {}  # None while a thread builds it
+        self._queue: list[Sequence] = []
         self._unloads: list[tuple[str, threading.Event]] = []
-        self._last_used: LocalModel | None = None
-        self._pool = ModelPool(
-            memory, cache_limit or memory // 4, max_loaded, kv_bits, self._disk_cache, group
-        )
-        if self._default is not None:
-            self._check_size(self._default)
-        self._scheduler = Scheduler()
-        self._totals = Totals()
         self._ready = self._draining = self._closing = False
-        self._broken: str | None = None
-        # Since when the current step runs, in monotonic seconds
-        self._stepping: float | None = None
-        group.start(self._replicate, self._on_lost)
+
+        self._broken: str | None = None  # why only a new process can go on
+        self._step_began: float | None = None  # the current step, in monotonic seconds
+        self._group.start(self._replicate, self._on_lost)
         self._thread = threading.Thread(target=self._main, name="mlx", daemon=True)
         self._thread.start()
 
@@ -201,7 +206,7 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # -- callers' side
+    # -- models, from any thread
 
     @property
     def hub(self) -> Path:
@@ -227,80 +232,109 @@ class Engine:
         """Removes a preset or, once its running requests are through, a model with its files.
         Raises ModelNotFound, and InvalidRequest if it is not named in full or not ours to
         delete."""
-        if self._library.presets.remove(name):
-            return
-        local = self.resolve(name)
-        self._library.delete(name, local, self._let_go)
+        if not self._library.presets.remove(name):
+            self._library.delete(name, self.resolve(name), self._let_go)
 
     def _let_go(self, local: LocalModel) -> None:
-        if local == self._default:
+        if local == self.default:
             raise InvalidRequest(f"model '{local.name}' is not this server's to delete")
         self.unload(local.name)
-        with self._lock:
-            self._renderers.pop(local.name, None)
-            self._last_used = None if self._last_used == local else self._last_used
+        self._renderers.forget(local)
+        if self._last_used == local:
+            self._last_used = None
 
     def resolve(self, name: str) -> LocalModel:
         """The local model that answers to `name`. Raises ModelNotFound."""
-        if self._default is not None and name in (str(self._default.path), self._default.name):
-            return self._default
-        return self._library.resolve(name, default=self._default, last_used=self._last_used)
+        if self.default is not None and name in (str(self.default.path), self.default.name):
+            return self.default
+        return self._library.resolve(name, default=self.default, last_used=self._last_used)
 
     def show(self, local: LocalModel) -> tuple[str, dict[str, Any]]:
         """A model's chat template and its generation_config.json."""
         files = {path.name: path.stat() for path in local.path.iterdir()}
-        return read_chat_template(local.path, files), read_json_file(
-            local.path / "generation_config.json"
-        ) if ("generation_config.json" in files) else {}
+        known = "generation_config.json" in files
+        generation = read_json_file(local.path / "generation_config.json") if known else {}
+        return read_chat_template(local.path, files), generation
 
     def context_length(self, local: LocalModel) -> int:
         """Tokens of prompt and answer together that a request may have: what the model, `context`
         and, once the model has been loaded, memory allow."""
-        bounds = [local.context_length, self._context, self._pool.context(local.name)]
+        bounds = [local.context_length, self._context, self.pool.context(local.name)]
         return min(bound for bound in bounds if bound is not None)
+
+    def loaded(self) -> list[Loaded]:
+        """The models in memory."""
+        # Expiry is measured by the monotonic clock and told by the wall's.
+        ahead = time.time() - time.monotonic()
+        loaded = []
+        for runner in self.pool.runners.values():
+            size = runner.size + self.pool.prefixes.held(runner.fingerprint)
+            expires = runner.expires
+            until = None if expires is None else expires + ahead
+            loaded.append(Loaded(runner.local, size, until, self.context_length(runner.local)))
+        return loaded
+
+    def unload(self, name: str) -> None:
+        """Frees a model once its running requests are through, and returns then. Raises
+        ModelNotFound."""
+        done, local = threading.Event(), self.resolve(name)
+        with self._lock:
+            self._unloads.append((local.name, done))
+            self._lock.notify_all()
+        while not done.wait(0.2) and self._thread.is_alive():
+            pass
+
+    # -- requests, from any thread
 
     def chat(self, messages: str | list[Message], **fields: Any) -> Generation:
         """Starts an answer to a text or a conversation; `fields` are those of `Request`."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        name = fields.pop("model", None) or (self._default.name if self._default else "default")
+        name = fields.pop("model", None) or (self.default.name if self.default else "default")
         return self.submit(Request(name, messages, **fields))
 
     def submit(self, request: Request) -> Generation:
         """Queues a request. What can be wrong with it is raised here: ModelNotFound, ModelLoadError
         (no tokenizer), InvalidRequest (the template refuses it, its format cannot be enforced, or
         there is no such token), PromptTooLong, EngineBusy, EngineClosed."""
-        local, request = self.resolve(request.model), self._preset(request)
+        local, request = self.resolve(request.model), self._with_preset(request)
         self._check_open()
-        renderer = self._renderer(local)
+        renderer = self.renderer(local)
         request.sampling = fill_sampling(request.sampling, renderer.defaults)
-        given = request.prompt if isinstance(request.prompt, list) else []
-        renderer.check_tokens([*(request.sampling.logit_bias or ()), *request.context, *given])
-        prompt = renderer.prompt(request) if request.messages or request.prompt else Prompt([])
-        if request.embed:
-            if not prompt.tokens:
-                raise InvalidRequest("a text without tokens has no embedding")
-            if local.config.get("use_bidirectional_attention"):
-                raise InvalidRequest(
-                    f"model '{local.name}' reads text in both directions, which mlx-lm cannot"
-                )
-            prompt = (
-                renderer.truncated(prompt, self.context_length(local) - 1)
-                if request.truncate
-                else prompt
-            )
-        limit, by_context = self._room(local, request, len(prompt.tokens))
-        job = Generation(request, local, renderer, prompt, limit, by_context, self._mutex)
-        if not request.embed:
-            self._look_up(job)
+        prompt = self._prompt(local, renderer, request)
+        limit, by_context = self._answer_limit(local, request, len(prompt.tokens))
+        events = EventQueue(self._mutex)
+        sequence = Sequence(request, local, renderer, prompt, limit, by_context, events)
+        generation = Generation(sequence, events, self._look_up(sequence))
         with self._lock:
             self._check_open()
             self._last_used = local
-            self._queue.append(job)
+            self._queue.append(sequence)
             self._lock.notify_all()
-        return job
+        return generation
 
-    def _preset(self, request: Request) -> Request:
+    def count_tokens(self, request: Request) -> int:
+        """Prompt tokens of a request, rendered just as `submit` does. Raises as `submit`, but never
+        for length."""
+        renderer = self.renderer(self.resolve(request.model))
+        return len(renderer.prompt(self._with_preset(request)).tokens)
+
+    def renderer(self, local: LocalModel) -> PromptRenderer:
+        """A model's renderer, built if need be. Raises ModelLoadError, EngineClosed."""
+        with self._lock:
+            while not self._ready:
+                if self._closing or self._broken:
+                    raise EngineClosed(self._broken or "the server is shutting down")
+                self._lock.wait()
+        return self._renderers.get(local)
+
+    def _build_renderer(self, local: LocalModel) -> PromptRenderer:
+        renderer = PromptRenderer(local)
+        if self._disk_cache is not None:
+            renderer.learn(self._disk_cache.answers(fingerprint(local, self._kv_bits)))
+        return renderer
+
+    def _with_preset(self, request: Request) -> Request:
         preset = self.preset(request.model)
         return preset.fill(request) if preset else request
 
@@ -311,76 +345,58 @@ class Engine:
             raise EngineBusy(f"{self._max_queue} requests are waiting already")
 
     def _waiting(self) -> int:
-        jobs = [*self._queue, *self._pool.jobs()]
-        return sum(job._phase is Phase.WAITING and not job._cancelled for job in jobs)
-
-    def _look_up(self, job: Generation) -> None:
-        """Notes what of a prompt was read before, as far as that is known now."""
-        tokens, prefixes = job._prompt.tokens, self._pool.prefixes
-        runner = self._pool.runners.get(job.model.name)
-        if runner is None and self._disk_cache is None:
-            return
-        model = runner.fingerprint if runner else fingerprint(job.model, self._kv_bits)
-        job.cached_tokens = prefixes.find(model, tokens)[1]
-        job.miss = self._miss(prefixes.closest(model, tokens), job)
-        if self._disk_cache is not None:
-            kept = self._disk_cache.find(model, tokens[:-1])[1]
-            job.cached_tokens, job.miss = (
-                max(kept, job.cached_tokens),
-                job.miss if kept <= job.cached_tokens else None,
-            )
-
-    def _miss(self, closest: tuple[list[int], int], job: Generation) -> Miss | None:
-        """Where the prompt and the cached one most like it part, if they do."""
-        tokens = job._prompt.tokens
-        was, at = closest
-        if not 0 < at < min(len(was), len(tokens)):
-            return None
-        decode = job._renderer.tokenizer.decode
-        index, role = job._renderer.locate(job.request, decode(tokens[:at])) or (None, "")
-        return Miss(at, index, role, decode(was[at : at + 8]), decode(tokens[at : at + 8]))
-
-    def count_tokens(self, request: Request) -> int:
-        """Prompt tokens of a request, rendered just as `submit` does. Raises as `submit`, but never
-        for length."""
-        return len(self._renderer(self.resolve(request.model)).prompt(self._preset(request)).tokens)
-
-    def loaded(self) -> list[Loaded]:
-        """The models in memory."""
-        # What is told is the wall's time, what is measured is not
-        pool, ahead = self._pool, time.time() - time.monotonic()
-        return [
-            Loaded(
-                r.local,
-                r.size + pool.prefixes.held(r.fingerprint),
-                None if (at := r.expires) is None else at + ahead,
-                self.context_length(r.local),
-            )
-            for r in list(pool.runners.values())
-        ]
-
-    def unload(self, name: str) -> None:
-        """Frees a model once its running requests are through, and returns then. Raises
-        ModelNotFound."""
-        done = threading.Event()
+        """How many requests wait, cancelled ones apart."""
         with self._lock:
-            self._unloads.append((self.resolve(name).name, done))
-            self._lock.notify_all()
-        while not done.wait(0.2) and self._thread.is_alive():
-            pass
+            sequences = [*self._queue, *self.pool.sequences()]
+        return sum(one.state is State.WAITING and not one.cancelled for one in sequences)
+
+    def _prompt(self, local: LocalModel, renderer: PromptRenderer, request: Request) -> Prompt:
+        """The rendered request; without tokens if there is nothing to read."""
+        given = request.prompt if isinstance(request.prompt, list) else []
+        renderer.check_tokens([*(request.sampling.logit_bias or ()), *request.context, *given])
+        prompt = renderer.prompt(request) if request.messages or request.prompt else Prompt([])
+        if not request.embed:
+            return prompt
+        if not prompt.tokens:
+            raise InvalidRequest("a text without tokens has no embedding")
+        if local.config.get("use_bidirectional_attention"):
+            message = f"model '{local.name}' reads text in both directions, which mlx-lm cannot"
+            raise InvalidRequest(message)
+        if request.truncate:
+            return renderer.truncated(prompt, self.context_length(local) - 1)
+        return prompt
+
+    def _answer_limit(
+        self, local: LocalModel, request: Request, prompt_tokens: int
+    ) -> tuple[int, bool]:
+        """How many tokens may be generated, and whether the context window is what bounds them."""
+        context = self.context_length(local)
+        if prompt_tokens and prompt_tokens >= context:
+            raise PromptTooLong(prompt_tokens, context)
+        asked = [n for n in (request.max_tokens, self._max_tokens) if n is not None]
+        room = context - prompt_tokens
+        return min([room, *asked]), not asked or min(asked) > room
+
+    def _look_up(self, sequence: Sequence) -> Miss | None:
+        """Notes what of a prompt was read before, as far as that is known now."""
+        runner = self.pool.runners.get(sequence.model.name)
+        if sequence.request.embed or runner is None and self._disk_cache is None:
+            return None
+        model = runner.fingerprint if runner else fingerprint(sequence.model, self._kv_bits)
+        return look_up(sequence, model, self.pool.prefixes, self._disk_cache)
+
+    # -- the engine itself, from any thread
 
     def health(self) -> str | None:
         """What is wrong with the engine, or None. Answers at once, whatever the engine does."""
-        since = self._stepping
+        began = self._step_began
         if self._broken or not self._thread.is_alive():
             return self._broken or "the engine has stopped"
         if self._draining or self._closing:
             return "the server is shutting down"
-        return (
-            "the engine hangs"
-            if since is not None and time.monotonic() - since > self.STUCK
-            else None
-        )
+        if began is not None and time.monotonic() - began > self.STUCK:
+            return "the engine hangs"
+        return None
 
     @property
     def broken(self) -> bool:
@@ -391,17 +407,16 @@ class Engine:
         """Figures of this moment."""
         from mlx.core import get_active_memory
 
-        pool = self._pool
-        running = sum(job._phase is not Phase.WAITING for job in pool.jobs())
+        pool = self.pool
         return Stats(
-            self._waiting(),
-            running,
-            len(pool.runners),
-            pool.prefixes.nbytes,
-            pool.prefixes.limit,
-            get_active_memory(),
-            pool.memory,
-            self._totals,
+            waiting=self._waiting(),
+            running=sum(one.state is not State.WAITING for one in pool.sequences()),
+            loaded=len(pool.runners),
+            prefix_cache_bytes=pool.prefixes.nbytes,
+            prefix_cache_limit=pool.prefixes.limit,
+            memory=get_active_memory(),
+            memory_limit=pool.memory,
+            totals=self._totals,
         )
 
     def drain(self, seconds: float) -> None:
@@ -409,20 +424,16 @@ class Engine:
         deadline = time.monotonic() + seconds
         with self._lock:
             self._draining = True
-            while (
-                (self._queue or self._pool.jobs())
-                and not (self._closing or self._broken)
-                and self._thread.is_alive()
-                and (time.monotonic() < deadline)
-            ):
+            while self._queue or self.pool.sequences():
+                over = self._closing or self._broken or not self._thread.is_alive()
+                if over or time.monotonic() >= deadline:
+                    return
                 self._lock.wait(0.05)
 
     def close(self, grace: float = 4.0) -> bool:
         """Ends running work with EngineClosed, frees the models and joins the thread, waiting at
-        most `grace` seconds.
-
-        Returns whether the thread has ended; a step on the GPU cannot be interrupted.
-        """
+        most `grace` seconds. Returns whether the thread has ended; a step on the GPU cannot be
+        interrupted."""
         with self._lock:
             self._closing = True
             self._lock.notify_all()
@@ -435,127 +446,74 @@ class Engine:
         return not self.broken
 
     def _replicate(
-        self, request: Request, prompt: Prompt, limit: int, by_context: bool, born: float
-    ) -> Generation:
-        """This process's own of a request that has come to rank 0."""
-        job = Generation(
-            request,
-            self._default,
-            self._renderer(self._default),
-            prompt,
-            limit,
-            by_context,
-            self._mutex,
-        )
-        job._born = born
-        return job
+        self, request: Request, prompt: Prompt, limit: int, by_context: bool, submitted: float
+    ) -> Sequence:
+        """This process's own sequence for a request that has come to rank 0."""
+        assert self.default is not None
+        renderer, events = self.renderer(self.default), EventQueue(self._mutex)
+        sequence = Sequence(request, self.default, renderer, prompt, limit, by_context, events)
+        sequence.submitted = submitted
+        return sequence
 
     def _on_lost(self, reason: str) -> None:
-        """Ends everything, as a signal would: a process of the group is gone, for which the MLX
-        thread may wait for ever."""
+        """Ends everything: a process of the group is gone, and the MLX thread may wait for it for
+        ever."""
         self._broken = reason
         with self._lock:
-            jobs = [*self._queue, *self._pool.jobs()]
+            sequences = [*self._queue, *self.pool.sequences()]
             self._lock.notify_all()
-        for job in jobs:
-            job._fail(EngineClosed(reason))
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    def _renderer(self, local: LocalModel) -> PromptRenderer:
-        with self._lock:
-            while not self._ready or self._renderers.get(local.name, ...) is None:
-                if self._closing or self._broken:
-                    raise EngineClosed(self._broken or "the server is shutting down")
-                self._lock.wait()
-            if local.name in self._renderers:
-                return self._renderers[local.name]
-            self._renderers[local.name] = None
-        try:
-            renderer = PromptRenderer(local)
-            if self._disk_cache is not None:
-                renderer.learn(self._disk_cache.answers(fingerprint(local, self._kv_bits)))
-        except BaseException:
-            with self._lock:
-                del self._renderers[local.name]
-                self._lock.notify_all()
-            raise
-        with self._lock:
-            self._renderers[local.name] = renderer
-            self._lock.notify_all()
-        return renderer
-
-    def _room(self, local: LocalModel, request: Request, prompt: int) -> tuple[int, bool]:
-        """How many tokens may be generated, and whether the context window is what bounds them."""
-        context = self.context_length(local)
-        if prompt and prompt >= context:
-            raise PromptTooLong(prompt, context)
-        asked = [n for n in (request.max_tokens, self._max_tokens) if n is not None]
-        room = context - prompt
-        return min([room, *asked]), not asked or min(asked) > room
+        for sequence in sequences:
+            sequence.fail(EngineClosed(reason))
 
     # -- the MLX thread
 
     def _main(self) -> None:
         try:
-            import mlx.core as mx
-
-            # Slow: done here so that callers need not wait for it
-            importlib.import_module("mlx_lm.generate")
-            if mx.metal.is_available():
-                usable = usable_memory()
-                mx.set_memory_limit(usable)
-                mx.set_cache_limit(usable // 16)  # freed buffers that MLX keeps for itself
-            with self._lock:
-                self._ready = True
-                self._lock.notify_all()
-            if self._default is not None:
-                self._preload(self._default)
-            while turn := self._group.broadcast(self._wait):
-                self._guarded_step(turn)
+            self._set_up()
+            if self.default is not None:
+                self._preload(self.default)
+            while step := self._group.broadcast(self._wait):
+                self._guarded_step(step)
                 if self._group.lost:
                     self._broken = self._group.lost
                     return
             self._group.close()
+        except GroupLost:
+            self._broken = self._broken or self._group.lost
         except Exception:
             log.critical("the engine has stopped", exc_info=True)
             self._broken = "the engine has stopped after an internal error"
         finally:
-            self._shutdown()
+            self._shut_down()
+
+    def _set_up(self) -> None:
+        import mlx.core as mx
+
+        importlib.import_module("mlx_lm.generate")  # slow: done here so that no caller waits for it
+        if mx.metal.is_available():
+            usable = usable_memory()
+            mx.set_memory_limit(usable)
+            mx.set_cache_limit(usable // 16)  # freed buffers that MLX keeps for itself
+        with self._lock:
+            self._ready = True
+            self._lock.notify_all()
 
     def _preload(self, local: LocalModel) -> None:
         """Loads the default model before anyone asks for it; a failure is reported again to whoever
         does."""
         try:
-            self._open(local, self._renderer(local))
+            self._open(local, self.renderer(local))
         except EngineError as error:
             log.error("%s", error)
             self._group.give_up(str(error))
 
-    def _check_size(self, local: LocalModel) -> None:
-        memory, size = self._pool.memory, local.size // self._group.size
-        if size <= memory:
-            return
-        fitting = [
-            model
-            for model in self._library.models()
-            if model.size <= memory and "completion" in model.capabilities
-        ]
-        best = max(fitting, key=lambda model: model.size, default=None)
-        raise ModelLoadError(
-            f"model '{local.name}' needs {gigabytes(size)} of memory, and {gigabytes(memory)} can be used; "
-            + (
-                f"'{best.name}' ({gigabytes(best.size)}) fits"
-                if best
-                else "take a smaller or more quantised one"
-            )
-        )
-
     def _open(self, local: LocalModel, renderer: PromptRenderer) -> ModelRunner | None:
+        """The model, loaded if need be; None if it has to wait for room."""
         try:
-            self._check_size(local)
-            if local.name not in self._pool.runners:
+            self.pool.check_size(local, self._library.models())
+            if local.name not in self.pool.runners:
                 self._synchronize()
-            runner = self._pool.open(local, renderer)
+            runner = self.pool.open(local, renderer)
         except ModelLoadError as error:
             self._group.give_up(str(error))
             raise
@@ -565,161 +523,149 @@ class Engine:
 
     def _wait(self) -> StepInput | None:
         """Sleeps until there is work; None when the engine is to end."""
-        self._stepping = None
+        self._step_began = None
         with self._lock:
             while not self._closing:
-                if self._queue or self._unloads or self._pool.jobs():
-                    self._stepping = time.monotonic()
-                    cancelled = [
-                        job for job in [*self._queue, *self._pool.jobs()] if job._cancelled
-                    ]
-                    self._queue = [job for job in self._queue if not job._cancelled]
+                sequences = [*self._queue, *self.pool.sequences()]
+                if sequences or self._unloads:
+                    self._step_began = time.monotonic()
+                    cancelled = [one for one in sequences if one.cancelled]
+                    self._queue = [one for one in self._queue if not one.cancelled]
                     return StepInput(self._queue.copy(), cancelled)
-                runners = self._pool.runners.values()
-                writes = [
-                    runner.used + self.WRITE_DELAY for runner in runners if runner.unwritten()
-                ]
-                due = min(
-                    [*writes, *(r.expires for r in runners if r.expires is not None)], default=None
-                )
+                due = self.pool.next_due()
                 if due is not None and due <= time.monotonic():
                     return StepInput([], [])
                 self._lock.wait(None if due is None else max(0.01, due - time.monotonic()))
             return None
 
-    def _guarded_step(self, turn: StepInput) -> None:
-        """A step that cannot end the thread: what nobody below caught costs the running requests
-        and the loaded models, whose state is unknown then, and nothing else."""
+    def _guarded_step(self, step: StepInput) -> None:
+        """A step that cannot end the thread: a failure that was not handled below costs the running
+        requests and the loaded models, whose state is unknown then, and nothing else."""
         try:
-            self._step(turn)
+            self._step(step)
             self._tidy()
         except Exception as error:
             self._group.failed(error)
             log.critical("unexpected failure in the engine", exc_info=True)
-            for job in self._pool.forget():
-                job._fail(EngineError("the engine failed; it starts afresh, please try again"))
+            for sequence in self.pool.forget():
+                message = "the engine failed; it starts afresh, please try again"
+                sequence.fail(EngineError(message))
 
-    def _step(self, turn: StepInput) -> None:
+    def _step(self, step: StepInput) -> None:
         """Ends what was cancelled, takes in what is new, reads a chunk of one prompt, adds a token
         to each answer."""
-        jobs = self._pool.jobs()
-        if turn.cancelled:
+        sequences = self.pool.sequences()
+        if step.cancelled:
             self._synchronize()
-        for runner in self._pool.runners.values():
-            # First, so that the same request sent again finds what was computed
-            runner.drop_cancelled(turn.cancelled)
-        jobs += self._admit(turn.waiting)
-        if paused := self._pool.rebalance():
-            log.info(
-                "out of memory for all answers at once: one waits after %d tokens",
-                paused.usage.completion_tokens,
-            )
+        # First, so that the same request sent again finds what was computed.
+        for runner in self.pool.runners.values():
+            runner.end_cancelled(step.cancelled)
+        sequences += self._admit(step.waiting)
+        if paused := self.pool.rebalance():
+            written = paused.usage.completion_tokens
+            log.info("out of memory for all answers at once: one waits after %d tokens", written)
             with self._lock:
                 self._queue.insert(0, paused)
-        runners = list(self._pool.runners.values())
-        decoding = [job for runner in runners for job in runner.decoding()]
-        owner = {job: runner for runner in runners for job in runner.candidates()}
+        self._prefill()
+        self._decode()
+        self._count(sequences)
+
+    def _prefill(self) -> None:
+        """Reads the next chunk of the prompt whose turn it is."""
+        runners = self.pool.runners.values()
+        decoding = [one for runner in runners for one in runner.decoding()]
+        owners = {one: runner for runner in runners for one in runner.candidates()}
+        if not owners:
+            return
         started = time.perf_counter()
-        if chosen := owner and self._group.broadcast(
-            lambda: self._scheduler.choose(list(owner), decoding)
-        ):
+        chosen = self._group.broadcast(lambda: self._scheduler.choose(list(owners), decoding))
+        if chosen is not None:
             self._synchronize()
-            owner[chosen].prefill(chosen, alone=len(self._pool.jobs()) == 1)
+            owners[chosen].prefill(chosen, undisturbed=len(self.pool.sequences()) == 1)
             self._scheduler.prefilled(chosen, time.perf_counter() - started, decoding)
-            started = time.perf_counter()
+
+    def _decode(self) -> None:
+        """Adds a token to each answer."""
+        started, runners = time.perf_counter(), self.pool.runners.values()
         for runner in runners:
             if len(runners) > 1:
                 self._synchronize()
             runner.decode()
         self._scheduler.decoded(time.perf_counter() - started)
-        self._count(jobs)
 
     def _synchronize(self) -> None:
-        """Waits for the tokens that are being computed, before anything else is: MLX tells of a
-        failure whoever comes next, and leaves those whose tokens it were with wrong ones."""
+        """Waits for the tokens that are being computed, before anything else is computed: MLX
+        reports an asynchronous failure to whoever computes next, and leaves the requests whose
+        tokens failed with wrong ones."""
         import mlx.core as mx
 
         try:
             mx.synchronize()
         except Exception as error:
-            for runner in self._pool.runners.values():
+            for runner in self.pool.runners.values():
                 if runner.decoding():
                     runner.isolate_failed_batch(error)
 
-    def _admit(self, waiting: list[Generation]) -> list[Generation]:
+    def _admit(self, waiting: list[Sequence]) -> list[Sequence]:
         """Lets requests in, the highest priority first and then as they came, until one has to wait
-        for a model or for memory; then everyone behind it waits, too. Returns those that are in."""
-        admitted: list[Generation] = []
+        for a model or for memory; then all behind it wait, too. Returns those that are in."""
+        admitted: list[Sequence] = []
         if self._group.rank:
             self._queue = waiting.copy()
-        for job in sorted(waiting, key=lambda job: job.request.priority):
+        for sequence in sorted(waiting, key=lambda one: one.request.priority):
             try:
-                runner = self._open(job.model, job._renderer)
-                if runner is None or not self._pool.fits(runner, job):
+                runner = self._open(sequence.model, sequence.renderer)
+                if runner is None or not self.pool.fits(runner, sequence):
                     break
             except EngineError as error:
-                self._leave_queue(job)
+                self._leave_queue(sequence)
                 self._totals.endings[type(error).__name__] += 1
-                job._fail(error)
+                sequence.fail(error)
                 continue
-            self._leave_queue(job)
+            self._leave_queue(sequence)
             self._synchronize()
-            runner.admit(job)
-            admitted.append(job)
+            runner.admit(sequence)
+            admitted.append(sequence)
         return admitted
 
-    def _leave_queue(self, job: Generation) -> None:
+    def _leave_queue(self, sequence: Sequence) -> None:
         with self._lock:
-            self._queue.remove(job)
+            self._queue.remove(sequence)
 
-    def _count(self, jobs: list[Generation]) -> None:
+    def _count(self, sequences: list[Sequence]) -> None:
         """Adds those requests that have ended to the totals."""
-        for job in jobs:
-            if job._phase is Phase.ENDED:
-                self._totals.endings[job.ending] += 1
-                self._totals.prompt_tokens += job.prompt_tokens
-                self._totals.cached_tokens += job.usage.cached_tokens
-                self._totals.completion_tokens += job.usage.completion_tokens
+        totals = self._totals
+        for sequence in sequences:
+            if sequence.state is State.ENDED:
+                totals.endings[sequence.ending] += 1
+                totals.prompt_tokens += sequence.prompt_tokens
+                totals.cached_tokens += sequence.usage.cached_tokens
+                totals.completion_tokens += sequence.usage.completion_tokens
 
     def _tidy(self) -> None:
         """Unloads what is due and not in use, and writes to disk when there is nothing else to
         do."""
-        pool, now = self._pool, time.monotonic()
-
-        def due() -> list[str]:
-            with self._lock:
-                asked = {name for name, _ in self._unloads}
-            return [
-                name
-                for name in idle
-                if name in asked or (pool.runners[name].expires or math.inf) <= now
-            ]
-
-        idle = [name for name, runner in pool.runners.items() if not runner.jobs]
-        for name in idle and self._group.broadcast(due):
-            pool.unload(name)
-        if not self._queue and not pool.jobs():
-            settled = (
-                r
-                for r in pool.runners.values()
-                if r.unwritten() and now >= r.used + self.WRITE_DELAY
-            )
-            if runner := next(settled, None):
-                runner.write()  # only one segment: someone may be waiting by then
+        with self._lock:
+            wanted = {name for name, _ in self._unloads}
+        self.pool.unload_due(wanted)
+        if not self._queue and not self.pool.sequences():
+            self.pool.write_segment()
         with self._lock:
             for name, done in self._unloads:
-                if name not in pool.runners:
+                if name not in self.pool.runners:
                     done.set()
-            self._unloads = [(name, done) for name, done in self._unloads if name in pool.runners]
-            self._lock.notify_all()  # whoever waits for the end of the work
+            self._unloads = [one for one in self._unloads if one[0] in self.pool.runners]
+            self._lock.notify_all()  # for `drain`
 
-    def _shutdown(self) -> None:
+    # -- the MLX thread's end
+
+    def _shut_down(self) -> None:
         with self._lock:
             self._closing = True
-            jobs, self._queue = [*self._queue, *self._pool.jobs()], []
+            sequences, self._queue = [*self._queue, *self.pool.sequences()], []
             self._lock.notify_all()
-        for job in jobs:
-            job._fail(EngineClosed(self._broken or "the server is shutting down"))
+        for sequence in sequences:
+            sequence.fail(EngineClosed(self._broken or "the server is shutting down"))
         if self._disk_cache is not None and not self._broken:
             self._last_writes()
         for _, done in self._unloads:
@@ -727,21 +673,16 @@ class Engine:
         if self._ready and not self._group.lost:  # a torn connection would hold MLX for ever
             import mlx.core as mx
 
-            self._pool.forget()
+            self.pool.forget()
             mx.clear_streams()  # their threads must not outlive this one
 
     def _last_writes(self) -> None:
-        """Takes what the running requests have computed and writes what there is time for."""
+        """Files what the running requests have computed and writes what there is time for."""
         until = time.monotonic() + self.LAST_WRITES
         try:
-            for runner in self._pool.runners.values():
-                for job in runner.jobs:
-                    job._cancelled, job._phase = (
-                        True,
-                        Phase.DECODE if job._number else Phase.PREFILL,
-                    )
-                runner.drop_cancelled(runner.jobs)
-                while runner.unwritten() and time.monotonic() < until:
+            for runner in self.pool.runners.values():
+                runner.file_states()
+                while runner.has_unwritten() and time.monotonic() < until:
                     runner.write()
         except Exception:
             log.error("the prefix cache could not be written", exc_info=True)

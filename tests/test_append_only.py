@@ -3,11 +3,12 @@ the client sends back."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
-import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anthropic
@@ -16,26 +17,34 @@ from conftest import ROOT, Server
 from models import build_tokenizer
 
 from _mlx_server.inference.models import describe
-from _mlx_server.inference.prefix_cache import CacheEntry, common_prefix
-from _mlx_server.inference.renderer import Prompt, PromptRenderer
+from _mlx_server.inference.parser import OutputParser
+from _mlx_server.inference.prefix_cache import common_prefix
+from _mlx_server.inference.prompt import Prompt
+from _mlx_server.inference.renderer import PromptRenderer
 from _mlx_server.wire.anthropic import AnthropicMessages
-from engine import Generation
+from engine import Done, Text, Thinking, Usage
 
-# ------------------------------------------------------------------ templates with the habits of real families
+# Templates with the habits of real families
 
-JSON_CALL = '<tool_call>\n{"name": "{{ tool_call.name }}", "arguments": {{ tool_call.arguments | tojson }}}\n</tool_call>'
+JSON_CALL = """<tool_call>
+{"name": "{{ tool_call.name }}", "arguments": {{ tool_call.arguments | tojson }}}
+</tool_call>"""
 XML_CALL = """<tool_call>\n<function={{ tool_call.name }}>
 {% for key, value in tool_call.arguments.items() %}<parameter={{ key }}>
 {{ value if value is string else value | tojson }}
 </parameter>
 {% endfor %}</function>\n</tool_call>"""
 KEPT = "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
-LAST_WORDS = "{% set ns = namespace(at=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.at = loop.index0 %}{% endif %}{% endfor %}"
-STRIPPED = "{% if m.reasoning_content and loop.index0 > ns.at %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+LAST_WORDS = (
+    "{% set ns = namespace(at=0) %}{% for m in messages %}"
+    "{% if m.role == 'user' %}{% set ns.at = loop.index0 %}{% endif %}{% endfor %}"
+)
+STRIPPED = KEPT.replace("m.reasoning_content %}", "m.reasoning_content and loop.index0 > ns.at %}")
 
 
 def refuse(condition: str) -> str:
-    return f"{{% if {condition} %}}{{{{ raise_exception('refused: {condition.replace(chr(39), '')}') }}}}{{% endif %}}"
+    reason = "refused: " + condition.replace("'", "")
+    return f"{{% if {condition} %}}{{{{ raise_exception('{reason}') }}}}{{% endif %}}"
 
 
 def template(call: str = JSON_CALL, thinking: str = KEPT, check: str = "", top: str = "") -> str:
@@ -60,7 +69,8 @@ Write each call as JSON inside tags:
 {{{{ m.content }}}}
 </tool_response><|im_end|>
 {{% elif m.role == 'assistant' %}}<|im_start|>assistant
-{thinking}{{{{ m.content.strip() }}}}{{% for c in m.tool_calls or [] %}}{{% set tool_call = c.function %}}{{% if m.content or not loop.first %}}
+{thinking}{{{{ m.content.strip() }}}}{{% for c in m.tool_calls or [] %}}
+{{%- set tool_call = c.function %}}{{% if m.content or not loop.first %}}
 {{% endif %}}{call}{{% endfor %}}<|im_end|>
 {{% elif m.role == 'user' or not loop.first %}}<|im_start|>{{{{ m.role }}}}
 {{{{ m.content.strip() }}}}<|im_end|>
@@ -95,7 +105,7 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def build_voice(path: Path, template: str) -> PromptRenderer:
+def build_renderer(path: Path, template: str) -> PromptRenderer:
     """The real tokenizer, template and output format of a model; nothing here needs its weights."""
     build_tokenizer(path, template)
     (path / "config.json").write_text(json.dumps({"model_type": "qwen2", "eos_token_id": 2}))
@@ -104,11 +114,11 @@ def build_voice(path: Path, template: str) -> PromptRenderer:
 
 
 @pytest.fixture
-def voice(family: str, tmp_path: Path) -> PromptRenderer:
-    return build_voice(tmp_path, FAMILIES[family])
+def renderer(family: str, tmp_path: Path) -> PromptRenderer:
+    return build_renderer(tmp_path, FAMILIES[family])
 
 
-# ------------------------------------------------------------------ a client of this voice
+# Requests as a client makes them
 
 
 def tool(name: str, **kinds: str) -> dict:
@@ -185,7 +195,7 @@ def system(text: str) -> dict:
     return {"role": "system", "content": text}
 
 
-# ------------------------------------------------------------------ recorded sessions
+# Recorded sessions
 
 DEFERRED = {**tool("Fetch", url="string"), "defer_loading": True}
 RECORDED: dict[str, list[list[dict]]] = {  # what each request adds to the one before
@@ -270,34 +280,34 @@ def goes_on(before: Prompt, after: Prompt) -> bool:
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_a_recorded_session_only_appends(voice: PromptRenderer, name: str):
-    prompts = [voice.prompt(AnthropicMessages(b).request) for b in record(name)]
-    for before, after in zip(prompts, prompts[1:]):
-        assert goes_on(before, after), voice.tokenizer.decode(
+def test_a_recorded_session_only_appends(renderer: PromptRenderer, name: str):
+    prompts = [renderer.prompt(AnthropicMessages(b).request) for b in record(name)]
+    for before, after in itertools.pairwise(prompts):
+        assert goes_on(before, after), renderer.tokenizer.decode(
             after.tokens[common_prefix(before.tokens, after.tokens) :]
         )
     assert len({prompt.root for prompt in prompts}) == 1
 
 
-def test_tools_that_appear_later_change_nothing_before(voice: PromptRenderer):
+def test_tools_that_appear_later_change_nothing_before(renderer: PromptRenderer):
     messages = [user("fetch it")]
-    before = voice.prompt(AnthropicMessages(body(messages)).request)
+    before = renderer.prompt(AnthropicMessages(body(messages)).request)
     found = [{"type": "tool_reference", "tool_name": "Fetch"}]
     messages += [assistant(use("a1", command="search")), results(("a1", found))]
-    after = voice.prompt(
+    after = renderer.prompt(
         AnthropicMessages(body(messages, 1, [TOOLS[0], DEFERRED, TOOLS[1]])).request
     )
     assert goes_on(before, after)
-    assert voice.tokenizer.decode(after.tokens).count("Fetch it.") == 1
+    assert renderer.tokenizer.decode(after.tokens).count("Fetch it.") == 1
     messages += [assistant(use("a2", "Fetch", url="x")), results(("a2", "page"))]
     assert goes_on(
-        after, voice.prompt(AnthropicMessages(body(messages, 2, [DEFERRED, *TOOLS])).request)
+        after, renderer.prompt(AnthropicMessages(body(messages, 2, [DEFERRED, *TOOLS])).request)
     )
 
 
-def test_compaction_reads_only_its_instruction(voice: PromptRenderer):
+def test_compaction_reads_only_its_instruction(renderer: PromptRenderer):
     *_, last = record("tool rounds")
-    before = voice.prompt(AnthropicMessages(last).request)
+    before = renderer.prompt(AnthropicMessages(last).request)
     ending = last["messages"][-1]["content"]
     compact = {
         **last,
@@ -306,29 +316,29 @@ def test_compaction_reads_only_its_instruction(voice: PromptRenderer):
             {"role": "user", "content": [*ending, *user("", "Summarise.")["content"]]},
         ],
     }
-    after = voice.prompt(AnthropicMessages(compact).request)
+    after = renderer.prompt(AnthropicMessages(compact).request)
     # The end of the turn and its newline
     assert common_prefix(before.tokens, after.tokens) >= before.body - 2
-    fresh = voice.prompt(
+    fresh = renderer.prompt(
         AnthropicMessages(body([user("This session is continued: all is well.")], 9)).request
     )
     assert fresh.root == before.root and common_prefix(before.tokens, fresh.tokens) >= before.root
 
 
-# ------------------------------------------------------------------ what the model wrote, as the client sends it back
+# What the model wrote, as the client sends it back
 
 
 class Session:
     """A conversation in which the answers' text is given and everything else is real."""
 
-    def __init__(self, voice: PromptRenderer, family: str):
-        self.voice, self.xml = voice, family == "xml"
+    def __init__(self, renderer: PromptRenderer, family: str):
+        self.renderer, self.xml = renderer, family == "xml"
         self.messages: list[dict] = []
 
     def ask(self, *added: dict) -> Prompt:
         self.messages += added
         self.reply = AnthropicMessages(body(self.messages, len(self.messages)))
-        self.prompt = self.voice.prompt(self.reply.request)
+        self.prompt = self.renderer.prompt(self.reply.request)
         return self.prompt
 
     def write(
@@ -339,36 +349,43 @@ class Session:
         written += text + ("\n" if text and calls else "")
         for name, arguments in calls:
             if self.xml:
-                inside = "".join(
-                    f"<parameter={key}>\n{value if isinstance(value, str) else json.dumps(value)}\n</parameter>\n"
+                values = {
+                    key: value if isinstance(value, str) else json.dumps(value)
                     for key, value in arguments.items()
+                }
+                inside = "".join(
+                    f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items()
                 )
                 written += f"<tool_call>\n<function={name}>\n{inside}</function>\n</tool_call>\n"
             else:
-                written += f"<tool_call>\n{json.dumps({'arguments': arguments, 'name': name}, separators=(' ,', ':'))}\n</tool_call>\n"
+                call = {"arguments": arguments, "name": name}
+                spelled = json.dumps(call, separators=(" ,", ":"))
+                written += f"<tool_call>\n{spelled}\n</tool_call>\n"
         return written.rstrip("\n") if calls else written
 
     def answer(self, written: str, end: str = "<|im_end|>") -> tuple[list[int], dict]:
         """All tokens up to the end of this answer, and the message that a client gets."""
-        # In other tokens than any tokenizer would choose: models do that.
-        cuts = [*range(0, len(written), 7), len(written)]
-        tokens = [
-            t
-            for start, end in zip(cuts, cuts[1:])
-            for t in self.voice.tokenizer.encode(written[start:end], add_special_tokens=False)
-        ]
         if "<" in written:
-            tokens = self.voice.encode(written)  # tags are single tokens
-        everything = [*self.prompt.tokens, *tokens, *self.voice.encode(end)]
-        job = Generation(
-            self.reply.request, None, self.voice, self.prompt, 100, False, threading.RLock()
+            tokens = self.renderer.encode(written)  # tags are single tokens
+        else:  # in other tokens than any tokenizer would choose: models do that
+            pieces = [written[at : at + 7] for at in range(0, len(written), 7)]
+            tokens = [token for piece in pieces for token in self.renderer.encode(piece)]
+        everything = [*self.prompt.tokens, *tokens, *self.renderer.encode(end)]
+        request = self.reply.request
+        parser = OutputParser(self.renderer.format, [*request.tools, *request.deferred_tools])
+        events = [*parser.feed(written), *parser.finish()]
+        self.renderer.remember(
+            request,
+            self.prompt,
+            everything[len(self.prompt.tokens) :],
+            written,
+            "".join(event.text for event in events if isinstance(event, Text)),
+            "".join(event.text for event in events if isinstance(event, Thinking)),
+            parser.call_ids,
         )
-        self.reply.open(job)
-        job._line, job._raw = CacheEntry(everything, []), written
-        job._emit(*job._parser.feed(written), *job._parser.finish())
-        self.voice.remember(job)
-        job._finish("stop")
-        for event in job:
+        reason = "tool_calls" if parser.called else "stop"
+        self.reply.open(SimpleNamespace(id="1", prompt_tokens=0, cached_tokens=0))
+        for event in [*events, Done(reason, Usage())]:
             self.reply.event(event)
         return everything, {"role": "assistant", "content": self.reply.whole()["content"]}
 
@@ -422,9 +439,9 @@ ANSWERS = {
 @pytest.mark.parametrize("rewrite", REWRITES)
 @pytest.mark.parametrize("name", ANSWERS)
 def test_an_answer_begins_the_next_request(
-    voice: PromptRenderer, family: str, name: str, rewrite: str
+    renderer: PromptRenderer, family: str, name: str, rewrite: str
 ):
-    session = Session(voice, family)
+    session = Session(renderer, family)
     session.ask(user("begin"))
     for _ in range(2):
         everything, message = session.answer(session.write(**ANSWERS[name]))
@@ -447,13 +464,13 @@ def test_an_answer_begins_the_next_request(
             assert shared >= before.body  # all that the template leaves unchanged
         else:
             assert shared == len(everything), (
-                voice.tokenizer.decode(everything[shared - 9 :]),
-                voice.tokenizer.decode(after.tokens[shared - 9 :]),
+                renderer.tokenizer.decode(everything[shared - 9 :]),
+                renderer.tokenizer.decode(after.tokens[shared - 9 :]),
             )
 
 
 def test_a_template_that_strips_old_thinking_costs_only_that_turn(tmp_path: Path):
-    session = Session(build_voice(tmp_path, FAMILIES["stripped"]), "stripped")
+    session = Session(build_renderer(tmp_path, FAMILIES["stripped"]), "stripped")
     turn = session.ask(user("begin"))
     for number in range(3):
         everything, message = session.answer(
@@ -464,19 +481,49 @@ def test_a_template_that_strips_old_thinking_costs_only_that_turn(tmp_path: Path
     _, message = session.answer("Done.")
     after = session.ask(message, user("next"))
     assert after.tokens[: turn.body] == turn.tokens[: turn.body]
-    text = session.voice.tokenizer.decode(after.tokens)
+    text = session.renderer.tokenizer.decode(after.tokens)
     # The instructions name it once
     assert "thought" not in text and text.count("</tool_call>") == 4
 
 
+def test_a_template_that_ends_no_turn_with_a_token_keeps_the_whole_conversation(tmp_path: Path):
+    turns = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    opening = "{% if add_generation_prompt %}assistant:{% endif %}"
+    session = Session(build_renderer(tmp_path, turns + opening), "endless")
+    session.ask(user("begin"))
+    for words in ("go on", "end"):
+        _, message = session.answer(session.write(text="Yes, it is."))
+        after = session.ask(message, user(words))
+    assert session.renderer.tokenizer.decode(after.tokens).endswith(
+        "user: begin\nassistant: Yes, it is.\nuser: go on\nassistant: Yes, it is.\n"
+        "user: end\nassistant:"
+    )
+
+
+@pytest.mark.parametrize("rewrite", ["nothing", "thinking dropped"])
+def test_calls_that_a_template_takes_one_by_one_are_written_once(tmp_path: Path, rewrite: str):
+    session = Session(build_renderer(tmp_path, FAMILIES["one call"]), "one call")
+    session.ask(user("begin"))
+    _, message = session.answer(session.write(thinking="Look.", **ANSWERS["two calls"]))
+    content = REWRITES[rewrite](message["content"])
+    calls = [block["id"] for block in content if block["type"] == "tool_use"]
+    seen = results(*((call, f"result of {call}") for call in calls))
+    after = session.ask({**message, "content": content}, seen)
+    text = session.renderer.tokenizer.decode(after.tokens).partition("begin<|im_end|>")[2]
+    for part in ("<think>\nLook.\n</think>", "Both.", '"Bash"', '"Write"', *calls):
+        assert text.count(part) == 1, (part, text)
+
+
 def test_a_date_in_the_prompt_stays_that_of_the_conversation(tmp_path: Path):
     # Microseconds
-    session = Session(build_voice(tmp_path, FAMILIES["dated"].replace("%H:%M:%S", "%f")), "dated")
+    session = Session(
+        build_renderer(tmp_path, FAMILIES["dated"].replace("%H:%M:%S", "%f")), "dated"
+    )
     before = session.ask(user("begin"))
     assert goes_on(before, session.ask(assistant("yes"), user("go on")))
-    other = Session(session.voice, "dated").ask(user("another conversation"))
+    other = Session(session.renderer, "dated").ask(user("another conversation"))
     assert common_prefix(other.tokens, before.tokens) < len(
-        session.voice.encode("<|im_start|>system\nToday is 01 January 2000, 123456")
+        session.renderer.encode("<|im_start|>system\nToday is 01 January 2000, 123456")
     )
 
 
@@ -489,16 +536,22 @@ HARMONY_TOKENS = [
     "<|end|>",
     "<|constrain|>",
 ]
-HARMONY = """<|start|>system<|message|>Channels: analysis, commentary, final.<|end|>{% for m in messages %}
-{%- if m.role == 'tool' %}<|start|>functions.tool to=assistant<|channel|>commentary<|message|>{{ m.content | tojson }}<|end|>
-{%- elif m.role != 'assistant' %}<|start|>{{ m.role }}<|message|>{{ m.content }}{% if loop.first %}{{ tools | tojson }}{% endif %}<|end|>
-{%- elif m.tool_calls %}{% if m.content and m.thinking %}{{ raise_exception('one or the other') }}{% endif %}
-{%- set later = messages[loop.index:] | selectattr('role', 'eq', 'assistant') | rejectattr('tool_calls', 'defined') | list %}
-{%- if (m.content or m.thinking) and not later %}<|start|>assistant<|channel|>analysis<|message|>{{ m.content or m.thinking }}<|end|>
+HARMONY = """<|start|>system<|message|>Channels: analysis, commentary, final.<|end|>
+{%- for m in messages %}
+{%- if m.role == 'tool' %}<|start|>functions.tool to=assistant<|channel|>commentary<|message|>
+{{- m.content | tojson }}<|end|>
+{%- elif m.role != 'assistant' %}<|start|>{{ m.role }}<|message|>{{ m.content }}
+{%- if loop.first %}{{ tools | tojson }}{% endif %}<|end|>
+{%- elif m.tool_calls %}
+{%- if m.content and m.thinking %}{{ raise_exception('one or the other') }}{% endif %}
+{%- set later = messages[loop.index:] | selectattr('role', 'eq', 'assistant') %}
+{%- set later = later | rejectattr('tool_calls', 'defined') | list %}
+{%- if (m.content or m.thinking) and not later %}<|start|>assistant<|channel|>analysis<|message|>
+{{- m.content or m.thinking }}<|end|>
 {%- endif %}{% set call = m.tool_calls[0].function %}<|start|>assistant to=functions.{{ call.name }}
 {{- '' }}<|channel|>commentary json<|message|>{{ call.arguments | tojson }}<|call|>
-{%- else %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}
-{%- if add_generation_prompt %}<|start|>assistant{% endif %}"""
+{%- else %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|end|>{% endif %}
+{%- endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"""
 
 
 def build_harmony(path: Path) -> Session:
@@ -536,9 +589,10 @@ def test_channels_keep_their_tokens_while_the_template_shows_them(tmp_path: Path
     assert message["content"][-1] == {"type": "text", "text": "It is done."}
     after = session.ask(message, user("next"))
     assert after.tokens[: turn.body] == turn.tokens[: turn.body]
-    text = session.voice.tokenizer.decode(after.tokens)
+    text = session.renderer.tokenizer.decode(after.tokens)
     assert "analysis<|message|>" not in text and text.endswith(
-        "<|start|>assistant<|channel|>final<|message|>It is done.<|end|><|start|>user<|message|>next<|end|><|start|>assistant"
+        "<|start|>assistant<|channel|>final<|message|>It is done.<|end|>"
+        "<|start|>user<|message|>next<|end|><|start|>assistant"
     )
     assert text.count('"command": "ls"') == 4
     everything, message = session.answer("<|channel|>final<|message|>Yes.", "<|return|>")
@@ -546,7 +600,7 @@ def test_channels_keep_their_tokens_while_the_template_shows_them(tmp_path: Path
     assert common_prefix(everything, after.tokens) == len(everything) - 1
 
 
-# ------------------------------------------------------------------ closed loops with the built-in model
+# Closed loops with the built-in model
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ def options(request: pytest.FixtureRequest, folder: Path) -> dict:
 
 def lines(engine: Engine) -> list[CacheEntry]:
     """What the prefix cache holds."""
-    return list(engine._pool.prefixes._lines)
+    return list(engine.pool.prefixes.entries())
 
 
 def turns(engine: Engine, messages: list[dict], count: int) -> list[dict]:
@@ -66,10 +66,10 @@ def test_conversations_share_the_files_of_what_they_have_in_common(options: dict
 
     with Engine(**options, cache_dir=tmp_path) as engine:
         answer(engine, [SYSTEM, user("one")])
-        engine.unload(engine._default.name)
+        engine.unload(engine.default.name)
         one = size()
         answer(engine, [SYSTEM, user("two")])
-        engine.unload(engine._default.name)
+        engine.unload(engine.default.name)
         text, generation = answer(engine, [SYSTEM, user("three")])
         assert generation.usage.cached_tokens >= 700  # the system prompt
         assert text == cold(engine, [SYSTEM, user("three")])
@@ -124,7 +124,7 @@ def test_the_disk_bound_holds_while_files_are_written(
     with Engine(str(folder / "qwen3"), cache_dir=tmp_path, cache_dir_limit=limit) as engine:
         for number in range(8):
             answer(engine, [SYSTEM, user(f"number {number}" + " more" * 150)])
-            engine.unload(engine._default.name)
+            engine.unload(engine.default.name)
     assert len(seen) == 9 and limit / 2 < max(seen) <= limit
     with Engine(str(folder / "qwen3"), cache_dir=tmp_path, cache_dir_limit=limit) as engine:
         # The last one is there
@@ -144,7 +144,7 @@ def test_a_full_disk_is_survived(
     monkeypatch.setattr(os, "replace", fail)
     with Engine(str(folder / "qwen2"), cache_dir=tmp_path) as engine:
         answer(engine, LONG)
-        engine.unload(engine._default.name)
+        engine.unload(engine.default.name)
         assert answer(engine, LONG)[0]
     assert "No space left" in caplog.text and not list(tmp_path.iterdir())
 
@@ -159,7 +159,7 @@ def test_what_is_written_survives_a_kill(folder: Path, tmp_path: Path):
 def test_an_edit_deep_in_history_restarts_near_it(options: dict):
     with Engine(**options) as engine:
         messages = turns(engine, [SYSTEM, user("begin " * 500)], 6)
-        whole = engine.count_tokens(Request(engine._default.name, messages))
+        whole = engine.count_tokens(Request(engine.default.name, messages))
         edited = [*messages[:-3], {**messages[-3], "content": "edited"}, *messages[-2:]]
         text, generation = answer(engine, edited)
         assert generation.usage.cached_tokens > whole - 400
@@ -180,9 +180,9 @@ def test_a_failed_prefill_keeps_its_finished_chunks(options: dict, monkeypatch: 
     messages = [SYSTEM, user("fail " * 900)]
     with Engine(**options) as engine:
         expected = cold(engine, messages)
-        engine.unload(engine._default.name)
+        engine.unload(engine.default.name)
         answer(engine, "loads the model")
-        runtime = engine._pool.runners[engine._default.name]
+        runtime = engine.pool.runners[engine.default.name]
         model = runtime.model
         limit = 700 + 3 * ModelRunner.CHUNK  # tokens
 
@@ -217,7 +217,7 @@ def test_a_warm_turn_needs_little_memory_beside_its_own_state(folder: Path):
 
     with Engine(str(folder / "qwen3")) as engine:
         messages = turns(engine, [SYSTEM, user("begin " * 1000)], 2)
-        kept, live = engine._pool.prefixes.nbytes, mx.get_active_memory()
+        kept, live = engine.pool.prefixes.nbytes, mx.get_active_memory()
         mx.reset_peak_memory()
         answer(engine, messages)
         assert mx.get_peak_memory() - live < kept / 2  # which is what a chunk this small takes
@@ -227,7 +227,7 @@ def test_bytes_are_counted_honestly(options: dict):
     import mlx.core as mx
 
     with Engine(**options) as engine:
-        name = engine._default.name
+        name = engine.default.name
         list(engine.submit(Request(name)))
         empty = mx.get_active_memory()
         turns(engine, LONG, 2)
@@ -238,19 +238,19 @@ def test_bytes_are_counted_honestly(options: dict):
         for number, guest in enumerate(guests):
             guest.cancel() if number % 3 == 0 else list(guest)
         list(engine.submit(Request(name)))  # by now the cancelled ones have ended, too
-        held, counted = mx.get_active_memory() - empty, engine._pool.prefixes.nbytes
+        held, counted = mx.get_active_memory() - empty, engine.pool.prefixes.nbytes
         assert 0.9 * held < counted < 1.1 * held
 
 
 def test_side_requests_do_not_evict_the_main_line(options: dict):
     with Engine(**options) as engine:
         messages = turns(engine, LONG, 2)
-        line = engine._pool.prefixes.nbytes
+        line = engine.pool.prefixes.nbytes
     with Engine(**options, cache_limit=int(line * 1.5)) as engine:
         messages = turns(engine, LONG, 2)
         for number in range(6):
             answer(engine, [SYSTEM, user(f"title {number} " * 100)])
-            assert engine._pool.prefixes.nbytes <= line * 1.5
+            assert engine.pool.prefixes.nbytes <= line * 1.5
         _, generation = answer(engine, messages)
         assert generation.usage.cached_tokens > 0.95 * generation.usage.prompt_tokens
 
@@ -259,12 +259,12 @@ def test_a_line_larger_than_the_bound_keeps_its_beginning(options: dict, tmp_pat
     with Engine(**options, cache_dir=tmp_path) as engine:
         messages = turns(engine, [SYSTEM, user("begin " * 500)], 2)
         expected, _ = answer(engine, messages)
-        size = engine._pool.prefixes.nbytes
+        size = engine.pool.prefixes.nbytes
     with Engine(**options, cache_dir=tmp_path, cache_limit=size // 2) as engine:
         for _ in range(2):
             text, generation = answer(engine, messages)
             assert text == expected
-            assert 0 < engine._pool.prefixes.nbytes <= size // 2
+            assert 0 < engine.pool.prefixes.nbytes <= size // 2
     with Engine(**options, cache_limit=size // 2) as engine:
         expected, _ = answer(engine, messages)
         text, generation = answer(engine, messages)

@@ -11,9 +11,9 @@ import pytest
 from models import CONFIGS
 from test_engine import REREAD, SYSTEM, answer, cold, user
 
-from _mlx_server.inference.generation import Phase
 from _mlx_server.inference.runner import ModelRunner
-from _mlx_server.inference.scheduler import Schedule
+from _mlx_server.inference.scheduler import Scheduler
+from _mlx_server.inference.sequence import State
 from engine import (
     Done,
     Engine,
@@ -36,7 +36,7 @@ def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
 
 
 def runtime(engine: Engine) -> ModelRunner:
-    return engine._pool.runners[engine._default.name]
+    return engine.pool.runners[engine.default.name]
 
 
 def text(generation: Generation) -> str:
@@ -48,9 +48,9 @@ def begin(generation: Generation) -> str:
     return next(event.text for event in generation if isinstance(event, Text))
 
 
-def until(generation: Generation, phase: Phase) -> None:
+def until(generation: Generation, phase: State) -> None:
     """Waits, event by event, until a request is in a phase."""
-    while generation._phase is not phase:
+    while generation.sequence.state is not phase:
         assert not isinstance(next(generation), Done)
 
 
@@ -60,7 +60,7 @@ def until(generation: Generation, phase: Phase) -> None:
 def test_a_greedy_answer_is_the_same_alone_and_in_a_batch_of_eight(engine: Engine):
     prompts = [f"number {n} " * (3 * n + 1) for n in range(8)]
     alone = [answer(engine, prompt, max_tokens=20 + n)[0] for n, prompt in enumerate(prompts)]
-    engine.unload(engine._default.name)
+    engine.unload(engine.default.name)
     together = [engine.chat(prompt, max_tokens=20 + n) for n, prompt in enumerate(prompts)]
     assert [text(generation) for generation in together] == alone
 
@@ -68,7 +68,7 @@ def test_a_greedy_answer_is_the_same_alone_and_in_a_batch_of_eight(engine: Engin
 def test_requests_with_other_limits_stops_and_sampling_run_side_by_side(engine: Engine):
     whole, _ = answer(engine, "stop", max_tokens=24)
     stop = whole[len(whole) // 2 :][:2]
-    engine.unload(engine._default.name)
+    engine.unload(engine.default.name)
     plain, short = engine.chat("stop", max_tokens=24), engine.chat("stop", max_tokens=3)
     stopped = engine.chat("stop", max_tokens=24, stop=[stop])
     dice = [
@@ -96,7 +96,7 @@ def test_two_models_answer_at_the_same_time(folder: Path):
         assert (
             list(engine.submit(Request("qwen3", [user("hi")], max_tokens=3)))[-1].reason == "length"
         )
-        assert first._phase is Phase.DECODE
+        assert first.sequence.state is State.DECODE
         assert {loaded.model.name for loaded in engine.loaded()} == {"qwen2", "qwen3"}
         first.cancel()
 
@@ -104,11 +104,11 @@ def test_two_models_answer_at_the_same_time(folder: Path):
 # ------------------------------------------------------------------ whose turn it is
 
 
-def chunks_until(schedule: Schedule, jobs: list[Any], wanted: Any) -> int:
+def chunks_until(schedule: Scheduler, jobs: list[Any], wanted: Any) -> int:
     """Chunks that are prefilled until a request has read its prompt."""
     count = 0
-    while wanted._left() > 0:
-        schedule.choose([job for job in jobs if job._left() > 0], []).read()
+    while wanted.left > 0:
+        schedule.choose([job for job in jobs if job.left > 0], []).read()
         count += 1
     return count
 
@@ -117,39 +117,36 @@ class Waiting:
     """A request as the schedule sees it."""
 
     def __init__(self, tokens: int, born: float, priority: Priority = Priority.NORMAL):
-        self.tokens, self._born, self._passed_over = tokens, born, 0
+        self.left, self.submitted, self.passed_over = tokens, born, 0
         self.request = Request("", priority=priority)
 
-    def _left(self) -> int:
-        return self.tokens
-
     def read(self) -> None:
-        self.tokens = max(0, self.tokens - ModelRunner.CHUNK)
+        self.left = max(0, self.left - ModelRunner.CHUNK)
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one():
     long, short = Waiting(13000, 0), Waiting(50, 1)
-    assert chunks_until(Schedule(), [long, short], short) == 1
+    assert chunks_until(Scheduler(), [long, short], short) == 1
 
 
 def test_a_long_prompt_is_not_starved_by_short_ones():
-    long, schedule = Waiting(5120, 0), Schedule()
+    long, schedule = Waiting(5120, 0), Scheduler()
     count = 0
-    while long._left() > 0:
+    while long.left > 0:
         schedule.choose([long, Waiting(50, count + 1)], []).read()
         count += 1
-    assert count == 10 * (Schedule.PATIENCE + 1)
+    assert count == 10 * (Scheduler.PATIENCE + 1)
 
 
 def test_equals_are_served_in_the_order_they_came():
     first, second = Waiting(10000, 0), Waiting(9000, 1)
-    assert chunks_until(Schedule(), [second, first], first) == 20
+    assert chunks_until(Scheduler(), [second, first], first) == 20
     assert second.tokens == 9000
 
 
 def test_higher_priority_goes_first_and_lower_work_waits_for_it():
     low, high = Waiting(600, 0, Priority.LOW), Waiting(13000, 1, Priority.HIGH)
-    assert chunks_until(Schedule(), [low, high], high) == 26
+    assert chunks_until(Scheduler(), [low, high], high) == 26
     assert low.tokens == 600
 
 
@@ -157,7 +154,7 @@ def test_higher_priority_goes_first_and_lower_work_waits_for_it():
     "priority, steps", [(Priority.HIGH, 0), (Priority.NORMAL, 4), (Priority.LOW, 12)]
 )
 def test_answers_go_on_while_a_prompt_is_read(priority: Priority, steps: int):
-    schedule, decoding, reader = Schedule(), [Waiting(0, 0)], Waiting(9000, 1, priority)
+    schedule, decoding, reader = Scheduler(), [Waiting(0, 0)], Waiting(9000, 1, priority)
     schedule.prefilled(schedule.choose([reader], decoding), 1.0, decoding)
     taken = 0
     while schedule.choose([reader], decoding) is None:
@@ -168,17 +165,17 @@ def test_answers_go_on_while_a_prompt_is_read(priority: Priority, steps: int):
 
 def test_a_short_request_is_answered_while_a_long_prompt_is_prefilled(engine: Engine):
     long = engine.chat("long " * 600, max_tokens=1)
-    until(long, Phase.PREFILL)
+    until(long, State.PREFILL)
     assert answer(engine, "short", max_tokens=2)[1].usage.completion_tokens == 2
-    assert long._phase is Phase.PREFILL
+    assert long.sequence.state is State.PREFILL
     assert list(long)[-1].reason == "length"
 
 
 def test_an_important_request_overtakes_and_the_other_keeps_what_it_has(engine: Engine):
     low = engine.chat("low " * 600, max_tokens=2, priority=Priority.LOW)
-    until(low, Phase.PREFILL)
+    until(low, State.PREFILL)
     _, high = answer(engine, "high " * 200, max_tokens=2, priority=Priority.HIGH)
-    assert low._phase is Phase.PREFILL
+    assert low.sequence.state is State.PREFILL
     expected = text(low)
     assert low.usage.cached_tokens < 10
     assert cold(engine, "low " * 600, max_tokens=2) == expected
@@ -186,7 +183,7 @@ def test_an_important_request_overtakes_and_the_other_keeps_what_it_has(engine: 
 
 def test_a_twin_that_comes_while_the_first_is_read_does_not_read_it_again(engine: Engine):
     messages = [SYSTEM, user("twin " * 200)]
-    engine.unload(engine._default.name)
+    engine.unload(engine.default.name)
     first, second = (engine.chat(messages, max_tokens=2) for _ in range(2))
     assert text(first) == text(second)
     assert second.usage.cached_tokens >= second.usage.prompt_tokens - REREAD
@@ -198,7 +195,7 @@ def test_a_twin_that_comes_while_the_first_is_read_does_not_read_it_again(engine
 def test_more_than_may_wait_are_refused_and_the_others_are_answered(folder: Path):
     with Engine(str(folder / "qwen2"), max_queue=3) as engine:
         first = engine.chat("long " * 600, max_tokens=1)
-        until(first, Phase.PREFILL)
+        until(first, State.PREFILL)
         waiting = [engine.chat("more " * 200, max_tokens=1) for _ in range(3)]
         with pytest.raises(EngineBusy, match="3 requests are waiting"):
             engine.chat("one too many")
@@ -214,7 +211,7 @@ def test_more_than_may_wait_are_refused_and_the_others_are_answered(folder: Path
 
 def test_the_state_of_a_conversation_is_measured_right(engine: Engine):
     _, generation = answer(engine, "word " * 700, max_tokens=2)
-    line = max(engine._pool.prefixes._lines, key=lambda line: len(line.tokens))
+    line = max(engine.pool.prefixes.entries(), key=lambda line: len(line.tokens))
     held = sum(layer.nbytes for layer in line.cache)
     expected = runtime(engine).state.nbytes(len(line.tokens))
     assert 0.8 * held < expected < 1.3 * held  # layers grow in steps
@@ -224,7 +221,7 @@ def test_requests_that_do_not_fit_together_take_turns(folder: Path):
     with Engine(str(folder / "qwen2")) as engine:
         expected = [answer(engine, f"number {n} " * 100)[0] for n in range(3)]
         size, state = runtime(engine).size, runtime(engine).state
-        tokens = engine.count_tokens(Request(engine._default.name, [user("number 0 " * 100)]))
+        tokens = engine.count_tokens(Request(engine.default.name, [user("number 0 " * 100)]))
     with Engine(str(folder / "qwen2"), memory=size + state.nbytes(2 * tokens + 40)) as engine:
         answer(engine, "loads the model")
         generations = [engine.chat(f"number {n} " * 100, max_tokens=16) for n in range(3)]
@@ -233,14 +230,14 @@ def test_requests_that_do_not_fit_together_take_turns(folder: Path):
             while not isinstance(next(generation), Done):
                 most = max(most, engine.stats().running)
         assert most == 2
-        assert [generation._visible for generation in generations] == expected
-        assert engine._pool.prefixes.nbytes <= engine._pool.memory - size
+        assert [generation.sequence.visible for generation in generations] == expected
+        assert engine.pool.prefixes.nbytes <= engine.pool.memory - size
 
 
 def test_a_conversation_that_fills_memory_goes_on_from_its_own_state(folder: Path):
     messages = [SYSTEM, user("long " * 200)]
     with Engine(str(folder / "qwen2")) as engine:
-        tokens = engine.count_tokens(Request(engine._default.name, messages))
+        tokens = engine.count_tokens(Request(engine.default.name, messages))
         answer(engine, "loads the model")
         size, state = runtime(engine).size, runtime(engine).state
     with Engine(
@@ -251,7 +248,7 @@ def test_a_conversation_that_fills_memory_goes_on_from_its_own_state(folder: Pat
         messages += [{"role": "assistant", "content": said}, user("go on")]
         said, generation = answer(engine, messages)
         assert generation.usage.cached_tokens > 0.9 * tokens
-        assert engine._pool.prefixes.nbytes <= engine._pool.memory - size
+        assert engine.pool.prefixes.nbytes <= engine.pool.memory - size
         assert said == cold(engine, messages)
 
 
@@ -312,9 +309,9 @@ def test_idle_models_make_room_the_least_recently_used_first(folder: Path):
             before = mx.get_active_memory()
             use(name)
             sizes[name] = mx.get_active_memory() - before
-            assert sizes[name] >= engine._pool.runners[name].size
+            assert sizes[name] >= engine.pool.runners[name].size
         use("qwen2")
-        engine._pool.memory = sum(runtime.size for runtime in engine._pool.runners.values())
+        engine.pool.memory = sum(runtime.size for runtime in engine.pool.runners.values())
         use("llama_sliding")
         assert {loaded.model.name for loaded in engine.loaded()} == {"qwen2", "llama_sliding"}
         for name in ("qwen2", "llama_sliding"):
@@ -333,7 +330,7 @@ def test_weights_are_wired_and_nothing_else_is(folder: Path, monkeypatch: pytest
     with Engine(models_dirs=[folder]) as engine:
         for name in ("qwen2", "qwen3"):
             list(engine.submit(Request(name, [user("hi")], max_tokens=1)))
-        sizes = {name: loaded.size for name, loaded in engine._pool.runners.items()}
+        sizes = {name: loaded.size for name, loaded in engine.pool.runners.items()}
         # There was room for what was being loaded
         assert wired[-1] == sum(sizes.values()) <= wired[-2]
         engine.unload("qwen2")
@@ -342,9 +339,9 @@ def test_weights_are_wired_and_nothing_else_is(folder: Path, monkeypatch: pytest
 
 
 def test_a_model_larger_than_memory_is_refused(folder: Path):
-    with Engine(models_dirs=[folder], memory=1000) as engine:
-        with pytest.raises(ModelLoadError, match="needs .* of memory"):
-            list(engine.submit(Request("qwen2", [user("hi")])))
+    refused = pytest.raises(ModelLoadError, match="needs .* of memory")
+    with Engine(models_dirs=[folder], memory=1000) as engine, refused:
+        list(engine.submit(Request("qwen2", [user("hi")])))
 
 
 # ------------------------------------------------------------------ faults
@@ -355,13 +352,13 @@ def beside_a_failure(
 ) -> list[str]:
     """What guests are told when a request that decodes with them gets a sampler that makes it
     fail."""
-    batch = runtime(engine)._decoder._batch
-    batch.samplers[batch.uids.index(victim._number)] = victim._sampler = sampler
+    batch = runtime(engine).decode_batch.batch
+    batch.samplers[batch.uids.index(victim.sequence.number)] = victim.sequence.sampler = sampler
     with pytest.raises(EngineError, match="try again"):
         list(victim)
     for guest in guests:
         list(guest)
-    return [guest._visible for guest in guests]
+    return [guest.sequence.visible for guest in guests]
 
 
 def test_a_step_that_fails_for_one_request_fails_no_other(engine: Engine):
@@ -370,11 +367,11 @@ def test_a_step_that_fails_for_one_request_fails_no_other(engine: Engine):
     def bad(logprobs: Any) -> Any:
         raise RuntimeError("a sampler that fails")
 
-    engine.unload(engine._default.name)
+    engine.unload(engine.default.name)
     guests = [engine.chat(f"number {n}", max_tokens=60) for n in range(3)]
     victim = engine.chat("victim", max_tokens=4000)
     for generation in (*guests, victim):
-        until(generation, Phase.DECODE)
+        until(generation, State.DECODE)
     assert beside_a_failure(engine, victim, bad, guests) == expected
     assert answer(engine, "number 0", max_tokens=60)[0] == expected[0]
 
@@ -384,11 +381,11 @@ def test_a_step_that_fails_while_it_is_computed_is_not_blamed_on_what_comes_next
 
     with Engine(str(folder / "qwen2")) as engine:
         expected = [answer(engine, f"number {n}", max_tokens=60)[0] for n in range(2)]
-        engine.unload(engine._default.name)
+        engine.unload(engine.default.name)
         guests = [engine.chat("number 0", max_tokens=60)]
         victim = engine.chat("victim", max_tokens=4000)
         for generation in (*guests, victim):
-            until(generation, Phase.DECODE)
+            until(generation, State.DECODE)
 
         def bad(logprobs: Any) -> Any:
             if len(guests) == 1:
@@ -418,10 +415,10 @@ def test_a_state_that_a_failed_step_has_changed_is_not_kept(folder: Path):
             return mx.array([300], mx.uint32) + wrong.astype(mx.uint32)
 
         victim = engine.chat("victim " * 100, max_tokens=4)
-        victim._sampler = bad
+        victim.sequence.sampler = bad
         with pytest.raises(EngineError, match="try again"):
             list(victim)
-        assert steps == 5 and len(engine._pool.prefixes._lines) == 1
+        assert steps == 5 and len(engine.pool.prefixes.entries()) == 1
 
 
 def test_an_answer_that_cannot_be_decoded_fails_alone(engine: Engine):
@@ -434,12 +431,12 @@ def test_an_answer_that_cannot_be_decoded_fails_alone(engine: Engine):
     expected, _ = answer(engine, "guest", max_tokens=40)
     guest, victim = engine.chat("guest", max_tokens=40), engine.chat("victim", max_tokens=4000)
     for generation in (guest, victim):
-        until(generation, Phase.DECODE)
-    victim._detokenizer = Broken()
+        until(generation, State.DECODE)
+    victim.sequence.detokenizer = Broken()
     with pytest.raises(EngineError, match="try again"):
         list(victim)
     list(guest)
-    assert guest._visible == expected
+    assert guest.sequence.visible == expected
     assert answer(engine, "victim")[0]
 
 
@@ -447,16 +444,16 @@ def test_logits_that_are_no_numbers_fail_the_request_and_leave_no_trace(engine: 
     import mlx.core as mx
 
     expected, _ = answer(engine, "poison", max_tokens=8)
-    engine.unload(engine._default.name)
+    engine.unload(engine.default.name)
     answer(engine, "loads the model")
     model = runtime(engine).model
     runtime(engine).model = lambda *args, **kwargs: model(*args, **kwargs)
-    runtime(engine)._decoder._model = lambda *args, **kwargs: (
+    runtime(engine).decode_batch.model = lambda *args, **kwargs: (
         model(*args, **kwargs) * mx.array(float("nan"))
     )
     with pytest.raises(EngineError, match="try again"):
         answer(engine, "poison", max_tokens=8)
-    runtime(engine)._decoder._model = model
+    runtime(engine).decode_batch.model = model
     assert answer(engine, "poison", max_tokens=8)[0] == expected
 
 
@@ -471,7 +468,7 @@ def test_a_failure_that_nobody_expected_costs_only_what_was_running(
         monkeypatch.undo()
         raise KeyError("nobody expected this")
 
-    monkeypatch.setattr(engine._pool, "rebalance", fails)
+    monkeypatch.setattr(engine.pool, "rebalance", fails)
     with pytest.raises(EngineError, match="starts afresh"):
         list(victim)
     assert answer(engine, "after", max_tokens=8)[0] == expected

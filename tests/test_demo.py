@@ -42,6 +42,6 @@ def test_fresh_prompts_are_answered_to_the_character(engine: Engine, shape: str,
     for prompt, answer in zip(prompts, answers, strict=True):
         for _ in answer:
             pass
-        if answer._raw != prompt.expected:
-            wrong.append((prompt.expected, answer._raw))
+        if answer.sequence.raw != prompt.expected:
+            wrong.append((prompt.expected, answer.sequence.raw))
     assert len(wrong) <= 1, wrong

@@ -55,7 +55,7 @@ def answer(engine: Engine, messages: str | list[dict], **fields) -> tuple[str, G
 
 
 def cold(engine: Engine, *args, **fields) -> str:
-    engine.unload(engine._default.name)
+    engine.unload(engine.default.name)
     return answer(engine, *args, **fields)[0]
 
 
@@ -75,14 +75,14 @@ def test_tokens_before_the_conversation_are_read_before_it_and_found_again(engin
     first = engine.chat("one", max_tokens=9)
     *_, done = first
     assert (
-        done.tokens[: first.prompt_tokens] == list(first._prompt.tokens)
+        done.tokens[: first.prompt_tokens] == list(first.sequence.prompt.tokens)
         and len(done.tokens) == first.prompt_tokens + 9
     )
     follow_up = engine.chat([user("two")], context=done.tokens, max_tokens=9)
     *events, last = follow_up
     assert follow_up.usage.cached_tokens == len(done.tokens)
-    engine.unload(engine._default.name)
-    prompt = [*done.tokens, *engine.chat([user("two")], max_tokens=0)._prompt.tokens]
+    engine.unload(engine.default.name)
+    prompt = [*done.tokens, *engine.chat([user("two")], max_tokens=0).sequence.prompt.tokens]
     *_, again = engine.submit(Request("default", prompt=prompt, max_tokens=9))
     assert last.tokens == again.tokens and last.tokens[: len(prompt)] == prompt
 
@@ -105,7 +105,7 @@ def test_conversations_share_the_system_prompt_and_answers_stay_those_of_a_cold_
     answer(engine, [SYSTEM, user("first conversation")])
     warm, other = answer(engine, [SYSTEM, user("quite another one")])
     assert other.usage.cached_tokens > 0.9 * len(
-        engine._renderer(engine._default).encode(SYSTEM["content"])
+        engine.renderer(engine.default).encode(SYSTEM["content"])
     )
     assert warm == cold(engine, [SYSTEM, user("quite another one")])
 
@@ -113,9 +113,10 @@ def test_conversations_share_the_system_prompt_and_answers_stay_those_of_a_cold_
 def test_a_cancelled_prefill_keeps_what_it_has_and_resuming_changes_nothing(engine: Engine):
     messages = [user("word " * 700)]
     expected = cold(engine, messages)
-    engine.unload(engine._default.name)
+    engine.unload(engine.default.name)
     generation = engine.chat(messages, max_tokens=4)
-    while generation._line is None or not generation._line.tokens:  # until the first chunk is done
+    sequence = generation.sequence
+    while sequence.entry is None or not sequence.entry.tokens:  # until the first chunk is done
         next(generation)
     generation.cancel()
     text, resumed = answer(engine, messages)
@@ -141,7 +142,7 @@ def test_a_model_with_experts_reads_large_chunks_while_nobody_waits(
         str(build_model("", tmp_path / "moe", config={**CONFIGS["qwen3"], **experts}))
     ) as engine:
         answer(engine, "loads the model")
-        runtime, sizes = engine._pool.runners["moe"], []
+        runtime, sizes = engine.pool.runners["moe"], []
         model = runtime.model
 
         def measured(tokens, cache):
@@ -161,9 +162,9 @@ def test_a_model_with_experts_reads_large_chunks_while_nobody_waits(
 def test_what_is_too_much_for_the_gpu_is_tried_in_smaller_chunks_and_leaves_nothing(folder: Path):
     with Engine(str(folder / "qwen2")) as engine:
         expected = cold(engine, "deep " * 250)
-        engine.unload(engine._default.name)
+        engine.unload(engine.default.name)
         answer(engine, "loads the model")
-        runtime = engine._pool.runners[engine._default.name]
+        runtime = engine.pool.runners[engine.default.name]
         model = runtime.model
 
         def watched(tokens, cache):
@@ -184,7 +185,7 @@ def test_what_is_too_much_for_the_gpu_is_tried_in_smaller_chunks_and_leaves_noth
 def test_a_twin_of_a_running_request_is_not_prefilled_again(engine: Engine):
     messages = [user("twins " * 300)]
     expected = cold(engine, messages)
-    engine.unload(engine._default.name)
+    engine.unload(engine.default.name)
     first = engine.chat(messages, max_tokens=3000)
     while not isinstance(next(first), Text):
         pass
@@ -223,7 +224,7 @@ def test_usage_adds_up_and_the_limit_is_reported(engine: Engine):
     assert isinstance(done, Done) and done.reason == "length"
     assert done.usage.completion_tokens == 7
     assert done.usage.prompt_tokens == engine.count_tokens(
-        Request(engine._default.name, [user("count")])
+        Request(engine.default.name, [user("count")])
     )
     assert done.usage.total_seconds >= done.usage.prefill_seconds + done.usage.decode_seconds
 
@@ -238,7 +239,7 @@ def test_max_tokens_zero_only_fills_the_cache(engine: Engine):
 
 
 def test_an_empty_request_loads_the_model_and_unload_frees_it(engine: Engine):
-    name = engine._default.name
+    name = engine.default.name
     engine.unload(name)
     assert engine.loaded() == []
     assert list(engine.submit(Request(name)))[-1].reason == "load"
@@ -288,7 +289,7 @@ def test_a_broken_model_fails_its_own_requests_and_can_be_tried_again(folder: Pa
 
 def test_a_failing_step_fails_its_request_and_nothing_else(engine: Engine):
     bad = Request(
-        engine._default.name, [user("bad")], max_tokens=4, sampling=Sampling(temperature="hot")
+        engine.default.name, [user("bad")], max_tokens=4, sampling=Sampling(temperature="hot")
     )
     with pytest.raises(EngineError, match="try again"):
         list(engine.submit(bad))
@@ -296,9 +297,8 @@ def test_a_failing_step_fails_its_request_and_nothing_else(engine: Engine):
 
 
 def test_an_unknown_model_names_what_is_installed(folder: Path):
-    with Engine(models_dirs=[folder]) as engine:
-        with pytest.raises(ModelNotFound, match="llama_sliding"):
-            engine.submit(Request("no-such-model:7b", [user("hi")]))
+    with Engine(models_dirs=[folder]) as engine, pytest.raises(ModelNotFound, match="llama_sliding"):
+        engine.submit(Request("no-such-model:7b", [user("hi")]))
 
 
 def test_cancelling_ends_the_iteration_at_once(engine: Engine):
@@ -306,7 +306,7 @@ def test_cancelling_ends_the_iteration_at_once(engine: Engine):
     for event in generation:
         if isinstance(event, Text):
             generation.cancel()
-    assert not engine.submit(Request(engine._default.name)).prompt_tokens  # the engine goes on
+    assert not engine.submit(Request(engine.default.name)).prompt_tokens  # the engine goes on
 
 
 def test_ticks_come_while_nothing_else_does(folder: Path):
@@ -329,7 +329,8 @@ def test_closing_ends_running_work_with_an_error(folder: Path):
 
 
 def test_importing_the_engine_is_cheap():
-    script = "import sys, engine; print(sorted({'mlx', 'mlx_lm', 'transformers', 'numpy'} & set(sys.modules)))"
+    slow = "{'mlx', 'mlx_lm', 'transformers', 'numpy', 'huggingface_hub', 'llguidance'}"
+    script = f"import sys, engine; print(sorted({slow} & set(sys.modules)))"
     out = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -340,7 +341,8 @@ def test_a_process_that_used_the_engine_exits_cleanly(folder: Path):
     script = f"""
 from engine import Engine, Sampling
 engine = Engine({str(folder / "llama_sliding")!r})
-print(len("".join(engine.chat("hi", max_tokens=3, sampling=Sampling(temperature=1.0, seed=1)).text())) > 0)
+answer = engine.chat("hi", max_tokens=3, sampling=Sampling(temperature=1.0, seed=1))
+print(len("".join(answer.text())) > 0)
 engine.close()
 """
     out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
@@ -368,10 +370,10 @@ def test_a_gap_is_filled_with_the_tokenizers_own_tokens(tmp_path: Path):
         gap = engine.submit(Request("coder", prompt="def f(", suffix="return x", max_tokens=1))
         spelled = "<|fim_prefix|>def f(<|fim_suffix|>return x<|fim_middle|>"
         assert (
-            gap._prompt.tokens
-            == engine.submit(Request("coder", prompt=spelled, max_tokens=1))._prompt.tokens
+            gap.sequence.prompt.tokens
+            == engine.submit(Request("coder", prompt=spelled, max_tokens=1)).sequence.prompt.tokens
         )
-        decode, tokens = gap._renderer.tokenizer.decode, gap._prompt.tokens
+        decode, tokens = gap.sequence.renderer.tokenizer.decode, gap.sequence.prompt.tokens
         assert [decode(tokens), decode(tokens[:1]), decode(tokens[-1:])] == [
             spelled,
             "<|fim_prefix|>",
@@ -387,7 +389,7 @@ def test_a_gap_is_filled_with_the_tokenizers_own_tokens(tmp_path: Path):
 def test_a_long_prompt_tells_how_far_it_is(
     engine: Engine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(ModelRunner, "TELL", 0.0)
+    monkeypatch.setattr(ModelRunner, "PROGRESS", 0.0)
     with caplog.at_level(logging.INFO):
         _, generation = answer(engine, "how far " * 150, max_tokens=1)
     pattern = r"\w+: prompt (\d+) %, ([\d,]+)/([\d,]+) tokens, \d+ tokens/s, \d+ s left"

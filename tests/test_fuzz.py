@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from conftest import Server
-from test_manage import FakeHub
+from fake_hub import FakeHub
 
 BODIES = int(os.environ.get("FUZZ_BODIES", 250))
 SEED = int(os.environ.get("FUZZ_SEED", 1))

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from _mlx_server.inference.families import detect_format
 from _mlx_server.inference.formats import OutputFormat
 from _mlx_server.inference.parser import OutputParser
 from engine import Text, Thinking, ToolEnd, ToolInput, ToolStart
@@ -46,7 +47,7 @@ TOOLS = [
 def of_kind(kind, thinking=True, template=""):
     """The format of a tokenizer for which mlx-lm has chosen its parser `kind`."""
     module = pytest.importorskip(f"mlx_lm.tool_parsers.{kind}")
-    return OutputFormat.of(
+    return detect_format(
         SimpleNamespace(
             has_thinking=thinking,
             think_start="<think>" if thinking else None,
@@ -616,7 +617,7 @@ def test_one_call_only():
     ],
 )
 def test_the_opening_of_a_demanded_call(format, choice, opening, rest):
-    assert format.opening(choice) == opening
+    assert format.call_prefix(choice) == opening
     assert parse(opening + rest, format) == [bash()]
 
 
@@ -645,9 +646,9 @@ def test_the_opening_of_a_demanded_call(format, choice, opening, rest):
 def test_the_opening_of_a_demanded_call_is_all_up_to_its_arguments(family):
     format, start, write, _, end = FAMILIES[family]
     written = start + write("Bash", {"command": "ls"}) + end
-    squeezed, opening = ("".join(text.split()) for text in (written, format.opening("Bash")))
+    squeezed, opening = ("".join(text.split()) for text in (written, format.call_prefix("Bash")))
     assert squeezed.startswith(opening) and opening.rfind("Bash") > 0 and "command" not in opening
-    assert "Bash" not in squeezed[len(opening) :] and parse(format.opening("Bash"), format)[:1] != [
+    assert "Bash" not in squeezed[len(opening) :] and parse(format.call_prefix("Bash"), format)[:1] != [
         bash()
     ]
 
@@ -979,7 +980,7 @@ def tokenizer(template="", tokens=(), **more):
 
 
 def marked(*marks):
-    return OutputFormat.of(tokenizer(" ".join(marks)))
+    return detect_format(tokenizer(" ".join(marks)))
 
 
 NASTY = {
@@ -1151,7 +1152,7 @@ FAMILIES = {
         "<｜tool▁calls▁end｜>",
     ),
     "deepseek v3.2": (
-        OutputFormat.of(tokenizer(tokens=["｜DSML｜"])),
+        detect_format(tokenizer(tokens=["｜DSML｜"])),
         "<｜DSML｜function_calls>\n",
         prefixed(DSML, "｜DSML｜", truth),
         "",
@@ -1194,7 +1195,7 @@ FAMILIES = {
     ),
     "llama": (marked("<|python_tag|>"), "<|python_tag|>", PARAMETERS, "; ", ""),
     "llama, untagged": (
-        OutputFormat.of(tokenizer(tokens=["<|python_tag|>"])),
+        detect_format(tokenizer(tokens=["<|python_tag|>"])),
         "",
         PARAMETERS,
         "; ",
@@ -1250,7 +1251,7 @@ FAMILIES = {
     ),
     "granite": (marked("<|tool_call|>"), "<|tool_call|>[", JSON, ", ", "]"),
     "phi 4": (
-        OutputFormat.of(tokenizer(tokens=["<|tool_call|>", "<|/tool_call|>"])),
+        detect_format(tokenizer(tokens=["<|tool_call|>", "<|/tool_call|>"])),
         "<|tool_call|>[",
         JSON,
         ", ",
@@ -1308,7 +1309,7 @@ def test_long_strings_stream_in_every_family(family):
     )
 
 
-LLAMA = OutputFormat.of(tokenizer(tokens=["<|python_tag|>"]))
+LLAMA = detect_format(tokenizer(tokens=["<|python_tag|>"]))
 
 
 @pytest.mark.parametrize(
@@ -1378,15 +1379,15 @@ def test_harmony(text, expected):
 
 
 def test_what_tells_a_format():
-    hermes = OutputFormat.of(tokenizer("... <tool_call> ..."))
+    hermes = detect_format(tokenizer("... <tool_call> ..."))
     assert (
         hermes.call == ("<tool_call>", "</tool_call>")
-        and OutputFormat.of(tokenizer(tokens=["<tool_call>"])) == hermes
+        and detect_format(tokenizer(tokens=["<tool_call>"])) == hermes
     )
     # the template knows better than the vocabulary of the model it was made for
-    assert OutputFormat.of(tokenizer("<tool_call>", ["<|python_tag|>"])) == hermes
+    assert detect_format(tokenizer("<tool_call>", ["<|python_tag|>"])) == hermes
     # mlx-lm takes MiniMax-M3 for a Hermes model
-    found = OutputFormat.of(
+    found = detect_format(
         SimpleNamespace(**{**vars(tokenizer(M3)), "has_tool_calling": True, "tool_parser": parse})
     )
     assert found.call == (M3 + "<tool_call>", M3 + "</tool_call>")
@@ -1418,8 +1419,8 @@ def test_whatever_a_parser_returns_the_call_is_text(calls):
 
 def test_a_model_without_formats():
     tokenizer = SimpleNamespace(has_thinking=False, has_tool_calling=False)
-    assert OutputFormat.of(tokenizer) == PLAIN
-    assert parse("<tool_call>x<think>", OutputFormat.of(tokenizer)) == [
+    assert detect_format(tokenizer) == PLAIN
+    assert parse("<tool_call>x<think>", detect_format(tokenizer)) == [
         ("text", "<tool_call>x<think>")
     ]
 
@@ -1474,14 +1475,12 @@ def test_events_depend_on_the_text_alone(seed):
             text,
             format,
             dice.choice([TOOLS, []]),
-            ["STOP"] if dice.random() < 0.7 else [],
+            stop := ["STOP"] if dice.random() < 0.7 else [],
             in_thinking=dice.random() < 0.3,
             parallel=dice.random() < 0.8,
         )
-        assert (
-            "STOP" not in "".join(piece for kind, piece, *_ in out if kind == "text")
-            or not parse.parser._stops
-        )
+        shown = "".join(piece for kind, piece, *_ in out if kind == "text")
+        assert "STOP" not in shown or not stop
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -22,10 +22,13 @@ from conftest import Server
 from models import build_model
 from test_http import ask, post, raw
 
+import dialects
 import mlx_server
 from _mlx_server.front.upstream import Upstream
 from engine import Engine, Priority
-from mlx_server import OPENAI, RELAYED, MLXServer
+from mlx_server import MLXServer
+
+RELAYED = [route for route, endpoint in dialects.ENDPOINTS.items() if endpoint.relayed]
 
 TAGS = [
     {
@@ -119,7 +122,7 @@ def front(foreign_and_front, foreign: Foreign) -> MLXServer:
 @pytest.fixture
 def remember(monkeypatch: pytest.MonkeyPatch) -> None:
     """However slow the machine, what the upstream has said of its models is remembered."""
-    monkeypatch.setattr("_mlx_server.front.upstream.FRESH", 1e9)
+    monkeypatch.setattr("_mlx_server.front.upstream.TAGS_LIFETIME", 1e9)
 
 
 KEY = {"x-api-key": "secret"}
@@ -241,11 +244,9 @@ def test_requests_and_answers_pass_unchanged_on_every_route(
     assert (response.status, text) == (418, b"{ \xff\r\n\0 }\r\n")
     got = {name.lower(): value for name, value in response.getheaders()}
     got.pop("date")
-    assert got == {"content-type": "a/b", "x-two": "1, 2", "content-length": "10"} | (
-        {"x-request-id" if path in OPENAI else "request-id": "theirs"}
-        if path.startswith("/v1/")
-        else {}
-    )
+    id_header = dialects.endpoint(path).dialect.request_id_header
+    own = {id_header: "theirs"} if id_header else {}
+    assert got == {"content-type": "a/b", "x-two": "1, 2", "content-length": "10", **own}
 
 
 def test_compressed_and_chunked_bodies_arrive_as_they_were(foreign: Foreign, front: MLXServer):

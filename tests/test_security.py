@@ -149,11 +149,11 @@ def test_no_foreign_page_is_let_into_the_private_network(server: Server):
 
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> Iterator[mlx_server.MLXServer]:
-    """A server without an engine that has little patience, and room for four connections and two
-    more to turn away."""
-    monkeypatch.setattr("_mlx_server.front.http.ARRIVAL", 0.4)
-    monkeypatch.setattr(mlx_server, "CONNECTIONS", 4)
-    monkeypatch.setattr(mlx_server, "TURNED_AWAY", 2)
+    """A server without an engine that waits 0.4 s for a request, and has room for four connections
+    and for two more that are refused."""
+    monkeypatch.setattr("_mlx_server.front.sockets.REQUEST_DEADLINE", 0.4)
+    monkeypatch.setattr("_mlx_server.front.connections.MAX_CONNECTIONS", 4)
+    monkeypatch.setattr("_mlx_server.front.connections.MAX_REFUSALS", 2)
     server = mlx_server.MLXServer(("127.0.0.1", 0))
     server.port = server.server_port
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -236,7 +236,7 @@ def test_connections_beyond_what_there_is_room_for_are_told_so(brief: mlx_server
 
 def test_the_room_leaves_files_to_open():
     with mlx_server.MLXServer(("127.0.0.1", 0)) as server:
-        assert 0 < server.room <= resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+        assert 0 < server.max_connections <= resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
 
 
 def test_it_asks_for_the_files_it_needs():

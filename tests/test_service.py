@@ -29,6 +29,7 @@ from test_http import ask
 from _mlx_server.front.logs import log_file
 from _mlx_server.wire.anthropic import AnthropicMessages
 from engine import Engine, Text, Usage
+from mlx_server import MLXServer
 
 SLOW = "slow " * 240  # enough words to be busy with for a while
 
@@ -324,19 +325,43 @@ def printed(home: Path, *flags: str) -> str:
     return out.stdout
 
 
+# In the server's process every decoding step fails as on a Mac whose GPU takes no more work
+REFUSED_GPU = """
+from _mlx_server.inference.decode_batch import DecodeBatch
+
+def step(self):
+    raise RuntimeError(
+        "[METAL] Command buffer execution failed: "
+        "Ignored (00000004:kIOGPUCommandBufferCallbackErrorSubmissionsIgnored)"
+    )
+
+DecodeBatch.step = step
+"""
+
+
 def test_a_server_whose_gpu_takes_no_more_work_ends_to_be_started_anew(tmp_path: Path):
-    refused = "[METAL] Command buffer execution failed: Ignored (00000004:kIOGPUCommandBufferCallbackErrorSubmissionsIgnored)"
-    (tmp_path / "sitecustomize.py").write_text(
-        f"import engine\ndef step(self):\n    raise RuntimeError({refused!r})\nengine.Decoder.step = step\n"
-    )
+    (tmp_path / "sitecustomize.py").write_text(REFUSED_GPU)
     server = Server("--model", "demo", env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
-    assert (
-        ask(server, "POST", "/api/generate", {"model": "demo", "prompt": "hi", "stream": False})[
-            0
-        ].status
-        == 500
-    )
-    assert server.process.wait(20) == 1
+    body = {"model": "demo", "prompt": "hi", "stream": False}
+    assert ask(server, "POST", "/api/generate", body)[0].status == 500
+    assert server.process.wait(60) == 1
+
+
+def test_an_engine_that_has_failed_ends_its_server_and_not_the_program_around_it():
+    class BrokenEngine:
+        broken, closed = True, False
+
+        def drain(self, seconds: float) -> None:
+            pass
+
+        def close(self, grace: float) -> None:
+            self.closed = True
+
+    engine = BrokenEngine()
+    server = MLXServer(("127.0.0.1", 0), engine)
+    server.serve_forever(poll_interval=0.01)
+    server.wait_stopped()
+    assert engine.closed and server.socket.fileno() == -1
 
 
 class Service:

@@ -10,7 +10,6 @@ from models import CHATML, build_model
 
 from _mlx_server.inference.models import describe
 from _mlx_server.inference.renderer import PromptRenderer
-from _mlx_server.inference.template import Template
 from engine import InvalidRequest, Request
 
 TOOLS = [
@@ -54,7 +53,8 @@ CONVERSATION = [
 ]
 
 TOP = "{% if tools %}{{ tools }}\n{% endif %}"
-TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}(call {{ c.function.arguments }}){% endfor %}<|im_end|>\n"
+CALLS = "{% for c in m.tool_calls or [] %}(call {{ c.function.arguments }}){% endfor %}"
+TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}" + CALLS + "<|im_end|>\n"
 OPEN = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
 
@@ -76,7 +76,8 @@ TEMPLATES = {
         NINE
         + refuse("m.role == 'system' and not loop.first")
         + refuse(
-            "m.role == 'user' and loop.previtem and loop.previtem.role not in ('assistant', 'system')"
+            "m.role == 'user' and loop.previtem"
+            " and loop.previtem.role not in ('assistant', 'system')"
         )
     ),
     "one call a turn": template(refuse("(m.tool_calls or []) | length > 1")),
@@ -90,15 +91,15 @@ TEMPLATES = {
 }
 
 
-def tongue(path: Path, template: str) -> PromptRenderer:
+def build_renderer(path: Path, template: str) -> PromptRenderer:
     return PromptRenderer(describe("m", build_model("qwen2", path, template=template)))
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_every_part_of_the_conversation_reaches_the_prompt(tmp_path: Path, name: str):
-    voice = tongue(tmp_path, TEMPLATES[name])
+    renderer = build_renderer(tmp_path, TEMPLATES[name])
     request = Request("m", CONVERSATION, tools=TOOLS, thinking=False)
-    text = voice.tokenizer.decode(voice.prompt(request).tokens)
+    text = renderer.tokenizer.decode(renderer.prompt(request).tokens)
     for part in (
         "Be brief.",
         "Look twice.",
@@ -114,35 +115,65 @@ def test_every_part_of_the_conversation_reaches_the_prompt(tmp_path: Path, name:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_an_appended_turn_leaves_the_tokens_before_it_alone(tmp_path: Path, name: str):
-    voice = tongue(tmp_path, TEMPLATES[name])
-    before = voice.prompt(Request("m", CONVERSATION[:2], tools=TOOLS))
-    after = voice.prompt(Request("m", CONVERSATION[:5], tools=TOOLS))
+    renderer = build_renderer(tmp_path, TEMPLATES[name])
+    before = renderer.prompt(Request("m", CONVERSATION[:2], tools=TOOLS))
+    after = renderer.prompt(Request("m", CONVERSATION[:5], tools=TOOLS))
     assert after.tokens[: before.body] == before.tokens[: before.body]
     assert 0 < before.root <= before.body <= len(before.tokens)
 
 
 def test_the_final_assistant_message_is_left_open(tmp_path: Path):
-    voice = tongue(tmp_path, CHATML)
+    renderer = build_renderer(tmp_path, CHATML)
     messages = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "It is"}]
-    assert voice.tokenizer.decode(voice.prompt(Request("m", messages)).tokens).endswith(
+    assert renderer.tokenizer.decode(renderer.prompt(Request("m", messages)).tokens).endswith(
         "<|im_start|>assistant\nIt is"
     )
 
 
+def test_a_message_that_is_continued_ends_where_it_ends_whatever_was_said_before(tmp_path: Path):
+    renderer = build_renderer(tmp_path, CHATML)
+    messages = [
+        {"role": "user", "content": "What is \u2063\u2063end\u2063\u2063?"},
+        {"role": "assistant", "content": "It is"},
+    ]
+    text = renderer.tokenizer.decode(renderer.prompt(Request("m", messages)).tokens)
+    assert text.endswith(f"{messages[0]['content']}<|im_end|>\n<|im_start|>assistant\nIt is")
+
+
+def test_a_forced_call_leaves_the_place_of_the_last_message_alone(tmp_path: Path):
+    renderer = build_renderer(tmp_path, CHATML)
+    free = renderer.prompt(Request("m", CONVERSATION, tools=TOOLS))
+    forced = renderer.prompt(Request("m", CONVERSATION, tools=TOOLS, tool_choice="look"))
+    assert forced.opening and len(forced.tokens) > len(free.tokens)
+    assert (forced.root, forced.turn, forced.body) == (free.root, free.turn, free.body)
+
+
+@pytest.mark.parametrize("family", ["<|fim_{}|>", "<fim_{}>", "<fim-{}>"])
+def test_the_tokens_of_a_gap_are_those_of_the_models_family(tmp_path: Path, family: str):
+    marks = [family.format(place) for place in ("prefix", "suffix", "middle")]
+    path = build_model("qwen2", tmp_path, marks=marks)
+    renderer = PromptRenderer(describe("m", path))
+    assert renderer.gap_tokens() == tuple(marks)
+    prompt = renderer.prompt(Request("m", prompt="a", suffix="b"))
+    assert renderer.tokenizer.decode(prompt.tokens) == "{}a{}b{}".format(*marks)
+
+
 def test_tools_are_not_shown_when_none_may_be_called(tmp_path: Path):
-    voice = tongue(tmp_path, CHATML)
+    renderer = build_renderer(tmp_path, CHATML)
     with_none = Request("m", CONVERSATION, tools=TOOLS, tool_choice="none")
-    assert "Looks." not in voice.tokenizer.decode(voice.prompt(with_none).tokens)
+    assert "Looks." not in renderer.tokenizer.decode(renderer.prompt(with_none).tokens)
 
 
 def test_a_prompt_that_ends_inside_thinking_is_noticed(tmp_path: Path):
-    voice = tongue(tmp_path, template(opening=OPEN.replace("{% endif", "<think>\n{% endif")))
-    assert voice.prompt(Request("m", CONVERSATION[:2])).in_thinking
+    opening = OPEN.replace("{% endif", "<think>\n{% endif")
+    renderer = build_renderer(tmp_path, template(opening=opening))
+    assert renderer.prompt(Request("m", CONVERSATION[:2])).in_thinking
 
 
 EFFORTS = (
-    "{% if reasoning_effort is defined and reasoning_effort not in ['low', 'medium', 'xhigh'] %}{{ raise_exception('no') }}"
-    "{% endif %}thinking={{ enable_thinking }} effort={{ reasoning_effort }}\n"
+    "{% if reasoning_effort is defined and reasoning_effort not in ['low', 'medium', 'xhigh'] %}"
+    "{{ raise_exception('no') }}{% endif %}"
+    "thinking={{ enable_thinking }} effort={{ reasoning_effort }}\n"
 )
 
 
@@ -160,30 +191,30 @@ EFFORTS = (
 def test_an_effort_the_template_does_not_know_leaves_thinking_as_it_was_asked_for(
     tmp_path: Path, thinking: bool | None, effort: str, said: str
 ):
-    voice = tongue(tmp_path, template(opening=EFFORTS + OPEN))
+    renderer = build_renderer(tmp_path, template(opening=EFFORTS + OPEN))
     request = Request("m", CONVERSATION[:2], thinking=thinking, effort=effort)
-    assert f"{said}\n" in voice.tokenizer.decode(voice.prompt(request).tokens)
+    assert f"{said}\n" in renderer.tokenizer.decode(renderer.prompt(request).tokens)
 
 
 def test_raw_text_goes_around_the_template(tmp_path: Path):
-    voice = tongue(tmp_path, CHATML)
+    renderer = build_renderer(tmp_path, CHATML)
     assert (
-        voice.tokenizer.decode(voice.prompt(Request("m", prompt="as it is")).tokens) == "as it is"
+        renderer.tokenizer.decode(renderer.prompt(Request("m", prompt="as it is")).tokens)
+        == "as it is"
     )
 
 
 def test_a_template_that_refuses_everything_is_the_requests_error(tmp_path: Path):
-    voice = tongue(tmp_path, "{{ raise_exception('never') }}")
+    renderer = build_renderer(tmp_path, "{{ raise_exception('never') }}")
     with pytest.raises(InvalidRequest, match="never"):
-        voice.prompt(Request("m", CONVERSATION))
+        renderer.prompt(Request("m", CONVERSATION))
 
 
 def test_traits_are_found_by_probing(tmp_path: Path):
     strict, one, plain = (
-        tongue(tmp_path / name, TEMPLATES[name]).template
+        build_renderer(tmp_path / name, TEMPLATES[name]).template.traits
         for name in ("strict", "one call a turn", "plain")
     )
-    assert isinstance(strict, Template)
     assert strict.short_ids and not plain.short_ids
     assert not strict.user_after_tool and plain.user_after_tool
     assert not one.parallel_calls and plain.parallel_calls

@@ -3,223 +3,273 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
+from collections.abc import Callable, Sequence
 
 from _mlx_server import __version__
-from _mlx_server.front.commands import COMMANDS
-from _mlx_server.front.options import (
-    _bytes,
-    _key_file,
-    _pair,
-    _port,
-    _positive,
-    _rule,
-    _seconds,
-    _state_file,
-    _url,
-    api_key,
-    api_keys,
-)
+from _mlx_server.front import options
+from _mlx_server.front.commands import COMMANDS, print_env
 from _mlx_server.front.service import launchd_job, start_command, systemd_unit
+
+Command = Callable[[argparse.Namespace], None]
+"""What is carried out instead of serving."""
 
 
 def arguments() -> argparse.ArgumentParser:
-    """The command line."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="mlx-server",
         allow_abbrev=False,
         description="Serves local MLX models to Claude Code, Ollama clients and scripts.",
     )
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
-    )
-    parser.add_argument(
+    _add_models(parser)
+    _add_memory(parser)
+    _add_requests(parser)
+    _add_access(parser)
+    _add_running(parser)
+    _add_commands(parser)
+    return parser
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    """Where the server listens, which models it has, and how long their answers may be."""
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    add(
         "--port",
-        type=_port,
+        type=options.port,
         default=11435,
         help="port to listen on, 0 for any (default: %(default)s)",
     )
-    parser.add_argument("--model", metavar="NAME_OR_PATH", help="default model, loaded at once")
-    parser.add_argument(
+    add("--model", metavar="NAME_OR_PATH", help="default model, loaded at once")
+    add(
         "--models-dir",
         metavar="DIR",
         action="append",
         default=[],
         help="a folder of models (repeatable)",
     )
-    parser.add_argument(
+    add(
         "--alias",
         metavar="PATTERN=NAME",
-        type=_pair,
+        type=options.alias,
         action="append",
         default=[],
         help="serve names like PATTERN (a glob) with model NAME (repeatable)",
     )
-    parser.add_argument(
+    add(
         "--state",
         metavar="FILE",
-        default=_state_file(),
+        default=options.presets_file(),
         help="where names given by Ollama's copy and create are kept (default: %(default)s)",
     )
-    parser.add_argument(
-        "--context", metavar="N", type=_positive, help="most tokens of prompt and answer together"
+    add(
+        "--context",
+        metavar="N",
+        type=options.positive,
+        help="most tokens of prompt and answer together",
     )
-    parser.add_argument(
-        "--max-tokens", metavar="N", type=_positive, help="most tokens of an answer"
-    )
-    parser.add_argument(
+    add("--max-tokens", metavar="N", type=options.positive, help="most tokens of an answer")
+
+
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    """What may be kept in memory and on disk."""
+    add = parser.add_argument
+    add(
         "--prompt-cache",
         metavar="SIZE",
-        type=_bytes,
-        help="memory for the KV states of earlier prompts, e.g. 8GB (default: a quarter of --memory)",
+        type=options.size,
+        help="memory for the KV states of earlier prompts, e.g. 8GB "
+        "(default: a quarter of --memory)",
     )
-    parser.add_argument(
+    add(
         "--cache-dir",
         metavar="DIR",
         help="keep these states in DIR, too, where they survive a restart",
     )
-    parser.add_argument(
+    add(
         "--cache-dir-size",
         metavar="SIZE",
-        type=_bytes,
+        type=options.size,
         default=32 * 2**30,
         help="most bytes of files in DIR (default: 32GB)",
     )
-    parser.add_argument(
+    add(
         "--kv-bits",
         type=int,
         choices=(4, 8),
         help="keep the KV cache quantised: half or a quarter of its size",
     )
-    parser.add_argument(
+    add(
         "--memory",
         metavar="SIZE",
-        type=_bytes,
-        help="memory for models and KV states together (default: nine tenths of what the GPU may use)",
+        type=options.size,
+        help="memory for models and KV states together "
+        "(default: nine tenths of what the GPU may use)",
     )
-    parser.add_argument(
+    add(
         "--max-loaded",
         metavar="N",
-        type=_positive,
+        type=options.positive,
         help="most models in memory (default: what fits)",
     )
-    parser.add_argument(
+    add(
         "--pipeline",
         action="store_true",
         help="with mlx.launch: give each process some of the layers, instead of a part of each",
     )
-    parser.add_argument(
+    add(
         "--keep-alive",
         metavar="DURATION",
-        type=_seconds,
-        help="unload models that were idle for so long, e.g. 30m (default: when their memory is needed)",
+        type=options.seconds,
+        help="unload models that were idle for so long, e.g. 30m "
+        "(default: when their memory is needed)",
     )
-    parser.add_argument(
+
+
+def _add_requests(parser: argparse.ArgumentParser) -> None:
+    """Which requests wait, which are refused, and which another server answers."""
+    add = parser.add_argument
+    add(
         "--max-queue",
         metavar="N",
-        type=_positive,
+        type=options.positive,
         default=64,
         help="most requests that may wait, before more are refused (default: %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--priority",
         metavar="PATTERN=PRIORITY",
-        type=_rule,
+        type=options.priority_rule,
         action="append",
         default=[],
-        help="high, normal or low for requests to models, or in dialects, like PATTERN (repeatable)",
+        help="high, normal or low for requests to models, or in dialects, like PATTERN "
+        "(repeatable)",
     )
-    parser.add_argument(
+    add(
         "--upstream",
         metavar="URL",
-        type=_url,
+        type=options.url,
         help="relay requests for models that are not here, e.g. to http://localhost:11434",
     )
-    parser.add_argument(
+    add(
         "--overflow",
         action="store_true",
         help="relay what finds the queue full, too, if the upstream has a model of that name",
     )
-    parser.add_argument(
+
+
+def _add_access(parser: argparse.ArgumentParser) -> None:
+    """Who may use the server."""
+    add = parser.add_argument
+    add(
         "--api-key",
         metavar="KEY[=PRIORITY]",
-        type=api_key,
+        type=options.api_key,
         action="append",
         default=[],
         help="demand this key (repeatable; default: $MLX_SERVER_API_KEY, else none)",
     )
-    parser.add_argument(
+    add(
         "--api-key-file",
         metavar="FILE",
-        type=_key_file,
+        type=options.key_file,
         default=[],
         help="demand one of the keys in FILE, a KEY or KEY=PRIORITY per line",
     )
-    parser.add_argument(
+
+
+def _add_running(parser: argparse.ArgumentParser) -> None:
+    """How the server ends, what it logs, and what makes it run."""
+    add = parser.add_argument
+    add(
         "--drain",
         metavar="DURATION",
-        type=_seconds,
+        type=options.seconds,
         default=10.0,
         help="time for running answers when the server is told to end (default: 10s)",
     )
-    parser.add_argument(
+    add(
         "--log-file",
         metavar="FILE",
         help="log to FILE, anew after every 10 MB; three old ones are kept",
     )
-    parser.add_argument(
+    add(
         "--print-env",
         nargs="?",
         const="claude",
         choices=["claude"],
         help="print the shell commands that make Claude Code use this server, and end",
     )
-    parser.add_argument("--log-json", action="store_true", help="log JSON objects, one a line")
-    parser.add_argument("--verbose", action="store_true", help="log every detail")
-    parser.add_argument(
+    add("--log-json", action="store_true", help="log JSON objects, one a line")
+    add("--verbose", action="store_true", help="log every detail")
+    add(
         "--print-launchd",
         dest="service",
         action="store_const",
         const=launchd_job,
         help="print a launchd job that runs the server with the other flags",
     )
-    parser.add_argument(
+    add(
         "--print-systemd",
         dest="service",
         action="store_const",
         const=systemd_unit,
         help="print a systemd user unit that does so",
     )
-    parser.add_argument("--version", action="version", version=f"mlx-server {__version__}")
-    parser.add_argument(
+
+
+def _add_commands(parser: argparse.ArgumentParser) -> None:
+    """What is done instead of serving."""
+    add = parser.add_argument
+    add("--version", action="version", version=f"mlx-server {__version__}")
+    add(
         "command",
         metavar="COMMAND",
         nargs="?",
         choices=COMMANDS,
-        help="instead of serving: pull NAME (download a model, by a name like qwen3:8b or as ORG/NAME), "
-        "list, show NAME, rm NAME (what is installed)",
+        help="instead of serving: pull NAME (download a model, by a name like qwen3:8b or as "
+        "ORG/NAME), list, show NAME, rm NAME (what is installed)",
     )
-    parser.add_argument("name", metavar="NAME", nargs="?")
-    return parser
+    add("name", metavar="NAME", nargs="?")
 
 
-def print_service(args: argparse.Namespace) -> None:
-    """Prints what makes the system run the server with the flags given."""
-    if api_keys(args) != dict(args.api_key_file):
-        arguments().error("a service takes its keys from --api-key-file")
-    print(args.service(args, start_command(args.argv)), end="")
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags' values. Mistakes are told on stderr and end the program with status 2, as argparse
+    does it."""
+    parser = arguments()
+    args = parser.parse_intermixed_args(argv)
+    if mistake := _mistake(args):
+        parser.error(mistake)
+    return args
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Ends the program where flags do not go together."""
+def _mistake(args: argparse.Namespace) -> str | None:
+    """What is wrong with flags that do not go together."""
     launched = "MLX_RANK" in os.environ  # by mlx.launch
     if args.overflow and not args.upstream:
-        arguments().error("--overflow needs --upstream")
+        return "--overflow needs --upstream"
     if args.pipeline and not launched:
-        arguments().error("--pipeline needs mlx.launch")
+        return "--pipeline needs mlx.launch"
     if launched and (not args.model or args.cache_dir):
-        arguments().error(
-            "with mlx.launch there is one model, named by --model, and no --cache-dir"
-        )
+        return "with mlx.launch there is one model, named by --model, and no --cache-dir"
     if bool(args.name) != (args.command in ("pull", "show", "rm")):
-        arguments().error("pull, show and rm take one NAME, and nothing else does")
+        return "pull, show and rm take one NAME, and nothing else does"
+    if args.service and options.api_keys(args) != dict(args.api_key_file):
+        return "a service takes its keys from --api-key-file"
+    return None
+
+
+def selected_command(args: argparse.Namespace, argv: Sequence[str]) -> Command | None:
+    """What is to be done instead of serving, None for serving."""
+    if args.print_env:
+        return print_env
+    if args.service:
+        return functools.partial(_print_service, argv)
+    return COMMANDS.get(args.command)
+
+
+def _print_service(argv: Sequence[str], args: argparse.Namespace) -> None:
+    """Prints what makes the system run the server with the flags in `argv`."""
+    print(args.service(args, start_command(argv)), end="")

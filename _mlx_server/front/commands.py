@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import io
 import logging
 import shlex
 import sys
 import time
 from collections.abc import Callable
 
-from _mlx_server.front.hub import Hub
-from _mlx_server.front.options import _library, api_keys, program, reached
+from _mlx_server.front.options import api_keys, library_of, program, reached
 from _mlx_server.front.startup import mlx_trouble
+from _mlx_server.inference.hub import Hub
 from _mlx_server.inference.memory import gigabytes, usable_memory
 from _mlx_server.inference.models import LocalModel
 from _mlx_server.inference.protocol import EngineError
-from _mlx_server.wire.fields import Object, WireError
+from _mlx_server.wire.fields import WireError
 from _mlx_server.wire.ollama_models import checked_name
 
 log = logging.getLogger("mlx_server")
@@ -25,7 +27,7 @@ log = logging.getLogger("mlx_server")
 def print_env(args: argparse.Namespace) -> None:
     """Prints shell commands for Claude Code's variables:
     https://code.claude.com/docs/en/settings#environment-variables"""
-    library = _library(args)
+    library = library_of(args)
     default = (
         library.resolve(args.model, trusted=True) if args.model else default_model(library.resolve)
     )
@@ -68,71 +70,70 @@ def print_env(args: argparse.Namespace) -> None:
 def pull_model(args: argparse.Namespace) -> None:
     """Downloads the model called `args.name`."""
     name = checked_name(args.name.removeprefix("https://"), f"'{args.name}' is not a model's name")
-    hub = Hub(_library(args).hub)
+    hub = Hub(library_of(args).hub)
     repo, size, why = hub.choose(name, args.memory or usable_memory())
     print(f"pulling {repo}, {gigabytes(size)}: {why}", flush=True)
-    progress = Progress(size)
-    try:
-        for step in hub.pull(repo):
-            progress.show(step)
-    finally:
-        progress.end()
+    with contextlib.closing(hub.pull(repo)) as steps, ProgressBar(size) as bar:
+        for step in steps:
+            if step.file:
+                bar.show(step.file.digest, step.completed)
     print(f"pulled {repo}; to serve it: {program()} --model {shlex.quote(repo)}")
 
 
-class Progress:
+class ProgressBar:
     """Draws on stderr how much of `total` bytes has come: a bar in a terminal, otherwise a line now
     and then."""
 
-    WIDTH = 24
-    TELL = 5.0  # seconds between two lines
+    LINE = "{percentage:3.0f} %, {n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left"
+    INTERVAL = 5.0  # seconds between two lines
 
     def __init__(self, total: int):
-        self._total, self._bar = max(total, 1), sys.stderr.isatty()
-        self._came: dict[str, int] = {}
-        # Bytes of each file at first sight: they tell nothing of the speed
-        self._there: dict[str, int] = {}
-        self._began = self._told = time.monotonic()
+        from tqdm import tqdm  # comes with mlx-lm
 
-    def show(self, step: Object) -> None:
-        """Takes in one of Ollama's progress objects."""
-        if "completed" not in step:
-            return
-        before, self._came[step["digest"]] = sum(self._came.values()), step["completed"]
-        self._there.setdefault(step["digest"], step["completed"])
-        came, now = sum(self._came.values()), time.monotonic()
-        if came == before or not (
-            self._bar or came >= self._total or now - self._told >= self.TELL
-        ):
-            return
-        self._told = now
-        speed = (came - sum(self._there.values())) / max(now - self._began, 0.1)
-        line = f"{100 * came // self._total:3} %, {gigabytes(came)} of {gigabytes(self._total)}"
-        if speed > 0:
-            left = (self._total - came) / speed
-            line += f", {gigabytes(speed)}/s, " + (
-                f"{left:.0f} s left" if left < 120 else f"{left / 60:.0f} min left"
-            )
-        full = self.WIDTH * came // self._total
-        sys.stderr.write(
-            f"\r[{'#' * full:{self.WIDTH}}] {line}\x1b[K" if self._bar else f"{line}\n"
+        self._terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total,
+            file=sys.stderr if self._terminal else io.StringIO(),
+            bar_format="[{bar:24}] " * self._terminal + self.LINE,
+            ascii=" #",
+            ncols=80,  # terminals that tell no size have none for tqdm
+            nrows=20,
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            smoothing=0,  # the mean rate
         )
-        sys.stderr.flush()
+        self._came: dict[str, int] = {}
+        self._told = time.monotonic()
 
-    def end(self) -> None:
-        """Leaves the line to others."""
-        sys.stderr.write("\n" if self._bar and self._came else "")
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def show(self, file: str, completed: int) -> None:
+        """Takes in how many bytes of a file are there."""
+        if file not in self._came:
+            self._bar.initial += completed  # was there before, and tells nothing of the rate
+        new = completed - self._came.get(file, 0)
+        self._came[file] = completed
+        self._bar.update(new)
+        now = time.monotonic()
+        ended = self._bar.n >= self._bar.total
+        if new and not self._terminal and (ended or now - self._told >= self.INTERVAL):
+            self._told = now
+            print(self._bar, file=sys.stderr, flush=True)
 
 
 def list_models(args: argparse.Namespace) -> None:
     """Prints a table of the installed models, the newest first."""
-    models = sorted(_library(args).catalog(), key=lambda model: model.modified, reverse=True)
+    models = sorted(library_of(args).catalog(), key=lambda model: model.modified, reverse=True)
     width = max([len(model.name) for model in models], default=0)
     print(f"{'NAME':{width}}  {'SIZE':>8}  MODIFIED")
     for model in models:
-        print(
-            f"{model.name:{width}}  {gigabytes(model.size):>8}  {_ago(time.time() - model.modified)}"
-        )
+        ago = _ago(time.time() - model.modified)
+        print(f"{model.name:{width}}  {gigabytes(model.size):>8}  {ago}")
 
 
 def _ago(seconds: float) -> str:
@@ -150,7 +151,7 @@ def _ago(seconds: float) -> str:
 
 def show_model(args: argparse.Namespace) -> None:
     """Prints what is known of the model called `args.name`."""
-    model = _library(args).resolve(args.name, trusted=True)
+    model = library_of(args).resolve(args.name, trusted=True)
     for key, value in {
         "name": model.name,
         "architecture": model.family,
@@ -166,7 +167,7 @@ def show_model(args: argparse.Namespace) -> None:
 
 def remove_model(args: argparse.Namespace) -> None:
     """Deletes the model or preset called `args.name`."""
-    library = _library(args)
+    library = library_of(args)
     if not library.presets.remove(args.name):
         library.delete(args.name, library.resolve(args.name))
     print(f"deleted {args.name}")
@@ -175,10 +176,10 @@ def remove_model(args: argparse.Namespace) -> None:
 COMMANDS = {"pull": pull_model, "list": list_models, "show": show_model, "rm": remove_model}
 
 
-def run_command(args: argparse.Namespace) -> int:
+def run_command(command: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
     """Does what is to be done instead of serving; returns the exit status."""
     try:
-        args.run(args)
+        command(args)
         return 0
     except KeyboardInterrupt:
         log.error("broken off; the same command goes on from there")

@@ -1,116 +1,280 @@
-"""Reading HTTP requests and writing answers."""
+"""HTTP: one connection's requests in, their answers out. It knows bytes and no models."""
 
 from __future__ import annotations
 
-import io
-import ipaddress
-import json
-import re
-import select
+import contextlib
+import http.client
+import logging
+import secrets
 import socket
 import time
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler
+from typing import Any, Protocol
+from urllib.parse import parse_qsl, unquote
 
+from _mlx_server.front import body
+from _mlx_server.front.connections import ConnectionServer
+from _mlx_server.front.head import check_key, checked_origin, framing_error, has_body
+from _mlx_server.front.sockets import (
+    CLIENT_TIMEOUT,
+    REQUEST_DEADLINE,
+    HeaderReader,
+    RequestSocket,
+    is_disconnected,
+    is_readable,
+)
+from _mlx_server.front.stream import BodyWriter, Stream, content_type, encode_json
+from _mlx_server.inference.protocol import EngineBusy, EngineError, Priority
 from _mlx_server.wire.fields import Object, WireError
 
-MAX_BODY = 32 * 1024 * 1024  # bytes, the Messages API's own limit
-# Seconds without a byte after which a stream says that it is alive; clients count on 5
-PING_AFTER = 4.0
-# Seconds after which an answer in the making looks again whether its client is there
-DISCONNECT_POLL = 0.1
-# Seconds that a client may take to read some of an answer, or to send its next request
-PATIENCE = 300.0
-ARRIVAL = 120.0  # seconds that a request may take to arrive, from its first byte on
-CONNECTIONS = 512  # at the same time; fewer where a process may not open twice as many files
-TURNED_AWAY = 32  # more that are told that there is no room
-ASKING = 2.0  # seconds that an upstream may take to accept a connection, or to say what it has
-HOST = re.compile(r"([\w.-]*|\[[\da-f:.]+\])(:\d{1,5})?", re.I | re.A)
-LOCAL_ORIGINS = re.compile(
-    r"https?://(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\])(:\d+)?|(app|file|tauri|vscode-webview|vscode-file)://.*",
-    re.I,
-)
+LINGER = 2.0  # seconds for which a client may go on sending what is not read any more
+OPEN_ROUTES = ("/", "/health")  # need no API key
+
+log = logging.getLogger("mlx_server")
 
 
-class HungUp(ConnectionError):
-    """The client has closed its side."""
+class Dialect(Protocol):
+    """What HTTP needs to know of a vendor's API; `dialects.Dialect` says what the fields mean."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def request_id_header(self) -> str | None: ...
+    @property
+    def content_type(self) -> str: ...
+    @property
+    def strict_json(self) -> bool: ...
+    def error(self, error: Exception, request_id: str, /) -> tuple[int, dict[str, str], Object]: ...
 
 
-class RequestSocket(socket.SocketIO):
-    """What a client sends. Once a request has begun, `due` is when all of it has to be there, in
-    monotonic seconds; reading raises TimeoutError then."""
+@dataclass
+class Exchange:
+    """One request and what has become of it."""
 
-    due: float | None = None
-
-    def readinto(self, buffer: Any) -> int | None:
-        if not readable(
-            self, PATIENCE if self.due is None else max(0.0, self.due - time.monotonic())
-        ):
-            raise TimeoutError
-        self.due = self.due or time.monotonic() + ARRIVAL
-        return super().readinto(buffer)
-
-
-class HeaderReader(io.BufferedReader):
-    """What arrives, for reading its lines. A CR alone ends none (RFC 9112, 2.2): it becomes a fold,
-    which is refused."""
-
-    def readline(self, limit: int = -1) -> bytes:
-        line = super().readline(limit)
-        end = line[-2:] if line.endswith(b"\r\n") else b""
-        return line.removesuffix(end).replace(b"\r", b"\r\n ") + end
+    id: str = ""
+    route: str = ""  # the path, decoded and without its query
+    query: dict[str, str] = field(default_factory=dict)
+    origin: str = ""  # the Origin header, once it is allowed
+    highest_priority: Priority = Priority.HIGH  # that the request's API key allows
+    body: bytes = b""  # as it was sent, perhaps compressed
+    body_read: bool = True  # whether the whole request has been read from the socket
+    answered: bool = False  # whether an answer has begun
+    model: str | None = None  # the name in the body
 
 
-def chunk(data: bytes) -> bytes:
-    """A piece of a chunked body; an empty one ends it."""
-    return b"%x\r\n%b\r\n" % (len(data), data)
+class HTTPHandler(BaseHTTPRequestHandler):
+    """One connection. A subclass says what is answered (`answer`) and in which dialect; all other
+    public methods are for it to use. `exchange` is the request that is being answered."""
 
+    server: ConnectionServer
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    timeout = CLIENT_TIMEOUT
 
-def reuse(generation: Any, cached: int | None = None) -> dict[str, str]:
-    """The header that tells what of a prompt was read before, as far as that is known, and where it
-    parts from what was."""
-    value = f"reused={generation.cached_tokens if cached is None else cached}; prompt={generation.prompt_tokens}"
-    if generation.miss:
-        value += f"; parts-at={generation.miss.at}; in={place(generation.miss)}"
-    return {"x-prompt-cache": value}
+    @property
+    def dialect(self) -> Dialect:
+        """The dialect of the route that was asked for."""
+        raise NotImplementedError
 
+    def answer(self) -> None:
+        """Answers the request. Any exception is answered as an error."""
+        raise NotImplementedError
 
-def place(miss: Any) -> str:
-    return "the prompt" if miss.message is None else f"message {miss.message} ({miss.role})"
+    # -- a request's way through
 
+    def setup(self) -> None:
+        super().setup()
+        self._requests = RequestSocket(self.connection, "r")
+        self.rfile = HeaderReader(self._requests)
 
-def readable(connection: socket.socket | socket.SocketIO, seconds: float) -> bool:
-    """Whether there is something to read, or the end, within some seconds."""
-    poll = select.poll()  # select() fails with many open files
-    poll.register(connection, select.POLLIN)
-    return bool(poll.poll(seconds * 1000))
+    def handle_one_request(self) -> None:
+        self._requests.deadline = None
+        super().handle_one_request()
 
-
-def _after(generations: list[Iterable]) -> Iterable:
-    """Nothing, for what is to be sent at once, then the generations' events."""
-    yield None
-    for generation in generations:
-        yield from generation
-
-
-def encode_json(body: Object) -> bytes:
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-
-
-def too_large() -> WireError:
-    return WireError(413, f"the body is larger than {MAX_BODY // 2**20} MB")
-
-
-def is_local(host: str) -> bool:
-    """Whether a Host header names this machine."""
-    try:
-        address = ipaddress.ip_address(host)
-        return address.is_loopback or address.is_private or address.is_unspecified
-    except ValueError:
-        return host in ("", "localhost", socket.gethostname().lower()) or host.endswith(
-            (".localhost", ".local", ".internal")
+    def handle_request(self) -> None:
+        """Serves the request whose head has been read."""
+        path, _, query = self.path.partition("?")
+        self.exchange = Exchange(
+            id=f"req_{secrets.token_hex(12)}",
+            route=unquote(path).rstrip("/") or "/",
+            query=dict(parse_qsl(query)),
+            body_read=not has_body(self.headers),
         )
+        try:
+            self._check_head()
+            if self.command == "OPTIONS":
+                self.send(204, b"")
+            else:
+                self._check_key()
+                self.answer()
+        except (ConnectionError, TimeoutError):
+            self.close_connection = True
+        except (WireError, EngineError) as error:
+            self.send_failure(error)
+        except Exception as error:
+            log.error("%s %s failed", self.command, self.exchange.route, exc_info=True)
+            self.send_failure(error)
 
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = handle_request
 
-def why(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
+    def _check_head(self) -> None:
+        if not self.server.is_served(self.request):
+            self.close_connection = True
+            raise EngineBusy("there are too many connections")
+        if wrong := framing_error(self.headers, self.request_version):
+            self.exchange.body_read = False  # where the body ends is not known
+            raise WireError(400, wrong)
+        self.exchange.origin = checked_origin(self.headers, self.server.loopback)
+
+    def _check_key(self) -> None:
+        if self.server.api_keys and self.exchange.route not in OPEN_ROUTES:
+            self.exchange.highest_priority = check_key(self.headers, self.server.api_keys)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        log.debug(format, *args)
+
+    # -- reading
+
+    def handle_expect_100(self) -> bool:
+        return True  # `_send_continue` answers, once it is certain that the body is wanted
+
+    def read_json(self) -> Object:
+        """The JSON object in the request's body. Raises WireError if it is none."""
+        raw = self._read_body()
+        data = body.decompress(raw, self.headers.get("Content-Encoding", "identity"))
+        return body.parse_json(data, self.dialect.strict_json)
+
+    def _read_body(self) -> bytes:
+        length = body.check_length(self.headers)
+        self._send_continue()
+        try:
+            self.exchange.body = body.read_raw(self.rfile, length)
+        except TimeoutError:
+            late = f"the request has not arrived within {REQUEST_DEADLINE:.0f} s"
+            raise WireError(408, late) from None
+        self.exchange.body_read = True
+        return self.exchange.body
+
+    def _send_continue(self) -> None:
+        """Tells a client that waits for it to send its body (RFC 9110, 10.1.1)."""
+        expected = self.headers.get("Expect", "").lower() == "100-continue"
+        if expected and self.request_version != "HTTP/1.0":
+            self.send_response_only(100)
+            self.end_headers()
+
+    def is_client_gone(self) -> bool:
+        """Whether the client has closed the connection."""
+        return is_disconnected(self.connection)
+
+    # -- writing
+
+    def send(
+        self,
+        status: int,
+        data: bytes,
+        kind: str = "text/plain; charset=utf-8",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Sends a whole answer of Content-Type `kind`. The connection ends with it if the request's
+        body was not read. Raises OSError."""
+        self.close_connection |= not self.exchange.body_read
+        own = {"Content-Type": kind, "Content-Length": str(len(data))} if status != 204 else {}
+        self._send_head(status, {**own, **(headers or {})})
+        if self.command != "HEAD":
+            self.wfile.write(data)
+        if not self.exchange.body_read:
+            self._discard_input()
+
+    def send_json(
+        self, value: Object, status: int = 200, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Sends a whole answer in JSON. Raises OSError."""
+        self.send(status, encode_json(value), self.dialect.content_type, headers)
+
+    def start_body(
+        self, status: int, headers: Mapping[str, str], length: int | None = None
+    ) -> BodyWriter:
+        """Sends the head of an answer whose body follows, of `length` bytes if that is known.
+        Without it the body is chunked, for HTTP/1.0 ended by the connection's end. Raises
+        OSError."""
+        chunked = length is None and self.request_version != "HTTP/1.0"
+        if length is not None:
+            headers = {**headers, "Content-Length": str(length)}
+        elif chunked:
+            headers = {**headers, "Transfer-Encoding": "chunked"}
+        else:
+            self.close_connection = True
+        self._send_head(status, headers)
+        return BodyWriter(self.wfile, chunked)
+
+    def start_stream(self, framing: str, headers: Mapping[str, str] | None = None) -> Stream:
+        """Sends the head of a streamed answer, framed as `Stream` says. A client that asks for
+        server-sent events gets them instead of lines. Raises OSError."""
+        if framing == "lines" and "text/event-stream" in self.headers.get("Accept", ""):
+            framing = "data"
+        own = {"Cache-Control": "no-cache", "Content-Type": content_type(framing)}
+        return Stream(self.start_body(200, {**(headers or {}), **own}), framing)
+
+    def _send_head(self, status: int, headers: Mapping[str, str]) -> None:
+        exchange, dialect = self.exchange, self.dialect
+        exchange.answered = True
+        self.server.metrics.answered(dialect.name, status)
+        headers = dict(headers)
+        if exchange.origin:
+            headers |= {"Access-Control-Allow-Origin": exchange.origin, "Vary": "Origin"}
+        if self.command == "OPTIONS" and status == 204:
+            headers |= self._preflight_headers()
+        if self.close_connection:
+            headers["Connection"] = "close"
+        self.send_response_only(status)
+        self.send_header("Date", self.date_time_string())
+        if dialect.request_id_header:
+            self.send_header(dialect.request_id_header, exchange.id)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def _preflight_headers(self) -> dict[str, str]:
+        """https://fetch.spec.whatwg.org/#cors-preflight-fetch"""
+        asked = self.headers.get("Access-Control-Request-Headers", "*")
+        return {
+            "Allow": "GET, POST, DELETE, HEAD, OPTIONS",
+            "Access-Control-Allow-Methods": "GET, POST, PUT, PATCH, DELETE, HEAD, OPTIONS",
+            "Access-Control-Allow-Headers": asked,
+            "Access-Control-Max-Age": "600",
+        }
+
+    def send_failure(self, error: Exception) -> None:
+        """Sends any exception as an error of the dialect. An answer that has begun is broken off
+        instead, by closing the connection."""
+        exchange = self.exchange
+        if exchange.answered:
+            self.close_connection = True
+            return
+        status, headers, value = self.dialect.error(error, exchange.id)
+        said = error if status < 500 else type(error).__name__
+        log.info("%s %s -> %d %s", self.command, exchange.route, status, said)
+        try:
+            self.send_json(value, status, headers)
+        except (ConnectionError, TimeoutError):
+            self.close_connection = True
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Called by the standard library for a request line or headers that it cannot read."""
+        self.exchange, self.headers = Exchange(), http.client.HTTPMessage()
+        self.command, self.request_version = self.command or "GET", self.protocol_version
+        self.close_connection = True
+        self.send_failure(WireError(int(code), message or "bad request"))
+
+    def _discard_input(self) -> None:
+        """Reads what the client still sends. Closing the socket before that would reset the
+        connection, and the client might lose the answer."""
+        # On macOS the error for a client that has gone is no ConnectionError
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + LINGER
+        while (left := deadline - time.monotonic()) > 0 and is_readable(self.connection, left):
+            if not self.connection.recv(1 << 16):
+                break

@@ -12,6 +12,7 @@ from _mlx_server.wire.fields import timestamp
 
 
 def log_file(name: str) -> logging.Handler:
+    """Writes to a file of at most 10 MB and keeps three old ones. Raises OSError."""
     os.makedirs(os.path.dirname(os.path.abspath(name)), exist_ok=True)
     return logging.handlers.RotatingFileHandler(
         name, maxBytes=10 * 2**20, backupCount=3, encoding="utf-8"
@@ -43,26 +44,29 @@ class JSONLine(logging.Formatter):
         return json.dumps(line)
 
 
-def start_logging(args: argparse.Namespace) -> None:
-    """Raises OSError when the log file cannot be written."""
-    rank = os.environ.get("MLX_RANK", "0")
-    form = (
-        "mlx-server: %(message)s"
-        if args.run
-        else "%(asctime)s " + f"rank {rank}: " * (rank != "0") + "%(message)s"
-    )
-    to_file = args.log_file and not args.run
-    lines = log_file(args.log_file) if to_file else logging.StreamHandler(sys.stderr)
-    lines.setFormatter(
-        JSONLine()
-        if args.log_json
-        else OneLine(form, "%Y-%m-%d %H:%M:%S" if to_file else "%H:%M:%S")
-    )
-    level = logging.DEBUG if args.verbose else logging.WARNING if args.run else logging.INFO
-    last_words = logging.StreamHandler(sys.stderr)  # why it did not start is for who starts it
-    last_words.setLevel(logging.CRITICAL)
-    logging.basicConfig(level=level, handlers=[lines, last_words] if to_file else [lines])
+def start_logging(args: argparse.Namespace, serving: bool) -> None:
+    """Logs as the flags say; a command that does not serve logs its warnings to stderr. Raises
+    OSError when the log file cannot be written."""
+    to_file = bool(args.log_file) and serving
+    handler = log_file(args.log_file) if to_file else logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_formatter(args, serving, to_file))
+    handlers = [handler]
+    if to_file:  # whoever starts the program at a terminal learns why it does not start
+        handlers.append(logging.StreamHandler(sys.stderr))
+        handlers[-1].setLevel(logging.CRITICAL)
+    level = logging.INFO if serving else logging.WARNING
+    logging.basicConfig(level=logging.DEBUG if args.verbose else level, handlers=handlers)
     if not args.verbose:
         # Its remarks on model types concern nobody here
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def _formatter(args: argparse.Namespace, serving: bool, to_file: bool) -> logging.Formatter:
+    if args.log_json:
+        return JSONLine()
+    if not serving:
+        return OneLine("mlx-server: %(message)s")
+    rank = os.environ.get("MLX_RANK", "0")
+    form = "%(asctime)s " + f"rank {rank}: " * (rank != "0") + "%(message)s"
+    return OneLine(form, "%Y-%m-%d %H:%M:%S" if to_file else "%H:%M:%S")

@@ -1,4 +1,4 @@
-"""What is looked at before the server starts."""
+"""Checks before the server starts: MLX, the port, the limit of open files."""
 
 from __future__ import annotations
 
@@ -14,74 +14,80 @@ import subprocess
 import sys
 from urllib.parse import urlsplit
 
-from _mlx_server.front.http import ASKING
 from _mlx_server.front.options import reached
 from _mlx_server.inference.memory import usable_memory
 
-FILES = 4096  # to be open at the same time, if that is allowed: a large model alone has hundreds
+OPEN_FILES = 4096  # wanted at the same time: a large model alone has hundreds
+PROBE_TIMEOUT = 2.0  # seconds that whoever listens on the port may take to answer
 
 
 def mlx_trouble() -> str | None:
-    """Why MLX cannot work here."""
+    """Why MLX cannot work here, None if it can."""
     system = os.uname()
     if system.sysname == "Darwin" and system.machine != "arm64":
         return (
-            f"MLX needs Apple silicon, and {sys.executable} is made for Intel's processors; on a Mac with an M chip "
-            "install an arm64 Python, from python.org for one"
+            f"MLX needs Apple silicon, and {sys.executable} is made for Intel's processors; "
+            "on a Mac with an M chip install an arm64 Python, from python.org for one"
         )
     try:
         usable_memory()
         if not importlib.util.find_spec("mlx_lm"):
             raise ImportError("No module named 'mlx_lm'")
     except ImportError as error:
-        return f"MLX cannot be imported ({error}); install it: {shlex.quote(sys.executable)} -m pip install mlx mlx-lm"
+        install = f"{shlex.quote(sys.executable)} -m pip install mlx mlx-lm"
+        return f"MLX cannot be imported ({error}); install it: {install}"
     except RuntimeError as error:
         return f"MLX finds no GPU: {error}"
     return None
 
 
 def is_taken(host: str, port: int) -> bool:
-    """Whether someone listens there. macOS lets one server listen at an address and another one at
-    all of them, and clients reach only the former: https://stackoverflow.com/a/14388707"""
+    """Whether a program listens there. macOS lets one server listen at an address and another one
+    at all of them, and clients reach only the former: https://stackoverflow.com/a/14388707"""
+    address = urlsplit(reached(host, port)).hostname, port
     try:
-        socket.create_connection((urlsplit(reached(host, port)).hostname, port), ASKING).close()
+        socket.create_connection(address, PROBE_TIMEOUT).close()
     except OSError:
         return False
     return True
 
 
-def holder(host: str, port: int) -> str:
-    """Who listens at an address, as far as that can be found out."""
-
-    def ask(path: str) -> tuple[int, bytes]:
-        netloc = urlsplit(reached(host, port)).netloc
-        with contextlib.closing(http.client.HTTPConnection(netloc, timeout=ASKING)) as connection:
-            connection.request("GET", path)
-            answer = connection.getresponse()
-            return answer.status, answer.read(100)
-
+def port_holder(host: str, port: int) -> str:
+    """Which program listens there, as far as that can be found out."""
+    netloc = urlsplit(reached(host, port)).netloc
     with contextlib.suppress(OSError, http.client.HTTPException):
-        if ask("/") == (200, b"Ollama is running"):
-            return "Ollama" if ask("/health")[0] == 404 else "another mlx-server"
+        if _get(netloc, "/") == (200, b"Ollama is running"):
+            return "Ollama" if _get(netloc, "/health")[0] == 404 else "another mlx-server"
+    command = ["lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fpc"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         listed = subprocess.run(
-            ["lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fpc"],
+            command,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            timeout=ASKING,
+            timeout=PROBE_TIMEOUT,
         )
         if found := re.search(r"^p(\d+)\nc(.+)", listed.stdout, re.M):
             return f"{found[2]} (process {found[1]})"
     return "another program"
 
 
-def allow_files() -> None:
-    """macOS lets a process open 256 files, unless it asks for more."""
+def _get(netloc: str, path: str) -> tuple[int, bytes]:
+    """Status and first bytes of an answer."""
+    with contextlib.closing(
+        http.client.HTTPConnection(netloc, timeout=PROBE_TIMEOUT)
+    ) as connection:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read(100)
+
+
+def raise_file_limit() -> None:
+    """Asks for OPEN_FILES open files, or as many as are allowed. macOS lets a process open 256
+    unless it asks for more."""
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if files != resource.RLIM_INFINITY and files < FILES:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(
-                resource.RLIMIT_NOFILE,
-                (FILES if most == resource.RLIM_INFINITY else min(FILES, most), most),
-            )
+    if files == resource.RLIM_INFINITY or files >= OPEN_FILES:
+        return
+    wanted = OPEN_FILES if most == resource.RLIM_INFINITY else min(OPEN_FILES, most)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))

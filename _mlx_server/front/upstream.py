@@ -14,25 +14,20 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from email.message import Message
 from typing import Any
 from urllib.parse import urlsplit
 
-from _mlx_server.front.http import ASKING, PATIENCE, HungUp, why
+from _mlx_server.front.http import HTTPHandler
+from _mlx_server.front.sockets import CLIENT_TIMEOUT, ClientDisconnected
 from _mlx_server.wire.fields import Object, WireError, is_type, items
 from _mlx_server.wire.ollama_models import find_tag
 
-log = logging.getLogger("mlx_server")
-
-
-FRESH = 5.0  # seconds for which the upstream's last word on that counts
-
-
-class UpstreamError(Exception):
-    """The upstream cannot be reached or has failed; the message says why."""
-
-
-RELAY = "mlx-server"  # our name in the Via header (RFC 9110, 7.6.3)
+CONNECT_TIMEOUT = 2.0  # seconds to accept a connection, or to say which models there are
+TAGS_LIFETIME = 5.0  # seconds for which the list of its models is used before it is asked again
+VIA_NAME = "mlx-server"  # our name in the Via header (RFC 9110, 7.6.3)
 _NOT_RELAYED = {
+    # Of one connection (RFC 9110, 7.6.1)
     "connection",
     "keep-alive",
     "proxy-authenticate",
@@ -41,12 +36,13 @@ _NOT_RELAYED = {
     "te",
     "trailer",
     "transfer-encoding",
-    "upgrade",  # of one connection (RFC 9110, 7.6.1)
+    "upgrade",
+    # Written anew for the other connection
     "host",
     "content-length",
     "expect",
-    "date",  # said anew
-    # Between client and us
+    "date",
+    # Between the client and this server
     "authorization",
     "x-api-key",
     "cookie",
@@ -54,72 +50,87 @@ _NOT_RELAYED = {
     "access-control-allow-origin",
     "x-request-id",
 }
-# Names that Ollama sends on to its cloud, listed or not
+# Names that Ollama sends on to its cloud, whether it lists them or not
 _CLOUD = re.compile(r".*:([^/:]*-)?cloud", re.I)
+
+log = logging.getLogger("mlx_server")
+
+
+class UpstreamError(Exception):
+    """The upstream cannot be reached or has failed; the message says why."""
 
 
 class Upstream:
-    """A server at `url` (http://HOST:PORT) with Ollama's API, for the models that are not here.
-
-    With `overflow` it also gets requests for which the engine's queue has no room.
-    """
+    """A server at `url` (http://HOST:PORT) with Ollama's API, for the models that are not installed
+    here. With `overflow` it also gets requests that find the engine's queue full. May be used from
+    any thread."""
 
     def __init__(self, url: str, overflow: bool = False):
         self.url, self.overflow = url, overflow
         self._lock = threading.Lock()
-        self._asked, self._tags, self._trouble = -math.inf, [], None
+        self._tags: list[Object] = []
+        self._trouble: str | None = None  # why the tags could not be asked for
+        self._asked_at = -math.inf  # monotonic seconds
 
     def tags(self) -> list[Object]:
-        """The objects of its `GET /api/tags`, at most `FRESH` seconds old; none if it cannot be
-        asked."""
-        with self._lock:
-            if time.monotonic() - self._asked > FRESH:
-                try:
-                    self._tags, self._trouble = self._ask(), None
-                except (OSError, http.client.HTTPException, ValueError, WireError) as error:
-                    self._tags, self._trouble = (
-                        [],
-                        f"the upstream {self.url} cannot be asked: {why(error)}",
-                    )
-                    log.warning("%s", self._trouble)
-                self._asked = time.monotonic()
-            return self._tags
+        """The objects of its `GET /api/tags`, at most TAGS_LIFETIME seconds old; none if it cannot
+        be asked."""
+        return self._ask()[0]
 
     def find(self, name: str) -> Object | None:
-        """What it lists for a model of that name. Raises WireError if it cannot be asked."""
-        tags, trouble = self.tags(), self._trouble
+        """Its tag for a model of that name, None if it has none. Raises WireError if it cannot be
+        asked."""
+        tags, trouble = self._ask()
         if trouble:
             raise WireError(404, f"model '{name}' not found here, and {trouble}")
         return find_tag(tags, name) or ({"name": name} if _CLOUD.fullmatch(name) else None)
 
     @contextlib.contextmanager
-    def open(self, client: Any) -> Iterator[http.client.HTTPResponse]:
-        """Its answer to a client's request. It and its reads raise UpstreamError and HTTPException
-        when the upstream fails, and HungUp as soon as the client goes away."""
+    def open(self, client: HTTPHandler) -> Iterator[http.client.HTTPResponse]:
+        """Its answer to the request that `client` has read. The call and the answer's reads raise
+        UpstreamError or HTTPException when the upstream fails, and ClientDisconnected as soon as
+        the client is gone."""
         with contextlib.closing(self._connection()) as connection:
             try:
                 connection.connect()
-                connection.sock.settimeout(PATIENCE)
-                connection.putrequest(client.command, client.path, skip_accept_encoding=True)
-                for name, value in end_to_end(client.headers).items():
-                    connection.putheader(name, value)
-                connection.putheader("Via", f"1.1 {RELAY}")
-                connection.putheader("Content-Length", str(len(client.body)))
-                connection.endheaders(client.body)
+                connection.sock.settimeout(CLIENT_TIMEOUT)
+                self._send(connection, client)
             except (OSError, ValueError) as error:
-                raise UpstreamError(why(error)) from None
+                raise UpstreamError(error_text(error)) from None
             with http.client.HTTPResponse(connection.sock, method=client.command) as answer:
                 answer.fp.close()
-                answer.fp = io.BufferedReader(_Watched(connection.sock, client))
+                answer.fp = io.BufferedReader(_WatchedSocket(connection.sock, client))
                 answer.begin()
                 yield answer
 
-    def _connection(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=ASKING)
+    @staticmethod
+    def _send(connection: http.client.HTTPConnection, client: HTTPHandler) -> None:
+        connection.putrequest(client.command, client.path, skip_accept_encoding=True)
+        for name, value in end_to_end(client.headers).items():
+            connection.putheader(name, value)
+        connection.putheader("Via", f"1.1 {VIA_NAME}")
+        connection.putheader("Content-Length", str(len(client.exchange.body)))
+        connection.endheaders(client.exchange.body)
 
-    def _ask(self) -> list[Object]:
+    def _connection(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=CONNECT_TIMEOUT)
+
+    def _ask(self) -> tuple[list[Object], str | None]:
+        """The tags, and why there are none if it could not be asked."""
+        with self._lock:
+            if time.monotonic() - self._asked_at > TAGS_LIFETIME:
+                try:
+                    self._tags, self._trouble = self._fetch_tags(), None
+                except (OSError, http.client.HTTPException, ValueError, WireError) as error:
+                    reason = f"the upstream {self.url} cannot be asked: {error_text(error)}"
+                    self._tags, self._trouble = [], reason
+                    log.warning("%s", reason)
+                self._asked_at = time.monotonic()
+            return self._tags, self._trouble
+
+    def _fetch_tags(self) -> list[Object]:
         with contextlib.closing(self._connection()) as connection:
-            connection.request("GET", "/api/tags", headers={"Via": f"1.1 {RELAY}"})
+            connection.request("GET", "/api/tags", headers={"Via": f"1.1 {VIA_NAME}"})
             answer = connection.getresponse()
             body = json.loads(answer.read()) if answer.status == 200 else None
         if not isinstance(body, dict):
@@ -127,11 +138,11 @@ class Upstream:
         return [tag for tag in items(body, "models", dict) if is_type(tag.get("name"), str)]
 
 
-class _Watched(socket.SocketIO):
-    """What the upstream sends, while the client is there: when it hangs up, reading ends with
-    HungUp."""
+class _WatchedSocket(socket.SocketIO):
+    """The bytes that the upstream sends. Reading raises ClientDisconnected when the client goes
+    away meanwhile, UpstreamError when the upstream fails."""
 
-    def __init__(self, upstream: socket.socket, client: Any):
+    def __init__(self, upstream: socket.socket, client: HTTPHandler):
         super().__init__(upstream, "r")
         self._client, self._poll = client, select.poll()
         for side in (upstream, client.connection):
@@ -139,22 +150,32 @@ class _Watched(socket.SocketIO):
 
     def readinto(self, buffer: Any) -> int | None:
         while self.fileno() not in dict(self._poll.poll()):
-            if self._client.hung_up():
-                raise HungUp
-            self._poll.unregister(self._client.connection)  # it has sent its next request already
+            if self._client.is_client_gone():
+                raise ClientDisconnected
+            # It has sent its next request already, and would wake every poll from now on
+            self._poll.unregister(self._client.connection)
         try:
             return super().readinto(buffer)
         except OSError as error:
-            raise UpstreamError(why(error)) from None
+            raise UpstreamError(error_text(error)) from None
 
 
-def end_to_end(headers: http.client.HTTPMessage) -> dict[str, str]:
+def end_to_end(headers: Message) -> dict[str, str]:
     """The headers to relay, by lower-case name."""
-    dropped = _NOT_RELAYED | {
-        name.strip().lower() for name in ",".join(headers.get_all("Connection", [])).split(",")
-    }
+    named = ",".join(headers.get_all("Connection", [])).split(",")
+    dropped = _NOT_RELAYED | {name.strip().lower() for name in named}
     return {
-        name: ", ".join(headers.get_all(name))
+        name: ", ".join(headers.get_all(name, []))
         for name in map(str.lower, headers)
         if name not in dropped
     }
+
+
+def is_relayed(headers: Message) -> bool:
+    """Whether a request has come through a relay like this one."""
+    return any(VIA_NAME in value for value in headers.get_all("Via", []))
+
+
+def error_text(error: Exception) -> str:
+    """The system's words for an error, or the exception's own."""
+    return getattr(error, "strerror", None) or str(error)

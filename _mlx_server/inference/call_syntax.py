@@ -1,4 +1,14 @@
-"""How a family of models writes one tool call."""
+"""How a family of models writes one tool call: to read calls, and to write them on demand.
+
+A call stands between the call tags of an `OutputFormat`. It has four parts:
+
+    <tool_call>  {"name": "Bash", "arguments":   {"command": "ls"}   }        </tool_call>
+    call tag     head                            arguments           tail     end tag
+
+There are two kinds of arguments. In an `ObjectSyntax` they are a JSON object or much like one, in a
+`TagSyntax` each value stands between tags of its own. Patterns read with some forgiveness; a
+`CallTemplate` holds the exact text to write.
+"""
 
 from __future__ import annotations
 
@@ -6,62 +16,103 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 
-@dataclass(frozen=True)
-class CallSyntax:
-    """How a family writes one call: `head`, the arguments, and what `over` skips behind them.
-
-    `head` matches up to the arguments and captures the tool's name. `key` matches what precedes an
-    argument's value and captures its name and, where the markup has it, its type. Without `close`
-    the arguments are an object in JSON or much like it, its strings in one of `quotes`, and `outer`
-    tells that it stands in an object of its own. With `close` (KEY for the argument's name) values
-    are plain text that ends there; with `newlines` one newline behind and one before the value
-    belong to its tags. `after` is what follows a value: the object's end and its next argument, or
-    the next argument's tag and the tags that end the call. `begins` is how another call may begin
-    where no end tag would tell, and `opening` what follows the call tag, both with NAME for the
-    tool's name. `written` is how the rest is written where that is to be enforced: for arguments
-    that are no JSON object, what precedes and what follows each value and what stands between two
-    arguments; then the call's end. `kind` spells a value's JSON type where the markup has it
-    (KIND)."""
-
-    head: re.Pattern
-    key: re.Pattern
-    over: re.Pattern
-    after: tuple[str, ...]
-    begins: tuple[str, ...] = ()
-    opening: str = ""
-    written: tuple[str, ...] = ()
-    kind: Callable[[str], str] | None = None
-    quotes: tuple[str, ...] = ('"',)
-    outer: bool = False
-    close: str = ""
-    newlines: bool = False
-
-    def opens(self, name: str) -> str:
-        """What follows the call tag in a call of a tool."""
-        return self.opening.replace(
-            "NAME", json.dumps(name, ensure_ascii=False)[1:-1] if self.outer else name
-        )
+def pattern(*pieces: str) -> re.Pattern[str]:
+    """The regular expression that the pieces make together; a dot matches newlines, too."""
+    return re.compile("".join(pieces), re.DOTALL)
 
 
-# A call counts only when its first argument has begun: more than a name is needed to be sure. No
-# name holds a "<", so that none reaches over an end tag.
+# No name holds a "<", so that none reaches over an end tag.
 _JSON_KEY = r'"((?:[^"\\<]|\\.){0,200})"\s*:\s*'
+JSON_ARGUMENT = pattern(_JSON_KEY, r"(?=\S)")
+# The bracket that opens a JSON object, once its first key or its end has come.
 JSON_START = rf"\{{(?=\s*(?:\}}|{_JSON_KEY}))"
-
-
-def call_syntax(
-    head: str,
-    over: str,
-    after: tuple[str, ...] = ("}", ',"', ",}"),
-    key: str = _JSON_KEY + r"(?=\S)",
-    **more: Any,
-) -> CallSyntax:
-    return CallSyntax(
-        re.compile(head, re.DOTALL), re.compile(key, re.DOTALL), re.compile(over), after, **more
-    )
-
-
+# A key without quotes.
 BARE_KEY = r"([^\s{}\[\]:,<](?:[^{}\[\]:,<]*[^\s{}\[\]:,<])?)\s*:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallTemplate:
+    """The texts around the arguments of a call that is demanded.
+
+    NAME stands for the tool's name, KEY for an argument's, KIND for what `kind_of` makes of a
+    value's JSON type. Without `before_value` the arguments are one JSON object.
+    """
+
+    head: str
+    tail: str
+    before_value: str = ""
+    after_value: str = ""
+    separator: str = ""  # between two arguments
+    kind_of: Callable[[str], str] | None = None
+
+    @property
+    def is_json(self) -> bool:
+        """Whether the arguments are one JSON object."""
+        return not self.before_value
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseSyntax:
+    """What both kinds of syntax have.
+
+    `head` matches from the call tag to the arguments; its group is the tool's name. A call counts
+    from there on, so the pattern looks ahead until the first argument or the arguments' end has
+    begun: a name alone may be prose. `argument` matches what precedes an argument's value; its
+    first group is the argument's name. `next_argument` and `arguments_end` are the texts that may
+    follow a value, blanks aside. `tail` matches what is skipped behind the arguments.
+    """
+
+    head: re.Pattern[str]
+    argument: re.Pattern[str]
+    next_argument: tuple[str, ...]
+    arguments_end: tuple[str, ...]
+    tail: re.Pattern[str]
+    # How another call begins behind the tail, for families without an end tag. NAME is a tool's.
+    next_call: tuple[str, ...] = ()
+    # How an answer begins that is a call without a call tag: lower case, without blanks.
+    bare_heads: tuple[str, ...] = ()
+    # How to write a call; None if it is only read.
+    template: CallTemplate | None = None
+
+    def head_for(self, name: str) -> str:
+        """The text between the call tag and the arguments in a call of the tool `name`."""
+        return self.template.head.replace("NAME", name) if self.template else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectSyntax(BaseSyntax):
+    """The arguments are a JSON object or much like one: `{k:<|"|>v<|"|>}`, `(k='v')`.
+
+    `head` ends inside it, behind its opening bracket; its closing one is `arguments_end[0]`.
+    """
+
+    argument: re.Pattern[str] = JSON_ARGUMENT
+    next_argument: tuple[str, ...] = (',"', ",}")
+    arguments_end: tuple[str, ...] = ("}",)
+    # What stands around strings, the usual one first. One character means JSON's escapes inside.
+    quotes: tuple[str, ...] = ('"',)
+    # Whether the arguments are a member of a JSON object, which ends behind them.
+    enclosed: bool = False
+
+    def head_for(self, name: str) -> str:
+        if self.enclosed:
+            name = json.dumps(name, ensure_ascii=False)[1:-1]
+        return super().head_for(name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TagSyntax(BaseSyntax):
+    """Each value is plain text up to `value_end`, in which KEY stands for the argument's name.
+
+    The second group of `argument`, if it has one, tells the value's type: anything but "string" or
+    "true" (it is a string) means JSON.
+    """
+
+    value_end: str
+    # Whether the newline behind `argument` and the one before `value_end` are no part of the value.
+    own_lines: bool = False
+
+
+CallSyntax = ObjectSyntax | TagSyntax

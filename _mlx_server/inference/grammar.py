@@ -1,184 +1,245 @@
-"""Grammars that hold tool arguments and structured output to a JSON schema."""
+"""Grammars that hold structured output and the calls of tools to their JSON schemas.
+
+They are in llguidance's syntax:
+https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from _mlx_server.inference.call_syntax import CallSyntax
+from _mlx_server.inference.call_syntax import CallSyntax, CallTemplate, TagSyntax
+from _mlx_server.inference.protocol import InvalidRequest
 from _mlx_server.inference.schema import (
-    EVERY_TYPE,
-    TYPES_OF,
+    EMPTY_SCHEMA,
+    JSON_TYPES,
+    PRIMITIVE_TYPES,
     allowed_types,
-    alternatives,
-    listed_values,
+    enum_values,
+    expand,
+    has_finite_value,
 )
 
-# One blank, or a new line with its indentation: a model cannot go on writing nothing but blanks.
+# One blank, or a newline with its indentation: a model cannot go on writing nothing but blanks.
 _JSON_OPTIONS = {"whitespace_pattern": r" |\n {0,16}", "lenient": True}
+_EMPTY = '""'  # the expression of no text
+
+Literal = Callable[[str], str]  # makes an expression of a text
 
 
-def json_rule(schema: dict) -> str:
-    """The grammar of JSON text that matches a schema."""
+def json_rule(schema: dict[str, Any]) -> str:
+    """The expression of JSON text that matches a schema."""
     return f"%json {json.dumps({**schema, 'x-guidance': _JSON_OPTIONS})}"
+
+
+def calls_grammar(
+    syntax: CallSyntax,
+    call_tags: tuple[str, str],
+    tools: Sequence[dict[str, Any]],
+    parallel: bool,
+    literal: Literal,
+) -> str:
+    """The grammar of an answer that is one call to one of `tools`, or several calls if `parallel`;
+    "" when `syntax` does not tell how to write calls.
+
+    `tools` are in OpenAI form. `literal` makes an expression of a text, which may hold special
+    tokens. Raises InvalidRequest for a tool whose schema no arguments match.
+    """
+    template = syntax.template
+    if template is None:
+        return ""
+    calls, rules = [], []
+    for number, tool in enumerate(tools):
+        name, arguments = tool["function"]["name"], f"a{number}"
+        schema = tool["function"].get("parameters") or EMPTY_SCHEMA
+        if not has_finite_value(schema):
+            raise InvalidRequest(f"no arguments match the schema of {name}")
+        if template.is_json:
+            rules.append(f"{arguments}: {json_rule(schema)}")
+        else:
+            rules += ArgumentsGrammar(syntax, template, schema, arguments, literal).rules
+        calls.append(f"{literal(syntax.head_for(name))} {arguments} {literal(template.tail)}")
+    start, end = map(literal, call_tags)
+    newline = literal("\n")
+    more = f" ({newline} call)*" if parallel else ""
+    return "\n".join(
+        [
+            f"start: call{more}",
+            f"call: {start} ({' | '.join(calls)}) {end}",
+            *rules,
+        ]
+    )
 
 
 class ArgumentsGrammar:
     """The grammar of a tool's arguments that are no JSON object, as `rules` of which the first has
-    the name `prefix`.
+    the name `name`.
 
     Arguments come in the order of the schema's properties. Between tags, strings are free up to
-    their end tag and all else is JSON; where strings have quotes that are not JSON's, objects and
-    arrays are written with these. Of what a schema says of strings their lengths, patterns and
-    lists are kept. `literal` makes an expression of a text."""
+    their end tag and all else is JSON. Where strings have quotes that are not JSON's, objects and
+    arrays are written with these quotes, too. Of what a schema says about strings, their lengths,
+    patterns and values are kept.
 
-    def __init__(self, shape: CallSyntax, schema: dict, prefix: str, literal: Callable[[str], str]):
-        self.call_syntax, self._root, self._prefix, self._literal = shape, schema, prefix, literal
-        self._before, self._behind, self._between, _ = shape.written
+    Methods that end in `_rule` add a rule and return its name; the others return an expression.
+    """
+
+    def __init__(
+        self,
+        syntax: CallSyntax,
+        template: CallTemplate,
+        schema: dict[str, Any],
+        name: str,
+        literal: Literal,
+    ):
+        self._tagged = isinstance(syntax, TagSyntax)
+        self._quote = '"' if isinstance(syntax, TagSyntax) else syntax.quotes[0]
+        self._template, self._root, self._literal = template, schema, literal
+        self._separator = literal(template.separator)
         self._definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-        self._names: dict[str, str] = {}  # a schema in JSON -> the rule of its values
+        self._value_rules: dict[str, str] = {}  # a schema in JSON -> its values' rule
+        self._name = name
         self.rules = [""]
-        self.rules[0] = f"{prefix}: {' | '.join(map(self._members, alternatives(schema, schema)))}"
+        self.rules[0] = f"{name}: {' | '.join(map(self._members, expand(schema, schema)))}"
 
-    def _add(self, expression: str, terminal: bool = False, option: str = "") -> str:
-        name = f"{self._prefix}_{len(self.rules)}"
+    def _add_rule(self, expression: str, terminal: bool = False, option: str = "") -> str:
+        name = f"{self._name}_{len(self.rules)}"
         name = name.upper() if terminal else name
         self.rules.append(f"{name}{option}: {expression}")
         return name
 
-    def _members(self, schema: dict) -> str:
+    def _members(self, schema: dict[str, Any]) -> str:
         """An object's members, without its braces."""
         required, others = schema.get("required", []), schema.get("additionalProperties", {})
         properties = {
             **{key: others for key in required if isinstance(key, str)},
             **schema.get("properties", {}),
         }
-        if not properties and others is not False and not self.call_syntax.close:
-            pair = self._add(f'/[\\w.-]+/ ":" {self._value(others)}')
-            return f"({pair} ({self._literal(self._between)} {pair})*)?"
-        first = rest = '""'  # what may come behind nothing, and behind another member
+        if not properties and others is not False and not self._tagged:
+            pair = self._add_rule(f'/[\\w.-]+/ ":" {self._value_rule(others)}')
+            return f"({pair} ({self._separator} {pair})*)?"
+        # From the last member to the first: all from there on, if one came before and if none did
+        first = rest = _EMPTY
         for key, value in reversed(properties.items()):
-            member = self._add(self._member(key, value))
-            follows, optional = f"{self._literal(self._between)} {member}", key not in required
-            first = self._add(f"{member} {rest}" + (f" | {first}" if optional else ""))
-            rest = self._add(f"({follows})? {rest}" if optional else f"{follows} {rest}")
+            member = self._add_rule(self._member(key, value))
+            following = f"{self._separator} {member}"
+            if key in required:
+                first = self._add_rule(f"{member} {rest}")
+                rest = self._add_rule(f"{following} {rest}")
+            else:
+                first = self._add_rule(f"{member} {rest} | {first}")
+                rest = self._add_rule(f"({following})? {rest}")
         return first
 
     def _member(self, key: str, schema: Any) -> str:
-        before, behind = (
-            self._before.replace("KEY", key),
-            self._literal(self._behind.replace("KEY", key)),
-        )
-        if not self.call_syntax.close:
-            return f"{self._literal(before)} {self._value(schema)} {behind}"
-        texts, others = [], []
-        for part in alternatives(schema, self._root):
-            for kind in sorted(allowed_types(part)) or ["string"]:
-                head = self._literal(
-                    before.replace(
-                        "KIND", self.call_syntax.kind(kind) if self.call_syntax.kind else ""
-                    )
-                )
-                value = (
-                    self._text(part, behind)
-                    if kind == "string"
-                    else f"{self._json(part, kind)} {behind}"
-                )
-                (texts if kind == "string" else others).append(f"{head} {value}")
-        return " | ".join(texts + others if self.call_syntax.kind else texts or others)
+        """A property with what stands around its value."""
+        before = self._template.before_value.replace("KEY", key)
+        after = self._literal(self._template.after_value.replace("KEY", key))
+        if not self._tagged:
+            return f"{self._literal(before)} {self._value_rule(schema)} {after}"
+        kind_of = self._template.kind_of
+        strings, others = [], []
+        for part in expand(schema, self._root):
+            for name in sorted(allowed_types(part)) or ["string"]:
+                opening = self._literal(before.replace("KIND", kind_of(name) if kind_of else ""))
+                if name == "string":
+                    strings.append(f"{opening} {self._string(part, after)}")
+                else:
+                    others.append(f"{opening} {self._json_value_rule(part, name)} {after}")
+        # Without types in the markup, text that may be a string is one.
+        return " | ".join(strings + others if kind_of else strings or others)
 
-    def _value(self, schema: Any) -> str:
-        """The name of the rule of a value that does not stand between tags."""
-        if self.call_syntax.quotes[0] == '"':
-            return self._add(
-                json_rule({**self._definitions, **schema} if isinstance(schema, dict) else {})
-            )
+    def _value_rule(self, schema: Any) -> str:
+        """The rule of a value that does not stand between tags."""
+        if self._quote == '"':
+            matched = {**self._definitions, **schema} if isinstance(schema, dict) else {}
+            return self._add_rule(json_rule(matched))
         known = json.dumps(schema)
-        if known not in self._names:
-            self._names[known] = self._add("")  # it may hold itself
-            at = len(self.rules) - 1
+        if known not in self._value_rules:
+            at = len(self.rules)
+            # The rule is known before it is complete: the value may hold values of its own schema.
+            self._value_rules[known] = self._add_rule("")
             self.rules[at] += " | ".join(
-                self._quoted(part, kind)
-                for part in alternatives(schema, self._root)
-                for kind in sorted(allowed_types(part) or EVERY_TYPE)
+                self._quoted(part, name)
+                for part in expand(schema, self._root)
+                for name in sorted(allowed_types(part) or PRIMITIVE_TYPES)
             )
-        return self._names[known]
+        return self._value_rules[known]
 
-    def _quoted(self, part: dict, kind: str) -> str:
-        """One kind of value in an object like `{k:<|"|>v<|"|>,n:[1]}`."""
-        quote, listed = self.call_syntax.quotes[0], listed_values(part)
-        if kind in ("string", "array", "object") and listed is not None:
-            return " | ".join(
-                self._literal(self._spelled(value))
-                for value in listed
-                if TYPES_OF[type(value)] & {kind}
-            )
-        if kind == "string":
-            return f"{self._literal(quote)} {self._text(part, self._literal(quote))}"
-        if kind == "object":
+    def _quoted(self, part: dict[str, Any], name: str) -> str:
+        """A value of the JSON type `name` in an object like `{k:<|"|>v<|"|>,n:[1]}`."""
+        values = enum_values(part)
+        if name in ("string", "array", "object") and values is not None:
+            written = [self._written(one) for one in values if name in JSON_TYPES[type(one)]]
+            return " | ".join(map(self._literal, written))
+        if name == "string":
+            quote = self._literal(self._quote)
+            return f"{quote} {self._string(part, quote)}"
+        if name == "object":
             return f'"{{" ({self._members(part)}) "}}"'
-        if kind == "array":
+        if name == "array":
             return f'"[" {self._items(part)} "]"'
-        return self._json(part, kind)
+        return self._json_value_rule(part, name)
 
-    def _items(self, part: dict) -> str:
-        """An array's items, without its brackets; those that have places of their own are never
-        left out."""
+    def _items(self, part: dict[str, Any]) -> str:
+        """An array's items, without its brackets. Those of `prefixItems` are never left out."""
         least, most, others = part.get("minItems", 0), part.get("maxItems"), part.get("items", {})
-        placed = [self._value(item) for item in part.get("prefixItems", ())]
+        placed = [self._value_rule(item) for item in part.get("prefixItems", ())]
         if placed and others is False:
             most = len(placed)
         if most == 0:
-            return '""'
-        item = "" if most == len(placed) else self._value(others)
+            return _EMPTY
+        item = "" if most == len(placed) else self._value_rule(others)
         first = placed or [item]
         items = ' "," '.join(first)
         if most != len(first):
-            items += f' ("," {item}){{{max(least - len(first), 0)},{"" if most is None else most - len(first)}}}'
+            fewest = max(least - len(first), 0)
+            items += f' ("," {item}){{{fewest},{"" if most is None else most - len(first)}}}'
         return items if placed or least else f"({items})?"
 
-    def _spelled(self, value: Any) -> str:
+    def _written(self, value: Any) -> str:
+        """The text of a value that stands within quotes of the family's own."""
         if isinstance(value, str):
-            return f"{self.call_syntax.quotes[0]}{value}{self.call_syntax.quotes[0]}"
+            return f"{self._quote}{value}{self._quote}"
         if isinstance(value, dict):
-            return (
-                "{" + ",".join(f"{key}:{self._spelled(item)}" for key, item in value.items()) + "}"
-            )
-        return (
-            f"[{','.join(map(self._spelled, value))}]"
-            if isinstance(value, list)
-            else json.dumps(value)
-        )
+            members = (f"{key}:{self._written(item)}" for key, item in value.items())
+            return "{" + ",".join(members) + "}"
+        if isinstance(value, list):
+            return f"[{','.join(map(self._written, value))}]"
+        return json.dumps(value)
 
-    def _json(self, part: dict, kind: str) -> str:
-        return self._add(json_rule({**self._definitions, **part, "type": kind}))
+    def _json_value_rule(self, part: dict[str, Any], name: str) -> str:
+        return self._add_rule(json_rule({**self._definitions, **part, "type": name}))
 
-    def _text(self, part: dict, behind: str) -> str:
-        """A string and what is written `behind` it, an expression of texts and special tokens."""
-        if (listed := listed_values(part)) is not None:
-            return f"({' | '.join(self._literal(one) for one in listed if isinstance(one, str))}) {behind}"
+    def _string(self, part: dict[str, Any], after: str) -> str:
+        """A string without quotes, and the expression `after` of the texts and special tokens that
+        end it."""
+        if (values := enum_values(part)) is not None:
+            texts = [self._literal(value) for value in values if isinstance(value, str)]
+            return f"({' | '.join(texts)}) {after}"
         text = [f"/(?s:.{{{part.get('minLength', 0)},{part.get('maxLength', '')}}})/"]
         if "pattern" in part:
-            text.append(_anywhere(part["pattern"]))
-        name = self._add(" & ".join(text), terminal=True)
-        lead = re.match(r'"(?:[^"\\]|\\.)*"', behind)
-        if lead is None:
-            return f"{name} {behind}"
-        if lead[0] == behind:
-            return self._add(name, option=f"[suffix={behind}]")
-        # The text may hold what precedes the special token, so that only both together end it.
-        return f"{self._add(f'{name} {lead[0]}', terminal=True)} {behind[lead.end() :]}"
+            text.append(_containing(part["pattern"]))
+        name = self._add_rule(" & ".join(text), terminal=True)
+        first = re.match(r'"(?:[^"\\]|\\.)*"', after)
+        if first is None:
+            return f"{name} {after}"
+        if first[0] == after:
+            return self._add_rule(name, option=f"[suffix={after}]")
+        # The string may hold what precedes the special token, so that only both together end it.
+        ended = self._add_rule(f"{name} {first[0]}", terminal=True)
+        return f"{ended} {after[first.end() :]}"
 
 
-def _anywhere(pattern: str) -> str:
-    """The expression of a text in which a schema's pattern is found."""
-    begins, ends = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith(r"\$")
-    inner = (
-        pattern[begins : len(pattern) - ends]
-        .replace("/", r"\/")
-        .replace("\n", r"\n")
-        .replace(r"\d", "[0-9]")
-    )
-    return f"/{'' if begins else '(?s:.*)'}(?:{inner}){'' if ends else '(?s:.*)'}/"
+def _containing(pattern: str) -> str:
+    """The expression of a text in which a schema's `pattern` is found: it is not anchored, see
+    https://json-schema.org/draft/2020-12/json-schema-validation#name-pattern"""
+    anchored = pattern.startswith("^")
+    ended = pattern.endswith("$") and not pattern.endswith(r"\$")
+    inner = pattern[anchored : len(pattern) - ended]
+    for written, meant in (("/", r"\/"), ("\n", r"\n"), (r"\d", "[0-9]")):
+        inner = inner.replace(written, meant)
+    before, after = ("" if bound else "(?s:.*)" for bound in (anchored, ended))
+    return f"/{before}(?:{inner}){after}/"

@@ -7,14 +7,43 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-Calls = list[tuple[str, Any]]
-ParseCalls = Callable[[str, list[dict]], Calls]
+from _mlx_server.inference.call_syntax import (
+    JSON_START,
+    CallTemplate,
+    ObjectSyntax,
+    pattern,
+)
+
+Calls = list[tuple[str, Any]]  # names and arguments
+ParseCalls = Callable[[str, list[dict[str, Any]]], Calls]  # of a text and the tools
 
 
 class CutShort(ValueError):
-    """A call as far as it goes, but it ends inside a value: an end tag found there belongs to the
-    value."""
+    """The text ends inside a string. If an end tag follows there, it belongs to the string."""
 
+
+# `{"name": N, "arguments": {…}}`, once or several times, in a list or a code block or without.
+JSON_CALL = ObjectSyntax(
+    head=pattern(
+        r"\s*(?:```(?:json)?)?",
+        r"[\s,;{}\[\]]*\{\s*",  # commas and semicolons between calls, a list's bracket
+        r'(?:"(?:type|id|index)"\s*:\s*(?:"[^"\\<]*"|\d+)\s*,\s*){0,3}',
+        r'(?:"function"\s*:\s*\{\s*)?',  # OpenAI's form
+        r'"name"\s*:\s*"([^"\\]+)"\s*,\s*',
+        r'(?:"id"\s*:\s*"[^"\\<]*"\s*,\s*)?',
+        r'"(?:arguments|parameters)"\s*:\s*',
+        JSON_START,
+    ),
+    tail=pattern(r"[\s,;}\]`]*"),
+    enclosed=True,
+    next_call=("{",),
+    bare_heads=tuple(
+        fence + "{" + type_member + '"name":"NAME"'
+        for fence in ("", "```", "```json")
+        for type_member in ("", '"type":"function",')
+    ),
+    template=CallTemplate(head='\n{"name": "NAME", "arguments": ', tail="}\n"),
+)
 
 # What may stand around the JSON objects of one block: list brackets, commas, doubled braces.
 _BEFORE_OBJECT = re.compile(r"[\s,{}\[\]]*(?=\{)")
@@ -39,7 +68,7 @@ def read_json(text: str) -> tuple[Any, str]:
     return value, text[end:]
 
 
-def parse_json_calls(text: str, tools: list[dict]) -> Calls:
+def parse_json_calls(text: str, tools: list[dict[str, Any]]) -> Calls:
     """`{"name": N, "arguments": {…}}` in any order of keys, once or several times; text after the
     objects is ignored."""
     calls: Calls = []

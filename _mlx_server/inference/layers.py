@@ -1,4 +1,7 @@
-"""Copying, cutting and joining the cache of one layer."""
+"""Copying, cutting and joining the KV cache of one layer.
+
+A *trimmable* layer (plain or quantised KV) can be cut back to any length. Sliding-window and
+recurrent layers cannot: only a copy made in time brings back an earlier length."""
 
 from __future__ import annotations
 
@@ -7,38 +10,40 @@ from typing import Any
 
 
 def is_trimmable(layer: Any) -> bool:
+    """Whether an mlx-lm cache can be cut back to any length."""
     return type(layer).__name__ in ("KVCache", "QuantizedKVCache", "ConcatenateKVCache")
 
 
 def copy_layer(layer: Any, start: int = 0, end: int | None = None) -> Any:
-    """A copy that shares no buffer with `layer`; of a cuttable one only the tokens from `start` to
+    """A copy that shares no buffer with `layer`; of a trimmable one only the tokens from `start` to
     `end`."""
     import mlx.core as mx
     from mlx.utils import tree_map
 
-    if is_trimmable(layer) and end is not None and layer.keys is not None:
-        new = copy.copy(layer)
-        new.keys, new.values = tree_map(
-            lambda a: mx.contiguous(a[..., start:end, :]), (layer.keys, layer.values)
-        )
-        new.offset = end - start
-        return new
-    return own_buffers(copy.deepcopy(layer))
+    if not is_trimmable(layer) or end is None or layer.keys is None:
+        return own_buffers(copy.deepcopy(layer))
+
+    def cut(array: mx.array) -> mx.array:
+        return mx.contiguous(array[..., start:end, :])
+
+    new = copy.copy(layer)
+    new.keys, new.values = tree_map(cut, (layer.keys, layer.values))
+    new.offset = end - start
+    return new
 
 
 def own_buffers(layer: Any) -> Any:
-    """The layer, of which no array is a window into a larger one any more: it would hold all of
-    that in memory."""
+    """The layer, with every array in a buffer of its own. A window into a larger array would hold
+    all of that array in memory."""
     import mlx.core as mx
     from mlx.utils import tree_map
 
+    def own(value: Any) -> Any:
+        return mx.contiguous(value) if isinstance(value, mx.array) else value
+
     for part in getattr(layer, "caches", [layer]):
         for name, value in vars(part).items():
-            setattr(
-                part,
-                name,
-                tree_map(lambda a: mx.contiguous(a) if isinstance(a, mx.array) else a, value),
-            )
+            setattr(part, name, tree_map(own, value))
     return layer
 
 
@@ -49,9 +54,11 @@ def concatenate_layers(parts: list[Any]) -> Any:
 
     if not is_trimmable(parts[-1]) or parts[-1].keys is None:
         return parts[-1]
+
+    def join(*arrays: mx.array) -> mx.array:
+        return mx.concatenate(list(arrays), axis=-2)
+
     new = copy.copy(parts[0])
-    new.keys, new.values = tree_map(
-        lambda *arrays: mx.concatenate(arrays, axis=-2), *((p.keys, p.values) for p in parts)
-    )
+    new.keys, new.values = tree_map(join, *((part.keys, part.values) for part in parts))
     new.offset = sum(part.offset for part in parts)
     return new

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,28 +21,27 @@ log = logging.getLogger("mlx_server")
 
 @dataclass
 class LocalModel:
-    """A model folder that MLX can load, described without loading it.
+    """A model folder that MLX can load, described from its small files."""
 
-    `name` is the repo id ("mlx-community/Qwen3-8B-4bit"), the folder's name or "demo". `size` is
-    the weight files' bytes, `modified` the newest one's unix time, `digest` 64 hex digits, `family`
-    the config's model_type, `quantization` "int4", "mxfp4", "BF16", ..., `context_length` is in
-    tokens."""
-
-    name: str
+    name: str  # repo id ("mlx-community/Qwen3-8B-4bit"), folder name or "demo"
     path: Path
-    size: int
-    modified: float
-    digest: str
-    config: dict[str, Any]
-    family: str
+    size: int  # bytes of the weight files
+    modified: float  # unix time of the newest weight file
+    digest: str  # 64 hex digits; other ones for another name, config or other weight files
+    config: dict[str, Any]  # config.json
+    family: str  # its model_type
     parameters: int
-    parameter_size: str
-    quantization: str
-    context_length: int
-    embedding_length: int
-    capabilities: list[str]
+    parameter_size: str  # "7.6B"
+    quantization: str  # "int4", "mxfp4", "BF16", ...
+    context_length: int  # tokens
+    embedding_length: int  # numbers in a hidden state, 0 if unknown
+    capabilities: list[str]  # some of "completion", "tools", "insert", "thinking"; or "embedding"
 
 
+Files = Mapping[str, os.stat_result]
+"""The files of a folder by name, without those in its subfolders."""
+
+_INDEX = "model.safetensors.index.json"
 _TOKENIZERS = {
     "tokenizer.json",
     "tokenizer.model",
@@ -53,82 +52,82 @@ _TOKENIZERS = {
 }
 _THINKS = re.compile(r"enable_thinking|<think>|:think>|\[THINK\]|reasoning_|<\|channel")
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_CONTEXT_LENGTHS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "seq_length",
+    "n_ctx",
+)
+_HIDDEN_SIZES = ("hidden_size", "d_model", "n_embd")
 
 
 def describe(name: str, path: Path) -> LocalModel:
     """The model in the folder `path`. Raises ModelLoadError, with a sentence that says why, if MLX
-    cannot load it."""
+    cannot load it; the error has a cause if the folder is a broken model, not something else."""
+    files = _list_files(path)
+    weights = {file: files[file] for file in _weight_files(path, files)}
+    try:
+        config = _read_config(path)
+        index = _read_optional(path, files, _INDEX)
+        _check_complete(path, files, index)
+        recipe = _quantization_recipe(config)
+        parameters = int(index.get("metadata", {}).get("total_parameters") or 0)
+        if not parameters:
+            parameters = sum(_count_parameters(path / file, recipe) for file in weights)
+        # Multimodal configs keep the language model's inside
+        text = {**config, **(config.get("text_config") or {})}
+        return LocalModel(
+            name=name,
+            path=path,
+            size=sum(stat.st_size for stat in weights.values()),
+            modified=max(stat.st_mtime for stat in weights.values()),
+            digest=_digest(name, path, weights),
+            config=config,
+            family=config["model_type"],
+            parameters=parameters,
+            parameter_size=_parameter_size(parameters),
+            quantization=_quantization(recipe, text),
+            context_length=_context_length(text),
+            embedding_length=int(_first(text, _HIDDEN_SIZES) or 0),
+            capabilities=_capabilities(name, path, files, config),
+        )
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ModelLoadError(f"{path} is broken: its JSON files cannot be understood") from error
+
+
+def _list_files(path: Path) -> Files:
+    """A link that leads nowhere, to a blob that is still being downloaded, is no file."""
     if path.suffix == ".gguf":
         raise ModelLoadError(f"{path} is not an MLX model: {shortcoming([path.name])}")
     try:
-        # A snapshot's link to a blob that is still being downloaded leads nowhere and is no file.
-        files = {entry.name: entry.stat() for entry in os.scandir(path) if entry.is_file()}
+        return {entry.name: entry.stat() for entry in os.scandir(path) if entry.is_file()}
     except OSError as error:
         raise ModelLoadError(f"{path} cannot be read as a model folder: {error.strerror}") from None
+
+
+def _weight_files(path: Path, files: Files) -> list[str]:
+    """The names of the files that mlx-lm loads."""
     weights = sorted(fnmatch.filter(files, "model*.safetensors"))  # mlx-lm's own pattern
     if "config.json" not in files or not weights:
         raise ModelLoadError(f"{path} is not an MLX model: {shortcoming(files)}")
-    try:
-        raw = (path / "config.json").read_bytes()
-        config = json.loads(raw)
-        family = config.get("model_type")
-        # Multimodal configs keep the language model's inside
-        text = {**config, **(config.get("text_config") or {})}
-        index = (
-            read_json_file(path / "model.safetensors.index.json")
-            if "model.safetensors.index.json" in files
-            else {}
-        )
-        missing = sorted(set(index.get("weight_map", {}).values()) - files.keys())
-        recipe = next(
-            (
-                recipe
-                for key in ("quantization", "quantization_config")
-                if "bits" in (recipe := config.get(key) or {})
-            ),
-            {},
-        )
-        parameters = int(index.get("metadata", {}).get("total_parameters") or 0)
-        parameters = parameters or sum(_count_parameters(path / file, recipe) for file in weights)
-        template = read_chat_template(path, files)
-        added = (
-            read_json_file(path / "tokenizer_config.json").get("added_tokens_decoder")
-            if "tokenizer_config.json" in files
-            else None
-        )
-        gap = gap_marks({token["content"] for token in (added or {}).values()})
-        context = _context_length(text)
-        width = int(text.get("hidden_size") or text.get("d_model") or text.get("n_embd") or 0)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ModelLoadError(f"{path} is broken: its JSON files cannot be understood") from error
+    return weights
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_json_file(path / "config.json")
+    family = config.get("model_type")
     if not isinstance(family, str) or not family:
         raise ModelLoadError(f"{path} is not an MLX model: its config.json names no model_type")
-    if missing:
+    return config
+
+
+def _check_complete(path: Path, files: Files, index: dict[str, Any]) -> None:
+    """Raises ModelLoadError if weights that the index names are missing, or the tokenizer is."""
+    if missing := sorted(set(index.get("weight_map", {}).values()) - files.keys()):
         raise ModelLoadError(f"{path} is incomplete: {missing[0]} is missing")
     if not _TOKENIZERS & files.keys():
         raise ModelLoadError(f"{path} is not a text model: it has no tokenizer")
-    # Fine-tunes of one model have equal configs and sizes, and clients take equal digests for equal
-    # weights.
-    seal = hashlib.sha256(
-        raw + repr([name.lower(), [(file, files[file].st_size) for file in weights]]).encode()
-    )
-    mode = recipe.get("mode", "affine")
-    plain = _DTYPES.get(str(text.get("torch_dtype") or text.get("dtype")), "unknown")
-    return LocalModel(
-        name=name,
-        path=path,
-        config=config,
-        family=family,
-        digest=seal.hexdigest(),
-        size=sum(files[file].st_size for file in weights),
-        modified=max(files[file].st_mtime for file in weights),
-        parameters=parameters,
-        parameter_size=_parameter_size(parameters),
-        quantization=plain if not recipe else f"int{recipe['bits']}" if mode == "affine" else mode,
-        context_length=context,
-        embedding_length=width,
-        capabilities=_capabilities(name, config, files, template, gap),
-    )
 
 
 def shortcoming(files: Iterable[str]) -> str:
@@ -144,34 +143,56 @@ def shortcoming(files: Iterable[str]) -> str:
 
 
 def read_json_file(path: Path) -> Any:
+    """What a file's JSON says. Raises OSError and ValueError."""
     return json.loads(path.read_bytes())
+
+
+def _read_optional(path: Path, files: Container[str], name: str) -> dict[str, Any]:
+    """A JSON object of a folder; an empty one if there is no such file."""
+    return read_json_file(path / name) if name in files else {}
+
+
+def _first(config: dict[str, Any], keys: Iterable[str]) -> Any:
+    """The first value of these keys that is neither null nor zero; else None."""
+    return next((config[key] for key in keys if config.get(key)), None)
+
+
+def _digest(name: str, path: Path, weights: Files) -> str:
+    """Clients take equal digests for equal weights, so the name counts: fine-tunes of one model
+    have equal configs and sizes."""
+    parts = [name.lower(), [(file, stat.st_size) for file, stat in weights.items()]]
+    return hashlib.sha256((path / "config.json").read_bytes() + repr(parts).encode()).hexdigest()
+
+
+def _quantization_recipe(config: dict[str, Any]) -> dict[str, Any]:
+    """How MLX has quantised the weights: bits, group size, mode, and layers that differ; empty if
+    it has not."""
+    for key in ("quantization", "quantization_config"):
+        recipe = config.get(key) or {}
+        if "bits" in recipe:
+            return recipe
+    return {}
+
+
+def _quantization(recipe: dict[str, Any], text: dict[str, Any]) -> str:
+    if not recipe:
+        return _DTYPES.get(str(text.get("torch_dtype") or text.get("dtype")), "unknown")
+    mode = recipe.get("mode", "affine")
+    return f"int{recipe['bits']}" if mode == "affine" else mode
 
 
 def _context_length(text: dict[str, Any]) -> int:
     """Tokens; a yarn-like scaling counts where the config has not already counted it."""
-    stated = next(
-        (
-            text[key]
-            for key in (
-                "max_position_embeddings",
-                "n_positions",
-                "max_seq_len",
-                "seq_length",
-                "n_ctx",
-            )
-            if text.get(key)
-        ),
-        4096,
-    )
+    stated = int(_first(text, _CONTEXT_LENGTHS) or 4096)
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
-    return max(
-        int(stated),
-        int((rope.get("factor") or 0) * (rope.get("original_max_position_embeddings") or 0)),
-    )
+    scaled = (rope.get("factor") or 0) * (rope.get("original_max_position_embeddings") or 0)
+    return max(stated, int(scaled))
 
 
 def _count_parameters(file: Path, recipe: dict[str, Any]) -> int:
-    """Weights in a safetensors file, from its header alone: 8 bytes of length, then JSON."""
+    """Weights in a safetensors file, from its header alone: 8 bytes of length, then JSON.
+
+    https://huggingface.co/docs/safetensors/index#format"""
     with file.open("rb") as stream:
         # The format's limit, for what is no such file
         size = min(int.from_bytes(stream.read(8), "little"), 100_000_000)
@@ -198,17 +219,19 @@ def _parameter_size(parameters: int) -> str:
     return str(parameters)
 
 
-def read_chat_template(path: Path, files: dict[str, os.stat_result]) -> str:
+def read_chat_template(path: Path, files: Container[str]) -> str:
+    """The text of the chat template in a folder with these files; "" if there is none. Where there
+    are several with names, all of them as JSON. Raises OSError and ValueError."""
     if "chat_template.jinja" in files:
         return (path / "chat_template.jinja").read_text("utf-8")
     for file in ("chat_template.json", "tokenizer_config.json"):
-        template = read_json_file(path / file).get("chat_template") if file in files else None
-        if template:  # a string, or a list of named ones
+        if template := _read_optional(path, files, file).get("chat_template"):
             return template if isinstance(template, str) else json.dumps(template)
     return ""
 
 
-_GAPS = [  # the tokens before what precedes a gap, before what follows it, and before what fills it
+# The tokens before what precedes a gap, before what follows it, and before what fills it
+_GAPS = [
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
     ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),
@@ -217,21 +240,19 @@ _GAPS = [  # the tokens before what precedes a gap, before what follows it, and 
 
 
 def gap_marks(vocabulary: Iterable[str]) -> tuple[str, ...]:
-    """The tokens among these that make a model fill a gap; none if it has none."""
-    return next((marks for marks in _GAPS if set(marks) <= set(vocabulary)), ())
+    """The three tokens among these between which a model that can fill a gap reads the texts
+    around it; none if it cannot."""
+    known = set(vocabulary)
+    return next((marks for marks in _GAPS if set(marks) <= known), ())
 
 
-def _capabilities(
-    name: str,
-    config: dict[str, Any],
-    files: dict[str, os.stat_result],
-    template: str,
-    gap: tuple[str, ...],
-) -> list[str]:
+def _capabilities(name: str, path: Path, files: Files, config: dict[str, Any]) -> list[str]:
     # A bare "...Model" ends without the head that predicts words.
-    headless = any(
-        str(architecture).endswith("Model") for architecture in config.get("architectures") or ()
-    )
+    architectures = config.get("architectures") or ()
+    headless = any(str(architecture).endswith("Model") for architecture in architectures)
+    template = read_chat_template(path, files)
+    added = _read_optional(path, files, "tokenizer_config.json").get("added_tokens_decoder") or {}
+    gap = gap_marks(token["content"] for token in added.values())
     if headless or "modules.json" in files or "embed" in name.lower():
         return ["embedding"]
     found = {
@@ -244,26 +265,27 @@ def _capabilities(
 
 
 def generation_defaults(path: Path) -> Sampling:
+    """What a model's generation_config.json says about sampling; greedy if it says nothing."""
     try:
         config = json.loads((path / "generation_config.json").read_text("utf-8"))
     except (OSError, ValueError):
         return Sampling(temperature=0.0)
     if not config.get("do_sample", "temperature" in config):
         return Sampling(temperature=0.0)
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    return Sampling(
-        **{
-            "temperature": 1.0,
-            **{n: config[n] for n in names if isinstance(config.get(n), (int, float))},
-        }
-    )
+    sampling = Sampling(temperature=1.0)
+    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+        if isinstance(config.get(name), (int, float)):
+            setattr(sampling, name, config[name])
+    return sampling
 
 
 def load_error(local: LocalModel, what: str, error: Exception) -> ModelLoadError:
-    """What the caller is told of an exception while something was loaded; the log gets all of
-    it."""
+    """What the caller is told of an exception while `what` was loaded; the log gets all of it."""
     if "trust_remote_code" in str(error):
-        said = f"{what} wants Python code that comes with it to be run, which is never done here; take another conversion of it"
+        said = (
+            f"{what} wants Python code that comes with it to be run, which is never done here; "
+            "take another conversion of it"
+        )
         log.warning("%s (%s)", said, local.path)
         return ModelLoadError(said)
     log.warning("cannot load %s", what, exc_info=error)
@@ -271,25 +293,23 @@ def load_error(local: LocalModel, what: str, error: Exception) -> ModelLoadError
 
 
 def fingerprint(local: LocalModel, kv_bits: int | None) -> str:
-    """What a KV state depends on besides the tokens: the model's files, the precision, and mlx-lm's
-    idea of a cache."""
+    """32 hex digits for what a KV state depends on besides the tokens: the model's files, the
+    cache's bits per number (None: as computed), and the layout of mlx-lm's cache classes."""
     from mlx_lm import __version__
 
     weights = sorted(
         (path.name, path.stat().st_size, path.stat().st_mtime_ns)
         for path in local.path.glob("*.safetensors")
     )
-    return hashlib.sha256(
-        json.dumps([local.config, weights, kv_bits, __version__], sort_keys=True).encode()
-    ).hexdigest()[:32]
+    parts = json.dumps([local.config, weights, kv_bits, __version__], sort_keys=True)
+    return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 
 @dataclass
 class Loaded:
-    """A model in memory: bytes of its weights, unix time when it goes if idle (None: never),
-    context window in tokens."""
+    """A model in memory."""
 
     model: LocalModel
-    size: int
-    expires: float | None
-    context_length: int
+    size: int  # bytes of its weights
+    expires: float | None  # unix time when it is unloaded if nobody uses it; None: never
+    context_length: int  # tokens

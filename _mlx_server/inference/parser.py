@@ -1,92 +1,131 @@
 """Turns the decoded text of one answer into events.
 
-    feed(text) -> [state machine] -> thinking ------------------------------------> Thinking ->
-    call: CallReader, by the family's Shape -----> ToolStart, ToolInput, ToolEnd -> visible text ->
-    blanks at edges -> stops ----> Text
+    decoded text -> tags -> thinking ------------------------> Thinking
+                        |-> text: StopMatcher ---------------> Text
+                        `-> calls: CallReader, ArgumentReader -> ToolStart, ToolInput, ToolEnd
 
 Every decision waits until no further text can change it, so events do not depend on how the text
 was cut into pieces. Until a call's name and the form of its arguments are certain, a failure turns
 only its opening tag into text: what follows the tag is read again. From then on it is a call, and
-whatever comes is made into arguments."""
+all that follows is made into arguments.
+"""
 
 from __future__ import annotations
 
-import re
+import functools
 from collections.abc import Callable, Sequence
+from enum import Enum, auto
+from typing import Any, Literal
 
-from _mlx_server.inference.call_reader import CallReader, held_back
-from _mlx_server.inference.formats import NAME_AND_JSON, PYTHON_CALL, OutputFormat
+from _mlx_server.inference.call_reader import CallReader
+from _mlx_server.inference.formats import OutputFormat
+from _mlx_server.inference.marks import Marks
 from _mlx_server.inference.protocol import Event, Text, Thinking, ToolEnd, ToolInput, ToolStart
+from _mlx_server.inference.schema import ParameterTypes, parameter_types
+from _mlx_server.inference.stops import StopMatcher
+
+State = Literal["text", "thinking", "call"]
+
+
+class Tag(Enum):
+    """What a tag means where it is found."""
+
+    THINKING = auto()  # thinking begins
+    TEXT = auto()  # text begins
+    CALL = auto()  # a call begins
+    LINE_CALL = auto()  # a call begins, if this is the beginning of a line
+    CLOSING = auto()  # an end tag: markup right behind a call, elsewhere text
+    MARKER = auto()  # markup within text
+    TURN_END = auto()  # nothing follows
+
+
+def _text_tags(format: OutputFormat, calls: bool) -> dict[str, Tag]:
+    """The tags to look for in text; `calls` tells whether there are tools to call. Of tags that
+    begin alike the first one counts."""
+    tags: dict[str, Tag] = {}
+    if format.thinking:
+        tags |= {format.thinking[0]: Tag.THINKING, format.thinking[1]: Tag.CLOSING}
+    tags |= dict.fromkeys(format.structural_markers, Tag.MARKER)
+    tags |= dict.fromkeys(format.turn_ends, Tag.TURN_END)
+    if format.call and calls:
+        start, end = format.call
+        if end:
+            tags[end] = Tag.CLOSING
+        tags |= dict.fromkeys(format.line_starts, Tag.LINE_CALL)
+        tags[start] = Tag.CALL
+    return tags
+
+
+def _thinking_tags(format: OutputFormat, calls: bool) -> dict[str, Tag]:
+    """The tags to look for in thinking. One newline before a tag belongs to it."""
+    tags = dict.fromkeys(format.structural_markers, Tag.TEXT)
+    tags |= dict.fromkeys(format.turn_ends, Tag.TURN_END)
+    if format.thinking:
+        end = format.thinking[1]
+        tags |= {end: Tag.TEXT, f"\n{end}": Tag.TEXT}
+    if format.call and calls:
+        start = format.call[0]
+        tags |= {start: Tag.CALL, f"\n{start}": Tag.CALL}
+    return tags
 
 
 class OutputParser:
     """Turns the decoded text of one answer, in pieces of any size, into events.
 
-    Feed it until `finished` or until the turn ends, then call `finish`. `state` says what the text
-    last fed belongs to; `called` whether a tool call came out, `call_ids` the ids of all;
-    `stop_sequence` which stop string fired: the one that completes first, and of several that
-    complete together the longest. `finished` is set by a stop string, by a tag after which nothing
-    follows and, without `parallel`, by the first call; nothing comes out afterwards. `tools` are in
-    OpenAI form; without any, call markup is plain text."""
+    Feed it until `finished` or until the turn ends, then call `finish`. `state` tells what the text
+    last fed belongs to; `called` whether a tool call came out, and `call_ids` the ids of all.
+    `finished` is set by a stop string, by a tag after which nothing follows and, without
+    `parallel`, by the first call; nothing comes out afterwards. `tools` are in OpenAI form; without
+    any, call markup is plain text.
+    """
 
     def __init__(
         self,
         format: OutputFormat,
-        tools: Sequence[dict] = (),
+        tools: Sequence[dict[str, Any]] = (),
         stop: Sequence[str] = (),
         *,
         in_thinking: bool = False,
         parallel: bool = True,
     ):
-        self.state = "thinking" if in_thinking and format.thinking else "text"
+        self.state: State = "text"
+        if in_thinking and format.thinking:
+            self.state = "thinking"
         self.called = self.finished = False
         self.call_ids: list[str] = []
-        self.stop_sequence: str | None = None
         self._format, self._parallel, self._tools = format, parallel, tools
-        self._stops = [text for text in stop if text]
-
-        # The tags to find in each state and what each begins. A "left over" end tag is markup only
-        # right after a call.
-        text: dict[str, str] = dict.fromkeys(format.structural_markers, "nothing") | dict.fromkeys(
-            format.final, "the end"
-        )
-        thinking: dict[str, str] = dict.fromkeys(format.structural_markers, "text") | dict.fromkeys(
-            format.final, "the end"
-        )
-        if format.thinking:
-            text = {format.thinking[0]: "thinking", format.thinking[1]: "left over"} | text
-            thinking |= {format.thinking[1]: "text", "\n" + format.thinking[1]: "text"}
-        if format.call and tools:
-            text |= ({format.call[1]: "left over"} if format.call[1] else {}) | dict.fromkeys(
-                format.openers, "bare call"
-            )
-            text[format.call[0]] = "call"
-            thinking |= {format.call[0]: "call", "\n" + format.call[0]: "call"}
-        self._marks = {"text": text, "thinking": thinking}
-        self._reader: CallReader | None = None  # of the call that is being read
-        self._opening, self._opened_in = "", "text"
-        # How much of a possible bare call it has read, and what came of that
-        self._heard, self._withheld = 0, []
-
-        # A bare call to a declared tool begins like this, blanks aside.
-        names = [tool["function"]["name"].lower() for tool in tools]
-        self._heads = [
-            f'{fence}{{{kind}"name":"{name}"'
-            for name in names
-            for fence in ("", "```", "```json")
-            for kind in ("", '"type":"function",')
-        ]
-        self._heads += [f"[{name}(" for name in names if PYTHON_CALL in format.shapes]
-        self._may_be_bare = bool(tools)  # nothing was said yet that rules out a bare call
-
+        self._stops = StopMatcher(stop)
         self._events: list[Event] = []
         self._buffer = ""  # text that is not understood yet
-        self._pending = ""  # visible text that may be the beginning of a stop
+
+        self._tags = {
+            "text": _text_tags(format, bool(tools)),
+            "thinking": _thinking_tags(format, bool(tools)),
+        }
+        self._marks = {state: Marks(tags) for state, tags in self._tags.items()}
         self._line_start = True
-        # Blanks at the beginning of a stretch of text or thinking wait for something visible; None
-        # when it came.
+        # Blanks at the beginning of text or thinking wait for what follows; None when that came.
         self._blanks: str | None = "" if format.thinking or tools else None
         self._drop_blanks = self.state == "thinking"
+
+        self._reader: CallReader | None = None  # of the call that is being read
+        self._call_tag = ""
+        self._state_before_call: State = "text"
+        # Whether nothing was written yet that rules out a call without a call tag.
+        self._may_be_bare = bool(tools)
+        self._bare_length = 0  # how much of the buffer was read as such a call
+        self._bare_events: list[Event] = []  # and what came of it
+        self._bare_heads = tuple(
+            head.replace("NAME", tool["function"]["name"].lower())
+            for tool in tools
+            for syntax in format.bare_syntaxes
+            for head in syntax.bare_heads
+        )
+
+    @property
+    def stop_sequence(self) -> str | None:
+        """The stop string that ended the text, if one did."""
+        return self._stops.stop_sequence
 
     def feed(self, text: str) -> list[Event]:
         """Take the next piece of decoded text; returns what has become certain."""
@@ -94,192 +133,208 @@ class OutputParser:
 
     def finish(self, cut: bool = False) -> list[Event]:
         """The turn has ended, or was `cut` (by `max_tokens`, say): returns what was held back. A
-        call that is not complete is made so as well as can be, but not if it was cut: half a
+        call that is not complete is completed as far as possible, but not if it was cut: half a
         command must not be run."""
         reader = self._reader
         events = self._read("", last=True)
-        if cut and events and reader is not None and reader.cut and isinstance(events[-1], ToolEnd):
+        if cut and reader and reader.cut and events and isinstance(events[-1], ToolEnd):
+            # The last piece of its arguments is the one that completes them.
             closing = 2 if isinstance(events[-2:][0], ToolInput) else 1
             events[-closing:] = [ToolEnd({}, cut=True)]
         return events
 
+    def verbatim(self) -> None:
+        """From here on there is no markup: all that follows is text, whatever it looks like."""
+        self._tags["text"], self._marks["text"] = {}, Marks(())
+        self._may_be_bare = False
+
     def _read(self, text: str, last: bool) -> list[Event]:
         self._events = []
         self._buffer += text
-        step = {"text": self._read_text, "thinking": self._read_thinking, "call": self._read_call}
-        while not self.finished and step[self.state](last):
+        while not self.finished and self._step(last):
             pass
         if last and not self.finished:
             if self._blanks and not self._drop_blanks:
                 self._match_stops(self._blanks)
-            self._say(Text, self._pending)
-            self._blanks, self._pending = None, ""
+            self._emit(Text, self._stops.flush())
+            self._blanks = None
         return self._events
 
-    def verbatim(self) -> None:
-        """From here on there is no markup: all that follows is text, whatever it looks like."""
-        self._marks["text"], self._may_be_bare = {}, False
-
-    # -- the states: each step takes what is certain from the buffer and tells whether another step
-    # may follow
+    def _step(self, last: bool) -> bool:
+        """Take what is certain from the buffer, up to the next tag; returns whether another step
+        may follow."""
+        if self.state == "text":
+            return self._read_text(last)
+        if self.state == "thinking":
+            return self._read_thinking(last)
+        return self._read_call(last)
 
     def _read_text(self, last: bool) -> bool:
         if self._may_be_bare and self._buffer.strip() and self._read_bare_calls(last):
             return self._reader is None
-        mark = self._take_until_mark(self._show, last)
-        if mark is None or self.finished:
+        found = self._read_to_tag(self._write_text, last)
+        if found is None or self.finished:
             return False
-        following = self._marks["text"][mark]
-        if following == "thinking":
-            self._enter("thinking")
-        elif following == "the end":
-            self._end_here()
-        elif following == "call" or following == "bare call" and self._line_start:
-            self._open(mark)
-        elif following == "nothing":
+        tag = self._tags["text"][found]
+        if tag is Tag.THINKING:
+            self._begin("thinking")
+        elif tag is Tag.TURN_END:
+            self._end_turn()
+        elif tag is Tag.CALL or tag is Tag.LINE_CALL and self._line_start:
+            self._begin_call(found)
+        elif tag is Tag.MARKER:
             self._line_start = True
-        elif following == "bare call" or not (self.called and self._blanks is not None):
-            self._show(mark)
+        elif tag is Tag.LINE_CALL or not (self.called and self._blanks is not None):
+            self._write_text(found)
         return True
 
     def _read_thinking(self, last: bool) -> bool:
-        mark = self._take_until_mark(self._think, last)
-        if mark is None:
+        found = self._read_to_tag(self._write_thinking, last)
+        if found is None:
             return False
-        following = self._marks["thinking"][mark]
-        if following == "call":
-            self._open(mark)
-        elif following == "the end":
-            self._end_here()
+        tag = self._tags["thinking"][found]
+        if tag is Tag.CALL:
+            self._begin_call(found)
+        elif tag is Tag.TURN_END:
+            self._end_turn()
         else:
-            self._enter("text")
+            self._begin("text")
         return True
 
+    def _read_to_tag(self, write: Callable[[str], None], last: bool) -> str | None:
+        """Write all text that is certainly no tag; take and return the first tag, if there is
+        one."""
+        marks, buffer = self._marks[self.state], self._buffer
+        if found := marks.search(buffer):
+            self._buffer = buffer[found.end() :]
+            write(buffer[: found.start()])
+            return found[0]
+        certain = len(buffer) - (0 if last else marks.partial_length(buffer))
+        self._buffer = buffer[certain:]
+        write(buffer[:certain])
+        return None
+
+    # -- calls
+
+    @functools.cached_property
+    def _types(self) -> dict[str, ParameterTypes]:
+        return parameter_types(self._tools)
+
+    def _begin_call(self, tag: str) -> None:
+        assert self._format.call is not None
+        call_tags = self._format.call
+        if tag in self._format.line_starts:
+            call_tags, self._buffer = (call_tags[0], ""), tag + self._buffer
+        self._call_tag, self._state_before_call, self.state = tag, self.state, "call"
+        self._reader = CallReader(self._format, call_tags, self._types, self._parallel)
+
     def _read_call(self, last: bool) -> bool:
+        assert self._reader is not None
         text, self._buffer = self._buffer, ""
         try:
             events, over = self._reader.read(text, last)
-        except ValueError:  # it was no call: its opening tag is text, the rest is read again
-            self.state = self._opened_in
-            bare = self._marks["text"].get(self._opening) == "bare call"
-            self._buffer = self._reader.text[len(self._opening) * bare :]
-            (self._show if self.state == "text" else self._think)(self._opening)
+        except ValueError:
+            self._call_failed(self._reader.rest)
             return True
-        self._take(events, over)
+        self._emit_calls(events, over)
         return over
 
+    def _call_failed(self, rest: str) -> None:
+        """It was no call: its opening tag is text, and what follows it is read again."""
+        tag, self.state = self._call_tag, self._state_before_call
+        if self._tags["text"].get(tag) is Tag.LINE_CALL:
+            rest = rest[len(tag) :]
+        self._buffer = rest
+        if self.state == "text":
+            self._write_text(tag)
+        else:
+            self._write_thinking(tag)
+
     def _read_bare_calls(self, last: bool) -> bool:
-        """Whether the visible text so far may be nothing but calls without tags. They are taken
-        when it has ended, or at once if this model writes them so."""
+        """Whether the text so far may be nothing but calls without call tags. Their events leave
+        when the text has ended, or at once if this model writes such calls."""
         head = "".join(self._buffer.lstrip()[:256].split()).lower()
-        if not any(head.startswith(known) or known.startswith(head) for known in self._heads):
+        if not any(head.startswith(one) or one.startswith(head) for one in self._bare_heads):
             return False
         if self._reader is None:
-            shapes = self._format.shapes if self._format.untagged else (NAME_AND_JSON,)
-            self._reader = CallReader(
-                OutputFormat(shapes=shapes), ("", ""), self._tools, self._parallel
-            )
-            self._opening, self._heard, self._withheld = "", 0, []
+            format = OutputFormat(syntaxes=self._format.bare_syntaxes)
+            self._reader = CallReader(format, ("", ""), self._types, self._parallel)
+            self._call_tag, self._bare_length, self._bare_events = "", 0, []
+        reader = self._reader
         try:
-            events, over = self._reader.read(self._buffer[self._heard :], last)
+            events, over = reader.read(self._buffer[self._bare_length :], last)
         except ValueError:
             self._reader = None
             return False
-        self._heard = len(self._buffer)
-        self._withheld += events
-        rest = self._reader.text.strip("`,;}] \n\t\r")
-        if self._withheld and (self._format.untagged or last and not rest and not self._reader.cut):
-            self.state, self._buffer, self._opened_in = "call", "", "text"
-            self._take(self._withheld, over)
+        self._bare_length = len(self._buffer)
+        self._bare_events += events
+        rest = reader.rest.strip("`,;}] \n\t\r")
+        whole = last and not rest and not reader.cut
+        if self._bare_events and (self._format.untagged or whole):
+            self.state, self._buffer, self._state_before_call = "call", "", "text"
+            self._emit_calls(self._bare_events, over)
         elif over and (rest or last):
             self._reader = None
             return False
         return True
 
-    # -- moving between states
-
-    def _take_until_mark(self, sink: Callable[[str], None], last: bool) -> str | None:
-        """Give the sink all text that is certainly not a tag; take and return the first tag, if
-        there is one."""
-        marks = self._marks[self.state]
-        found = re.search("|".join(map(re.escape, marks)), self._buffer) if marks else None
-        if found:
-            text, self._buffer = self._buffer[: found.start()], self._buffer[found.end() :]
-        else:
-            certain = len(self._buffer) - (0 if last else held_back(self._buffer, marks))
-            text, self._buffer = self._buffer[:certain], self._buffer[certain:]
-        sink(text)
-        return found[0] if found else None
-
-    def _enter(self, state: str) -> None:
-        """Begin a stretch of thinking or, behind thinking or a call, of text."""
-        self._say(Text, self._pending)
-        self._pending, self.state = "", state
-        self._blanks, self._drop_blanks, self._line_start = "", True, True
-
-    def _open(self, mark: str) -> None:
-        self._opening, self._opened_in, self.state = mark, self.state, "call"
-        tags = self._format.call
-        if mark in self._format.openers:
-            tags, self._buffer = (tags[0], ""), mark + self._buffer
-        self._reader = CallReader(self._format, tags, self._tools, self._parallel)
-
-    def _take(self, events: list[Event], over: bool) -> None:
-        """Emit what the reader has read of its calls; with them over, go on behind them."""
+    def _emit_calls(self, events: list[Event], over: bool) -> None:
+        """Emit what was read of calls; with the calls `over`, go on with the text behind them."""
         if events:
-            self._enter(self.state)
+            self._begin(self.state)
             self._events += events
             self.call_ids += [event.id for event in events if isinstance(event, ToolStart)]
             self.called, self._may_be_bare = True, False
         if over:
-            self._buffer, self._reader = self._reader.text, None
+            assert self._reader is not None
+            self._buffer, self._reader = self._reader.rest, None
             self.finished = not self._parallel
-            self._enter("text")
+            self._begin("text")
 
-    def _end_here(self) -> None:
-        self._enter("text")
+    # -- thinking and text
+
+    def _begin(self, state: State) -> None:
+        """Begin thinking or, behind thinking or a call, text."""
+        self._emit(Text, self._stops.flush())
+        self.state = state
+        self._blanks, self._drop_blanks, self._line_start = "", True, True
+
+    def _end_turn(self) -> None:
+        self._begin("text")
         self.finished = True
 
-    # -- thinking and visible text
+    def _write_thinking(self, text: str) -> None:
+        self._emit(Thinking, self._after_blanks(text))
 
-    def _begin(self, text: str) -> str:
-        """`text` without the blanks that open its stretch, as far as these are to be dropped or
-        must wait."""
-        if self._blanks is None:
-            return text
-        self._blanks += text
-        if not self._blanks.strip():
-            return ""
-        text, self._blanks = self._blanks.lstrip() if self._drop_blanks else self._blanks, None
-        return text
-
-    def _think(self, text: str) -> None:
-        self._say(Thinking, self._begin(text))
-
-    def _show(self, text: str) -> None:
+    def _write_text(self, text: str) -> None:
         if text:
             self._line_start = text.endswith("\n")
-        if text := self._begin(text):
+        if text := self._after_blanks(text):
             self._may_be_bare = False
             self._match_stops(text)
 
-    def _match_stops(self, text: str) -> None:
-        text = self._pending + text
-        hits = [
-            (start + len(stop), start, stop)
-            for stop in self._stops
-            if (start := text.find(stop)) >= 0
-        ]
-        if hits:
-            _, certain, self.stop_sequence = min(hits)
-            self.finished = True
-        else:
-            certain = len(text) - held_back(text, self._stops)
-        self._say(Text, text[:certain])
-        self._pending = "" if hits else text[certain:]
+    def _after_blanks(self, text: str) -> str:
+        """`text` without the blanks at the beginning of its stretch, if these are to be dropped or
+        nothing else came yet."""
+        if self._blanks is None:
+            return text
+        text = self._blanks + text
+        if not text.strip():
+            self._blanks = text
+            return ""
+        self._blanks = None
+        return text.lstrip() if self._drop_blanks else text
 
-    def _say(self, kind: type[Text] | type[Thinking], text: str) -> None:
-        if text and self._events and isinstance(self._events[-1], kind):
-            self._events[-1].text += text
-        elif text:
+    def _match_stops(self, text: str) -> None:
+        self._emit(Text, self._stops.feed(text))
+        if self._stops.stop_sequence is not None:
+            self.finished = True
+
+    def _emit(self, kind: type[Text] | type[Thinking], text: str) -> None:
+        if not text:
+            return
+        last = self._events[-1] if self._events else None
+        if isinstance(last, kind):
+            last.text += text
+        else:
             self._events.append(kind(text))

@@ -1,32 +1,38 @@
-"""The models in memory, and who gets how much of it."""
+"""The models in memory, and which of them gets how much of it."""
 
 from __future__ import annotations
 
 import gc
 import logging
 import math
+import time
 
 from _mlx_server.inference.disk_cache import DiskCache
-from _mlx_server.inference.generation import Generation
 from _mlx_server.inference.group import Group
-from _mlx_server.inference.memory import StateSize, usable_memory
+from _mlx_server.inference.memory import StateSize, gigabytes, usable_memory
 from _mlx_server.inference.models import LocalModel
 from _mlx_server.inference.prefix_cache import PrefixCache
-from _mlx_server.inference.protocol import PromptTooLong
+from _mlx_server.inference.protocol import ModelLoadError, PromptTooLong
 from _mlx_server.inference.renderer import PromptRenderer
 from _mlx_server.inference.runner import ModelRunner
+from _mlx_server.inference.sequence import Sequence
 
 log = logging.getLogger("mlx_server")
 
 
 class ModelPool:
-    """The models in memory, and who gets how much of it. On the MLX thread, but for reading.
+    """The models in memory, and how memory is shared among them.
 
     Policy. The weights, the KV that admitted requests are expected to need, and the prefix cache
     stay within `memory` bytes together. A request that needs room gets it from the prefix cache
     first, then from idle models, the least recently used one going first, and otherwise waits until
     others are through. When answers grow beyond what was expected, the latest request of the lowest
-    priority is paused. `max_loaded` bounds the number of models."""
+    priority is paused. `max_loaded` bounds the number of models.
+
+    Only the MLX thread changes it. Any thread may read it: the dicts are replaced by every
+    change."""
+
+    WRITE_DELAY = 1.0  # seconds without work after which the prefix cache is written to disk
 
     def __init__(
         self,
@@ -38,100 +44,171 @@ class ModelPool:
         group: Group,
     ):
         self.memory, self._group = memory, group
-        self.prefixes = PrefixCache(self._spare, group)
-        self.runners: dict[str, ModelRunner] = {}
-        # By model: bytes of the weights and of a state, once it was loaded
-        self.states: dict[str, tuple[int, StateSize]] = {}
-        self._cache_limit, self._max_loaded, self._kv_bits, self._disk_cache = (
-            cache_limit,
-            max_loaded,
-            kv_bits,
-            disk_cache,
-        )
+        self._cache_limit, self._max_loaded = cache_limit, max_loaded
+        self._kv_bits, self._disk_cache = kv_bits, disk_cache
+        self.prefixes = PrefixCache(self._cache_room, group)
+        self.runners: dict[str, ModelRunner] = {}  # by the model's name
+        # By name of each model that was loaded once: bytes of the weights and of a state
+        self._sizes: dict[str, tuple[int, StateSize]] = {}
 
-    def jobs(self) -> list[Generation]:
-        return [job for runner in list(self.runners.values()) for job in list(runner.jobs)]
+    def sequences(self) -> list[Sequence]:
+        """All requests that were admitted and have not ended."""
+        return [one for runner in self.runners.values() for one in runner.sequences]
 
     def context(self, name: str) -> int | None:
         """Tokens of a conversation that memory can hold beside the model alone; None if that is not
         known or no bound."""
-        weights, state = self.states.get(name, (0, None))
-        return state.tokens(self.memory - weights) if state else None
+        if name not in self._sizes:
+            return None
+        weights, state_size = self._sizes[name]
+        return state_size.tokens(self.memory - weights)
 
-    def _spare(self) -> int:
+    def _cache_room(self) -> int:
+        """Bytes that the prefix cache may take at the moment."""
         return min(self._cache_limit, self.memory - self._committed())
 
     def _committed(self) -> int:
-        return sum(r.size + sum(map(r.reserve, r.jobs)) for r in self.runners.values())
+        """Bytes of the weights and of what running requests are expected to need."""
+        runners = self.runners.values()
+        return sum(runner.size + sum(map(runner.reserve, runner.sequences)) for runner in runners)
 
     def open(self, local: LocalModel, renderer: PromptRenderer) -> ModelRunner | None:
         """The model, loaded if need be; None if it has to wait for room. Raises ModelLoadError."""
         if runner := self.runners.get(local.name):
             return runner
         size = local.size // self._group.size
-        while self._committed() + size > self.memory or len(self.runners) >= (
-            self._max_loaded or math.inf
-        ):
+        while not self._has_room_for(size):
             if not self._unload_idle():
                 return None
         self.prefixes.evict(spare=size)
         self._wire(size)
         try:
-            runner = self.runners[local.name] = ModelRunner(
+            runner = ModelRunner(
                 local, renderer, self.prefixes, self._kv_bits, self._disk_cache, self._group
             )
+            self.runners = {**self.runners, local.name: runner}
         finally:
             self._clean()
-        self.states[local.name] = runner.size, runner.state
+        self._sizes = {**self._sizes, local.name: (runner.size, runner.state_size)}
         return runner
 
-    def fits(self, runner: ModelRunner, job: Generation) -> bool:
-        """Whether a request can begin now, when the prefix cache makes room for it. Raises
+    def _has_room_for(self, size: int) -> bool:
+        full = self._max_loaded is not None and len(self.runners) >= self._max_loaded
+        return not full and self._committed() + size <= self.memory
+
+    def fits(self, runner: ModelRunner, sequence: Sequence) -> bool:
+        """Whether a request can begin now, if the prefix cache makes room for it. Raises
         PromptTooLong if it never can."""
-        need = runner.reserve(job)
+        need = runner.reserve(sequence)
         while self._committed() + need > self.memory:
             if self._unload_idle(runner):
                 continue
-            if self.jobs():
+            if self.sequences():
                 return False
-            if (most := self.context(runner.local.name)) is not None and job.prompt_tokens >= most:
-                raise PromptTooLong(job.prompt_tokens, most)
+            most = self.context(runner.local.name)
+            if most is not None and sequence.prompt_tokens >= most:
+                raise PromptTooLong(sequence.prompt_tokens, most)
             break  # less is left for the answer than is usual
         return True
 
-    def rebalance(self) -> Generation | None:
-        """Adapts the prefix cache to what the others take. When they take too much, pauses a
-        request and returns it."""
+    def rebalance(self) -> Sequence | None:
+        """Fits the prefix cache into the room that the requests leave. If they take too much
+        themselves, pauses one of them and returns it."""
         paused = None
-        if self._committed() > self.memory and len(self.jobs()) > 1:
-            running = [
-                (job, runner) for runner in self.runners.values() for job in runner.decoding()
-            ]
-            latest, runner = max(
-                running,
-                key=lambda pair: (pair[0].request.priority, pair[0]._born),
-                default=(None, None),
-            )
-            paused = latest if latest and runner.pause(latest) else None
+        if self._committed() > self.memory and len(self.sequences()) > 1:
+            paused = self._pause_latest()
         self.prefixes.evict()
         return paused
 
+    def _pause_latest(self) -> Sequence | None:
+        """Pauses the latest decoding request of the lowest priority; None if that is not
+        possible."""
+        running = [(one, runner) for runner in self.runners.values() for one in runner.decoding()]
+        if not running:
+            return None
+        latest, runner = max(
+            running, key=lambda pair: (pair[0].request.priority, pair[0].submitted)
+        )
+        return latest if runner.pause(latest) else None
+
+    def check_size(self, local: LocalModel, installed: list[LocalModel]) -> None:
+        """Raises ModelLoadError for a model that never fits into memory, with advice which of the
+        installed ones does."""
+        size = local.size // self._group.size
+        if size <= self.memory:
+            return
+        advice = "take a smaller or more quantised one"
+        chatting = [model for model in installed if "completion" in model.capabilities]
+        fitting = [model for model in chatting if model.size <= self.memory]
+        if fitting:
+            best = max(fitting, key=lambda model: model.size)
+            advice = f"'{best.name}' ({gigabytes(best.size)}) fits"
+        raise ModelLoadError(
+            f"model '{local.name}' needs {gigabytes(size)} of memory, and "
+            f"{gigabytes(self.memory)} can be used; {advice}"
+        )
+
+    def next_due(self) -> float | None:
+        """When something has to be written or unloaded next if nothing else happens, in monotonic
+        seconds."""
+        runners = self.runners.values()
+        dues = [runner.used + self.WRITE_DELAY for runner in runners if runner.has_unwritten()]
+        dues += [expires for runner in runners if (expires := runner.expires) is not None]
+        return min(dues, default=None)
+
+    def unload_due(self, wanted: set[str]) -> None:
+        """Unloads the idle models that have expired or are `wanted` to go."""
+
+        def due() -> list[str]:
+            now = time.monotonic()
+            return [
+                name for name in idle if name in wanted or (idle[name].expires or math.inf) <= now
+            ]
+
+        idle = {name: runner for name, runner in self.runners.items() if not runner.sequences}
+        names = self._group.broadcast(due) if idle else []
+        idle.clear()  # or the weights would be held
+        for name in names:
+            self.unload(name)
+
+    def write_segment(self) -> None:
+        """Writes one segment to the disk cache, if a model has been idle long enough: only one,
+        since a request may have come by then."""
+        for runner in self.runners.values():
+            idle = time.monotonic() - runner.used
+            if idle >= self.WRITE_DELAY and runner.has_unwritten():
+                return runner.write()
+
     def _unload_idle(self, spared: ModelRunner | None = None) -> bool:
-        idle = {name: r.used for name, r in self.runners.items() if not r.jobs and r is not spared}
+        """Unloads the least recently used idle model; returns whether there was one."""
+        idle = [
+            name
+            for name, runner in self.runners.items()
+            if not runner.sequences and runner is not spared
+        ]
         if idle:
-            self.unload(min(idle, key=idle.get))
+            self.unload(min(idle, key=lambda name: self.runners[name].used))
         return bool(idle)
 
     def unload(self, name: str) -> None:
-        """Gives an idle model's weights and states back to the system, if nobody else holds the
-        runtime."""
+        """Gives an idle model's weights and states back to the system, if no other object holds the
+        runner."""
         runner = self.runners[name]
-        while runner.unwritten():
+        while runner.has_unwritten():
             runner.write()
         self.prefixes.drop(runner.fingerprint)
-        del self.runners[name], runner
+        self.runners = {other: one for other, one in self.runners.items() if other != name}
+        del runner
         self._clean()
         log.info("unloaded %s", name)
+
+    def forget(self) -> list[Sequence]:
+        """Drops everything, as after a failure that leaves nothing to rely on; returns the requests
+        that ran."""
+        sequences = self.sequences()
+        self.runners, self.prefixes = {}, PrefixCache(self._cache_room, self._group)
+        self._clean()
+        return sequences
 
     def _clean(self) -> None:
         import mlx.core as mx
@@ -141,20 +218,11 @@ class ModelPool:
         self._wire()
 
     def _wire(self, coming: int = 0) -> None:
-        """Keeps the weights in memory, and as many bytes of those that are to be loaded. States
-        come and go, which has made macOS panic where they were wired, too:
-        https://github.com/ml-explore/mlx/issues/3186"""
+        """Keeps the weights in memory, and as many bytes of those that are to be loaded. States are
+        not wired: as they come and go, macOS has panicked where they were
+        (https://github.com/ml-explore/mlx/issues/3186)."""
         import mlx.core as mx
 
         if mx.metal.is_available():
-            mx.set_wired_limit(
-                min(usable_memory(), coming + sum(runner.size for runner in self.runners.values()))
-            )
-
-    def forget(self) -> list[Generation]:
-        """Drops everything, as after a failure that leaves nothing to rely on; returns the requests
-        that ran."""
-        jobs = self.jobs()
-        self.runners, self.prefixes = {}, PrefixCache(self._spare, self._group)
-        self._clean()
-        return jobs
+            weights = coming + sum(runner.size for runner in self.runners.values())
+            mx.set_wired_limit(min(usable_memory(), weights))

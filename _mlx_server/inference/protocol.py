@@ -8,7 +8,7 @@ import dataclasses
 import enum
 import re
 from dataclasses import dataclass, field
-from typing import Any, Union
+from typing import Any
 
 Message = dict[str, Any]
 """One message of the canonical conversation: `{"role", "content": str, ...}`.
@@ -188,7 +188,7 @@ class Done:
     tokens: list[int] = field(default_factory=list)
 
 
-Event = Union[Thinking, Text, ToolStart, ToolInput, ToolEnd, Embedding, Tick, Done]
+Event = Thinking | Text | ToolStart | ToolInput | ToolEnd | Embedding | Tick | Done
 
 
 class EngineError(Exception):

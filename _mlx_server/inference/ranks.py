@@ -15,58 +15,58 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from multiprocessing import connection
+from multiprocessing import AuthenticationError, connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from _mlx_server.inference.generation import Generation
-from _mlx_server.inference.group import Group
+from _mlx_server.inference.group import Group, GroupLost, Value
 from _mlx_server.inference.memory import usable_memory
 from _mlx_server.inference.protocol import EngineError, first_line
+from _mlx_server.inference.sequence import Sequence
 from _mlx_server.inference.weights import model_body
 
+if TYPE_CHECKING:
+    import mlx.core as mx
+
 log = logging.getLogger("mlx_server")
+
+SequenceName = tuple[str, tuple[Any, ...] | None]
+"""A sequence between processes: its id on rank 0 and, the first time, what it is made of."""
 
 
 class Ranks(Group):
     """The processes that `mlx.launch` has started, on one machine or several. They share each
     tensor or, with `pipeline`, the layers.
 
-    Rank 0 has a TCP connection to every other one, on which it tells what it decides: waiting there
-    costs nothing, and whoever is gone is missed at once. MLX's collectives wait for ever for a
-    process that does not take part. So the group ends, on rank 0 by `on_lost` and elsewhere at
-    once, when a connection closes or is silent, or when one process fails alone. Raises EngineError
-    if the group does not come together."""
+    Rank 0 has a TCP connection to every other rank for its broadcasts: waiting on a socket costs
+    nothing, and a process that is gone is noticed at once. MLX's collectives wait for ever for a
+    process that does not take part. So the group ends when a connection closes or is silent, or
+    when one process fails alone: rank 0 calls `on_lost`, the other processes exit, since a
+    collective cannot be interrupted. Raises EngineError if the group does not come together."""
 
     BEAT = 5.0  # seconds between two signs of life
     SILENCE = 30.0  # seconds without one after which a process counts as gone
-    SKEW = 15.0  # seconds within which a failure that all have in common shows everywhere
-    _BEAT, _FAILED, _END = b"", b"failed", b"end"  # what is no pickle
+    SKEW = 15.0  # seconds within which a failure that all processes have shows everywhere
+    _BEAT, _FAILED, _END = b"", b"failed", b"end"  # messages that are no pickle
     _GONE, _APART = "a machine of the group is gone", "the machines of the group are out of step"
 
     def __init__(self, pipeline: bool):
         import mlx.core as mx
 
+        failures = (RuntimeError, ValueError, LookupError, OSError, EOFError, AuthenticationError)
         try:
             group = mx.distributed.init(strict=True)
             self.rank, self.size, self._pipeline = group.rank(), group.size(), pipeline
             self._peers = self._connect(_leader())
             self._memory = self._least(usable_memory())
-        except (
-            RuntimeError,
-            ValueError,
-            LookupError,
-            OSError,
-            EOFError,
-            connection.AuthenticationError,
-        ) as error:
+        except failures as error:
             raise EngineError(f"the group does not come together: {first_line(error)}") from error
-        # That all know
-        self._jobs: weakref.WeakValueDictionary[str, Generation] = weakref.WeakValueDictionary()
-        self._told: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        # Ranks with one that rank 0 has not had yet
+        # The sequences that all processes know, by their ids on rank 0
+        self._sequences: weakref.WeakValueDictionary[str, Sequence] = weakref.WeakValueDictionary()
+        self._broadcasts: queue.SimpleQueue[bytes] = queue.SimpleQueue()  # from rank 0
+        # Ranks that report a failure which rank 0 has not had yet
         self._failures: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._sending = threading.Lock()  # the MLX thread and `_watch` both do
+        self._sending = threading.Lock()  # the MLX thread and `_watch` both send
         self._closed = False
 
     def _connect(self, host: str) -> dict[connection.Connection, int]:
@@ -75,65 +75,67 @@ class Ranks(Group):
         import mlx.core as mx
 
         key = secrets.token_bytes(32)
-        listener = (
-            None if self.rank else connection.Listener((host, 0), backlog=self.size, authkey=key)
-        )
-        ours = [listener.address[1], *key] if listener else [0] * 33
-        port, *key = mx.distributed.all_sum(mx.array(ours), stream=mx.cpu).tolist()
+        listener, ours = None, [0] * 33
+        if not self.rank:
+            listener = connection.Listener((host, 0), backlog=self.size, authkey=key)
+            ours = [listener.address[1], *key]
+        shared: Any = mx.distributed.all_sum(mx.array(ours), stream=mx.cpu).tolist()
+        port, key = shared[0], bytes(shared[1:])
         if listener:
             with listener:
-                peers = {
-                    peer: peer.recv() for peer in (listener.accept() for _ in range(1, self.size))
-                }
+                accepted = (listener.accept() for _ in range(1, self.size))
+                peers = {peer: peer.recv() for peer in accepted}
         else:
-            peers = {connection.Client((host, port), authkey=bytes(key)): 0}
+            peers = {connection.Client((host, port), authkey=key): 0}
             next(iter(peers)).send(self.rank)
         for peer in peers:
             with socket.fromfd(peer.fileno(), socket.AF_INET, socket.SOCK_STREAM) as end:
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return peers
 
-    def start(self, replicate: Callable[..., Generation], on_lost: Callable[[str], None]) -> None:
+    def start(self, replicate: Callable[..., Sequence], on_lost: Callable[[str], None]) -> None:
         self._replicate, self._on_lost = replicate, on_lost
         threading.Thread(target=self._watch, name="group", daemon=True).start()
 
-    def broadcast(self, find: Callable[[], Any]) -> Any:
+    def broadcast(self, find: Callable[[], Value]) -> Value:
         if self.rank:
-            unpickler = pickle.Unpickler(io.BytesIO(self._told.get()))
-            unpickler.persistent_load = self._named
-            return unpickler.load()
+            unpickler = pickle.Unpickler(io.BytesIO(self._broadcasts.get()))
+            unpickler.persistent_load = self._sequence_of  # type: ignore[method-assign]
+            value: Value = unpickler.load()
+            return value
         found, out = find(), io.BytesIO()
         if self.lost:
-            raise SystemExit  # ends the thread
+            raise GroupLost
         pickler = pickle.Pickler(out)
-        pickler.persistent_id = self._name
+        pickler.persistent_id = self._name_of  # type: ignore[method-assign]
         pickler.dump(found)
-        self._tell(out.getvalue())
+        self._send(out.getvalue())
         return found
 
-    def _name(self, value: Any) -> tuple[str, tuple | None] | None:
-        """How a request is sent: once as a whole, and by its id from then on."""
-        if not isinstance(value, Generation):
+    def _name_of(self, value: Any) -> SequenceName | None:
+        """How a sequence is sent: as a whole the first time, and by its id from then on."""
+        if not isinstance(value, Sequence):
             return None
-        fields = None
-        if value.id not in self._jobs:
-            fields = value.request, value._prompt, value._limit, value._by_context, value._born
-            self._jobs[value.id] = value
-        return value.id, fields
+        if value.id in self._sequences:
+            return value.id, None
+        self._sequences[value.id] = value
+        limits = value.limit, value.limited_by_context
+        return value.id, (value.request, value.prompt, *limits, value.submitted)
 
-    def _named(self, name: tuple[str, tuple | None]) -> Generation:
+    def _sequence_of(self, name: SequenceName) -> Sequence:
         key, fields = name
         if fields is None:
-            return self._jobs[key]
-        self._jobs[key] = job = self._replicate(*fields)
-        return job
+            return self._sequences[key]
+        self._sequences[key] = sequence = self._replicate(*fields)
+        return sequence
 
-    def sync_tokens(self, tokens: Any) -> Any:
+    def sync_tokens(self, tokens: mx.array) -> mx.array:
         import mlx.core as mx
 
-        agreed = mx.distributed.all_sum(tokens * int(self.rank == 0))
-        mx.async_eval(agreed)  # everywhere before the next collective, which need not depend on it
-        return agreed
+        picked = mx.distributed.all_sum(tokens * int(self.rank == 0))
+        # All processes compute it before the next collective, which need not depend on it.
+        mx.async_eval(picked)  # type: ignore[no-untyped-call]
+        return picked
 
     def memory(self) -> int:
         return self._memory
@@ -142,7 +144,8 @@ class Ranks(Group):
         """The smallest of the numbers that the processes have."""
         import mlx.core as mx
 
-        return mx.distributed.all_min(mx.array(number, mx.int64), stream=mx.cpu).item()
+        least: Any = mx.distributed.all_min(mx.array(number, mx.int64), stream=mx.cpu).item()
+        return int(least)
 
     def load(self, path: Path, **options: Any) -> Any:
         import mlx.core as mx
@@ -156,9 +159,8 @@ class Ranks(Group):
         model = load_model(path, lazy=True, **options)[0]
         whole, split = (model_body(model), "pipeline") if self._pipeline else (model, "shard")
         if not hasattr(whole, split):
-            raise ValueError(
-                f"mlx-lm cannot split it so; try {'without' if self._pipeline else 'with'} --pipeline"
-            )
+            other = "without" if self._pipeline else "with"
+            raise ValueError(f"mlx-lm cannot split it so; try {other} --pipeline")
         getattr(whole, split)(mx.distributed.init())
         mx.eval(model.parameters())
         self._least(0)  # waits for the slowest disk: a GPU must not
@@ -168,20 +170,20 @@ class Ranks(Group):
         if str(error).startswith(("[ring]", "[jaccl]")):
             self.give_up(f"{self._GONE}: {error}")
         elif self.rank:
-            return self._tell(self._FAILED)
+            return self._send(self._FAILED)
         try:
             for _ in self._peers:
                 self._failures.get(timeout=0 if self.lost else self.SKEW)
         except queue.Empty:
             self.give_up(self._APART)
-            raise SystemExit from None
+            raise GroupLost from None
 
     def close(self) -> None:
         self._closed = True
         if not self.rank:
-            self._tell(self._END)
+            self._send(self._END)
 
-    def _tell(self, message: bytes) -> None:
+    def _send(self, message: bytes) -> None:
         with self._sending:
             for peer in self._peers:
                 with contextlib.suppress(OSError):  # `_watch` finds out
@@ -189,10 +191,11 @@ class Ranks(Group):
 
     def _watch(self) -> None:
         """Takes what the others send, until one of them is gone."""
-        told = failed = time.monotonic()
-        heard = dict.fromkeys(self._peers, told)
+        sent = failed = time.monotonic()
+        heard = dict.fromkeys(self._peers, sent)
         while True:
-            for peer in connection.wait(self._peers, self.BEAT):
+            ready: list[Any] = connection.wait(self._peers, self.BEAT)
+            for peer in ready:
                 try:
                     message = peer.recv_bytes()
                 except (EOFError, OSError):
@@ -204,19 +207,17 @@ class Ranks(Group):
                     self._failures.put(self._peers[peer])
                     failed = heard[peer]
                 elif message != self._BEAT:
-                    self._told.put(message)
+                    self._broadcasts.put(message)
             now = time.monotonic()
-            silent = next(
-                (rank for peer, rank in self._peers.items() if now - heard[peer] > self.SILENCE),
-                None,
-            )
-            if silent is not None:
-                return self.give_up(f"{self._GONE}: rank {silent} is silent")
+            silent = [self._peers[peer] for peer in heard if now - heard[peer] > self.SILENCE]
+            if silent:
+                return self.give_up(f"{self._GONE}: rank {silent[0]} is silent")
             if not self._failures.empty() and now - failed > self.SKEW:
                 return self.give_up(self._APART)
-            if now - told >= self.BEAT and not self._sending.locked():  # whoever sends shows life
-                self._tell(self._BEAT)
-                told = now
+            # A process that is sending shows by that that it lives.
+            if now - sent >= self.BEAT and not self._sending.locked():
+                self._send(self._BEAT)
+                sent = now
 
     def give_up(self, reason: str) -> None:
         if self._closed or self.lost:
@@ -232,7 +233,8 @@ def _leader() -> str:
     """Rank 0's address, from what `mlx.launch` tells of its back ends ring and jaccl:
     https://ml-explore.github.io/mlx/build/html/usage/distributed.html"""
     hosts = os.environ.get("MLX_HOSTFILE")
-    address = (
-        json.loads(Path(hosts).read_text())[0][0] if hosts else os.environ["MLX_JACCL_COORDINATOR"]
-    )
+    if hosts:
+        address: str = json.loads(Path(hosts).read_text())[0][0]
+    else:
+        address = os.environ["MLX_JACCL_COORDINATOR"]
     return address.rpartition(":")[0]

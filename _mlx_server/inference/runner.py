@@ -11,40 +11,41 @@ from typing import Any
 
 from _mlx_server.inference.decode_batch import DecodeBatch
 from _mlx_server.inference.disk_cache import DiskCache
-from _mlx_server.inference.generation import Generation, Phase
+from _mlx_server.inference.embedding import Pooler
 from _mlx_server.inference.group import Group
-from _mlx_server.inference.memory import StateSize, gigabytes
-from _mlx_server.inference.models import LocalModel, fingerprint, load_error
+from _mlx_server.inference.memory import gigabytes
+from _mlx_server.inference.models import LocalModel, fingerprint
 from _mlx_server.inference.prefix_cache import CacheEntry, PrefixCache, common_prefix
 from _mlx_server.inference.protocol import Embedding, EngineError, InvalidRequest
 from _mlx_server.inference.renderer import PromptRenderer
 from _mlx_server.inference.sampling import make_penalties, make_sampler, token_logprobs
-from _mlx_server.inference.weights import headless_classes, model_body, pooling_mode
+from _mlx_server.inference.sequence import Sequence, State
+from _mlx_server.inference.weights import Weights
 
 log = logging.getLogger("mlx_server")
 
 
 class ModelRunner:
-    """A model's weights and its running requests. Every method runs on the MLX thread.
+    """A model's weights and its running requests. Every method runs on the MLX thread; other
+    threads may read `sequences`, `used` and `keep_alive`, which are replaced as a whole.
 
-    Prefill is done here, a chunk at a time, since snapshots have to be taken inside it and others
-    get their turn between two chunks; the decoder then takes over. Whatever fails, fails for the
-    request it belongs to."""
+    Prefill is done here, a chunk at a time, since checkpoints have to be taken inside it and other
+    requests get their turn between two chunks; the decode batch then takes over. A failure fails
+    the request it belongs to and no other."""
 
     CHUNK = 512  # tokens; larger ones gain no speed but memory peaks and waiting time
-    # But up to a fifth with experts, all of which each chunk reads:
+    # With experts a chunk reads the weights of all of them, and larger ones gain up to a fifth:
     # https://github.com/ml-explore/mlx-lm/pull/406
     LARGE = 2048
     LEAST = 64  # tokens that a chunk has after failures
-    # Tokens up to which a large chunk's attention takes no more memory than a small one's does at
-    # 64k
+    # Tokens up to which a large chunk's attention takes no more memory than a small one's at 64k
     DEEP = 16384
     SPARSE = 4096  # tokens between two restore points inside a long prompt
     BATCH = 32  # requests that decode side by side
-    # Tokens of an answer to keep memory free for; who writes more may have to wait in between
+    # Tokens of an answer to keep memory free for; a longer one may have to wait in between
     EXPECTED = 4096
-    INSPECTED = 32  # tokens between two looks whether the model still computes numbers
-    TELL = 4.0  # seconds between two words on how far a long prompt is
+    INSPECTED = 32  # tokens between two checks that the model still computes numbers
+    PROGRESS = 4.0  # seconds between two log lines on the progress of a long prompt
 
     def __init__(
         self,
@@ -55,64 +56,25 @@ class ModelRunner:
         disk_cache: DiskCache | None,
         group: Group,
     ):
-        import mlx.core as mx
-        from mlx.utils import tree_flatten
-
+        """Loads the model. Raises ModelLoadError."""
         started = time.perf_counter()
         log.info("loading %s, %s", local.name, gigabytes(local.size))
-        self.local, self.renderer, self.prefixes, self.disk_cache, self._group = (
-            local,
-            renderer,
-            prefixes,
-            disk_cache,
-            group,
-        )
-        self.fingerprint, self._kv_bits = fingerprint(local, kv_bits), kv_bits
-        try:
-            embeds = "embedding" in local.capabilities
-            self.model = group.load(
-                local.path, **({"get_model_classes": headless_classes} if embeds else {})
-            )
-            self._body = model_body(self.model)
-            self._pooling = pooling_mode(local) if embeds else "mean"
-            cache = self._new_cache()
-            forward = self._body if embeds else self.model
-            # Compiles the kernels, and shows what KV takes
-            mx.eval(forward(mx.array([[0]]), cache=cache))
-        except Exception as error:
-            raise load_error(local, f"model '{local.name}'", error) from error
-        size = sum(array.nbytes for _, array in tree_flatten(self.model.parameters()))
-        self.size, self.state = group.broadcast(lambda: (size, StateSize.of(cache)))
-        experts = any(
-            type(module).__name__.endswith("SwitchLinear") for module in self.model.modules()
-        )
-        # A GPU must not wait long for another
-        self._undisturbed = self.LARGE if experts and group.size == 1 else self.CHUNK
-        self.load_seconds = time.perf_counter() - started
-        self.jobs: list[Generation] = []
-        self.keep_alive: float | None = None
+        self.local, self.renderer, self.prefixes = local, renderer, prefixes
+        self.fingerprint = fingerprint(local, kv_bits)
+        self.weights = Weights(local, kv_bits, group)
+        self.model, self.size = self.weights.model, self.weights.size
+        self.state_size = self.weights.state_size
+        self.sequences: tuple[Sequence, ...] = ()
+        self.keep_alive: float | None = None  # seconds that the idle model stays
         self.used = time.monotonic()
-        self._decoder = self._new_decoder()
-        log.info("loaded %s in %.1f s", local.name, self.load_seconds)
+        self._disk_cache, self._group = disk_cache, group
+        self.decode_batch = self._new_decode_batch()
+        self._chunk = self.CHUNK
+        # With other processes waiting in a collective, no chunk may take long.
+        self._chunk_alone = self.LARGE if self.weights.has_experts and group.size == 1 else 0
+        log.info("loaded %s in %.1f s", local.name, time.perf_counter() - started)
 
-    def _new_cache(self) -> list[Any]:
-        from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
-
-        def quantized(layer: Any) -> Any:
-            return (
-                QuantizedKVCache(64 if head % 64 == 0 else 32, self._kv_bits)
-                if type(layer) is KVCache
-                else layer
-            )
-
-        config = self.local.config.get("text_config") or self.local.config
-        head = config.get("head_dim") or config.get("hidden_size", 0) // config.get(
-            "num_attention_heads", 1
-        )
-        cache = make_prompt_cache(self.model)
-        return [quantized(layer) for layer in cache] if self._kv_bits and head % 32 == 0 else cache
-
-    def _new_decoder(self) -> DecodeBatch:
+    def _new_decode_batch(self) -> DecodeBatch:
         return DecodeBatch(self.model, self.renderer.tokenizer.eos_token_ids, self._group)
 
     @property
@@ -120,228 +82,228 @@ class ModelRunner:
         """When an idle model is unloaded, in monotonic seconds; None for never."""
         if self.keep_alive is None or self.keep_alive < 0:
             return None
-        return (time.monotonic() if self.jobs else self.used) + self.keep_alive
+        return (time.monotonic() if self.sequences else self.used) + self.keep_alive
 
-    def reserve(self, job: Generation) -> int:
+    def reserve(self, sequence: Sequence) -> int:
         """Bytes of KV to expect of a request."""
-        written = job.usage.completion_tokens
-        return self.state.nbytes(job.prompt_tokens + max(written, min(job._limit, self.EXPECTED)))
+        answer = max(sequence.usage.completion_tokens, min(sequence.limit, self.EXPECTED))
+        return self.state_size.nbytes(sequence.prompt_tokens + answer)
 
-    def admit(self, job: Generation) -> None:
-        """Takes a request in, with the state that it goes on from: before room is made for it by
+    def admit(self, sequence: Sequence) -> None:
+        """Takes a request in, with the state that it goes on from, before room is made for it by
         dropping states."""
-        if job.request.keep_alive is not None:
-            self.keep_alive = job.request.keep_alive
-        waited = job._lap()
-        self.jobs.append(job)
-        if not job._prompt.tokens:
-            return self._end(job, "load")
-        if job._detokenizer is None:  # it was not paused
-            job.usage.load_seconds = waited
-            job._detokenizer = self.renderer.tokenizer.detokenizer
-            job._parser.feed(job._prompt.opening)
+        if sequence.request.keep_alive is not None:
+            self.keep_alive = sequence.request.keep_alive
+        waited = sequence.lap()
+        self.sequences = (*self.sequences, sequence)
+        if not sequence.prompt.tokens:
+            return self._end(sequence, "load")
+        if sequence.detokenizer is None:  # otherwise it was paused
+            sequence.usage.load_seconds = waited
+            sequence.detokenizer = self.renderer.tokenizer.detokenizer
+            sequence.parser.feed(sequence.prompt.opening)
         try:
-            self._restore(job)
+            self._restore(sequence)
         except Exception as error:
-            self._failed(error)
-            self._drop(job, error)
+            self._after_failure(error)
+            self._drop(sequence, error)
 
-    def decoding(self) -> list[Generation]:
-        return [job for job in self.jobs if job._phase is Phase.DECODE]
+    def decoding(self) -> list[Sequence]:
+        """The requests in the decode batch."""
+        return [sequence for sequence in self.sequences if sequence.decoding]
 
-    def candidates(self) -> list[Generation]:
+    def candidates(self) -> list[Sequence]:
         """The requests that can use a chunk of prefill, or begin to decode."""
-        if len(self._decoder) >= self.BATCH:
+        if len(self.decode_batch) >= self.BATCH:
             return []
-        waiting = [job for job in self.jobs if job._phase in (Phase.WAITING, Phase.PREFILL)]
-        return [
-            job for job in waiting if job._left() > 0 or job._line is None or self._may_decode(job)
-        ]
+        waiting = [one for one in self.sequences if one.state in (State.WAITING, State.PREFILL)]
+        return [one for one in waiting if one.left > 0 or self._may_decode(one)]
 
-    def _may_decode(self, job: Generation) -> bool:
-        alone = job._suspect or any(other._suspect for other in self.decoding())
-        return not len(self._decoder) or not alone and self._decoder.accepts(job._line.cache)
+    def _may_decode(self, sequence: Sequence) -> bool:
+        if not len(self.decode_batch) or sequence.entry is None:
+            return True
+        alone = sequence.alone or any(other.alone for other in self.decoding())
+        return not alone and self.decode_batch.accepts(sequence.entry.cache)
 
     # -- prefill
 
-    def prefill(self, job: Generation, alone: bool) -> None:
-        """One chunk of a request's prompt, a large one if nobody else is here to wait for it;
-        behind the last one it decodes."""
-        job._phase = Phase.PREFILL
+    def prefill(self, sequence: Sequence, undisturbed: bool) -> None:
+        """Reads one chunk of a request's prompt, a large one if no other request waits meanwhile.
+        Behind the last chunk the request begins to decode."""
+        sequence.enter(State.PREFILL)
         try:
-            if job.request.embed:
-                return self._embed(job)
-            self._restore(job)
-            if job._left() > 0:
-                self._read_chunk(job, self._undisturbed if alone else self.CHUNK)
-                self._log_progress(job)
-            if job._left() <= 0 and self._may_decode(job):
-                self._start_decoding(job)
+            if sequence.request.embed:
+                return self._embed(sequence)
+            self._restore(sequence)
+            if sequence.left > 0:
+                self._read_chunk(sequence, undisturbed)
+                self._log_progress(sequence)
+            if sequence.left <= 0 and self._may_decode(sequence):
+                self._start_decoding(sequence)
         except Exception as error:
-            self._failed(error)
-            if _on_gpu(error):  # which had it too long, or had no room: smaller chunks may do
-                self.CHUNK = self._undisturbed = max(self.CHUNK // 2, self.LEAST)
+            self._after_failure(error)
+            if _on_gpu(error):  # it took too long, or had no room: smaller chunks may do
+                self._chunk, self._chunk_alone = max(self._chunk // 2, self.LEAST), 0
             else:
-                self._salvage(job)
-            self._drop(job, error)
+                self._salvage(sequence)
+            self._drop(sequence, error)
 
-    def _restore(self, job: Generation) -> None:
-        """Gives a request the longest beginning of its prompt that anyone has read: a line of the
-        prefix cache, the disk's, or a copy from a request that runs, so that a twin or a sub-agent
-        of a running request does not prefill twice. One that has begun changes over when others
-        have come a chunk further."""
-        tokens, begun = job._prompt.tokens, job._line is not None
-        if begun and len(self.jobs) == 1 or job.request.embed:
+    def _restore(self, sequence: Sequence) -> None:
+        """Gives a request the longest beginning of its prompt that was read before: an entry of the
+        prefix cache or the disk cache, or a copy from a running request, so that a twin or a
+        sub-agent of that one does not prefill twice. A request that has begun changes over when
+        others have come a chunk further."""
+        begun = sequence.entry is not None
+        if begun and len(self.sequences) == 1 or sequence.request.embed:
             return
-        have = len(job._line.tokens) + self.CHUNK if begun else 0
-        _, length = self.prefixes.find(self.fingerprint, tokens)
-        chain, kept = (
-            self.disk_cache.find(self.fingerprint, tokens[:-1])
-            if self.disk_cache and not begun
-            else ([], 0)
-        )
-        shared, donor = self._most_like(job)
-        line = None
-        if shared > max(length, have):
-            running = donor._line
-            if donor._phase is Phase.DECODE:
-                read, cache = self._decoder.peek(donor._number)
-                running = dataclasses.replace(running, tokens=read, cache=cache)
+        have = len(sequence.entry.tokens) + self._chunk if sequence.entry is not None else 0
+        entry = self._longest_state(sequence, have)
+        if entry is None:
+            if begun:
+                return
+            entry = CacheEntry([], self.weights.new_cache())
+        prompt = sequence.prompt
+        entry.model, entry.root, entry.written = self.fingerprint, prompt.root, False
+        if prompt.body and sequence.request.messages[-1]["role"] == "user":
+            entry.turns = [at for at in entry.turns if at < prompt.body] + [prompt.body]
+        if sequence.entry is not None:
+            sequence.usage.cached_tokens += len(entry.tokens) - len(sequence.entry.tokens)
+        elif not sequence.usage.completion_tokens:
+            sequence.usage.cached_tokens = len(entry.tokens)
+        sequence.entry = entry
+
+    def _longest_state(self, sequence: Sequence, have: int) -> CacheEntry | None:
+        """The longest state that a request can go on from, if it is longer than `have` tokens."""
+        tokens = sequence.prompt.tokens
+        cached, entry = self.prefixes.find(self.fingerprint, tokens)[1], None
+        shared, donor = self._most_like(sequence)
+        if donor is not None and shared > max(cached, have):
+            running = self._state_of(donor)
             usable = running.restorable(min(shared, len(tokens) - 1))
-            line = running.branch(usable) if usable > max(length, have) else None
-        if kept > max(length, len(line.tokens) if line else 0):
-            line = self.disk_cache.load(chain, kept)
-        if line is None and length > have:
-            line = self.prefixes.take(self.fingerprint, tokens)
-        if line is None and begun:
-            return
-        line = line or CacheEntry([], self._new_cache())
-        line.model, line.root, line.written = self.fingerprint, job._prompt.root, False
-        if job._prompt.body and job.request.messages[-1]["role"] == "user":
-            line.turns = [at for at in line.turns if at < job._prompt.body] + [job._prompt.body]
-        if begun:
-            job.usage.cached_tokens += len(line.tokens) - len(job._line.tokens)
-        elif not job.usage.completion_tokens:
-            job.usage.cached_tokens = len(line.tokens)
-        job._line = line
+            entry = running.branch(usable) if usable > max(cached, have) else None
+        if self._disk_cache is not None and sequence.entry is None:
+            chain, kept = self._disk_cache.find(self.fingerprint, tokens[:-1])
+            if kept > max(cached, len(entry.tokens) if entry else 0):
+                entry = self._disk_cache.load(chain, kept)
+        if entry is None and cached > have:
+            entry = self.prefixes.take(self.fingerprint, tokens)
+        return entry
 
-    def _most_like(self, job: Generation) -> tuple[int, Generation | None]:
-        """The running request that has read the most of what a request has to read, and how much
-        that is."""
+    def _state_of(self, sequence: Sequence) -> CacheEntry:
+        """The state of a running request, which goes on using it."""
+        assert sequence.entry is not None
+        if not sequence.decoding:
+            return sequence.entry
+        tokens, cache = self.decode_batch.peek(sequence.number)
+        return dataclasses.replace(sequence.entry, tokens=tokens, cache=cache)
 
-        def read(other: Generation) -> int:
-            shared = common_prefix(other._prompt.tokens, job._prompt.tokens)
-            return shared if other._phase is Phase.DECODE else min(shared, len(other._line.tokens))
+    def _most_like(self, sequence: Sequence) -> tuple[int, Sequence | None]:
+        """The running request that has read the most of a request's prompt, and how much that
+        is."""
+        most, donor = 0, None
+        for other in self.sequences:
+            if other is sequence or other.entry is None:
+                continue
+            shared = common_prefix(other.prompt.tokens, sequence.prompt.tokens)
+            if not other.decoding:
+                shared = min(shared, len(other.entry.tokens))
+            if shared > most:
+                most, donor = shared, other
+        return most, donor
 
-        others = [other for other in self.jobs if other is not job and other._line is not None]
-        return max(
-            ((read(other), other) for other in others), key=lambda pair: pair[0], default=(0, None)
-        )
-
-    def _read_chunk(self, job: Generation, most: int) -> None:
+    def _read_chunk(self, sequence: Sequence, undisturbed: bool) -> None:
+        """Reads up to the next length where a checkpoint belongs, or a chunk if that is less."""
         import mlx.core as mx
 
-        tokens, line, prompt = job._prompt.tokens, job._line, job._prompt
-        start, end = len(line.tokens), len(tokens) - 1
-        marks = sorted(
-            {
-                prompt.root,
-                prompt.turn,
-                prompt.body or end,
-                (start // self.SPARSE + 1) * self.SPARSE,
-                end,
-            }
-        )
-        stop = min(
-            next(at for at in marks if at > start),
-            start + (most if start < self.DEEP else self.CHUNK),
-        )
-        self.model(mx.array(tokens[start:stop])[None], cache=line.cache)
-        mx.eval([c.state for c in line.cache])
+        entry, prompt = sequence.entry, sequence.prompt
+        assert entry is not None
+        start, end = len(entry.tokens), len(prompt.tokens) - 1
+        sparse = (start // self.SPARSE + 1) * self.SPARSE
+        marks = sorted({prompt.root, prompt.turn, prompt.body or end, sparse, end})
+        most = max(self._chunk, self._chunk_alone if undisturbed and start < self.DEEP else 0)
+        stop = min(next(at for at in marks if at > start), start + most)
+        self.model(mx.array(prompt.tokens[start:stop])[None], cache=entry.cache)
+        mx.eval([layer.state for layer in entry.cache])
         mx.clear_cache()
-        line.tokens = tokens[:stop]
+        entry.tokens = prompt.tokens[:stop]
         if stop in marks and (stop < end or not prompt.body):
-            line.checkpoint()
+            entry.add_checkpoint()
 
-    def _log_progress(self, job: Generation) -> None:
+    def _log_progress(self, sequence: Sequence) -> None:
         """Logs, now and then, how far a prompt is."""
-        now, done = time.perf_counter(), len(job._line.tokens)
-        if now - max(job._mark, job._progress_logged) < self.TELL or job._left() <= 0:
+        assert sequence.entry is not None
+        now, done, total = time.perf_counter(), len(sequence.entry.tokens), sequence.prompt_tokens
+        since = max(sequence.lap_start, sequence.progress_logged)
+        if now - since < self.PROGRESS or sequence.left <= 0:
             return
-        job._progress_logged = now
-        speed = (done - job.usage.cached_tokens) / (now - job._mark)
+        sequence.progress_logged = now
+        speed = (done - sequence.usage.cached_tokens) / (now - sequence.lap_start)
         log.info(
             "%s: prompt %d %%, %s/%s tokens, %.0f tokens/s, %.0f s left",
             self.local.name,
-            100 * done // job.prompt_tokens,
+            100 * done // total,
             f"{done:,}",
-            f"{job.prompt_tokens:,}",
+            f"{total:,}",
             speed,
-            job._left() / speed,
+            sequence.left / speed,
         )
 
-    def _embed(self, job: Generation) -> None:
-        """A chunk of a text to embed; behind the last one there is its vector. The prefix cache has
-        no part in it."""
+    def _embed(self, sequence: Sequence) -> None:
+        """Reads a chunk of a text to embed; behind the last one there is its vector. The prefix
+        cache has no part in it."""
         import mlx.core as mx
 
-        start, pooled, cache = job._embedded or (0, None, self._new_cache())
-        tokens = job._prompt.tokens[
-            start : start + self.CHUNK if job._left() > self.CHUNK else None
-        ]
-        states = self._body(mx.array(tokens)[None], cache=cache)[0].astype(mx.float32)
-        if self._pooling == "lasttoken":
-            pooled = states[-1]
-        elif self._pooling == "cls":
-            pooled = states[0] if pooled is None else pooled
-        else:
-            pooled = states.sum(0) / job.prompt_tokens + (0 if pooled is None else pooled)
-        mx.eval(pooled, [layer.state for layer in cache])
+        pooler = sequence.pooler
+        if pooler is None:
+            cache = self.weights.new_cache()
+            pooler = Pooler(self.weights.pooling or "mean", sequence.prompt_tokens, cache)
+            sequence.pooler = pooler
+        stop = pooler.length + self._chunk if sequence.left > self._chunk else None
+        tokens = sequence.prompt.tokens[pooler.length : stop]
+        pooler.add(self.weights.body(mx.array(tokens)[None], cache=pooler.cache)[0])
         mx.clear_cache()
-        job._embedded = start + len(tokens), pooled, cache
-        if job._left() >= 0:
+        if sequence.left >= 0:
             return
-        vector = pooled.tolist()
-        if not all(map(math.isfinite, vector)):
-            raise ArithmeticError("the model's output is not a number")
-        job._embedded = None
-        job._emit(Embedding(vector))
-        job.usage.prefill_seconds += job._lap()
-        self._end(job, "stop")
+        sequence.emit(Embedding(pooler.vector()))
+        sequence.pooler = None
+        sequence.usage.prefill_seconds += sequence.lap()
+        self._end(sequence, "stop")
 
-    def _start_decoding(self, job: Generation) -> None:
-        job.usage.prefill_seconds += job._lap()
-        if job._limit <= 0:
-            return self._end(job, "length")
-        sampling = job.request.sampling
-        job._sampler = job._sampler or make_sampler(sampling, len(self.renderer.tokenizer))
-        processors = make_penalties(sampling)
-        if job._grammar is not None:
-            job._constraint = job._grammar.after(job._prompt.tokens[job.prompt_tokens :])
-            processors.append(job._constraint)
-        if budget := self.renderer.budget(job.request, job._prompt, job.prompt_tokens):
+    def _start_decoding(self, sequence: Sequence) -> None:
+        sequence.usage.prefill_seconds += sequence.lap()
+        if sequence.limit <= 0:
+            return self._end(sequence, "length")
+        request, prompt, entry = sequence.request, sequence.prompt, sequence.entry
+        assert entry is not None
+        vocabulary = len(self.renderer.tokenizer)
+        sampler = sequence.sampler or make_sampler(request.sampling, vocabulary)
+        processors: list[Any] = make_penalties(request.sampling)
+        if sequence.grammar is not None:
+            written = prompt.tokens[sequence.prompt_tokens :]
+            sequence.constraint = sequence.grammar.after(written)
+            processors.append(sequence.constraint)
+        if budget := self.renderer.budget(request, prompt, sequence.prompt_tokens):
             processors.append(budget)
-        job._number = self._decoder.insert(
-            job._line,
-            job._prompt.tokens[-1],
-            job._limit - job.usage.completion_tokens,
-            job._sampler,
-            processors,
-        )
-        job._line.cache = []  # the decoder gives it back at the end
-        job._phase = Phase.DECODE
+        left = sequence.limit - sequence.usage.completion_tokens
+        last = prompt.tokens[-1]
+        sequence.number = self.decode_batch.insert(entry, last, left, sampler, processors)
+        sequence.sampler = sampler
+        entry.cache = []  # the batch returns it at the end
+        sequence.enter(State.DECODE)
 
-    def _salvage(self, job: Generation) -> None:
-        """Files the chunks that a failed prefill had finished. The layers may or may not have taken
-        up more than those."""
+    def _salvage(self, sequence: Sequence) -> None:
+        """Files the chunks that a failed prefill had finished. Its layers may or may not have read
+        more than those."""
         import mlx.core as mx
 
+        if sequence.entry is None:
+            return
         try:
-            done = len(job._line.tokens)
-            torn = dataclasses.replace(job._line, tokens=job._prompt.tokens[: done + 1])
-            line = torn.branch(torn.restorable(done))
-            mx.eval([layer.state for layer in line.cache])
-            self.prefixes.put(line)
+            done = len(sequence.entry.tokens)
+            torn = dataclasses.replace(sequence.entry, tokens=sequence.prompt.tokens[: done + 1])
+            entry = torn.branch(torn.restorable(done))
+            mx.eval([layer.state for layer in entry.cache])
+            self.prefixes.put(entry)
         except Exception:
             log.info("nothing of the failed prompt could be kept", exc_info=True)
 
@@ -349,186 +311,233 @@ class ModelRunner:
 
     def decode(self) -> None:
         """One token for each request that decodes."""
-        by_number = {job._number: job for job in self.decoding()}
+        by_number = {sequence.number: sequence for sequence in self.decoding()}
         if not by_number:
             return
         try:
-            responses = self._decoder.step()
+            responses = self.decode_batch.step()
         except Exception as error:
             return self.isolate_failed_batch(error)
         for response in responses:
-            job = by_number[response.uid]
+            sequence = by_number[response.uid]
             try:
-                self._take_token(job, response)
+                self._take_token(sequence, response)
             except Exception as error:
-                self._failed(error)
-                self._decoder.discard(job._number)
-                self._drop(job, error)
+                self._after_failure(error)
+                self.decode_batch.discard(sequence.number)
+                self._drop(sequence, error)
                 if _on_gpu(error) and self.decoding():
                     return self.isolate_failed_batch(error)
 
-    def _take_token(self, job: Generation, response: Any) -> None:
-        import mlx.core as mx
-
-        usage, parser, detokenizer = job.usage, job._parser, job._detokenizer
-        # Of logits that are no numbers every sampler picks token 0; a model that has once lost them
-        # never comes back.
-        if response.token == 0 or usage.completion_tokens % self.INSPECTED == 0:
-            with mx.stream(mx.cpu):  # on the GPU it would have to wait for the next step
-                broken = math.isnan(response.logprobs[0].item())
-            if broken:
-                raise ArithmeticError("the model's output is not a number")
-        if job._constraint is not None and job._constraint.take(
-            response.token, usage.completion_tokens
-        ):
+    def _take_token(self, sequence: Sequence, response: Any) -> None:
+        """Turns a token into events; ends the request behind its last token."""
+        usage, parser, detokenizer = sequence.usage, sequence.parser, sequence.detokenizer
+        self._check_numbers(sequence, response)
+        constraint = sequence.constraint
+        if constraint is not None and constraint.take(response.token, usage.completion_tokens):
             parser.verbatim()
         usage.completion_tokens += 1
         usage.thinking_tokens += parser.state == "thinking"
         if response.finish_reason != "stop":
             detokenizer.add_token(response.token)
-            if job.request.logprobs is not None:
-                with mx.stream(mx.cpu):
-                    job._pending_logprobs.append(
-                        token_logprobs(
-                            response.token,
-                            response.logprobs,
-                            job.request.logprobs,
-                            self.renderer.token_bytes,
-                        )
-                    )
+            self._note_logprobs(sequence, response)
         if response.finish_reason:
             detokenizer.finalize()
         piece = detokenizer.last_segment
-        job._raw += piece
-        job._emit(*parser.feed(piece))
+        sequence.raw += piece
+        sequence.emit(*parser.feed(piece))
         if response.finish_reason:
-            job._line.tokens, job._line.cache = response.all_tokens, response.prompt_cache
-            self._end(job, response.finish_reason)
+            assert sequence.entry is not None
+            sequence.entry.tokens = response.all_tokens
+            sequence.entry.cache = response.prompt_cache
+            self._end(sequence, response.finish_reason)
         elif parser.stop_sequence is not None or parser.finished:
-            self._reclaim(job)
-            self._end(job, "stop")
+            self._end(sequence, "stop")
 
-    def _reclaim(self, job: Generation) -> None:
-        """Takes a request's state back from the decoder."""
-        job._line.tokens, job._line.cache = self._decoder.remove(job._number)
+    def _check_numbers(self, sequence: Sequence, response: Any) -> None:
+        """Raises ArithmeticError when the model has stopped computing numbers. Every sampler picks
+        token 0 then, and a state that was spoiled once never recovers."""
+        import mlx.core as mx
+
+        if response.token == 0 or sequence.usage.completion_tokens % self.INSPECTED == 0:
+            with mx.stream(mx.cpu):  # on the GPU it would have to wait for the next step
+                broken = math.isnan(response.logprobs[0].item())
+            if broken:
+                raise ArithmeticError("the model's output is not a number")
+
+    def _note_logprobs(self, sequence: Sequence, response: Any) -> None:
+        import mlx.core as mx
+
+        top = sequence.request.logprobs
+        if top is not None:
+            token_bytes = self.renderer.token_bytes
+            with mx.stream(mx.cpu):
+                token = token_logprobs(response.token, response.logprobs, top, token_bytes)
+            sequence.add_logprobs(token)
+
+    def _reclaim(self, sequence: Sequence) -> None:
+        """Takes a request's state back from the decode batch."""
+        assert sequence.entry is not None
+        tokens, cache = self.decode_batch.remove(sequence.number)
+        sequence.entry.tokens, sequence.entry.cache = tokens, cache
 
     def isolate_failed_batch(self, error: Exception) -> None:
-        """The step of those who decode has failed, and whose fault it was cannot be told: each of
-        them reads what it had once more and goes on alone, where only the guilty one fails
-        again."""
-        jobs = self.decoding()
-        self._failed(error)
-        self._decoder, batch = self._new_decoder(), self._decoder._batch
-        if len(jobs) == 1 or any(job._suspect for job in jobs):
-            for job in jobs:
-                self._drop(job, error)
+        """A step of the decode batch has failed, and it cannot be told which request was the cause:
+        each of them reads what it had once more and goes on alone, where only the one that causes
+        the failure fails again."""
+        sequences = self.decoding()
+        self._after_failure(error)
+        read = self.decode_batch.tokens_read()
+        self.decode_batch = self._new_decode_batch()
+        if len(sequences) == 1 or any(one.alone for one in sequences):
+            for sequence in sequences:
+                self._drop(sequence, error)
             return
+        count = len(sequences)
         log.warning(
-            "a step of %d requests has failed: they go on one by one", len(jobs), exc_info=error
+            "a step of %d requests has failed: they go on one by one", count, exc_info=error
         )
-        read = dict(zip(batch.uids, batch.tokens))
-        for job in jobs:
-            if job._number not in read:  # it has ended meanwhile
-                self._drop(job, error)
+        for sequence in sequences:
+            if sequence.number not in read:  # it has ended meanwhile
+                self._drop(sequence, error)
                 continue
-            written = job.prompt_tokens + job.usage.completion_tokens
-            self._begin_again(job, read[job._number][:written])
-            job._suspect = True
+            written = sequence.prompt_tokens + sequence.usage.completion_tokens
+            self._begin_again(sequence, read[sequence.number][:written])
+            sequence.alone = True
 
-    def pause(self, job: Generation) -> bool:
-        """Lets a decoding request wait for memory: its state goes to the prefix cache, from where
-        it goes on later. Not if it ends with its next token."""
-        response = self._decoder.upcoming(job._number)
-        last = (
-            response.token in self.renderer.tokenizer.eos_token_ids
-            or job.usage.completion_tokens + 1 >= job._limit
-        )
-        if not last:
-            self._take_token(job, response)  # it is picked, and never will be again
-        if last or job._phase is Phase.ENDED:
+    def pause(self, sequence: Sequence) -> bool:
+        """Lets a decoding request wait for memory; returns whether it does. Its state goes to the
+        prefix cache, from where it goes on later. A request that ends with its next token is not
+        paused."""
+        response = self.decode_batch.upcoming(sequence.number)
+        if response.token in self.renderer.tokenizer.eos_token_ids:
             return False
-        self._reclaim(job)
-        line = job._line
-        self._begin_again(job, [*line.tokens, response.token])
-        self.jobs.remove(job)
-        self.prefixes.put(line)
+        if sequence.usage.completion_tokens + 1 >= sequence.limit:
+            return False
+        self._take_token(sequence, response)  # it is picked already, and is not picked again
+        if sequence.state is State.ENDED:
+            return False
+        self._reclaim(sequence)
+        entry = sequence.entry
+        assert entry is not None
+        self._begin_again(sequence, [*entry.tokens, response.token])
+        self._remove(sequence)
+        self.prefixes.put(entry)
         return True
 
-    def _begin_again(self, job: Generation, tokens: list[int]) -> None:
-        job._prompt = dataclasses.replace(job._prompt, tokens=tokens)
-        job.usage.decode_seconds += job._lap()
-        job._line, job._phase = None, Phase.WAITING
+    def _begin_again(self, sequence: Sequence, tokens: list[int]) -> None:
+        """Sends a request back to the start, to go on behind these tokens later."""
+        sequence.prompt = dataclasses.replace(sequence.prompt, tokens=tokens)
+        sequence.usage.decode_seconds += sequence.lap()
+        sequence.entry, sequence.number = None, 0
+        sequence.enter(State.WAITING)
 
     # -- the end
 
-    def drop_cancelled(self, cancelled: list[Generation]) -> None:
+    def end_cancelled(self, cancelled: list[Sequence]) -> None:
         """Ends those of these requests that are here; what they have computed goes to the prefix
         cache."""
-        for job in [job for job in self.jobs if job in cancelled]:
-            if job._phase is Phase.DECODE:
-                self._reclaim(job)
-            self._end(job, "stop")
+        for sequence in self.sequences:
+            if sequence in cancelled:
+                self._end(sequence, "stop")
 
-    def _end(self, job: Generation, reason: str) -> None:
+    def file_states(self) -> None:
+        """Files what all requests have computed, which have been told that the engine ends."""
+        for sequence in self.sequences:
+            self._file(sequence)
+
+    def _end(self, sequence: Sequence, reason: str) -> None:
         import mlx.core as mx
 
-        if job._phase is Phase.DECODE:
-            job.usage.decode_seconds += job._lap()
-            # The next step has changed its state already: if that fails, none is kept
+        if sequence.decoding:
+            if sequence.number in self.decode_batch:
+                self._reclaim(sequence)
+            sequence.usage.decode_seconds += sequence.lap()
+            # The next step has changed its state already: if that step fails, none is kept.
             mx.synchronize()
-        self._release(job)
-        job._emit(*job._parser.finish(cut=reason == "length"))
-        if job._phase is Phase.DECODE:
-            job._line.answers[self.renderer.remember(job)] = len(job._line.tokens)
-            job._read = list(job._line.tokens)
-        if job._line is not None:
-            self.prefixes.put(job._line)
-            job._line = None
-        if job._constraint is not None and job._constraint.error:
-            return job._fail(
-                InvalidRequest(f"the output format asks too much: {job._constraint.error}")
-            )
-        job._finish(reason)
+        self._release(sequence)
+        sequence.emit(*sequence.parser.finish(cut=reason == "length"))
+        self._file(sequence)
+        constraint = sequence.constraint
+        if constraint is not None and constraint.error:
+            message = f"the output format asks too much: {constraint.error}"
+            return sequence.fail(InvalidRequest(message))
+        sequence.finish(reason)
 
-    def _failed(self, error: Exception) -> None:
-        """Comes first after a failure: what was computed at the same time may fail as well, and
-        nobody else is to hear of it."""
+    def _file(self, sequence: Sequence) -> None:
+        """Puts a request's state into the prefix cache, and its answer into the renderer's
+        memory."""
+        entry, in_batch = sequence.entry, sequence.number in self.decode_batch
+        if entry is None:
+            return
+        if in_batch:
+            self._reclaim(sequence)
+        if in_batch or sequence.decoding:
+            entry.add_answer(self._remember(sequence))
+            sequence.tokens = list(entry.tokens)
+        self.prefixes.put(entry)
+        sequence.entry = None
+
+    def _remember(self, sequence: Sequence) -> str:
+        """The key under which the renderer remembers the answer of a request that has decoded."""
+        assert sequence.entry is not None
+        return self.renderer.remember(
+            sequence.request,
+            sequence.prompt,
+            sequence.entry.tokens[sequence.prompt_tokens :],
+            sequence.raw,
+            sequence.visible,
+            sequence.thinking,
+            sequence.parser.call_ids,
+        )
+
+    def _after_failure(self, error: Exception) -> None:
+        """Comes first after a failure: what was computed at the same time may fail as well, and no
+        other request may be told of it."""
         import mlx.core as mx
 
         self._group.failed(error)
         with contextlib.suppress(Exception):
             mx.synchronize()
 
-    def _drop(self, job: Generation, error: Exception) -> None:
+    def _drop(self, sequence: Sequence, error: Exception) -> None:
         """Fails one request; its state is not kept."""
         log.error("generation failed", exc_info=error)
-        if job in self.jobs:
-            self._release(job)
-        job._line = None
-        job._fail(
-            EngineError("the model failed while generating; the server goes on, please try again")
-        )
+        if sequence in self.sequences:
+            self._release(sequence)
+        sequence.entry = None
+        message = "the model failed while generating; the server goes on, please try again"
+        sequence.fail(EngineError(message))
 
-    def _release(self, job: Generation) -> None:
-        self.jobs.remove(job)
+    def _release(self, sequence: Sequence) -> None:
+        self._remove(sequence)
         self.used = time.monotonic()
-        if job.request.keep_alive is not None:
-            self.keep_alive = job.request.keep_alive
+        if sequence.request.keep_alive is not None:
+            self.keep_alive = sequence.request.keep_alive
+
+    def _remove(self, sequence: Sequence) -> None:
+        self.sequences = tuple(one for one in self.sequences if one is not sequence)
 
     # -- the disk
 
-    def unwritten(self) -> bool:
-        """Whether there is something to write to disk."""
-        return self.disk_cache is not None and self.prefixes.unwritten(self.fingerprint) is not None
+    def has_unwritten(self) -> bool:
+        """Whether there is something to write to the disk cache."""
+        if self._disk_cache is None:
+            return False
+        return self.prefixes.unwritten(self.fingerprint) is not None
 
     def write(self) -> None:
-        """Writes one segment of what the disk has not got."""
-        line = self.prefixes.unwritten(self.fingerprint)
-        marks = {line.root, *line.checkpoints, *range(self.SPARSE, len(line.tokens), self.SPARSE)}
-        line.written = self.disk_cache.write(self.fingerprint, line, self.renderer.answer, marks)
+        """Writes one segment of what the disk cache has not got."""
+        entry = self.prefixes.unwritten(self.fingerprint)
+        if self._disk_cache is None or entry is None:
+            return
+        sparse = range(self.SPARSE, len(entry.tokens), self.SPARSE)
+        marks = {entry.root, *entry.checkpoints, *sparse}
+        answer = self.renderer.answer
+        entry.written = self._disk_cache.write(self.fingerprint, entry, answer, marks)
 
 
 def _on_gpu(error: Exception) -> bool:
-    """Whether it was the GPU that failed. What its commands were to write or to move, earlier
-    tokens' states among it, is lost."""
+    """Whether the GPU has failed. What its commands were to write or to move is lost then, the
+    states of earlier tokens among it."""
     return str(error).startswith("[METAL]")

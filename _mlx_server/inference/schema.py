@@ -1,15 +1,24 @@
-"""JSON schemas as far as tool calls and grammars need them."""
+"""JSON schemas, as far as tool calls and grammars need them.
+
+Tools come from clients, so a schema may be anything: a keyword whose value has the wrong type
+counts as absent, and no function here fails on a strange one.
+https://json-schema.org/draft/2020-12/json-schema-core
+"""
 
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import json
 import math
 from collections.abc import Iterable
 from typing import Any
 
-TYPES_OF = {
+EMPTY_SCHEMA: dict[str, Any] = {"type": "object", "properties": {}}
+
+# A value's Python type -> the names that JSON Schema has for it.
+JSON_TYPES: dict[type, set[str]] = {
     bool: {"boolean"},
     int: {"integer", "number"},
     float: {"number"},
@@ -18,10 +27,14 @@ TYPES_OF = {
     dict: {"object"},
     type(None): {"null"},
 }
-EVERY_TYPE = set().union(*TYPES_OF.values()) - {"integer"}
+# The types that make up all values. "integer" is a part of "number".
+PRIMITIVE_TYPES = frozenset(("array", "boolean", "null", "number", "object", "string"))
+MAX_ALTERNATIVES = 64
+MAX_DEPTH = 64  # of references and combinations within each other
+
 _PYTHON_WORDS = {"True": True, "False": False, "None": None}
-# What a keyword must be to count at all.
-_FORMS = {
+# The type that a keyword's value must have to count.
+_KEYWORD_TYPES: dict[str, type | tuple[type, ...]] = {
     "$ref": str,
     "allOf": list,
     "anyOf": list,
@@ -37,40 +50,43 @@ _FORMS = {
     "maxLength": int,
     "pattern": str,
 }
+_COMBINING = ("$ref", "allOf", "anyOf", "oneOf")
 
 
-def alternatives(schema: Any, root: Any, path: tuple[str, ...] = ()) -> list[dict]:
-    """The alternatives of a schema, at most 64, without references into `root` and combinations on
-    their highest level; none if it refers to nothing but itself."""
-    if not isinstance(schema, dict) or len(path) > 64:
+def expand(schema: Any, root: Any, path: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """The alternatives of a schema, at most MAX_ALTERNATIVES, each free of `$ref`, `allOf`,
+    `anyOf` and `oneOf` at its top level.
+
+    References are looked up in `root`; `path` holds those that lead here. A schema that refers to
+    nothing but itself has no alternatives.
+    """
+    if not isinstance(schema, dict) or len(path) > MAX_DEPTH:
         return [] if schema is False else [{}]
     schema = {
-        key: value for key, value in schema.items() if isinstance(value, _FORMS.get(key, object))
+        key: value
+        for key, value in schema.items()
+        if isinstance(value, _KEYWORD_TYPES.get(key, object))
     }
-    parts = [
-        {
-            key: value
-            for key, value in schema.items()
-            if key not in ("$ref", "allOf", "anyOf", "oneOf")
-        }
-    ]
-    groups = [[one] for one in schema.get("allOf", ())] + [
-        schema[key] for key in ("anyOf", "oneOf") if schema.get(key)
-    ]
+    alternatives = [{key: value for key, value in schema.items() if key not in _COMBINING}]
+    # Of each group one schema must match, too.
+    groups = [[one] for one in schema.get("allOf", ())]
+    groups += [schema[key] for key in ("anyOf", "oneOf") if schema.get(key)]
     if reference := schema.get("$ref", ""):
         if reference in path:
             return []
-        groups.append([_pointed(root, reference)])
+        groups.append([_resolve(reference, root)])
     for group in groups:
         choices = (
-            one for choice in group for one in alternatives(choice, root, (*path, reference))
+            choice for member in group for choice in expand(member, root, (*path, reference))
         )
-        pairs = itertools.product(parts, itertools.islice(choices, 64))
-        parts = [_merged(one, other) for one, other in itertools.islice(pairs, 64)]
-    return parts
+        pairs = itertools.product(alternatives, itertools.islice(choices, MAX_ALTERNATIVES))
+        alternatives = [
+            _merge(one, other) for one, other in itertools.islice(pairs, MAX_ALTERNATIVES)
+        ]
+    return alternatives
 
 
-def _pointed(root: Any, reference: str) -> Any:
+def _resolve(reference: str, root: Any) -> Any:
     """What a reference within a schema points to (RFC 6901); {} when that is nowhere."""
     for step in reference.lstrip("#").split("/")[1:]:
         step = step.replace("~1", "/").replace("~0", "~")
@@ -78,7 +94,8 @@ def _pointed(root: Any, reference: str) -> Any:
     return root
 
 
-def _merged(one: dict, other: dict) -> dict:
+def _merge(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """A schema that demands what two schemas demand."""
     return {
         **one,
         **other,
@@ -87,63 +104,67 @@ def _merged(one: dict, other: dict) -> dict:
     }
 
 
-def listed_values(part: dict) -> list | None:
-    """The only values that a schema allows, if it lists them."""
-    return [part["const"]] if "const" in part else part.get("enum")
+def enum_values(schema: dict[str, Any]) -> list | None:
+    """The only values that `const` or `enum` allow; None without these keywords."""
+    return [schema["const"]] if "const" in schema else schema.get("enum")
 
 
-def allowed_types(part: dict) -> set[str]:
-    """The JSON types that a schema without combinations allows; empty when it does not say."""
-    named = part.get("type", [])
-    kinds = {named} if isinstance(named, str) else {name for name in named if isinstance(name, str)}
-    listed = listed_values(part)
-    if listed is None:
-        return kinds
-    possible = {kind for value in listed for kind in TYPES_OF[type(value)]}
-    return kinds & possible or possible
+def allowed_types(schema: dict[str, Any]) -> set[str]:
+    """The JSON types that an expanded schema allows; empty when it does not say."""
+    named = schema.get("type", [])
+    types = {named} if isinstance(named, str) else {name for name in named if isinstance(name, str)}
+    values = enum_values(schema)
+    if values is None:
+        return types
+    of_values = {name for value in values for name in JSON_TYPES[type(value)]}
+    return types & of_values or of_values
 
 
-def _property_types(schema: Any, root: Any) -> set[str]:
-    """The JSON types that a property's schema allows; empty when it does not say."""
-    parts = alternatives(schema, root)
-    if len(parts) == 1:
-        return allowed_types(parts[0])
-    # An untyped alternative may well be a string
-    return {kind for part in parts for kind in allowed_types(part) or {"string"}}
+def _expanded_types(schema: Any, root: Any) -> set[str]:
+    """The JSON types that a schema allows; empty when it does not say."""
+    alternatives = expand(schema, root)
+    if len(alternatives) == 1:
+        return allowed_types(alternatives[0])
+    # An alternative without a type may well be a string.
+    return {name for one in alternatives for name in allowed_types(one) or {"string"}}
 
 
-def can_end(schema: Any) -> bool:
-    """Whether a value that matches can come to an end: no part of it needs another of its own kind,
-    without end."""
-    needs: dict[int, list[list[Any]]] = {}  # schema -> what each of its alternatives holds at least
-    waiting, root = [schema], schema
-    while waiting:
-        one = waiting.pop()
-        if id(one) in needs:
-            continue
-        needs[id(one)] = parts = []
-        for part in alternatives(one, root):
-            kinds, needed = allowed_types(part) if listed_values(part) is None else set(), []
-            if kinds == {"object"}:
-                properties = part.get("properties", {})
-                needed = [properties[key] for key in properties if key in part.get("required", ())]
-            elif kinds == {"array"}:
-                first, least = part.get("prefixItems", []), part.get("minItems", 0)
-                needed = first[:least] + [part.get("items", {})] * (least > len(first))
-            parts.append(needed)
-            waiting += needed
-    ended: set[int] = set()
+def has_finite_value(schema: Any) -> bool:
+    """Whether a value that matches can come to an end. False when each alternative requires
+    another value of the same schema, without end."""
+    required: dict[int, list[list[Any]]] = {}  # id of a schema -> per alternative what it requires
+    pending = [schema]
+    while pending:
+        one = pending.pop()
+        if id(one) not in required:
+            required[id(one)] = [_required_parts(part) for part in expand(one, schema)]
+            pending += itertools.chain(*required[id(one)])
+    finite: set[int] = set()
     while new := {
         one
-        for one, parts in needs.items()
-        if one not in ended and any(all(id(need) in ended for need in needed) for needed in parts)
+        for one, alternatives in required.items()
+        if one not in finite
+        and any(all(id(part) in finite for part in parts) for parts in alternatives)
     }:
-        ended |= new
-    return id(schema) in ended
+        finite |= new
+    return id(schema) in finite
+
+
+def _required_parts(schema: dict[str, Any]) -> list[Any]:
+    """The schemas of the values that every value of an expanded schema holds."""
+    types = allowed_types(schema) if enum_values(schema) is None else set()
+    if types == {"object"}:
+        properties, required = schema.get("properties", {}), schema.get("required", ())
+        return [properties[key] for key in properties if key in required]
+    if types == {"array"}:
+        first, least = schema.get("prefixItems", []), schema.get("minItems", 0)
+        return [*first[:least], *[schema.get("items", {})] * (least > len(first))]
+    return []
 
 
 def coerce(value: Any, types: set[str]) -> Any:
-    """`value`, or what it spells when it is text and may be of one of `types`, but no string."""
+    """`value`, or the JSON value that it spells: only when it is a string, and none of `types` is
+    "string", and the spelled value has one of them. Python's True, False and None count, too."""
     if not isinstance(value, str) or not types or "string" in types:
         return value
     try:
@@ -157,24 +178,25 @@ def coerce(value: Any, types: set[str]) -> Any:
             return value
         if "number" not in types and spelled.is_integer():
             spelled = int(spelled)
-    return spelled if TYPES_OF[type(spelled)] & types else value
+    return spelled if JSON_TYPES[type(spelled)] & types else value
 
 
-def declared_types(tools: Iterable[dict]) -> dict[str, collections.defaultdict[str, set[str]]]:
-    """Tool name -> property name -> the types it allows. What is not shaped like a schema counts as
-    not said."""
+ParameterTypes = collections.defaultdict[str, set[str]]
+
+
+def parameter_types(tools: Iterable[dict[str, Any]]) -> dict[str, ParameterTypes]:
+    """Tool name -> parameter name -> the JSON types it allows, empty when the tool's schema does
+    not say. `tools` are in OpenAI form."""
     declared = {}
     for tool in tools:
         schema = tool["function"].get("parameters")
-        parts = alternatives(schema, schema)
-        others = set().union(
-            *(_property_types(part.get("additionalProperties"), schema) for part in parts)
-        )
-        types = declared[tool["function"]["name"]] = collections.defaultdict(
-            lambda others=others: others
-        )
-        for key, value in (
-            (key, value) for part in parts for key, value in part.get("properties", {}).items()
-        ):
-            types[key] = types.get(key, set()) | _property_types(value, schema)
+        alternatives = expand(schema, schema)
+        others: set[str] = set()
+        for one in alternatives:
+            others |= _expanded_types(one.get("additionalProperties"), schema)
+        types: ParameterTypes = collections.defaultdict(functools.partial(set, others))
+        for one in alternatives:
+            for key, value in one.get("properties", {}).items():
+                types[key] = types.get(key, set()) | _expanded_types(value, schema)
+        declared[tool["function"]["name"]] = types
     return declared

@@ -1,52 +1,80 @@
-"""What mlx-lm's loader needs to be told about some models."""
+"""A model's weights, and the caches that they read into."""
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-from _mlx_server.inference.models import LocalModel, read_json_file
+from _mlx_server.inference.embedding import pooling_mode
+from _mlx_server.inference.group import Group
+from _mlx_server.inference.memory import StateSize
+from _mlx_server.inference.models import LocalModel, load_error
 
 
-def pooling_mode(local: LocalModel) -> str:
-    """Which of an embedding model's states is the embedding: "lasttoken" or "cls", the first, or
-    their "mean". Its folder says so with a word or, older ones, with a flag for each.
-    https://sbert.net/docs/package_reference/sentence_transformer/models.html Raises ValueError for
-    any other pooling."""
-    file = local.path / "1_Pooling" / "config.json"
-    config = read_json_file(file) if file.is_file() else {"pooling_mode": "lasttoken"}
-    flags = [
-        re.sub("^pooling_mode_|_tokens?$", "", key)
-        for key in config
-        if key.startswith("pooling_mode_") and config[key]
-    ]
-    mode = config.get("pooling_mode") or " and ".join(flags)
-    if mode not in ("lasttoken", "cls", "mean"):
-        raise ValueError(f"its pooling '{mode}' is not supported")
-    return mode
+class Weights:
+    """A model as mlx-lm loads it. On the MLX thread. Raises ModelLoadError.
+
+    `model` is mlx-lm's, `body` the part of it before the head (None where mlx-lm has no name for
+    it), `size` the bytes of the parameters, `state_size` what KV states take. `pooling` is set for
+    embedding models. With `kv_bits` new caches keep plain KV quantised."""
+
+    def __init__(self, local: LocalModel, kv_bits: int | None, group: Group):
+        import mlx.core as mx
+        from mlx.utils import tree_flatten
+
+        self._config, self._kv_bits = local.config, kv_bits
+        embeds = "embedding" in local.capabilities
+        options = {"get_model_classes": _headless_classes} if embeds else {}
+        try:
+            self.model = group.load(local.path, **options)
+            self.body = model_body(self.model)
+            self.pooling = pooling_mode(local) if embeds else ""
+            cache = self.new_cache()
+            # One token compiles the kernels, and shows what KV takes.
+            mx.eval((self.body if embeds else self.model)(mx.array([[0]]), cache=cache))
+        except Exception as error:
+            raise load_error(local, f"model '{local.name}'", error) from error
+        parameters: Any = tree_flatten(self.model.parameters())
+        size = sum(array.nbytes for _, array in parameters)
+        self.size, self.state_size = group.broadcast(lambda: (size, StateSize.of(cache)))
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a token uses only some of the weights."""
+        modules = self.model.modules()
+        return any(type(module).__name__.endswith("SwitchLinear") for module in modules)
+
+    def new_cache(self) -> list[Any]:
+        """Empty mlx-lm caches, one a layer."""
+        from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
+
+        cache: list[Any] = make_prompt_cache(self.model)
+        config = self._config.get("text_config") or self._config
+        heads = config.get("num_attention_heads", 1)
+        head = config.get("head_dim") or config.get("hidden_size", 0) // heads
+        if not self._kv_bits or head % 32:
+            return cache
+        group_size = 64 if head % 64 == 0 else 32
+        return [
+            QuantizedKVCache(group_size, self._kv_bits) if type(layer) is KVCache else layer
+            for layer in cache
+        ]
 
 
 def model_body(model: Any) -> Any:
     """The part of an mlx-lm model that comes before its head; None where it has another name."""
     model = getattr(model, "language_model", model)
-    return next(
-        (
-            body
-            for name in ("model", "transformer", "backbone")
-            if (body := getattr(model, name, None))
-        ),
-        None,
-    )
+    bodies = (getattr(model, name, None) for name in ("model", "transformer", "backbone"))
+    return next(filter(None, bodies), None)
 
 
-def headless_classes(config: dict[str, Any]) -> tuple[type, type]:
-    """mlx-lm's classes for a config, whose weights may be those of the body alone: without its name
-    before theirs, and without a head."""
+def _headless_classes(config: dict[str, Any]) -> tuple[type, type]:
+    """mlx-lm's classes for a config, for weights that may be those of the body alone: without the
+    body's name before theirs, and without a head."""
     from mlx_lm.utils import _get_classes
 
     model_class, args_class = _get_classes(config)
 
-    class Headless(model_class):
+    class Headless(model_class):  # type: ignore[misc, valid-type]
         def sanitize(self, weights: dict[str, Any]) -> dict[str, Any]:
             if not any(name.startswith(("model.", "language_model.")) for name in weights):
                 weights = {f"model.{name}": value for name, value in weights.items()}

@@ -1,0 +1,90 @@
+"""Checks of a request's head: its framing, where it comes from, and its key."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import re
+import socket
+from collections.abc import Mapping
+from email.message import Message
+from urllib.parse import urlsplit
+
+from _mlx_server.inference.protocol import Priority
+from _mlx_server.wire.fields import WireError
+
+HOST = re.compile(r"([\w.-]*|\[[\da-f:.]+\])(:\d{1,5})?", re.I | re.A)
+LOCAL_ORIGIN = re.compile(
+    r"https?://(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\])(:\d+)?"
+    r"|(app|file|tauri|vscode-webview|vscode-file)://.*",
+    re.I,
+)
+
+
+def framing_error(headers: Message, version: str) -> str | None:
+    """What is wrong with a head, or None. What another server might read in another way is wrong
+    (RFC 9112, 3.2, 5 and 6.3). `version` is the request line's, such as "HTTP/1.1"."""
+    hosts, origins, lengths, codings = (
+        headers.get_all(name, [])
+        for name in ("Host", "Origin", "Content-Length", "Transfer-Encoding")
+    )
+    if headers.defects or any("\n" in value for value in headers.values()):
+        return "malformed header"
+    if max(len(hosts), len(origins), len(lengths + codings)) > 1:
+        return "Host, Origin and the body's length can be given only once"
+    if not hosts and version > "HTTP/1.0":
+        return "the Host header is missing"
+    if not all(map(HOST.fullmatch, hosts)):
+        return "malformed Host header"
+    if codings and codings[0].lower() != "chunked":
+        return f"Transfer-Encoding '{codings[0]}' is not supported"
+    return None
+
+
+def has_body(headers: Message) -> bool:
+    """Whether a body follows the head."""
+    return "Content-Length" in headers or "Transfer-Encoding" in headers
+
+
+def checked_origin(headers: Message, loopback: bool) -> str:
+    """The Origin header, "" if there is none. Raises WireError for a web page's request that must
+    not be answered: one with a foreign origin or, if the server listens at a `loopback` address,
+    one whose Host header does not name this machine (DNS rebinding)."""
+    host, origin = headers.get("Host", ""), headers.get("Origin", "")
+    try:
+        name, foreign = urlsplit(f"//{host}").hostname or "", urlsplit(origin).netloc != host
+    except ValueError:
+        raise WireError(400, "malformed Host or Origin header") from None
+    if loopback and not _names_this_machine(name):
+        raise WireError(403, f"Host '{name}' is not served here")
+    if origin and foreign and not LOCAL_ORIGIN.fullmatch(origin):
+        raise WireError(403, f"Origin '{origin}' is not allowed")
+    return origin
+
+
+def _names_this_machine(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host)
+        return address.is_loopback or address.is_private or address.is_unspecified
+    except ValueError:
+        return host in ("", "localhost", socket.gethostname().lower()) or host.endswith(
+            (".localhost", ".local", ".internal")
+        )
+
+
+def check_key(headers: Message, keys: Mapping[str, Priority]) -> Priority:
+    """The highest priority that the request's API key allows; the key is the x-api-key header or a
+    bearer token. Raises WireError if it is none of `keys`."""
+    scheme, _, token = headers.get("Authorization", "").partition(" ")
+    bearer = token.strip() if scheme.lower() == "bearer" else ""
+    given = [text.encode("latin-1") for text in (headers.get("x-api-key", ""), bearer)]
+    # Every key is compared, so that the time tells nothing
+    found = [
+        priority
+        for key, priority in keys.items()
+        for one in given
+        if hmac.compare_digest(one, key.encode())
+    ]
+    if not found:
+        raise WireError(401, "invalid x-api-key", {"x-should-retry": "false"})
+    return min(found)

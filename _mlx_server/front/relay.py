@@ -1,0 +1,40 @@
+"""Relaying a request to the upstream, and its answer to the client."""
+
+from __future__ import annotations
+
+import http.client
+
+from _mlx_server.front.http import HTTPHandler
+from _mlx_server.front.request_log import RequestLog
+from _mlx_server.front.upstream import Upstream, UpstreamError, end_to_end
+from _mlx_server.wire.fields import WireError
+
+PIECE = 65536  # most bytes that are read of an answer before they are passed on
+
+
+def relay(client: HTTPHandler, upstream: Upstream) -> None:
+    """Sends the request that `client` has read, unchanged, and passes the answer on as it arrives.
+    Raises WireError if the upstream fails before its answer begins; an answer that breaks off later
+    is left without its end, so that the client sees it."""
+    record, status = RequestLog(client.exchange.route), 0
+    try:
+        with upstream.open(client) as answer:
+            status = answer.status
+            _pass_on(client, answer)
+        record.ending = "done"
+    except (UpstreamError, http.client.HTTPException) as error:
+        record.ending = f"failed: {error}"
+        raise WireError(502, f"the upstream {upstream.url} failed: {error}") from None
+    finally:
+        record.relay(client.exchange.model, upstream.url, status)
+
+
+def _pass_on(client: HTTPHandler, answer: http.client.HTTPResponse) -> None:
+    headers = end_to_end(answer.headers)
+    client.exchange.id = headers.pop("request-id", client.exchange.id)
+    body = client.start_body(answer.status, headers, answer.length)
+    while piece := answer.read1(PIECE):
+        body.write(piece)
+    if answer.length:
+        raise UpstreamError(f"{answer.length} bytes are missing")
+    body.end()

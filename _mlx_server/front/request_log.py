@@ -1,0 +1,123 @@
+"""What is told of a request: its line in the log and the header on prompt reuse."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from dataclasses import dataclass, field
+
+from _mlx_server.inference.generation import Generation
+from _mlx_server.inference.protocol import Miss
+from _mlx_server.wire.embeddings import Embeddings
+
+log = logging.getLogger("mlx_server")
+
+
+@dataclass
+class RequestLog:
+    """Times of one request, in monotonic seconds, and how its answer ended. It is logged as one
+    line, and with `--log-json` as fields."""
+
+    route: str
+    started: float = field(default_factory=time.monotonic)
+    first_event: float | None = None
+    ending: str = "client went away"
+
+    @property
+    def first_token_seconds(self) -> float | None:
+        """Seconds from the request to its answer's first event, None if there was none."""
+        return None if self.first_event is None else self.first_event - self.started
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the request."""
+        return time.monotonic() - self.started
+
+    def generation(self, generation: Generation) -> None:
+        """Logs one generation of the answer."""
+        usage, miss, wait = generation.usage, generation.miss, self.first_token_seconds
+        rate = usage.completion_tokens / usage.decode_seconds if usage.decode_seconds else None
+        parted = ""
+        if miss:
+            parted = f" (parts at {miss.at} in {_place(miss)}: {miss.now!r} was {miss.was!r})"
+        figures = {
+            "route": self.route,
+            "model": generation.model.name,
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "first_token_seconds": wait,
+            "tokens_per_second": rate,
+            "seconds": self.seconds,
+            "ending": self.ending,
+            "miss": miss and dataclasses.asdict(miss),
+        }
+        log.info(
+            "%s %s: prompt %d, reused %d%s, generated %d, %s, %s, %s",
+            self.route,
+            generation.model.name,
+            usage.prompt_tokens,
+            usage.cached_tokens,
+            parted,
+            usage.completion_tokens,
+            "no token" if wait is None else f"first token {wait:.2f} s",
+            f"{rate:.1f} tokens/s" if rate else "- tokens/s",
+            self.ending,
+            extra={"figures": figures},
+        )
+
+    def embeddings(self, model: str, reply: Embeddings) -> None:
+        """Logs an answer that consists of embeddings."""
+        figures = {
+            "route": self.route,
+            "model": model,
+            "texts": len(reply.vectors),
+            "prompt_tokens": reply.tokens,
+            "seconds": self.seconds,
+        }
+        log.info(
+            "%s %s: embedded %d of %d texts, %d tokens, %.2f s",
+            self.route,
+            model,
+            len(reply.vectors),
+            len(reply.requests),
+            reply.tokens,
+            figures["seconds"],
+            extra={"figures": figures},
+        )
+
+    def relay(self, model: str | None, upstream: str, status: int) -> None:
+        """Logs a relayed answer; `status` is 0 if there was none."""
+        figures = {
+            "route": self.route,
+            "model": model,
+            "upstream": upstream,
+            "status": status,
+            "seconds": self.seconds,
+            "ending": self.ending,
+        }
+        log.info(
+            "%s %s: relayed to %s -> %d, %.2f s, %s",
+            self.route,
+            model,
+            upstream,
+            status,
+            figures["seconds"],
+            self.ending,
+            extra={"figures": figures},
+        )
+
+
+def prompt_cache_header(generation: Generation, cached_tokens: int | None = None) -> dict[str, str]:
+    """The header x-prompt-cache: how many tokens of the prompt were reused and, if the prompt
+    differs from a cached one, where. `cached_tokens` is by default what is known at the start."""
+    cached = generation.cached_tokens if cached_tokens is None else cached_tokens
+    value = f"reused={cached}; prompt={generation.prompt_tokens}"
+    if generation.miss:
+        value += f"; parts-at={generation.miss.at}; in={_place(generation.miss)}"
+    return {"x-prompt-cache": value}
+
+
+def _place(miss: Miss) -> str:
+    return "the prompt" if miss.message is None else f"message {miss.message} ({miss.role})"

@@ -1,0 +1,197 @@
+"""One request on its way through the engine, as the MLX thread sees it."""
+
+from __future__ import annotations
+
+import bisect
+import enum
+import itertools
+import secrets
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from _mlx_server.inference.constraint import Constraint
+from _mlx_server.inference.embedding import Pooler
+from _mlx_server.inference.event_queue import EventQueue
+from _mlx_server.inference.formats import OutputFormat
+from _mlx_server.inference.models import LocalModel
+from _mlx_server.inference.parser import OutputParser
+from _mlx_server.inference.prefix_cache import CacheEntry
+from _mlx_server.inference.prompt import Prompt
+from _mlx_server.inference.protocol import (
+    Done,
+    EngineError,
+    Event,
+    Request,
+    Text,
+    Thinking,
+    Token,
+    Usage,
+)
+from _mlx_server.inference.renderer import PromptRenderer
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+
+class State(enum.Enum):
+    """Where a sequence is. It goes from top to bottom; one that has to make room, or whose batch
+    has failed, goes from DECODE back to WAITING."""
+
+    WAITING = enum.auto()  # for the weights, for memory or for its first chunk
+    PREFILL = enum.auto()
+    DECODE = enum.auto()
+    ENDED = enum.auto()
+
+
+class Sequence:
+    """One request: its prompt, its KV state, what it has written so far.
+
+    The MLX thread owns it from the moment it is queued. Other threads only read `state`, `usage`
+    and the counts, each a single attribute that is replaced as a whole.
+
+    `prompt.tokens` are what is to be read before the first new token is picked: the request's
+    prompt and, after a pause, what was already written. `prompt_tokens` counts the request's prompt
+    alone. `limit` is the most tokens of the answer; `limited_by_context` says that the context
+    window sets that limit and not the request. `cached_tokens` is how much of the prompt was found
+    in the prefix cache at submission."""
+
+    def __init__(
+        self,
+        request: Request,
+        local: LocalModel,
+        renderer: PromptRenderer,
+        prompt: Prompt,
+        limit: int,
+        limited_by_context: bool,
+        events: EventQueue,
+    ):
+        self.id = secrets.token_hex(12)
+        self.request, self.model, self.renderer, self.prompt = request, local, renderer, prompt
+        self.limit, self.limited_by_context = limit, limited_by_context
+        self.prompt_tokens, self.cached_tokens = len(prompt.tokens), 0
+        self.usage = Usage(prompt_tokens=self.prompt_tokens)
+        self.state = State.WAITING
+        self.ending = ""  # once it has ended: the reason, or the error's type
+        self.tokens = prompt.tokens  # at the end with those of the answer behind them
+        self.submitted = time.perf_counter()
+
+        # Prefill
+        self.entry: CacheEntry | None = None  # the KV state; the decode batch holds its layers
+        self.pooler: Pooler | None = None  # instead of `entry` for a text to embed
+        self.passed_over = 0  # chunks that others have got since its last one
+        self.progress_logged = 0.0  # perf_counter of the last log line on its progress
+
+        # Decode
+        self.number = 0  # in the decode batch, once it has been there
+        self.alone = False  # its batch has failed once: from then on it decodes by itself
+        self.sampler: Callable[[mx.array], mx.array] | None = None
+        self.grammar = renderer.constraint(request, prompt) if prompt.tokens else None
+        self.constraint: Constraint | None = None  # the grammar, applied to this answer
+
+        # Output
+        self.detokenizer: Any = None
+        self.raw, self.visible, self.thinking = "", "", ""  # all text, and two parts of it
+        self.parser = self._new_parser()
+        self._events = events
+        self._pending_logprobs: list[Token] = []  # of tokens that may turn out to be visible
+        self._lap_start = self.submitted
+
+    def _new_parser(self) -> OutputParser:
+        request, stop = self.request, self.request.stop
+        tools = [*request.tools, *request.deferred_tools] if request.tool_choice != "none" else []
+        if request.suffix:
+            stop = [*stop, *self.renderer.gap_tokens(), "<|endoftext|>"]
+        return OutputParser(
+            self.renderer.format if request.prompt is None else OutputFormat(),
+            tools,
+            stop,
+            in_thinking=self.prompt.in_thinking,
+            parallel=request.parallel_tool_calls,
+        )
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the caller does not want the answer any more."""
+        return self._events.cancelled
+
+    @property
+    def decoding(self) -> bool:
+        """Whether it is in the decode batch."""
+        return self.state is State.DECODE
+
+    @property
+    def left(self) -> int:
+        """Tokens of the prompt that are still to be prefilled, before it is admitted by estimate.
+        The last token is not among them: the decode batch reads it."""
+        if self.entry is not None:
+            read = len(self.entry.tokens)
+        elif self.pooler is not None:
+            read = self.pooler.length
+        else:
+            read = self.cached_tokens
+        return len(self.prompt.tokens) - 1 - read
+
+    def enter(self, state: State) -> None:
+        """The one place where the state changes."""
+        self.state = state
+
+    def lap(self) -> float:
+        """Seconds since the last lap, the first of which begins at submission."""
+        before, self._lap_start = self._lap_start, time.perf_counter()
+        return self._lap_start - before
+
+    @property
+    def lap_start(self) -> float:
+        """When the current lap began, by `time.perf_counter`."""
+        return self._lap_start
+
+    # -- what goes to the caller
+
+    def emit(self, *events: Event) -> None:
+        """Sends events to the caller."""
+        for event in events:
+            if isinstance(event, Text):
+                self.visible += event.text
+                event.tokens = self._take_logprobs(event.text) if self._pending_logprobs else []
+            else:
+                self._pending_logprobs = []
+            if isinstance(event, Thinking):
+                self.thinking += event.text
+        if events:
+            self._events.put(*events)
+
+    def add_logprobs(self, token: Token) -> None:
+        """Keeps a token's log probabilities until it is known whether the token is visible."""
+        self._pending_logprobs.append(token)
+
+    def _take_logprobs(self, text: str) -> list[Token]:
+        """The pending tokens that a piece of visible text was made of; those before them were
+        markup or blanks. If the text is not made of their bytes, as with half a character, all."""
+        wanted, pending = text.encode(), self._pending_logprobs
+        start = b"".join(token.bytes for token in pending).find(wanted)
+        ends = list(itertools.accumulate(len(token.bytes) for token in pending))
+        last = bisect.bisect_left(ends, start + len(wanted)) + 1 if start >= 0 else len(pending)
+        self._pending_logprobs = pending[last:]
+        return pending[bisect.bisect_right(ends, start) : last]
+
+    def fail(self, error: EngineError) -> None:
+        """Ends with an error. The first ending counts."""
+        if self.state is not State.ENDED:
+            self.enter(State.ENDED)
+            self.ending = type(error).__name__
+            self._events.put(error)
+
+    def finish(self, reason: str) -> None:
+        """Ends well. `reason` is "stop", "length" or "load"; what the output parser and the context
+        window know makes it more precise."""
+        self.usage.total_seconds = time.perf_counter() - self.submitted
+        if reason == "stop" and self.parser.stop_sequence is not None:
+            reason = "stop_sequence"
+        elif reason == "stop" and self.parser.called:
+            reason = "tool_calls"
+        elif reason == "length" and self.limited_by_context:
+            reason = "context"
+        self.ending = "cancelled" if self.cancelled else reason
+        self.enter(State.ENDED)
+        self.emit(Done(reason, self.usage, self.parser.stop_sequence, self.tokens))

@@ -1,0 +1,147 @@
+"""A model's tokenizer."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from _mlx_server.inference.models import LocalModel, gap_marks, load_error
+from _mlx_server.inference.protocol import InvalidRequest
+
+
+class TextTokenizer:
+    """A model's tokenizer, which encodes a long prompt that has grown at the cost of its growth.
+
+    Text is cut at special tokens, and the encodings of the pieces between them are remembered. This
+    needs a tokenizer that encodes such pieces independently; for any other one the text is encoded
+    as a whole. `wrapped` is mlx-lm's TokenizerWrapper. Safe to use from any thread."""
+
+    REMEMBERED = 2048  # pieces of text
+
+    def __init__(self, wrapped: Any):
+        self.wrapped = wrapped
+        self._encode_piece = functools.lru_cache(self.REMEMBERED)(self._encode_whole)
+        self._special_tokens = self._find_special_tokens()
+
+    @classmethod
+    def load(cls, local: LocalModel) -> TextTokenizer:
+        """Reads a model's tokenizer from its files. Raises ModelLoadError."""
+        from mlx_lm.utils import load_tokenizer
+        from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+        # Without this, transformers asks on the terminal whether code of the model may be run.
+        options: dict[str, Any] = {"trust_remote_code": False}
+        eos_token_ids = local.config.get("eos_token_id")
+        try:
+            # transformers would check the config of a type that only mlx-lm knows by the rules of
+            # another type, and maybe refuse it. The tokenizer does not need the config.
+            if local.config.get("model_type") not in CONFIG_MAPPING:
+                options["config"] = PreTrainedConfig()
+            wrapped = load_tokenizer(local.path, options, eos_token_ids=eos_token_ids)
+        except Exception as error:
+            raise load_error(local, f"the tokenizer of model '{local.name}'", error) from error
+        return cls(wrapped)
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text in which special tokens are recognised; none are added."""
+        if self._special_tokens is None:
+            return self._encode_whole(text)
+        pieces = filter(None, self._special_tokens.split(text))
+        return list(itertools.chain.from_iterable(map(self._encode_piece, pieces)))
+
+    def _encode_whole(self, text: str) -> list[int]:
+        tokens: list[int] = self.wrapped.encode(text, add_special_tokens=False)
+        return tokens
+
+    def _find_special_tokens(self) -> re.Pattern[str] | None:
+        """A pattern that cuts text at the special tokens; None if this tokenizer does not encode
+        the pieces independently."""
+        added = getattr(self.wrapped, "added_tokens_decoder", {}).values()
+        names = [
+            token.content
+            for token in added
+            if token.content.strip()
+            and not (token.lstrip or token.rstrip or token.single_word or token.normalized)
+        ]
+        if not names:
+            return None
+        pattern = re.compile(f"({alternatives(names)})")
+        probe = f" a{names[0]} b\n{names[-1]}\nc  d{names[0]}{names[-1]} é"
+        pieces = map(self._encode_whole, filter(None, pattern.split(probe)))
+        encoded = list(itertools.chain.from_iterable(pieces))
+        return pattern if encoded == self._encode_whole(probe) else None
+
+    def last_special_token_end(self, text: str, start: int, end: int) -> int | None:
+        """Where the last special token within text[start:end] ends; None if there is none, or the
+        text is not cut at special tokens."""
+        if self._special_tokens is None:
+            return None
+        ends = [found.end() for found in self._special_tokens.finditer(text, start, end)]
+        return ends[-1] if ends else None
+
+    @property
+    def end_tokens(self) -> set[int]:
+        """The tokens that end an answer."""
+        tokens: set[int] = self.wrapped.eos_token_ids
+        return tokens
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of some tokens."""
+        text: str = self.wrapped.decode(tokens)
+        return text
+
+    def special_token_names(self) -> dict[int, str]:
+        """The texts of the tokens that were added to the vocabulary, by their ids."""
+        return {id: token.content for id, token in self.wrapped.added_tokens_decoder.items()}
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of a token. mlx-lm's detokenizers have a table of them for most models."""
+        table = getattr(self.wrapped.detokenizer, "tokenmap", None)
+        if table is None:
+            return self.decode([token]).encode()
+        # Some models have more logits than tokens
+        written: str | bytes = table[token] if token < len(table) else ""
+        if isinstance(written, bytes):  # SentencePiece
+            return written.replace("\u2581".encode(), b" ")
+        return b"".join(_bytes_by_letter().get(letter) or letter.encode() for letter in written)
+
+    def check_tokens(self, tokens: Iterable[int]) -> None:
+        """Raises InvalidRequest for ids that no token has."""
+        for token in tokens:
+            if not 0 <= token < len(self.wrapped):
+                raise InvalidRequest(f"the model has no token {token}")
+
+    def gap_tokens(self) -> tuple[str, ...]:
+        """The special tokens of a text with a gap, as text: those before the text in front of the
+        gap, before the text behind it, and at the end. Raises InvalidRequest if the model has none.
+        """
+        marks = gap_marks(self.special_token_names().values())
+        if not marks:
+            raise InvalidRequest(
+                "this model cannot fill a gap: its tokenizer has no tokens for that"
+            )
+        return marks
+
+    def encode_raw(self, text: str) -> list[int]:
+        """The token ids of a text that no template has rendered, with the special tokens that the
+        tokenizer adds to it."""
+        tokens: list[int] = self.wrapped.encode(text)
+        return tokens
+
+
+def alternatives(texts: Iterable[str]) -> str:
+    """A regular expression that matches any of these texts, the longest where several do; nothing
+    if there are none."""
+    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
+
+
+@functools.cache
+def _bytes_by_letter() -> dict[str, bytes]:
+    """Byte-level vocabularies write each byte as a letter."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters: dict[int, str] = bytes_to_unicode()
+    return {letter: bytes([byte]) for byte, letter in letters.items()}
