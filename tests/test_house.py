@@ -271,6 +271,19 @@ def test_the_map_names_every_file(house: House):
     assert named == {source.path for source in house.product}
 
 
+def test_every_class_and_method_in_the_map_exists(house: House):
+    text = (ROOT / "ARCHITECTURE.md").read_text("utf-8")
+    methods: dict[str, set[str]] = {}
+    for source in house.sources:
+        for node in source.tree.body:
+            body = node.body if isinstance(node, ast.ClassDef) else []
+            for name in defined(node):
+                found = methods.setdefault(name, set())
+                found.update(inner for part in body for inner in defined(part))
+    for name, method in re.findall(r"`([A-Z]\w+)(?:\.(\w+))?`", text):
+        assert name in methods and (not method or method in methods[name]), f"{name}.{method}"
+
+
 # ---- tests of the rules
 
 
