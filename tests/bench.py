@@ -165,6 +165,7 @@ def reuse(args: argparse.Namespace) -> None:
 
 def render(args: argparse.Namespace) -> None:
     """Times rendering, tokenising and the look-up of a prompt that grows."""
+    from _mlx_server.inference.group import Group
     from _mlx_server.inference.prefix_cache import CacheEntry, PrefixCache
     from _mlx_server.inference.renderer import PromptRenderer
     from engine import Library, Request
@@ -177,7 +178,7 @@ def render(args: argparse.Namespace) -> None:
             requests.append(Request(args.model, chat["messages"], tools=chat["tools"]))
     *_, first, second, third = requests[:-5]
     PromptRenderer(local).prompt(first)
-    renderer, prefixes = PromptRenderer(local), PrefixCache(lambda: 1 << 40)
+    renderer, prefixes = PromptRenderer(local), PrefixCache(lambda: 1 << 40, Group())
 
     def look_up(request: Request) -> int:
         """The number of tokens that are found again."""

@@ -106,18 +106,21 @@ def concurrent(side: Side, plan: Plan, salt: str) -> Figures:
 
 
 def contended(side: Side, plan: Plan, salt: str) -> Figures:
-    """A short request that comes while a long prompt is read, and what 512 tokens of that take."""
-    with ThreadPoolExecutor(1) as pool:
-        long = pool.submit(side.ask, say(text(salt, plan.long), 2))
-        time.sleep(0.1)
-        with contextlib.suppress(LookupError):  # others do not tell whether they have begun
-            while figure(side.url, "running_requests") == 0 and not long.done():
-                time.sleep(0.02)
-        if long.done():
-            tokens = long.result().prompt
-            raise ValueError(f"a prompt of {tokens} tokens was read before the short request came")
-        short = side.ask(say(text(f"{salt} short", 20), 2))
-        return {"contended": short.first, "chunk": 512 * long.result().first / long.result().prompt}
+    """A short request that comes while a long prompt is read, and what 512 tokens of that take. A
+    prompt that is read before the short request comes is followed by a longer one."""
+    for factor in (1, 2, 4, 8):
+        with ThreadPoolExecutor(1) as pool:
+            long = pool.submit(side.ask, say(text(f"{salt} {factor}", factor * plan.long), 2))
+            time.sleep(0.1)
+            with contextlib.suppress(LookupError):  # others do not tell whether they have begun
+                while figure(side.url, "running_requests") == 0 and not long.done():
+                    time.sleep(0.02)
+            if not long.done():
+                short = side.ask(say(text(f"{salt} short", 20), 2))
+                chunk = 512 * long.result().first / long.result().prompt
+                return {"contended": short.first, "chunk": chunk}
+    tokens = long.result().prompt
+    raise ValueError(f"a prompt of {tokens} tokens was read before the short request came")
 
 
 PARTS: dict[str, Callable[[Any, Plan, str], Figures]] = {

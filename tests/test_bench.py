@@ -56,6 +56,21 @@ def test_the_table_is_drawn(printed: str, picture: Path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+def test_a_grown_prompt_is_timed(capsys: pytest.CaptureFixture):
+    bench.main(["render"])
+    *growing, last = capsys.readouterr().out.splitlines()
+    assert len(growing) == 5 and re.match(rf"median ratios {NUMBER} and {NUMBER}$", last)
+
+
+@pytest.mark.slow
+def test_a_session_sent_again_is_reused(server: Server, capsys: pytest.CaptureFixture):
+    bench.main(["reuse", "--url", server.url])
+    *_, last = capsys.readouterr().out.splitlines()
+    share = re.match(r"reused \d+ of \d+ reusable tokens: (\S+)%$", last)
+    assert share and float(share[1]) > 99
+
+
 @pytest.mark.parametrize(
     "flags, sentence",
     [

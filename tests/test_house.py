@@ -8,6 +8,7 @@ breaks it, and all of them on one that comes close.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,6 +259,30 @@ def house() -> House:
 def test_the_tree_keeps_its_rules(house: House, rule: Callable[[House], Iterator[str]]):
     found = list(rule(house))
     assert not found, "\n" + "\n".join(found)
+
+
+def test_the_map_names_every_file(house: House):
+    named, folder = set(), ""
+    for line in (ROOT / "ARCHITECTURE.md").read_text("utf-8").splitlines():
+        if heading := re.match(r"### `(.+/)`$", line):
+            folder = heading[1].removeprefix("./")
+        elif row := re.match(r"\| `(\w+\.py)` \|", line):
+            named.add(folder + row[1])
+    assert named == {source.path for source in house.product}
+
+
+def test_every_class_and_method_in_the_map_exists(house: House):
+    text = (ROOT / "ARCHITECTURE.md").read_text("utf-8")
+    methods: dict[str, set[str]] = {}
+    for source in house.sources:
+        for node in source.tree.body:
+            body = node.body if isinstance(node, ast.ClassDef) else []
+            for name in defined(node):
+                found = methods.setdefault(name, set())
+                found.update(inner for part in body for inner in defined(part))
+    for name, method in re.findall(r"`([A-Z]\w+)(?:\.(?!md`)(\w+))?`", text):
+        exists = name in methods and (not method or method in methods[name])
+        assert exists, f"ARCHITECTURE.md names {name}.{method}"
 
 
 # ---- tests of the rules
