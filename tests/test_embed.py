@@ -242,13 +242,10 @@ def test_openais_client_gets_the_same_vectors_as_floats_and_as_bytes(clients):
     plain = other.embeddings.create(
         model="embed", input=["hello", "word"], encoding_format="float", dimensions=64
     )
-    assert [one.index for one in answer.data] == [
-        0,
-        1,
-    ] and answer.usage.total_tokens == answer.usage.prompt_tokens > 2
-    for packed, floats, expected in zip(
-        answer.data, plain.data, client.embed("embed", ["hello", "word"]).embeddings
-    ):
+    assert [one.index for one in answer.data] == [0, 1]
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens > 2
+    vectors = client.embed("embed", ["hello", "word"]).embeddings
+    for packed, floats, expected in zip(answer.data, plain.data, vectors, strict=True):
         assert (
             packed.embedding == pytest.approx(floats.embedding, abs=1e-6)
             and floats.embedding == expected

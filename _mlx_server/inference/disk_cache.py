@@ -236,9 +236,9 @@ class DiskCache:
             self._remove(segment)
             segment.path.unlink(missing_ok=True)
             parent = self._segments.get(segment.parent)
-            if parent is not None and parent.node not in spared:
-                if not self._followers.get(parent.node):
-                    heapq.heappush(removable, (_mtime(parent.path), parent.node))
+            if parent is None or parent.node in spared or self._followers.get(parent.node):
+                continue
+            heapq.heappush(removable, (_mtime(parent.path), parent.node))
         return True
 
 
