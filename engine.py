@@ -316,8 +316,10 @@ class Engine:
     def count_tokens(self, request: Request) -> int:
         """Prompt tokens of a request, rendered just as `submit` does. Raises as `submit`, but never
         for length."""
-        renderer = self.renderer(self.resolve(request.model))
-        return len(renderer.prompt(self._with_preset(request)).tokens)
+        local = self.resolve(request.model)
+        renderer = self.renderer(local)
+        window = self.context_length(local)
+        return len(renderer.prompt(self._with_preset(request), window).tokens)
 
     def renderer(self, local: LocalModel) -> PromptRenderer:
         """A model's renderer, built if need be. Raises ModelLoadError, EngineClosed."""
@@ -331,7 +333,7 @@ class Engine:
     def _build_renderer(self, local: LocalModel) -> PromptRenderer:
         renderer = PromptRenderer(local)
         if self._disk_cache is not None:
-            renderer.learn(self._disk_cache.answers(fingerprint(local, self._kv_bits)))
+            renderer.learn(self._disk_cache.readings(fingerprint(local, self._kv_bits)))
         return renderer
 
     def _with_preset(self, request: Request) -> Request:
@@ -354,7 +356,9 @@ class Engine:
         """The rendered request; without tokens if there is nothing to read."""
         given = request.prompt if isinstance(request.prompt, list) else []
         renderer.check_tokens([*(request.sampling.logit_bias or ()), *request.context, *given])
-        prompt = renderer.prompt(request) if request.messages or request.prompt else Prompt([])
+        prompt = Prompt([])
+        if request.messages or request.prompt:
+            prompt = renderer.prompt(request, self.context_length(local))
         if not request.embed:
             return prompt
         if not prompt.tokens:

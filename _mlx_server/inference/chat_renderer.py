@@ -234,9 +234,10 @@ class ChatRenderer:
         shown = list(messages)
         for at, message in enumerate(messages):
             calls = message.get("tool_calls") or []
-            if calls and not message.get("reasoning_content"):
-                if thinking := self._thoughts.get(calls[0].get("id", "")):
-                    shown[at] = {**message, "reasoning_content": thinking}
+            if not calls or message.get("reasoning_content"):
+                continue
+            if thinking := self._thoughts.get(calls[0].get("id", "")):
+                shown[at] = {**message, "reasoning_content": thinking}
         return shown
 
     # -- the template

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import heapq
 import json
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _mlx_server.inference.answers import Answer
+from _mlx_server.inference.conversations import Reading
 from _mlx_server.inference.layers import concatenate_layers, is_trimmable
 from _mlx_server.inference.prefix_cache import CacheEntry, Checkpoint, common_prefix
 from _mlx_server.inference.protocol import first_line
@@ -35,7 +34,7 @@ class Segment:
     tokens: list[int]
     trimmable: bool
     nbytes: int
-    answers: dict[str, Answer]
+    readings: dict[str, Reading]
 
 
 class DiskCache:
@@ -77,13 +76,13 @@ class DiskCache:
                     self._discard(path, error)
         self._make_room(0, set())
 
-    def answers(self, model: str) -> dict[str, Answer]:
-        """The remembered answers in all that is kept of the model with this fingerprint."""
-        found: dict[str, Answer] = {}
+    def readings(self, model: str) -> dict[str, Reading]:
+        """What was read and generated in all that is kept of the model with this fingerprint."""
+        found: dict[str, Reading] = {}
         nodes = [model]
         while nodes:
             for segment in self._followers.get(nodes.pop(), ()):
-                found |= segment.answers
+                found |= segment.readings
                 nodes.append(segment.node)
         return found
 
@@ -137,7 +136,7 @@ class DiskCache:
         self,
         model: str,
         entry: CacheEntry,
-        answer: Callable[[str], Answer | None],
+        reading: Callable[[str], Reading | None],
         marks: Iterable[int],
     ) -> bool:
         """Writes the next segment of an entry, up to the next of the lengths `marks`; returns
@@ -154,12 +153,16 @@ class DiskCache:
         end = next(at for at in ends if at > start and entry.restorable(at) == at)
         tokens = entry.tokens[start:end]
         parent = chain[-1].node if chain else model
-        known = {key: answer(key) for key, at in entry.answers.items() if start < at <= end}
-        answers = {key: dataclasses.astuple(one) for key, one in known.items() if one is not None}
+        known = {key: reading(key) for key, at in entry.answers.items() if start < at <= end}
+        readings = {
+            key: [one.before, list(one.tokens), one.names, one.thoughtful]
+            for key, one in known.items()
+            if one is not None
+        }
         notes = {
             "parent": parent,
             "tokens": json.dumps(tokens),
-            "answers": json.dumps(answers),
+            "readings": json.dumps(readings),
             "trimmable": json.dumps(entry.trimmable),
         }
         try:
@@ -250,7 +253,7 @@ def _read_segment(path: Path, node: str) -> Segment:
             raise ValueError("the file is torn")
         header = json.loads(file.read(length))
     notes = {key.removeprefix("0."): value for key, value in header["__metadata__"].items()}
-    tokens, answers = json.loads(notes["tokens"]), json.loads(notes["answers"])
+    tokens, readings = json.loads(notes["tokens"]), json.loads(notes["readings"])
     if _node(notes["parent"], tokens) != node:
         raise ValueError("the name belongs to other tokens")
     return Segment(
@@ -260,7 +263,7 @@ def _read_segment(path: Path, node: str) -> Segment:
         tokens,
         json.loads(notes["trimmable"]),
         path.stat().st_size,
-        {key: Answer(*fields) for key, fields in answers.items()},
+        {key: Reading(*fields) for key, fields in readings.items()},
     )
 
 

@@ -473,22 +473,22 @@ class ModelRunner:
         if in_batch:
             self._reclaim(sequence)
         if in_batch or sequence.decoding:
-            entry.add_answer(self._remember(sequence))
+            if key := self._remember(sequence):
+                entry.add_answer(key)
             sequence.tokens = list(entry.tokens)
         self.prefixes.put(entry)
         sequence.entry = None
 
     def _remember(self, sequence: Sequence) -> str:
-        """The key under which the renderer remembers the answer of a request that has decoded."""
+        """The key under which the renderer remembers what a request has read and generated."""
         assert sequence.entry is not None
         return self.renderer.remember(
             sequence.request,
             sequence.prompt,
-            sequence.entry.tokens[sequence.prompt_tokens :],
-            sequence.raw,
+            sequence.entry.tokens,
             sequence.visible,
             sequence.thinking,
-            sequence.parser.call_ids,
+            sequence.calls,
         )
 
     def _after_failure(self, error: Exception) -> None:
@@ -533,8 +533,8 @@ class ModelRunner:
             return
         sparse = range(self.SPARSE, len(entry.tokens), self.SPARSE)
         marks = {entry.root, *entry.checkpoints, *sparse}
-        answer = self.renderer.answer
-        entry.written = self._disk_cache.write(self.fingerprint, entry, answer, marks)
+        reading = self.renderer.reading
+        entry.written = self._disk_cache.write(self.fingerprint, entry, reading, marks)
 
 
 def _on_gpu(error: Exception) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from _mlx_server.inference.constraint import Constraint
+from _mlx_server.inference.conversations import Call
 from _mlx_server.inference.embedding import Pooler
 from _mlx_server.inference.event_queue import EventQueue
 from _mlx_server.inference.formats import OutputFormat
@@ -26,6 +27,8 @@ from _mlx_server.inference.protocol import (
     Text,
     Thinking,
     Token,
+    ToolEnd,
+    ToolStart,
     Usage,
 )
 from _mlx_server.inference.renderer import PromptRenderer
@@ -92,6 +95,7 @@ class Sequence:
         # Output
         self.detokenizer: Any = None
         self.raw, self.visible, self.thinking = "", "", ""  # all text, and two parts of it
+        self.calls: list[Call] = []
         self.parser = self._new_parser()
         self._events = events
         self._pending_logprobs: list[Token] = []  # of tokens that may turn out to be visible
@@ -158,6 +162,10 @@ class Sequence:
                 self._pending_logprobs = []
             if isinstance(event, Thinking):
                 self.thinking += event.text
+            elif isinstance(event, ToolStart):
+                self.calls.append((event.id, event.name, {}))
+            elif isinstance(event, ToolEnd):
+                self.calls[-1] = (*self.calls[-1][:2], event.arguments)
         if events:
             self._events.put(*events)
 
