@@ -13,22 +13,16 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from _mlx_server.inference.models import LocalModel
-from _mlx_server.wire.anthropic import AnthropicMessages, anthropic_error
+from _mlx_server.wire.anthropic import AnthropicMessages
+from _mlx_server.wire.errors import ErrorAnswer, anthropic_error, ollama_error, openai_error
 from _mlx_server.wire.fields import Object, WireError, timestamp
-from _mlx_server.wire.ollama import (
-    OllamaChat,
-    OllamaEmbed,
-    OllamaEmbeddings,
-    OllamaGenerate,
-    ollama_error,
-)
+from _mlx_server.wire.ollama import OllamaChat, OllamaGenerate
+from _mlx_server.wire.ollama_embeddings import OllamaEmbed, OllamaEmbeddings
 from _mlx_server.wire.ollama_models import listed_model, not_hidden
-from _mlx_server.wire.openai import OpenAIChat, OpenAICompletion, OpenAIEmbeddings, openai_error
+from _mlx_server.wire.openai import OpenAIChat, OpenAICompletion
+from _mlx_server.wire.openai_embeddings import OpenAIEmbeddings
 from _mlx_server.wire.reply import Reply
 from _mlx_server.wire.responses import OpenAIResponses
-
-ErrorAnswer = tuple[int, dict[str, str], Object]
-"""An HTTP status, headers to add and a JSON body."""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,8 @@ from _mlx_server.inference.protocol import (
     Priority,
 )
 from _mlx_server.inference.ranks import Ranks
-from _mlx_server.wire.anthropic import anthropic_count
+from _mlx_server.wire.anthropic_request import count_request
+from _mlx_server.wire.embeddings import Embeddings
 from _mlx_server.wire.fields import Object, WireError, field
 from _mlx_server.wire.ollama_models import (
     checked_name,
@@ -71,7 +72,7 @@ from _mlx_server.wire.ollama_models import (
     ollama_show,
 )
 from _mlx_server.wire.pull import ollama_pull
-from _mlx_server.wire.reply import Embeddings, Reply
+from _mlx_server.wire.reply import Reply
 from engine import Engine
 
 # The API level of Ollama's that is spoken; clients parse it and refuse what is too old
@@ -323,7 +324,7 @@ class Handler(HTTPHandler):
         self.send(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def post_count_tokens(self) -> None:
-        request = anthropic_count(self.read_object())
+        request = count_request(self.read_object())
         self.send_json({"input_tokens": self.engine.count_tokens(request)})
 
     def get_models(self) -> None:

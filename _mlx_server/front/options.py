@@ -15,7 +15,7 @@ from pathlib import Path
 from _mlx_server.inference.library import Library
 from _mlx_server.inference.protocol import Priority
 from _mlx_server.wire.fields import WireError
-from _mlx_server.wire.ollama import parse_keep_alive
+from _mlx_server.wire.ollama_request import parse_keep_alive
 
 
 def alias(text: str) -> tuple[str, str]:

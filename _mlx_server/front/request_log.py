@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from _mlx_server.inference.generation import Generation
 from _mlx_server.inference.protocol import Miss
-from _mlx_server.wire.reply import Embeddings
+from _mlx_server.wire.embeddings import Embeddings
 
 log = logging.getLogger("mlx_server")
 

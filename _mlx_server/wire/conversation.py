@@ -1,16 +1,18 @@
-"""The one way into the canonical conversation."""
+"""From the turns that a dialect has read to the canonical conversation.
+
+Its form is that of `protocol.Message`. It is append-only: when a client adds turns at the end, the
+earlier messages stay as they were, so that the engine finds their tokens in its cache."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from _mlx_server.inference.protocol import Message, Request
-from _mlx_server.wire.fields import Object, WireError, field, items
-from _mlx_server.wire.tools import call_arguments
+from _mlx_server.wire.fields import Object, WireError
 
 IMAGE_NOTE = "[image omitted: this model cannot see images]"
 NO_RESULT = "[no result: interrupted]"
@@ -18,11 +20,10 @@ NO_RESULT = "[no result: interrupted]"
 
 @dataclass
 class Turn:
-    """One thing somebody said, as a dialect found it. `role` is "system", "user", "assistant" or
-    "tool".
+    """What one role said. `role` is "system", "user", "assistant" or "tool".
 
-    `calls` are an assistant's (id, name, arguments); `call_id` says which of them a tool's text
-    answers."""
+    `calls` are an assistant's tool calls: id, name, arguments. `call_id` is the id of the call
+    whose result a tool's text is."""
 
     role: str
     text: str = ""
@@ -31,52 +32,51 @@ class Turn:
     call_id: str = ""
 
     @property
-    def says_something(self) -> bool:
+    def has_content(self) -> bool:
         if self.role == "assistant":
             return bool(self.text.strip() or self.reasoning.strip() or self.calls)
         return bool(self.text) or self.role == "tool"
 
 
 def require_content(turns: list[Turn], key: str = "messages") -> list[Turn]:
-    """The turns found at `key`. Raises WireError if nothing is said in them."""
-    if not any(turn.says_something for turn in turns):
+    """`turns`, which were read from the field `key`. Raises WireError 400 if all are empty."""
+    if not any(turn.has_content for turn in turns):
         raise WireError(400, f"{key}: at least one message is required")
     return turns
 
 
 def canonical(turns: Iterable[Turn]) -> list[Message]:
-    """Turns in any order and number as the canonical conversation that the engine renders.
+    """Turns in any order as the canonical conversation.
 
-    It is append-only: when turns are added at the end, nothing changes but the last run of turns
-    between two of the assistant's, and that only by what a system message after it brings along.
-    """
-    turns = [turn for turn in turns if turn.says_something]
+    When turns are added at the end, only the last run of turns between two of the assistant's may
+    change, and that only if a system message is added to it."""
+    turns = [turn for turn in turns if turn.has_content]
     if turns and turns[-1].role == "assistant" and not (turns[-1].text.strip() or turns[-1].calls):
-        turns.pop()  # nothing there to continue
-    head = list(itertools.takewhile(lambda turn: turn.role == "system", turns))
+        turns.pop()  # reasoning alone cannot be continued
+    system = list(itertools.takewhile(lambda turn: turn.role == "system", turns))
     messages: list[Message] = []
-    if head:
-        messages.append({"role": "system", "content": "\n\n".join(turn.text for turn in head)})
-    calls: list[Object] = []
-    for spoken, group in itertools.groupby(
-        turns[len(head) :], lambda turn: turn.role == "assistant"
+    if system:
+        messages.append({"role": "system", "content": "\n\n".join(turn.text for turn in system)})
+    calls: list[Object] = []  # of the last message, without results yet
+    for is_assistant, group in itertools.groupby(
+        turns[len(system) :], lambda turn: turn.role == "assistant"
     ):
-        if spoken:
-            messages.append(_answer(list(group)))
+        if is_assistant:
+            messages.append(_assistant_message(list(group)))
             calls = messages[-1].get("tool_calls", [])
         else:
-            messages += _between(calls, group)
+            messages += _messages_after_answer(calls, group)
             calls = []
     if calls:
-        messages += _between(calls, [])
+        messages += _messages_after_answer(calls, [])
     elif messages and messages[-1]["role"] == "assistant":
         # Templates cannot continue after a blank
         messages[-1]["content"] = messages[-1]["content"].rstrip()
     return messages
 
 
-def _answer(turns: list[Turn]) -> Message:
-    """Successive assistant turns as one message; what was said after a call comes before it."""
+def _assistant_message(turns: list[Turn]) -> Message:
+    """Successive assistant turns as one message. In this form text after a call comes before it."""
     message: Message = {
         "role": "assistant",
         "content": "\n".join(turn.text for turn in turns if turn.text.strip()),
@@ -91,34 +91,19 @@ def _answer(turns: list[Turn]) -> Message:
     return message
 
 
-def _between(calls: list[Object], turns: Iterable[Turn]) -> list[Message]:
-    """What stands between two assistant messages: the results of `calls` in their order, then the
-    user's words.
-
-    A system message becomes a reminder right before the words of the one user message it follows,
-    not at the head of several: an earlier request may have ended in those and has been prefilled
-    like that. Without words before it, it ends the last result, or, after a plain answer, opens the
-    next user message."""
+def _messages_after_answer(calls: list[Object], turns: Iterable[Turn]) -> list[Message]:
+    """The turns between two assistant messages: the results of `calls` in the order of the calls,
+    then one user message. System messages before any words of the user's go to the end of the last
+    result, or to the start of the user message if there are no calls."""
     results: dict[str, str] = {}
-    reminders: list[str] = []
-    words: list[str] = []
-    last_words: int | None = None
-    open_ids = {call["id"] for call in calls}
+    others: list[Turn] = []
+    call_ids = {call["id"] for call in calls}
     for turn in turns:
-        if turn.role == "tool" and turn.call_id in open_ids:
+        if turn.role == "tool" and turn.call_id in call_ids:
             results[turn.call_id] = turn.text
-        elif turn.role != "system":
-            last_words = len(words)
-            words.append(
-                turn.text if turn.role == "user" else f"Tool result ({turn.call_id}): {turn.text}"
-            )
         else:
-            reminder = f"<system-reminder>\n{turn.text}\n</system-reminder>"
-            if last_words is not None:
-                words.insert(last_words, reminder)
-                last_words += 1
-            else:
-                (reminders if calls else words).append(reminder)
+            others.append(turn)
+    reminders, texts = _fold_system(others)
     messages: list[Message] = [
         {
             "role": "tool",
@@ -128,75 +113,40 @@ def _between(calls: list[Object], turns: Iterable[Turn]) -> list[Message]:
         }
         for call in calls
     ]
-    if reminders:
-        messages[-1]["content"] = "\n".join([*filter(None, [messages[-1]["content"]]), *reminders])
-    if words:
-        messages.append({"role": "user", "content": "\n".join(words)})
+    if messages and reminders:
+        messages[-1]["content"] = "\n".join(filter(None, [messages[-1]["content"], *reminders]))
+    else:
+        texts = [*reminders, *texts]
+    if texts:
+        messages.append({"role": "user", "content": "\n".join(texts)})
     return messages
 
 
-def chat_turns(messages: list[Object], text_of: Callable[[Object, str], str]) -> list[Turn]:
-    """The turns of a chat of OpenAI's or Ollama's; `text_of` reads a message's content. A result
-    without an id belongs to the first open call of its name, or else to the first."""
-    turns: list[Turn] = []
-    waiting: list[tuple[str, str]] = []  # (id, name) of the last calls, while they have no result
-    for number, message in enumerate(messages):
-        path = f"messages.{number}."
-        role, text = (
-            field(message, "role", str, path, required=True).lower(),
-            text_of(message, path),
-        )
-        if role == "assistant":
-            calls = list(_past_calls(message, number))
-            follows = turns and turns[-1].role == "assistant"
-            waiting = [*(waiting if follows else []), *((id, name) for id, name, _ in calls)]
-            thoughts = (
-                field(message, key, str, path)
-                for key in ("reasoning_content", "reasoning", "thinking")
-            )
-            turns.append(Turn("assistant", text, next(filter(None, thoughts), ""), calls))
-        elif role in ("tool", "function"):
-            id, *names = (
-                field(message, key, str, path) for key in ("tool_call_id", "tool_name", "name")
-            )
-            by_id = [call for call in waiting if call[0] == id]
-            by_name = [call for call in waiting if call[1] in names]
-            found = next(iter([*by_id, *by_name, *waiting]), None)
-            if found:
-                waiting.remove(found)
-            turns.append(
-                Turn(
-                    "tool",
-                    text,
-                    call_id=found[0] if found else next(filter(None, [id, *names]), "unknown"),
-                )
-            )
+def _fold_system(turns: list[Turn]) -> tuple[list[str], list[str]]:
+    """The system messages before the first words, then the words with each later system message
+    right before the words that it follows.
+
+    It does not go before all words of the run: an earlier request may have ended with the first of
+    them, and its tokens are in the cache."""
+    leading: list[str] = []
+    texts: list[str] = []
+    for turn in turns:
+        if turn.role == "system":
+            reminder = f"<system-reminder>\n{turn.text}\n</system-reminder>"
+            if texts:
+                texts.insert(-1, reminder)
+            else:
+                leading.append(reminder)
+        elif turn.role == "user":
+            texts.append(turn.text)
         else:
-            turns.append(Turn(CHAT_ROLES.get(role, "user"), text))
-    return turns
-
-
-# All others are the user's
-CHAT_ROLES = {"system": "system", "developer": "system", "assistant": "assistant"}
-
-
-def _past_calls(message: Object, number: int) -> Iterable[tuple[str, str, Object]]:
-    """The calls of an assistant's message; those without ids get one."""
-    path = f"messages.{number}."
-    for place, call in enumerate(items(message, "tool_calls", dict, path)):
-        at = f"{path}tool_calls.{place}."
-        function = field(call, "function", dict, at, required=True)
-        name = field(function, "name", str, f"{at}function.", required=True)
-        yield (
-            field(call, "id", str, at) or f"call_{number}_{place}",
-            name,
-            call_arguments(function.get("arguments")),
-        )
+            texts.append(f"Tool result ({turn.call_id}): {turn.text}")
+    return leading, texts
 
 
 def ask_for_json(request: Request, schema: Object | None) -> None:
-    """Demands an answer in JSON, of any object or of what matches a schema. The engine sees to it;
-    the words at the end of the last user message let the model know beforehand."""
+    """Makes the answer JSON: any object, or what matches `schema`. The engine enforces it. A
+    sentence at the end of the last user message also tells the model."""
     request.format = "json" if schema is None else schema
     demand = f", matching this schema: {json.dumps(schema, ensure_ascii=False)}" if schema else "."
     demand = f"Answer with JSON only{demand}"

@@ -1,26 +1,21 @@
-"""Checking the fields of JSON bodies."""
+"""Checked access to the fields of a JSON body, and the error that a wrong field raises.
+
+A `path` says where a value stands in the body, as in "messages.0.content"; it is empty for the body
+itself. An error message begins with the path of the value that is wrong."""
 
 from __future__ import annotations
 
 import json
 import math
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
 Object = dict[str, Any]
-"""A JSON object of some wire."""
+"""A JSON object."""
 
+T = TypeVar("T")
 
-class WireError(Exception):
-    """A request that its wire does not allow: HTTP status, a sentence for the client and headers to
-    send with it."""
-
-    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None):
-        super().__init__(message)
-        self.status, self.message, self.headers = status, message, headers or {}
-
-
-_KINDS = {
+_TYPE_NAMES: dict[type, str] = {
     str: "a valid string",
     bool: "a valid boolean",
     int: "a valid integer",
@@ -30,54 +25,114 @@ _KINDS = {
 }
 
 
-def is_type(value: Any, kind: type) -> bool:
-    """Whether a JSON value is of a kind: a boolean is no number, an integer is a `float` too, NaN
-    is nothing."""
-    if kind is int:
+class WireError(Exception):
+    """A request that an API does not allow: the HTTP status, a sentence for the client and the
+    headers to send with them."""
+
+    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None):
+        super().__init__(message)
+        self.status, self.message, self.headers = status, message, headers or {}
+
+
+def is_type(value: Any, expected: type) -> bool:
+    """Whether a JSON value has a type. A boolean is not a number, an integer is a `float` too, and
+    an integer must fit into 64 bits. NaN and the infinities have no type."""
+    if expected is int:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-    if kind is float:
+    if expected is float:
         return is_type(value, int) or isinstance(value, float) and math.isfinite(value)
-    return isinstance(value, kind)
+    return isinstance(value, expected)
+
+
+@overload
+def field(
+    body: Object,
+    key: str,
+    expected: type[T],
+    path: str = "",
+    *,
+    required: Literal[True],
+    low: float | None = None,
+    high: float | None = None,
+) -> T: ...
+
+
+@overload
+def field(
+    body: Object,
+    key: str,
+    expected: type[T],
+    path: str = "",
+    *,
+    default: T,
+    low: float | None = None,
+    high: float | None = None,
+) -> T: ...
+
+
+@overload
+def field(
+    body: Object,
+    key: str,
+    expected: type[T],
+    path: str = "",
+    *,
+    required: bool = False,
+    low: float | None = None,
+    high: float | None = None,
+) -> T | None: ...
 
 
 def field(
     body: Object,
     key: str,
-    kind: type,
+    expected: type[T],
     path: str = "",
     *,
     required: bool = False,
-    default: Any = None,
+    default: T | None = None,
     low: float | None = None,
     high: float | None = None,
 ) -> Any:
-    """`body[key]`, checked. Null is absent. `path` ("messages.0.") precedes the key in the sentence
-    of a WireError."""
+    """`body[key]` if it has the expected type and lies between `low` and `high`; `default` if it is
+    absent or null. `path` is where `body` stands. Raises WireError 400."""
     value = body.get(key)
-    if value is None:
-        if required:
-            raise WireError(400, f"{path}{key}: Field required")
+    if value is None and not required:
         return default
-    if not is_type(value, kind):
-        raise WireError(400, f"{path}{key}: Input should be {_KINDS[kind]}")
-    if low is not None and value < low:
-        raise WireError(400, f"{path}{key}: Input should be greater than or equal to {low}")
-    if high is not None and value > high:
-        raise WireError(400, f"{path}{key}: Input should be less than or equal to {high}")
+    fault = None
+    if value is None:
+        fault = "Field required"
+    elif not is_type(value, expected):
+        fault = f"Input should be {_TYPE_NAMES[expected]}"
+    elif low is not None and value < low:
+        fault = f"Input should be greater than or equal to {low}"
+    elif high is not None and value > high:
+        fault = f"Input should be less than or equal to {high}"
+    if fault:
+        raise WireError(400, f"{join_path(path, key)}: {fault}")
     return value
 
 
-def items(body: Object, key: str, kind: type, path: str = "", *, required: bool = False) -> list:
-    """The list `body[key]` with all its items checked to be of `kind`."""
-    values = field(body, key, list, path, required=required, default=[])
+def items(
+    body: Object, key: str, expected: type[T], path: str = "", *, required: bool = False
+) -> list[T]:
+    """The list `body[key]`, all of whose items must have the expected type; empty if it is absent.
+    Raises WireError 400."""
+    values = field(body, key, list, path, required=required) or []
     for number, value in enumerate(values):
-        if not is_type(value, kind):
-            raise WireError(400, f"{path}{key}.{number}: Input should be {_KINDS[kind]}")
+        if not is_type(value, expected):
+            place = f"{join_path(path, key)}.{number}"
+            raise WireError(400, f"{place}: Input should be {_TYPE_NAMES[expected]}")
     return values
 
 
+def join_path(path: str, key: str) -> str:
+    """The path of `key` in the value at `path`."""
+    return f"{path}.{key}" if path else key
+
+
 def model_name(body: Any) -> str:
-    """The model that a body asks for. Raises WireError if it names none."""
+    """The model that a body asks for. Raises WireError 400 if it names none."""
     if not isinstance(body, dict):
         raise WireError(400, "Input should be an object")
     name = field(body, "model", str, required=True)
@@ -87,7 +142,7 @@ def model_name(body: Any) -> str:
 
 
 def content_blocks(content: Any, path: str) -> list[Object]:
-    """Content as blocks; a string is one text block."""
+    """Content as a list of blocks; a string is one text block. Raises WireError 400."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not isinstance(content, list):
@@ -99,18 +154,18 @@ def content_blocks(content: Any, path: str) -> list[Object]:
 
 
 def nested(value: Object, key: str, path: str) -> tuple[Object, str]:
-    """What one API writes into an object of its own and the other beside it, and the path to it."""
-    return (value[key], f"{path}{key}.") if isinstance(value.get(key), dict) else (value, path)
+    """The object `value[key]` and its path if there is one, else `value` and `path`: one API puts
+    into an object of its own what another puts beside it."""
+    inner = value.get(key)
+    return (inner, join_path(path, key)) if isinstance(inner, dict) else (value, path)
 
 
 def encodable(value: Any, text: str) -> Any:
-    """What JSON `text` has been parsed to, with "?" for half a surrogate pair, which is no text
-    that a tokenizer could read."""
-    return (
-        json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
-        if "\\ud" in text.lower()
-        else value
-    )
+    """`value`, which the JSON `text` was parsed to, in a form that UTF-8 can encode: half a
+    surrogate pair becomes "?", since no tokenizer can read it."""
+    if "\\ud" not in text.lower():
+        return value
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def timestamp(seconds: float) -> str:
@@ -119,4 +174,5 @@ def timestamp(seconds: float) -> str:
 
 
 def now() -> str:
+    """The present as `timestamp` writes it."""
     return timestamp(datetime.now(UTC).timestamp())

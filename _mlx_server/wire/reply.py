@@ -1,25 +1,37 @@
-"""What every dialect's answer can do."""
+"""The interface that every dialect's answer implements."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
-from typing import Any
+from typing import Protocol
 
 from _mlx_server.inference.models import LocalModel
-from _mlx_server.inference.protocol import Done, Embedding, Event, Request, Token, Usage
-from _mlx_server.wire.fields import Object, WireError
+from _mlx_server.inference.protocol import Event, Request, Token
+from _mlx_server.wire.fields import Object
+
+Frames = list[Object | str]
+"""What a stream sends: JSON objects, or strings that are server-sent events already."""
+
+
+class Accepted(Protocol):
+    """What an answer reads from the generation that the engine has accepted: a unique id, and the
+    prompt's tokens and how many of them are in the cache."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def cached_tokens(self) -> int: ...
 
 
 class Reply:
-    """One request's answer in one dialect. One instance per HTTP request, made from the request's
-    body.
+    """The answer to one HTTP request in one dialect, made from the request's body.
 
-    `dialect` is its name, `stream` says what the client asked for, `framing` how objects are framed
-    then: "events" (server-sent events, named by the object's "type"), "data" (the same without
-    names) or "lines" (NDJSON); what is text already goes out as a frame of its own. With `unload`
-    set the model is to be unloaded, not asked, and `whole` is the answer. Streaming or not, every
-    event of the generations goes through `event`."""
+    `stream` is whether the client asked for a stream. `framing` is how the objects of a stream are
+    sent: "events" (server-sent events, named by the object's "type"), "data" (server-sent events
+    without names) or "lines" (NDJSON). With `unload` nothing is generated: the model is to be
+    unloaded, and `whole` is the answer. Every event of the generations goes through `event`, even
+    if the answer is not streamed."""
 
     request: Request
     dialect: str
@@ -29,93 +41,42 @@ class Reply:
 
     @property
     def requests(self) -> list[Request]:
-        """What is to be generated. The events of one follow those of the other in this order."""
+        """What is to be generated, one after the other."""
         return [self.request]
 
     def check(self, model: LocalModel) -> None:
         """Called with the resolved model before anything is queued. Raises WireError if the model
-        cannot do this."""
+        cannot do what is asked."""
 
-    def open(self, generation: Any) -> list[Object]:
-        """Objects to send at once when the engine has accepted the request."""
+    def open(self, generation: Accepted) -> Frames:
+        """What to send as soon as the engine has accepted the request."""
         return []
 
-    def event(self, event: Event) -> list[Object | str]:
-        """Objects for one event; for `Done` the closing ones."""
+    def event(self, event: Event) -> Frames:
+        """What to send for one event. The frames for `Done` close the answer."""
         raise NotImplementedError
 
-    def ping(self, lull: float = 0.0) -> list[Object | str]:
-        """Objects that mean nothing but that the server is alive, when for `lull` seconds nothing
-        else was to be said."""
+    def ping(self, lull: float = 0.0) -> Frames:
+        """What to send to show that the server is alive. `lull` is the time in seconds since a
+        frame was sent that was no ping."""
         return []
 
-    def failure(self, error: Exception) -> list[Object]:
-        """Objects that end a stream whose generation failed."""
+    def failure(self, error: Exception) -> Frames:
+        """What to send at the end of a stream whose generation failed."""
         raise NotImplementedError
 
     def whole(self) -> Object:
-        """The body of an answer that is not streamed."""
+        """The body of an answer that is not streamed. Complete after the last `Done`."""
         raise NotImplementedError
-
-
-class Embeddings(Reply):
-    """The vectors of some texts, or token ids, one request for each; with none of them the model is
-    only loaded. `dimensions` is how many numbers of a vector are kept."""
-
-    stream = False
-
-    def __init__(
-        self,
-        name: str,
-        texts: list[str] | list[list[int]],
-        *,
-        truncate: bool,
-        dimensions: int | None = None,
-        keep_alive: float | None = None,
-    ):
-        if not all(texts):
-            raise WireError(400, "input: an empty text has no embedding")
-        self.request = Request(name, keep_alive=keep_alive)
-        self._requests = [
-            Request(name, prompt=text, embed=True, truncate=truncate, max_tokens=0)
-            for text in texts
-        ]
-        self._requests[-1:] = [
-            replace(one, keep_alive=keep_alive) for one in self._requests[-1:]
-        ] or [self.request]
-        self.vectors: list[list[float]] = []
-        self.usages: list[Usage] = []
-        self._dimensions = dimensions
-
-    def event(self, event: Event) -> list[Object | str]:
-        match event:
-            case Embedding(vector):
-                self.vectors.append(vector)
-            case Done():
-                self.usages.append(event.usage)
-        return []
-
-    @property
-    def requests(self) -> list[Request]:
-        return self._requests
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all texts."""
-        return sum(usage.prompt_tokens for usage in self.usages)
-
-    def unit_vectors(self) -> list[list[float]]:
-        """The vectors, cut and then of length 1."""
-        cut = [vector[: self._dimensions] for vector in self.vectors]
-        return [[number / (math.hypot(*vector) or 1.0) for number in vector] for vector in cut]
 
 
 def token_objects(tokens: list[Token]) -> list[Object]:
     """Log probabilities as OpenAI and Ollama write them."""
 
-    def weight(token: Token) -> Object:
+    def token_object(token: Token) -> Object:
         return {"token": token.text, "logprob": token.logprob, "bytes": list(token.bytes)}
 
     return [
-        {**weight(token), "top_logprobs": [weight(one) for one in token.top]} for token in tokens
+        {**token_object(token), "top_logprobs": [token_object(other) for other in token.top]}
+        for token in tokens
     ]

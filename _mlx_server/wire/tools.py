@@ -1,7 +1,8 @@
-"""Tool definitions, tool choice and tool arguments as all dialects share them."""
+"""Tool definitions, tool choice and tool arguments, as far as the dialects share them."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from typing import Any
@@ -12,8 +13,8 @@ log = logging.getLogger("mlx_server")
 
 
 def tool_form(name: str, description: str, schema: Object) -> Object:
-    """A tool in the form chat templates know. The schema always says `object` and has
-    properties."""
+    """A tool in OpenAI's form, which chat templates know. Its schema always has the type `object`
+    and `properties`."""
     schema = {**schema, "type": "object"} if "type" in schema else {"type": "object", **schema}
     if not isinstance(schema.get("properties"), dict):
         schema["properties"] = {}
@@ -24,52 +25,56 @@ def tool_form(name: str, description: str, schema: Object) -> Object:
 
 
 def function_tools(tools: list[Object]) -> list[Object]:
-    """The tools of a body, which are written as OpenAI's chat and Ollama do it or, flat, as
-    OpenAI's responses do. Those of other types are left out. Raises WireError when nothing is left
-    then."""
-    functions, others = [], []
+    """The functions among the tools of a body. OpenAI's chat and Ollama put a function's fields
+    into `function`, OpenAI's responses put them beside `type`. Raises WireError 400.
+
+    Tools of other types are left out with a warning, but refused if there are no functions."""
+    functions, other_types = [], []
     for number, tool in enumerate(tools):
-        at = f"tools.{number}."
-        kind = field(tool, "type", str, at, default="function")
-        if kind != "function" and "function" not in tool:
-            others.append(kind)
+        path = f"tools.{number}"
+        tool_type = field(tool, "type", str, path, default="function")
+        if tool_type != "function" and "function" not in tool:
+            other_types.append(tool_type)
             continue
-        function, at = nested(tool, "function", at)
+        function, path = nested(tool, "function", path)
         functions.append(
             tool_form(
-                field(function, "name", str, at, required=True),
-                field(function, "description", str, at, default=""),
-                field(function, "parameters", dict, at, default={}),
+                field(function, "name", str, path, required=True),
+                field(function, "description", str, path, default=""),
+                field(function, "parameters", dict, path, default={}),
             )
         )
-    if others and not functions:
-        raise WireError(400, f"tools: tools of type '{others[0]}' are not supported by this server")
-    if others:
-        log.warning("tools of these types were left out: %s", ", ".join(others))
+    if other_types and not functions:
+        raise WireError(
+            400, f"tools: tools of type '{other_types[0]}' are not supported by this server"
+        )
+    if other_types:
+        log.warning("tools of these types were left out: %s", ", ".join(other_types))
     return functions
 
 
 def any_strict(tools: list[Object]) -> bool:
-    """Whether one of the tools of a body is strict: then the calls of all are held to their
+    """Whether one of the tools of a body is strict. Then the calls of all of them must match their
     schemas."""
     return any(nested(tool, "function", "")[0].get("strict") is True for tool in tools)
 
 
-def forced_choice(kind: str, name: str | None, tools: list[Object], path: str) -> str:
-    """`Request.tool_choice` for a demanded call, of the tool `name` if there is one. Raises
-    WireError if that cannot be."""
+def forced_choice(choice_type: str, name: str | None, tools: list[Object], path: str) -> str:
+    """`Request.tool_choice` for a call that must be made: of the tool `name`, or of any tool if it
+    is None. `path` is where the name stands. Raises WireError 400 if no such tool is there."""
     if not tools:
-        raise WireError(400, f"tool_choice: '{kind}' needs tools to choose from")
+        raise WireError(400, f"tool_choice: '{choice_type}' needs tools to choose from")
     if name is not None and name not in [tool["function"]["name"] for tool in tools]:
-        raise WireError(400, f"{path}name: Tool '{name}' not found in provided tools")
+        raise WireError(400, f"{path}.name: Tool '{name}' not found in provided tools")
     return "any" if name is None else name
 
 
 def call_arguments(value: Any) -> Object:
-    """A past call's arguments as the object they should have been."""
+    """The arguments of a past call as an object. A string is parsed as JSON; what is no object
+    becomes the argument `input`."""
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             value = encodable(json.loads(value or "{}"), value)
-        except (ValueError, RecursionError):
-            pass
-    return value if isinstance(value, dict) else {} if value is None else {"input": value}
+    if value is None:
+        return {}
+    return value if isinstance(value, dict) else {"input": value}

@@ -1,0 +1,169 @@
+"""The content of a Messages body as turns: https://platform.claude.com/docs/en/api/messages"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from typing import Any
+
+from _mlx_server.wire.conversation import IMAGE_NOTE, Turn
+from _mlx_server.wire.fields import Object, WireError, content_blocks, field
+from _mlx_server.wire.tools import call_arguments
+
+log = logging.getLogger("mlx_server")
+
+# Claude Code puts these lines before its system prompt. They differ from request to request, so the
+# prompt would never be found in the cache.
+_BILLING = re.compile(r"\A(?:\s*x-anthropic-billing-header:[^\n]*(?:\n|\Z))+")
+_ROLES = {
+    "user": "user",
+    "assistant": "assistant",
+    "system": "system",
+    "ctx": "user",
+    "msg": "user",
+}
+
+Definitions = dict[str, str]
+"""Deferred tools by name, each as the JSON text that the model sees when a search found it."""
+
+
+def system_text(content: Any, path: str) -> str:
+    """The text of a system prompt or message, without the client's billing lines."""
+    texts = _block_texts(content_blocks(content, path), path)
+    texts = [_BILLING.sub("", text) for text in texts]
+    return "\n\n".join(text.rstrip("\n") for text in texts if text.strip())
+
+
+def anthropic_turns(messages: list[Object], deferred: list[Object]) -> list[Turn]:
+    """The turns of a messages array. Raises WireError 400, also if the conversation ends with a
+    tool call."""
+    definitions = {
+        tool["function"]["name"]: json.dumps(tool, ensure_ascii=False) for tool in deferred
+    }
+    turns: list[Turn] = []
+    for number, message in enumerate(messages):
+        path = f"messages.{number}"
+        role = _ROLES.get(field(message, "role", str, path, required=True))
+        if role is None:
+            raise WireError(400, f"{path}.role: Input should be 'user', 'assistant' or 'system'")
+        content, path = message.get("content"), f"{path}.content"
+        if content is None:
+            raise WireError(400, f"{path}: Field required")
+        if role == "system":
+            turns.append(Turn("system", system_text(content, path)))
+        else:
+            turns += _message_turns(role, content_blocks(content, path), path, definitions)
+    last = next((turn for turn in reversed(turns) if turn.role != "system"), Turn("user"))
+    if last.calls:
+        ids = ", ".join(id for id, _, _ in last.calls)
+        raise WireError(
+            400,
+            f"messages.{len(messages) - 1}: `tool_use` ids were found without `tool_result` blocks "
+            f"immediately after: {ids}. Each `tool_use` block must have a corresponding "
+            "`tool_result` block in the next message.",
+        )
+    return turns
+
+
+def _message_turns(
+    role: str, blocks: list[Object], path: str, definitions: Definitions
+) -> list[Turn]:
+    """One message as turns: a turn for each tool result, then one for all other blocks."""
+    results: list[Turn] = []
+    message = Turn(role)
+    texts, thoughts = [], []
+    for number, block in enumerate(blocks):
+        block_path = f"{path}.{number}"
+        block_type = block.get("type")
+        if block_type == "tool_use" and role == "assistant":
+            id = field(block, "id", str, block_path, required=True)
+            name = field(block, "name", str, block_path, required=True)
+            message.calls.append((id, name, call_arguments(block.get("input"))))
+        elif block_type == "tool_result" and role == "user":
+            id = field(block, "tool_use_id", str, block_path, required=True)
+            results.append(Turn("tool", _result_text(block, block_path, definitions), call_id=id))
+        elif block_type == "thinking":
+            thoughts.append(field(block, "thinking", str, block_path, default=""))
+        else:
+            texts.append(_block_text(block, block_path, definitions))
+    message.text = "\n".join(text for text in texts if text and (text.strip() or role == "user"))
+    message.reasoning = "\n".join(filter(None, thoughts))
+    return [*results, message]
+
+
+def _result_text(block: Object, path: str, definitions: Definitions) -> str:
+    text = _inner_text(block, path, definitions)
+    if block.get("is_error") is True and not text.startswith("Error"):
+        return f"Error: {text}"
+    return text
+
+
+def _inner_text(block: Object, path: str, definitions: Definitions | None = None) -> str:
+    """The text of the `content` inside a block."""
+    content, path = block.get("content"), f"{path}.content"
+    blocks = [] if content is None else content_blocks(content, path)
+    return "\n".join(_block_texts(blocks, path, definitions))
+
+
+def _block_texts(
+    blocks: list[Object], path: str, definitions: Definitions | None = None
+) -> list[str]:
+    """The texts of those blocks that have one."""
+    texts = [
+        _block_text(block, f"{path}.{number}", definitions) for number, block in enumerate(blocks)
+    ]
+    return [text for text in texts if text]
+
+
+def _block_text(block: Object, path: str, definitions: Definitions | None = None) -> str:
+    """A block as text for the model, "" if it has no meaning here. Raises WireError 400."""
+    block_type = field(block, "type", str, path, required=True)
+    match block_type:
+        case "text":
+            return field(block, "text", str, path, required=True)
+        case "image":
+            return _image_text(block, path)
+        case "document":
+            return _document_text(block, path)
+        case "search_result":
+            return _search_result_text(block, path)
+        case "tool_reference":
+            name = field(block, "tool_name", str, path, required=True)
+            return (definitions or {}).get(name, name)
+        case "compaction":
+            return field(block, "content", str, path, default="")
+        case "container_upload":
+            raise WireError(400, f"{path}: files are not supported by this server")
+        case "redacted_thinking":
+            return ""
+    log.info("%s: left out a block of type %s", path, block_type)
+    return ""
+
+
+def _image_text(block: Object, path: str) -> str:
+    if field(block, "source", dict, path, required=True).get("type") == "file":
+        raise WireError(400, f"{path}.source: files are not supported by this server")
+    return IMAGE_NOTE
+
+
+def _document_text(block: Object, path: str) -> str:
+    title, context = (field(block, key, str, path) for key in ("title", "context"))
+    source, path = field(block, "source", dict, path, required=True), f"{path}.source"
+    if source.get("type") == "text":
+        text = field(source, "data", str, path, required=True)
+    elif source.get("type") == "content":
+        text = _inner_text(source, path)
+    else:
+        raise WireError(
+            400,
+            f"{path}: only documents of text are supported by this server; send its text",
+        )
+    return "\n".join(filter(None, [title, context, text]))
+
+
+def _search_result_text(block: Object, path: str) -> str:
+    title, context, source = (
+        field(block, key, str, path) for key in ("title", "context", "source")
+    )
+    return "\n".join(filter(None, [title, context, source, _inner_text(block, path)]))

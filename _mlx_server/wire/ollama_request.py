@@ -1,0 +1,170 @@
+"""The fields that bodies of Ollama's API share:
+https://github.com/ollama/ollama/blob/main/docs/api.md and api/types.go beside it"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+from _mlx_server.inference.protocol import Sampling
+from _mlx_server.wire.conversation import IMAGE_NOTE
+from _mlx_server.wire.fields import Object, WireError, field, is_type, items
+
+# https://github.com/ollama/ollama/blob/main/docs/modelfile.mdx#valid-parameters-and-values. Options
+# that are not listed are ignored, as Ollama does.
+_FLOAT_OPTIONS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "repeat_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+_INTEGER_OPTIONS = (
+    "num_predict",
+    "num_ctx",
+    "num_keep",
+    "num_batch",
+    "num_gpu",
+    "main_gpu",
+    "num_thread",
+    "top_k",
+    "seed",
+    "repeat_last_n",
+    "draft_num_predict",
+)
+_DURATION = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h)", re.ASCII)
+_SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
+_LONGEST = 9e9  # seconds: Go counts nanoseconds in 63 bits
+_ALL_TOKENS = 1 << 20  # more than any context has
+
+
+def ollama_model_name(body: Object, status: int, message: str) -> str:
+    """The model that a body asks for. Raises WireError, with `status` and `message` if the body
+    names none."""
+    name = field(body, "model", str, default="")
+    if not name:
+        raise WireError(status, message)
+    if re.search(r"[\s\x00-\x1f]", name):
+        raise WireError(400, "invalid model name")
+    return name
+
+
+def parse_keep_alive(value: Any) -> float | None:
+    """`keep_alive` in seconds, -1 for ever, None if absent. Accepts numbers, Go durations ("1h30m")
+    and, unlike Ollama, strings with a number of seconds. Raises WireError 400."""
+    if value is None:
+        return None
+    seconds: float | None = None
+    if isinstance(value, str):
+        seconds = _parse_duration(value)
+    elif is_type(value, float):
+        seconds = value
+    if seconds is None or not math.isfinite(seconds):
+        raise WireError(400, f"time: invalid duration {json.dumps(value, ensure_ascii=False)}")
+    return -1.0 if seconds < 0 or seconds > _LONGEST else float(seconds)
+
+
+def _parse_duration(text: str) -> float | None:
+    """Seconds, or None if `text` is no duration."""
+    sign = -1 if text.startswith("-") else 1
+    digits = text.removeprefix("-").removeprefix("+")
+    if re.fullmatch(r"\d+\.?\d*|\.\d+", digits, re.ASCII):
+        return sign * float(digits)
+    if not digits or _DURATION.sub("", digits):
+        return None
+    return sign * sum(float(number) * _SECONDS[unit] for number, unit in _DURATION.findall(digits))
+
+
+def ollama_options(body: Object, key: str = "options") -> Object:
+    """The object `body[key]` with its options checked; `stop` is always a list. Integers may be
+    written as floats. Raises WireError 400."""
+    options = {
+        name: value
+        for name, value in field(body, key, dict, default={}).items()
+        if value is not None
+    }
+    for name in _FLOAT_OPTIONS:
+        _check_option(options, name, float, "float32")
+    for name in _INTEGER_OPTIONS:
+        _check_option(options, name, float, "integer")
+        if name in options:
+            options[name] = max(-(2**62), min(int(options[name]), 2**62))
+    _check_option(options, "use_mmap", bool, "boolean")
+    stop = options.get("stop", [])
+    options["stop"] = [stop] if isinstance(stop, str) else stop
+    if not isinstance(options["stop"], list):
+        raise WireError(400, 'option "stop" must be of type array')
+    if not all(isinstance(text, str) for text in options["stop"]):
+        raise WireError(400, 'option "stop" must be of an array of strings')
+    return options
+
+
+def _check_option(options: Object, name: str, expected: type, type_name: str) -> None:
+    if name in options and not is_type(options[name], expected):
+        raise WireError(400, f'option "{name}" must be of type {type_name}')
+
+
+def ollama_sampling(options: Object) -> Sampling:
+    """The sampling that checked options ask for."""
+    temperature, top_k, seed = (options.get(name) for name in ("temperature", "top_k", "seed"))
+    penalty, window = options.get("repeat_penalty"), options.get("repeat_last_n")
+    if window == 0:  # means no penalty
+        penalty, window = 1.0, None
+    elif window is not None and window < 0:
+        window = _ALL_TOKENS
+    return Sampling(
+        temperature=None if temperature is None else max(0.0, temperature),
+        top_p=options.get("top_p"),
+        top_k=None if top_k is None else max(0, top_k),
+        min_p=options.get("min_p"),
+        repetition_penalty=penalty,
+        repetition_context=window,
+        presence_penalty=options.get("presence_penalty"),
+        frequency_penalty=options.get("frequency_penalty"),
+        seed=None if seed is None or seed < 0 else seed,
+    )
+
+
+def ollama_max_tokens(options: Object) -> int | None:
+    """The bound on the answer's tokens; a negative `num_predict` is none."""
+    limit: int = options.get("num_predict", -1)
+    return None if limit < 0 else limit
+
+
+def ollama_thinking(body: Object) -> tuple[bool | None, str | None]:
+    """`Request.thinking` and `Request.effort`. Raises WireError 400.
+
+    https://docs.ollama.com/capabilities/thinking"""
+    think = body.get("think")
+    if think is None or isinstance(think, bool):
+        return think, None
+    if think not in ("high", "medium", "low", "max"):
+        raise WireError(
+            400,
+            f"invalid think value: {json.dumps(think, ensure_ascii=False)} "
+            '(must be "high", "medium", "low", "max", true, or false)',
+        )
+    return True, think
+
+
+def ollama_text(message: Object, path: str) -> str:
+    """The text of a message at `path`, after a note for each image. Raises WireError 400."""
+    text = field(message, "content", str, path, default="")
+    return "\n".join(filter(None, [*image_notes(message, path), text]))
+
+
+def image_notes(body: Object, path: str = "") -> list[str]:
+    """A note for each image. Raises WireError 400 for what is not base64."""
+    images = items(body, "images", str, path)
+    for image in images:
+        data = image.partition(",")[2] if image.startswith("data:") else image
+        data = re.sub(r"[\r\n]", "", data)
+        wrong = re.search(r"[^A-Za-z0-9+/=]|=(?!=?\Z)", data)
+        if wrong or len(data) % 4:
+            place = wrong.start() if wrong else len(data)
+            raise WireError(400, f"illegal base64 data at input byte {place}")
+    return [IMAGE_NOTE] * len(images)

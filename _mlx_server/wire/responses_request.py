@@ -1,0 +1,138 @@
+"""The input and the tools of a responses body:
+https://platform.openai.com/docs/api-reference/responses/create"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
+
+from _mlx_server.wire.chat_messages import CHAT_ROLES
+from _mlx_server.wire.conversation import Turn
+from _mlx_server.wire.fields import Object, WireError, field, items
+from _mlx_server.wire.openai_request import openai_text
+from _mlx_server.wire.tools import call_arguments
+
+log = logging.getLogger("mlx_server")
+
+_FREE_TEXT = {  # what the model sees of the input of a custom tool
+    "type": "object",
+    "properties": {"input": {"type": "string"}},
+    "required": ["input"],
+}
+
+
+@dataclass
+class ResponsesTools:
+    """The tools of a body as the model sees them.
+
+    `tools` has those of namespaces in one list with the others. `namespaces` is the namespace and
+    the name there by the name in `tools`. `custom` are the names of tools whose input is free
+    text."""
+
+    tools: list[Object] = dataclass_field(default_factory=list)
+    namespaces: dict[str, tuple[str, str]] = dataclass_field(default_factory=dict)
+    custom: set[str] = dataclass_field(default_factory=set)
+
+    def add(self, tool: Object, path: str, namespace: str | None = None) -> None:
+        """Adds the tool at `path`. Raises WireError 400."""
+        is_custom = tool.get("type") == "custom"
+        if namespace is not None:
+            name = field(tool, "name", str, path, required=True)
+            tool = {**tool, "name": name_in(namespace, name)}
+            self.namespaces[tool["name"]] = (namespace, name)
+        if is_custom:
+            tool = _custom_as_function(tool, path)
+            self.custom.add(tool["name"])
+        self.tools.append(tool)
+
+
+def responses_tools(tools: list[Object]) -> ResponsesTools:
+    """The tools of a body, namespaces resolved. Raises WireError 400."""
+    result = ResponsesTools()
+    for number, tool in enumerate(tools):
+        path = f"tools.{number}"
+        if tool.get("type") != "namespace":
+            result.add(tool, path)
+            continue
+        namespace = field(tool, "name", str, path, required=True)
+        for inner in items(tool, "tools", dict, path):
+            result.add(inner, f"{path}.tools", namespace)
+    return result
+
+
+def _custom_as_function(tool: Object, path: str) -> Object:
+    """A custom tool as a function with one string. Its grammar is put into the description and not
+    enforced."""
+    tool_format = field(tool, "format", dict, path, default={})
+    description = field(tool, "description", str, path, default="")
+    grammar = field(tool_format, "definition", str, f"{path}.format", default="")
+    return {
+        "type": "function",
+        "name": field(tool, "name", str, path, required=True),
+        "description": "\n\n".join(filter(None, [description, grammar])),
+        "parameters": _FREE_TEXT,
+    }
+
+
+def name_in(namespace: str | None, name: str) -> str:
+    """The name by which the model knows a tool of a namespace."""
+    return f"{namespace}__{name}" if namespace else name
+
+
+def responses_turns(body: Object) -> list[Turn]:
+    """The turns of `input`: a text, or items of which several may belong to one turn of the
+    assistant. Raises WireError 400."""
+    if isinstance(body.get("input"), str):
+        return [Turn("user", body["input"])]
+    turns = []
+    for number, item in enumerate(items(body, "input", dict, required=True)):
+        turn = _item_turn(item, f"input.{number}")
+        if turn:
+            turns.append(turn)
+    return turns
+
+
+def _item_turn(item: Object, path: str) -> Turn | None:
+    """An item as a turn, None if it has no meaning here."""
+    item_type = field(item, "type", str, path, default="message")
+    match item_type:
+        case "message":
+            role = field(item, "role", str, path, required=True)
+            return Turn(CHAT_ROLES.get(role, "user"), openai_text(item, path))
+        case "function_call" | "custom_tool_call":
+            return _call_turn(item, item_type, path)
+        case "local_shell_call":
+            action = field(item, "action", dict, path, required=True)
+            id = _call_id(item, item_type, path)
+            return Turn("assistant", calls=[(id, "local_shell", action)])
+        case "function_call_output" | "custom_tool_call_output" | "local_shell_call_output":
+            id = _call_id(item, item_type, path)
+            return Turn("tool", openai_text(item, path, "output"), call_id=id)
+        case "reasoning":
+            reasoning = openai_text(item, path) or openai_text(item, path, "summary")
+            return Turn("assistant", reasoning=reasoning)
+        case "item_reference":
+            raise WireError(
+                400, f"{path}.type: '{item_type}' is not supported by this server; send the item"
+            )
+    log.info("%s: left out an item of type %s", path, item_type)
+    return None
+
+
+def _call_turn(item: Object, item_type: str, path: str) -> Turn:
+    id = field(item, "call_id", str, path, required=True)
+    name = field(item, "name", str, path, required=True)
+    if item_type == "custom_tool_call":
+        arguments = {"input": field(item, "input", str, path, default="")}
+    else:
+        arguments = call_arguments(item.get("arguments"))
+    namespace = field(item, "namespace", str, path)
+    return Turn("assistant", calls=[(id, name_in(namespace, name), arguments)])
+
+
+def _call_id(item: Object, item_type: str, path: str) -> str:
+    """The id of the call that an item is or answers. Items of the local shell may have it in `id`
+    instead of `call_id`."""
+    in_id = item_type.startswith("local_shell_call") and item.get("call_id") is None
+    return field(item, "id" if in_id else "call_id", str, path, required=True)
