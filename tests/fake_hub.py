@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ class FakeHub(ThreadingHTTPServer):
     `asked` are methods and paths, with their Range and Authorization. `cut` is how many bytes of a
     file arrive before the connection ends, `cuts` how often that happens. `pause` is in seconds,
     after every 100 kB. `status` is what the API says instead of an answer, `commit` every repo's
-    last one, `damage` a function of a file's name and content."""
+    last one, `damage` a function of a file's name and content. With `xet`, weights are to be had
+    from a Xet storage, which never answers."""
 
     daemon_threads = True
 
@@ -30,13 +32,18 @@ class FakeHub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.repos = repos
         self.url = f"http://127.0.0.1:{self.server_port}"
+        self.storage = socket.create_server(("127.0.0.1", 0))
         self.reset()
 
     def reset(self) -> None:
         self.cut, self.cuts, self.pause = None, 10**9, 0.0
-        self.status, self.commit = None, COMMIT
+        self.status, self.commit, self.xet = None, COMMIT, False
         self.damage = lambda name, content: content
         self.asked: list[tuple[str, str, str | None, str | None]] = []
+
+    def server_close(self) -> None:
+        super().server_close()
+        self.storage.close()
 
     def fetched(self) -> list[str]:
         """The files whose content was asked for, in that order."""
@@ -84,6 +91,8 @@ class HubHandler(BaseHTTPRequestHandler):
         repo = "/".join(parts[3:5] if parts[1] == "api" else parts[1:3])
         if repo not in hub.repos:
             return self.send_error(401)
+        if parts[5:6] == ["xet-read-token"]:
+            return self.send_token()
         if parts[1] == "api":
             return self.send_json(self.described(repo))
         self.redirect(repo, "/".join(parts[5:]))
@@ -112,6 +121,19 @@ class HubHandler(BaseHTTPRequestHandler):
         self.send_header("X-Repo-Commit", self.server.commit)
         self.send_header("X-Linked-Etag", f'"{digest(name, content)}"')
         self.send_header("X-Linked-Size", str(len(content)))
+        self.send_header("Content-Length", "0")
+        if self.server.xet and name.endswith(".safetensors"):
+            route = f"{self.server.url}/api/models/{repo}/xet-read-token/{self.server.commit}"
+            self.send_header("X-Xet-Hash", "ab" * 32)
+            self.send_header("X-Xet-Refresh-Route", route)
+        self.end_headers()
+
+    def send_token(self) -> None:
+        self.send_response(200)
+        port = self.server.storage.getsockname()[1]
+        self.send_header("X-Xet-Cas-Url", f"http://127.0.0.1:{port}")
+        self.send_header("X-Xet-Access-Token", "token")
+        self.send_header("X-Xet-Token-Expiration", str(int(time.time()) + 3600))
         self.send_header("Content-Length", "0")
         self.end_headers()
 

@@ -13,8 +13,8 @@ import ollama
 import pytest
 from anthropic import Anthropic
 from conftest import ROOT, Server
+from model_folders import add_repo
 from test_http import ask
-from test_library import add_repo
 
 from engine import Engine, EngineError, InvalidRequest, ModelNotFound, Preset
 
@@ -48,9 +48,6 @@ def names(client: ollama.Client) -> list[str]:
 def model_folder(folder: Path, name: str) -> Path:
     """A copy of the demo among the server's models."""
     return shutil.copytree(ROOT / "tests" / "demo", folder / "models" / name)
-
-
-# ------------------------------------------------------------------ names of one's own
 
 
 def test_a_created_name_answers_with_its_defaults_in_every_dialect(
@@ -105,11 +102,13 @@ def test_show_tells_what_was_created(client: ollama.Client):
         f"{'num_predict':<30} 9",
         f'{"stop":<30} "a b"',
     ]
-    assert (
-        shown.modelfile
-        == 'FROM demo\nSYSTEM """You are a fish."""\nPARAMETER temperature 0.25\nPARAMETER num_predict 9\n'
-        'PARAMETER stop "a b"\n'
-    )
+    assert shown.modelfile.splitlines() == [
+        "FROM demo",
+        'SYSTEM """You are a fish."""',
+        "PARAMETER temperature 0.25",
+        "PARAMETER num_predict 9",
+        'PARAMETER stop "a b"',
+    ]
     assert (
         shown.template
         and "general.architecture" in shown.modelinfo
@@ -237,9 +236,6 @@ def test_created_names_survive_a_restart_and_a_broken_file_is_not_overwritten(tm
     assert state.read_text() == '{"half": '
 
 
-# ------------------------------------------------------------------ deleting
-
-
 def test_a_deleted_model_is_unloaded_and_its_folder_gone(folder: Path, client: ollama.Client):
     path = model_folder(folder, "Spare-1B-4bit")
     client.generate("spare-1b-4bit")
@@ -254,7 +250,7 @@ def test_a_deleted_model_is_unloaded_and_its_folder_gone(folder: Path, client: o
 
 def test_only_models_inside_ones_own_folders_can_be_deleted(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    for variable in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(variable, raising=False)
     cached = add_repo(tmp_path, "org/cached").parent.parent
     outside = shutil.copytree(ROOT / "tests" / "demo", tmp_path / "outside")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.client
 import json
@@ -9,10 +10,11 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ollama
@@ -20,7 +22,7 @@ import pytest
 from conftest import ROOT, Server, example
 from fake_hub import COMMIT, FakeHub, digest, serving
 
-from _mlx_server.inference.download import HubError, HubFailure
+from _mlx_server.inference.download import HubError, HubFailure, hub_error
 from _mlx_server.inference.hub import Hub
 from engine import Library
 
@@ -111,7 +113,7 @@ def test_any_repo_is_pulled_by_its_id_and_only_what_a_model_needs(
     assert puller.pull("hf.co/org/own").status == "success"
     snapshot = cache / "models--org--own" / "snapshots" / COMMIT
     assert {str(path.relative_to(snapshot)) for path in snapshot.rglob("*") if path.is_file()} == (
-        {name for name in hub.repos["org/own"]} - {"README.md", "x.py"}
+        set(hub.repos["org/own"]) - {"README.md", "x.py"}
     )
     assert (cache / "models--org--own" / "refs" / "main").read_text() == COMMIT
 
@@ -167,34 +169,41 @@ def test_a_newer_revision_replaces_the_older_one_when_it_is_whole(
     assert library.resolve("org/own").path == snapshots / hub.commit
 
 
-def test_hanging_up_ends_a_pull(hub: FakeHub, pulling, puller: ollama.Client, cache: Path):
-    hub.pause = 0.05
-    server = pulling[1]
-    connection = http.client.HTTPConnection("127.0.0.1", server.port)
+@pytest.mark.parametrize("xet", [False, True])
+def test_hanging_up_ends_a_pull(
+    hub: FakeHub, pulling, puller: ollama.Client, cache: Path, xet: bool
+):
+    hub.pause, hub.xet = 0.05, xet
+    connection = http.client.HTTPConnection("127.0.0.1", pulling[1].port)
     connection.request("POST", "/api/pull", json.dumps({"model": "org/own"}))
     answer = connection.getresponse()
     weights = digest("model.safetensors", hub.repos["org/own"]["model.safetensors"])
-    while weights not in (line := answer.readline().decode()):
-        assert line
-    blobs = cache / "models--org--own" / "blobs"
-    assert list(blobs.glob("*.incomplete"))
+    part = f"models--org--own/blobs/{weights}.*.incomplete"
+    while not list(cache.glob(part)):
+        assert answer.readline()
     with pytest.raises(ollama.ResponseError, match="being downloaded already") as failure:
         puller.pull("org/own")
     assert failure.value.status_code == 409
     answer.close()
     connection.close()
-    deadline = time.monotonic() + 10
-    while list(blobs.glob("*.incomplete")):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    hub.pause = 0
+    wait_until(lambda: not list(cache.glob(part)))
+    hub.reset()
     assert "org/own:latest" not in names(puller)
-    while True:  # until the first one has let go of the repo
+
+    def succeeds() -> bool:
         try:
-            assert puller.pull("org/own").status == "success"
-            return
-        except ollama.ResponseError as error:
-            assert error.status_code == 409 and time.monotonic() < deadline
+            return puller.pull("org/own").status == "success"
+        except ollama.ResponseError as error:  # the first one has not let go of the repo
+            assert error.status_code == 409
+            return False
+
+    wait_until(succeeds)
+
+
+def wait_until(done: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
@@ -210,6 +219,13 @@ def test_damaged_files_are_not_kept(hub: FakeHub, puller: ollama.Client, cache: 
         assert puller.pull("org/own").status == "success"
         assert damaged in hub.fetched()
         puller.delete("org/own")
+
+
+def test_the_server_starts_without_the_library_that_downloads():
+    slow = "sorted({'huggingface_hub', 'tqdm', 'httpx2'} & set(sys.modules))"
+    code = f"import sys, mlx_server, engine; print({slow})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n"
 
 
 def pull(hub: FakeHub, cache: Path, *words: str, env: dict | None = None, **how):
@@ -281,12 +297,9 @@ def test_at_the_keyboard_a_pull_draws_a_bar_and_what_fails_is_a_sentence(hub: Fa
 def test_at_the_keyboard_ctrl_c_ends_a_pull(hub: FakeHub, cache: Path):
     hub.pause = 0.1
     program = pull(hub, cache, "pull", "org/own", stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 20
-    while not list(cache.glob("*/blobs/*.incomplete")):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    program.send_signal(2)
-    _, told = program.communicate(timeout=10)
+    wait_until(lambda: bool(list(cache.glob("*/blobs/*.incomplete"))))
+    program.send_signal(signal.SIGINT)
+    _, told = program.communicate(timeout=30)
     assert program.returncode == 1 and "the same command goes on from there" in told
     assert "Traceback" not in told and not list(cache.glob("*/blobs/*.incomplete"))
 
@@ -346,7 +359,7 @@ def test_a_disk_that_is_too_small_or_read_only_is_an_error(
     from huggingface_hub import HfApi
 
     api = HfApi(hub.url)
-    monkeypatch.setattr(Hub, "_api", api)
+    monkeypatch.setattr(Hub, "api", api)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(HubError, match=r"org/own needs \d{7} bytes, and 1000 are free") as failure:
@@ -356,3 +369,26 @@ def test_a_disk_that_is_too_small_or_read_only_is_an_error(
     with pytest.raises(HubError, match="cannot be written to the model cache: ") as failure:
         list(Hub(tmp_path / "file").pull("org/own"))
     assert failure.value.reason is HubFailure.UNWRITABLE
+
+
+@pytest.mark.parametrize(
+    "error, reason, said",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "NO_SPACE", "no room for org/own"),
+        (RuntimeError("I/O: No space left on device (28)"), "NO_SPACE", "no room for org/own"),
+        (OSError(errno.EROFS, "Read-only file system"), "UNWRITABLE", "Read-only file system"),
+        (OSError("Consistency check failed"), "UNREACHABLE", "pull again to go on"),
+        (RuntimeError("CAS: timeout\nmore"), "UNREACHABLE", "failed: CAS: timeout; pull again"),
+        (KeyError("sha"), "UNREACHABLE", "describes org/own in a way that makes no sense"),
+        (HubError(HubFailure.BUSY, "as it is"), "BUSY", "^as it is$"),
+    ],
+)
+def test_what_fails_is_one_sentence(error: Exception, reason: str, said: str):
+    failure = hub_error(error, "org/own")
+    assert failure.reason.name == reason and re.search(said, str(failure))
+
+
+def test_a_repo_has_an_org_and_a_name(puller: ollama.Client):
+    with pytest.raises(ollama.ResponseError, match="'a/b/c' names no repo") as failure:
+        puller.pull("a/b/c")
+    assert failure.value.status_code == 404

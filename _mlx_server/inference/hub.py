@@ -142,7 +142,8 @@ class Hub:
         )
 
     @functools.cached_property
-    def _api(self) -> HfApi:
+    def api(self) -> HfApi:
+        """What asks the hub."""
         from huggingface_hub import HfApi  # takes most of a second
 
         return HfApi()
@@ -150,7 +151,7 @@ class Hub:
     def _search(self, words: str) -> list[str]:
         """The ids of mlx-community's repos that have these words in their names."""
         try:
-            found = self._api.list_models(
+            found = self.api.list_models(
                 author="mlx-community", search=words, sort="downloads", limit=1000
             )
             return [model.id for model in found if isinstance(model.id, str)]
@@ -161,7 +162,7 @@ class Hub:
         """A repo's last commit and those of its files that are wanted, in the order in which they
         are to be downloaded. Raises HubError."""
         try:
-            info = self._api.model_info(repo, revision="main", files_metadata=True)
+            info = self.api.model_info(repo, revision="main", files_metadata=True)
             names = [file.rfilename for file in info.siblings or []]
             files = [
                 _remote_file(file)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import fnmatch
 import logging
 import os
@@ -25,14 +27,15 @@ log = logging.getLogger("mlx_server")
 
 
 def _demos() -> list[Path]:
+    """Where the built-in model may be: in a checkout, or in an installation."""
     return [
-        Path(__file__).parents[2] / "tests" / "demo",  # in a checkout
+        Path(__file__).parents[2] / "tests" / "demo",
         Path(sys.prefix) / "share" / "mlx-server" / "demo",
-    ]  # installed
+    ]
 
 
 class Library:
-    """The models on this machine and the one resolver of their names.
+    """The models on this machine and the one resolver of their names. Any thread may use it.
 
     It looks into `models_dirs` (each a model, or a folder of NAME or ORG/NAME), the Hugging Face
     cache, LM Studio's folders, and for the built-in `demo`; where two have one name, the first
@@ -48,8 +51,10 @@ class Library:
         self.only: LocalModel | None = None  # the one that can be served, if there are no others
         self._dirs = [Path(folder).expanduser() for folder in models_dirs]
         self._aliases = [(pattern.lower(), target) for pattern, target in aliases]
-        # Trusted paths outside those folders; they are listed from then on
+        # Trusted paths outside those folders, which are listed from then on. Threads only append.
         self._explicit: list[Path] = []
+        # When folders and their config.json were changed, and what was found then. Threads only
+        # replace whole entries, and may at worst read a folder twice.
         self._described: dict[Path, tuple[tuple[int, int], LocalModel | None]] = {}
 
     def models(self) -> list[LocalModel]:
@@ -97,41 +102,44 @@ class Library:
 
         Raises ModelNotFound; ModelLoadError for a trusted path or name of something that is no MLX
         model."""
-        meant, by_owner = name, trusted
-        if not _is_path(name, trusted):
-            meant = self._aliased(name)
-            trusted = trusted or meant is not name
-            if preset := self.presets.get(meant):
-                meant = preset.model
+        target, by_owner = self._target(name, trusted)
         models = self.models()
-        if _is_path(meant, trusted):
-            try:
-                model = self._by_path(meant, models, trusted)
-            # The latter two for what cannot be a path
-            except (ModelLoadError, ValueError, RuntimeError) as error:
-                if by_owner:
-                    raise
-                log.warning("%s cannot be served: %s", name, error)
-                model = None
-        else:
-            plain = plain_name(meant)
+        if not _is_path(target, by_owner):
+            plain = plain_name(target)
             model = best_match(plain, models, last_used)
             if model is None and VENDOR_NAME.fullmatch(plain):
                 model = default or last_used or stand_in(models)
-        if model is None and trusted:
-            for folder, path in self._folders():
-                if folder.lower() == plain_name(meant):
-                    describe(meant, path)  # it is there, and the error says why it cannot be served
+        else:
+            try:
+                model = self._by_path(target, models, by_owner)
+            # The latter two for what cannot be a path
+            except (ModelLoadError, ValueError, RuntimeError) as error:
+                if trusted:
+                    raise
+                log.warning("%s cannot be served: %s", name, error)
+                model = None
+        if model is None and by_owner:
+            self._explain(target)
         if model is None:
             raise ModelNotFound(name, [model.name for model in models])
         return model
 
+    def _target(self, name: str, trusted: bool) -> tuple[str, bool]:
+        """The name or path that an alias or a preset stands for, else `name` itself; and whether
+        the owner of the machine has written it."""
+        if _is_path(name, trusted):
+            return name, trusted
+        target = self._aliased(name)
+        by_owner = trusted or target is not name
+        preset = self.presets.get(target)
+        return (preset.model if preset else target), by_owner
+
     def _aliased(self, name: str) -> str:
         plain = plain_name(name)
-        return next(
-            (target for pattern, target in self._aliases if fnmatch.fnmatchcase(plain, pattern)),
-            name,
-        )
+        for pattern, target in self._aliases:
+            if fnmatch.fnmatchcase(plain, pattern):
+                return target
+        return name
 
     def preset(self, name: str) -> Preset | None:
         """The preset that `name` means."""
@@ -152,7 +160,10 @@ class Library:
             raise InvalidRequest(f"model '{model.name}' is not this server's to delete")
         release(model)
         try:
-            shutil.rmtree(folder)
+            if folder.name.startswith("models--"):
+                _delete_repo(folder)
+            else:
+                shutil.rmtree(folder)
         except OSError as error:
             log.error("%s cannot be deleted: %s", error.filename, error.strerror)
             raise EngineError(f"model '{model.name}' cannot be deleted: {error.strerror}") from None
@@ -172,14 +183,12 @@ class Library:
 
     @property
     def hub(self) -> Path:
-        """The Hugging Face cache:
-        https://huggingface.co/docs/huggingface_hub/guides/manage-cache"""
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        hub = (
-            os.environ.get("HF_HUB_CACHE")
-            or Path(os.environ.get("HF_HOME") or cache / "huggingface") / "hub"
-        )
-        return Path(hub).expanduser()
+        """The Hugging Face cache, as huggingface_hub finds it, whose import takes too long for the
+        start: https://huggingface.co/docs/huggingface_hub/guides/manage-cache"""
+        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        home = os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")
+        hub = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+        return Path(os.path.expandvars(hub or os.path.join(home, "hub"))).expanduser()
 
     def _by_path(self, name: str, models: list[LocalModel], trusted: bool) -> LocalModel | None:
         path = Path(name).expanduser()
@@ -192,28 +201,36 @@ class Library:
             self._explicit.append(path)
         return known
 
+    def _explain(self, name: str) -> None:
+        """Raises ModelLoadError if there is a folder of this name that cannot be served."""
+        plain = plain_name(name)
+        for folder, path in self._folders():
+            if folder.lower() == plain:
+                describe(name, path)
+
     def _describe(self, name: str, path: Path) -> LocalModel | None:
+        """The model in a folder, read anew only if the folder has changed; None if there is
+        none."""
         try:
             seen = path.stat().st_mtime_ns, (path / "config.json").stat().st_mtime_ns
         except OSError:
             return None
-        if self._described.get(path, (None,))[0] != seen:
-            try:
-                model = describe(name, path)
-            except ModelLoadError as error:
-                # Folders of other kinds are nobody's mistake; files that cannot be read are.
-                log.log(
-                    logging.WARNING if error.__cause__ else logging.DEBUG,
-                    "model skipped: %s",
-                    error,
-                )
-                model = None
-            self._described[path] = seen, model
-        return self._described[path][1]
+        known = self._described.get(path)
+        if known and known[0] == seen:
+            return known[1]
+        try:
+            model = describe(name, path)
+        except ModelLoadError as error:
+            # Folders of other kinds are nobody's mistake; files that cannot be read are.
+            level = logging.WARNING if error.__cause__ else logging.DEBUG
+            log.log(level, "model skipped: %s", error)
+            model = None
+        self._described[path] = seen, model
+        return model
 
     def _folders(self) -> Iterator[tuple[str, Path]]:
         """Where models may be, with the names they would have."""
-        for path in self._explicit:
+        for path in list(self._explicit):
             yield path.name, path
         studio = [
             Path.home() / ".lmstudio" / "models",
@@ -247,22 +264,40 @@ def _subfolders(path: Path) -> list[Path]:
 
 def _snapshots(repo: Path) -> Iterator[Path]:
     """A cached repo's revisions: the one `main` points to, then the others, newest first."""
-    try:
-        yield repo / "snapshots" / (repo / "refs" / "main").read_text("utf-8").strip()
-    except (OSError, ValueError):
-        pass
-    yield from sorted(
-        _subfolders(repo / "snapshots"), key=lambda path: path.stat().st_mtime, reverse=True
+    with contextlib.suppress(OSError, ValueError):
+        main = (repo / "refs" / "main").read_text("utf-8").strip()
+        yield repo / "snapshots" / main
+    revisions = _subfolders(repo / "snapshots")
+    yield from sorted(revisions, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _delete_repo(folder: Path) -> None:
+    """Deletes a repo's folder in a Hugging Face cache, and what no other repo needs of the files
+    that it shares with others. Raises OSError."""
+    from huggingface_hub import DeleteCacheStrategy
+
+    # Made here and not by a scan of the cache, which leaves out repos that are not whole, and
+    # which takes commits of the same hash in several repos for one
+    strategy = DeleteCacheStrategy(
+        expected_freed_size=0,
+        repos=frozenset({folder}),
+        snapshots=frozenset(),
+        refs=frozenset(),
+        blobs=frozenset(),
+        cache_dir=folder.parent,
     )
+    strategy.execute()
+    if folder.exists():  # the library only logs that
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
 
 def _is_path(name: str, trusted: bool) -> bool:
-    return (
-        name.startswith(("/", "~", "./", "../"))
-        or trusted
-        and (
-            name in (".", "..")
-            or name.endswith(".gguf")
-            or os.path.exists(os.path.join(name, "config.json"))
-        )
+    """Whether a name is to be read as a path; from others than the owner only one that cannot be
+    anything else."""
+    if name.startswith(("/", "~", "./", "../")):
+        return True
+    return trusted and (
+        name in (".", "..")
+        or name.endswith(".gguf")
+        or os.path.exists(os.path.join(name, "config.json"))
     )

@@ -9,39 +9,45 @@ from typing import Any
 
 @dataclass(frozen=True)
 class StateSize:
-    """What the state of a conversation takes: bytes for each token, and bytes that do not grow."""
+    """What the state of a conversation takes."""
 
-    token: float
-    fixed: int
+    token: float  # bytes for each token
+    fixed: int  # bytes that do not grow
 
     @classmethod
     def of(cls, cache: list[Any]) -> StateSize:
-        """Measured on layers that have read something."""
+        """Measured on mlx-lm's cache layers, which have read something."""
         token, fixed = 0.0, 0
         layers = list(cache)
         for layer in layers:
             if isinstance(getattr(layer, "caches", None), (list, tuple)):
                 layers += layer.caches
                 continue
-            keys = getattr(layer, "keys", None)
-            rows = (
-                (keys[0] if isinstance(keys, (list, tuple)) else keys).shape[-2]
-                if keys is not None
-                else 0
-            )
-            window = getattr(layer, "max_size", None)
-            if rows and window is None:
+            rows = _rows(layer)
+            window = getattr(layer, "max_size", None)  # tokens that a sliding window keeps
+            if not rows:
+                fixed += layer.nbytes
+            elif window is None:
                 token += layer.nbytes / rows
             else:
-                fixed += int(layer.nbytes / rows * window) if rows else layer.nbytes
+                fixed += int(layer.nbytes / rows * window)
         return cls(token, fixed)
 
     def nbytes(self, tokens: int) -> int:
+        """Bytes of a state of so many tokens."""
         return int(self.token * tokens) + self.fixed
 
     def tokens(self, nbytes: int) -> int | None:
-        """How many fit; None for any number."""
+        """How many tokens' state fits into so many bytes; None for any number."""
         return max(0, int((nbytes - self.fixed) / self.token)) if self.token else None
+
+
+def _rows(layer: Any) -> int:
+    """For how many tokens a cache layer has room now; 0 for one without keys."""
+    keys = getattr(layer, "keys", None)
+    if isinstance(keys, (list, tuple)):  # quantised: weights, scales, biases
+        keys = keys[0]
+    return 0 if keys is None else keys.shape[-2]
 
 
 def gigabytes(size: float) -> str:
@@ -54,7 +60,8 @@ def usable_memory() -> int:
     MLX."""
     import mlx.core as mx
 
-    device = mx.device_info() if mx.metal.is_available() else {}
-    return device.get("max_recommended_working_set_size") or os.sysconf(
-        "SC_PAGE_SIZE"
-    ) * os.sysconf("SC_PHYS_PAGES")
+    if mx.metal.is_available():
+        gpu = mx.device_info().get("max_recommended_working_set_size")
+        if gpu:
+            return int(gpu)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

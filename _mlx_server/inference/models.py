@@ -115,7 +115,7 @@ def _weight_files(path: Path, files: Files) -> list[str]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    config = read_json_file(path / "config.json")
+    config: dict[str, Any] = read_json_file(path / "config.json")
     family = config.get("model_type")
     if not isinstance(family, str) or not family:
         raise ModelLoadError(f"{path} is not an MLX model: its config.json names no model_type")

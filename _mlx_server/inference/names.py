@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from _mlx_server.inference.models import LocalModel
 
@@ -25,7 +25,8 @@ _SILENT = {"mlx", "hf", "lm", "meta", "c4ai"}
 _BASES = {"llama", "qwen", "mistral", "gemma", "phi"}
 # Words Ollama leaves out of a family's name, where size or habit says them.
 _UNSAID = re.compile(
-    r"(?:devstral|magistral)-(small)|phi-?3(?:\.5)?-(mini|small|medium)|deepseek-(?:coder-)?v2-(lite)"
+    r"(?:devstral|magistral)-(small)|phi-?3(?:\.5)?-(mini|small|medium)"
+    r"|deepseek-(?:coder-)?v2-(lite)"
 )
 
 
@@ -35,8 +36,9 @@ class NameParts:
     every name that means this model must say. `extras` are those that it may say besides. Any other
     word makes it another model's name.
 
-    "Qwen3-Coder-30B-A3B-Instruct-4bit" -> words qwen 3 coder, extras a3b, size 30b, chat, bits
-    {"4"} "deepseek-r1:8b-q8_0"               -> words deepseek r 1, size 8b, bits {"8"}"""
+    "Qwen3-Coder-30B-A3B-Instruct-4bit" has the words qwen, 3 and coder, the extra a3b, the size
+    30b, chat and the bits {"4"}; "deepseek-r1:8b-q8_0" has the words deepseek, r and 1, the size 8b
+    and the bits {"8"}."""
 
     words: frozenset[str]
     extras: frozenset[str]
@@ -52,57 +54,80 @@ def parse_name(name: str) -> NameParts:
     bare = name.lower().rpartition("/")[2]
     bare = re.sub(r"(\d)[-_ ](bits?)\b", r"\1\2", bare)
     bare = re.sub(r"(?<![a-z])(i?q\d)_[a-z0-9]+(?:_[a-z]+)?", r"\1", bare)  # q4_K_M, q8_0
-    words: list[str] = []
-    extras, bits, sizes = set[str](), set[str](), list[str]()
-    chat, revision = False, ""
+    reader = _NameReader()
     if unsaid := _UNSAID.match(bare):
-        extras.add(unsaid[unsaid.lastindex or 0])
+        reader.extras.add(unsaid[unsaid.lastindex or 0])
     for token in re.split(r"[-_:\s]+", bare):
-        if match := _QUANTISATION.fullmatch(token):
-            bits.add(match[1] or match[2] or (match[3] and "16") or match[4])
-        elif _SIZE.fullmatch(token):
-            sizes.append(token)
-        elif token in _CHAT:
-            chat = True
-        # DeepSeek-V3 is a version, 7B-v0.3 not
-        elif _REVISION.fullmatch(token) and (token.isdigit() or sizes or chat):
-            extras.add(token)
-            # Later digits date the quantisation
-            revision = revision if bits else max(revision, token)
-        elif _OPTIONAL.fullmatch(token):
-            extras.add(token)
-        elif token not in _SILENT and token not in extras:
-            # qwen2.5vl is qwen 2.5 vl, and 4.0 is 4
-            words += (
-                [token]
-                if _REVISION.fullmatch(token)
-                else [
-                    {"pt": "base"}.get(word, re.sub(r"\.0$", "", word))
-                    for word in re.findall(r"\d+(?:\.\d+)*|[^\W\d_]+|[^\w\s]", token)
-                ]
-            )
-    sizes.sort(key=_billions)
-    for start, word in enumerate(words):
-        if start and word in _BASES:
-            end = start + 1
-            while end < len(words) and words[end][0].isdigit():
-                end += 1
-            start -= words[start - 1] == "distill"
-            extras.update(words[start:end])
-            del words[start:end]
-            break
+        reader.read(token)
+    reader.move_base()
+    sizes = sorted(reader.sizes, key=_billions)
     return NameParts(
-        frozenset(words + sizes[:-1]),
-        frozenset(extras),
+        frozenset(reader.words + sizes[:-1]),
+        frozenset(reader.extras),
         sizes[-1] if sizes else None,
-        chat,
-        frozenset(bits),
-        revision,
+        reader.chat,
+        frozenset(reader.bits),
+        reader.revision,
     )
 
 
+class _NameReader:
+    """Sorts the tokens of a name, which it reads one after the other."""
+
+    def __init__(self) -> None:
+        self.words: list[str] = []
+        self.sizes: list[str] = []
+        self.extras: set[str] = set()
+        self.bits: set[str] = set()
+        self.chat = False
+        self.revision = ""
+
+    def read(self, token: str) -> None:
+        if match := _QUANTISATION.fullmatch(token):
+            self.bits.add(match[1] or match[2] or (match[3] and "16") or match[4])
+        elif _SIZE.fullmatch(token):
+            self.sizes.append(token)
+        elif token in _CHAT:
+            self.chat = True
+        elif self._is_revision(token):
+            self.extras.add(token)
+            if not self.bits:  # later digits date the quantisation
+                self.revision = max(self.revision, token)
+        elif _OPTIONAL.fullmatch(token):
+            self.extras.add(token)
+        elif token not in _SILENT and token not in self.extras:
+            self.words += _split_token(token)
+
+    def _is_revision(self, token: str) -> bool:
+        """DeepSeek-V3 has a version in its name, Mistral-7B-v0.3 a revision."""
+        placed = token.isdigit() or bool(self.sizes) or self.chat
+        return placed and bool(_REVISION.fullmatch(token))
+
+    def move_base(self) -> None:
+        """Makes the name and version of the model that was fine-tuned or distilled extras: they
+        are the first such words that do not begin the name."""
+        for start, word in enumerate(self.words):
+            if start and word in _BASES:
+                end = start + 1
+                while end < len(self.words) and self.words[end][0].isdigit():
+                    end += 1
+                if self.words[start - 1] == "distill":
+                    start -= 1
+                self.extras.update(self.words[start:end])
+                del self.words[start:end]
+                return
+
+
+def _split_token(token: str) -> list[str]:
+    """qwen2.5vl is qwen 2.5 vl, and 4.0 is 4."""
+    if _REVISION.fullmatch(token):
+        return [token]
+    words = re.findall(r"\d+(?:\.\d+)*|[^\W\d_]+|[^\w\s]", token)
+    return ["base" if word == "pt" else word.removesuffix(".0") for word in words]
+
+
 def _billions(size: str | None) -> float:
-    """ "0.6b" -> 0.6, "135m" -> 0.135, "8x7b" -> 56, "e4b" -> 4."""
+    """Parameters: 0.6 for "0.6b", 0.135 for "135m", 56 for "8x7b", 4 for "e4b"."""
     match = _SIZE.fullmatch(size or "")
     if not match:
         return 0.0
@@ -110,87 +135,114 @@ def _billions(size: str | None) -> float:
     return times * float(match[2]) * {"m": 1e-3, "b": 1, "t": 1e3}[match[3]]
 
 
-def _bits(model: LocalModel) -> str:
+def _bits(quantization: str) -> str:
     """ "4", "8", ...; "16" for all that is not quantised."""
-    digits = re.sub(r"\D", "", model.quantization)
+    digits = re.sub(r"\D", "", quantization)
     return digits if digits not in ("", "32") else "16"
 
 
-def _answers(model: LocalModel, asked: NameParts) -> bool:
-    """Whether `model` may be served under a name: the same family, version and variant, and all
-    else that was said."""
-    parts = parse_name(model.name)
-    billions = model.parameters / 1e9
-    return (
-        bool(parts.words)
-        and parts.words <= asked.words | asked.extras <= parts.words | parts.extras
-        and (
-            asked.size in (None, parts.size)
-            # phi-4 has its size in no name, but phi4:14b means it
-            or parts.size is None
-            and math.isclose(billions, _billions(asked.size), rel_tol=0.05)
+@dataclass(frozen=True)
+class _Candidate:
+    """What a name is compared with: a model's name, and what else is known of it."""
+
+    name: str
+    quantization: str
+    parameters: int  # 0 if unknown
+
+    def answers(self, asked: NameParts) -> bool:
+        """Whether it may be served under a name: the same family, version and variant, and all
+        else that was said."""
+        parts = parse_name(self.name)
+        if not parts.words or not parts.words <= asked.words | asked.extras:
+            return False
+        return (
+            asked.words | asked.extras <= parts.words | parts.extras
+            and self._has_size(asked.size, parts.size)
+            and (parts.chat or not asked.chat)
+            and asked.bits <= {_bits(self.quantization), self.quantization}
         )
-        and (parts.chat or not asked.chat)
-        and asked.bits <= {_bits(model), model.quantization}
-    )
+
+    def _has_size(self, asked: str | None, named: str | None) -> bool:
+        """phi-4 has its size in no name, but phi4:14b means it."""
+        if asked is None or asked == named:
+            return True
+        return named is None and math.isclose(self.parameters / 1e9, _billions(asked), rel_tol=0.05)
 
 
 VENDOR_NAME = re.compile(r"default|claude-.*|gpt-(?!oss).*|(?:opus|sonnet|haiku)(?:\[.*\])?")
-_REGISTRY = re.compile(r"(?:(?:registry\.ollama\.ai|hf\.co|huggingface\.co)/)?(?:library/)?")
-_HABIT = ["4", "5", "6", "8", "3", "16"]  # the bits to serve when a name does not say, best first
+_REGISTRY = re.compile(r"^(?:(?:registry\.ollama\.ai|hf\.co|huggingface\.co)/)?(?:library/)?")
+_PREFERRED_BITS = ["4", "5", "6", "8", "3", "16"]  # where a name does not say, best first
 
 
 def plain_name(name: str) -> str:
-    lowered = name.strip().lower()
-    return lowered[_REGISTRY.match(lowered).end() :].removesuffix(":latest")
+    """A name as names are compared: in lower case, without a registry and `:latest`."""
+    return _REGISTRY.sub("", name.strip().lower()).removesuffix(":latest")
 
 
 def best_match(
-    plain: str, models: list[LocalModel], last_used: LocalModel | None
+    plain: str, models: Iterable[LocalModel], last_used: LocalModel | None
 ) -> LocalModel | None:
-    """The best model of exactly this name, else the best that answers to it; an org has to be the
-    model's."""
-    org, _, _ = plain.rpartition("/")
-    asked = parse_name(plain)
-    exact = [model for model in models if model.name.lower() == plain]
-    exact = exact or [model for model in models if model.name.lower().rpartition("/")[2] == plain]
-    found = exact or [
-        model
-        for model in models
-        if org in ("", model.name.lower().rpartition("/")[0]) and _answers(model, asked)
+    """The best model of exactly this name, which is a plain one, else the best that answers to it;
+    an org has to be the model's."""
+    by_name = {model.name: model for model in models}
+    candidates = [
+        _Candidate(model.name, model.quantization, model.parameters) for model in by_name.values()
     ]
-
-    def rank(model: LocalModel) -> tuple:
-        parts, bits = parse_name(model.name), _bits(model)
-        return (
-            asked.size is not None or last_used is None or model.name != last_used.name,
-            not parts.chat,
-            _HABIT.index(bits) if bits in _HABIT else len(_HABIT),
-            _billions(parts.size) or model.parameters / 1e9,
-        )
-
-    found.sort(key=lambda model: (len(parse_name(model.name).extras), model.name))
-    found.sort(key=lambda model: parse_name(model.name).revision, reverse=True)
-    return min(found, key=rank, default=None)
+    found = _best(plain, candidates, last_used.name if last_used else None)
+    return by_name[found.name] if found else None
 
 
 def best_repo(name: str, repos: Iterable[str]) -> str | None:
     """The one of some repo ids that a name means, by the rules for installed models; their names
     say the quantisation."""
-
-    def described(repo: str) -> LocalModel:
+    candidates = []
+    for repo in repos:
         bits = min(parse_name(repo).bits, default="16")
-        quantization = f"int{bits}" if bits.isdigit() else bits
-        return LocalModel(repo, Path(), 0, 0.0, "", {}, "", 0, "", quantization, 0, 0, [])
-
-    found = best_match(plain_name(name), [described(repo) for repo in repos], None)
-    return found and found.name
+        candidates.append(_Candidate(repo, f"int{bits}" if bits.isdigit() else bits, 0))
+    found = _best(plain_name(name), candidates, None)
+    return found.name if found else None
 
 
-def stand_in(models: list[LocalModel]) -> LocalModel | None:
-    chatting = [model for model in models if "completion" in model.capabilities]
+def _best(plain: str, candidates: list[_Candidate], last_used: str | None) -> _Candidate | None:
+    asked = parse_name(plain)
+    found = _called(plain, candidates, asked)
+
+    def rank(one: _Candidate) -> tuple[Any, ...]:
+        parts, bits = parse_name(one.name), _bits(one.quantization)
+        habit = _PREFERRED_BITS.index(bits) if bits in _PREFERRED_BITS else len(_PREFERRED_BITS)
+        return (
+            asked.size is not None or one.name != last_used,
+            not parts.chat,
+            habit,
+            _billions(parts.size) or one.parameters / 1e9,
+        )
+
+    # Of those that rank equal, the later revision, then the plainer name
+    found.sort(key=lambda one: (len(parse_name(one.name).extras), one.name))
+    found.sort(key=lambda one: parse_name(one.name).revision, reverse=True)
+    return min(found, key=rank, default=None)
+
+
+def _called(plain: str, candidates: list[_Candidate], asked: NameParts) -> list[_Candidate]:
+    """Those of exactly this name, else of this name in any org, else those that answer to it."""
+    names = [(one, one.name.lower()) for one in candidates]
+    org = plain.rpartition("/")[0]
+    return (
+        [one for one, name in names if name == plain]
+        or [one for one, name in names if name.rpartition("/")[2] == plain]
+        or [
+            one
+            for one, name in names
+            if org in ("", name.rpartition("/")[0]) and one.answers(asked)
+        ]
+    )
+
+
+def stand_in(models: Iterable[LocalModel]) -> LocalModel | None:
+    """The model that serves a vendor's names if none was named: the newest one that can chat,
+    rather one that knows tools, and the demo only if there are no others."""
     return max(
-        chatting,
+        (model for model in models if "completion" in model.capabilities),
         key=lambda one: (one.name != "demo", "tools" in one.capabilities, one.modified),
         default=None,
     )

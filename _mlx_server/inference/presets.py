@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import secrets
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,32 +20,26 @@ from _mlx_server.inference.protocol import EngineError, Message, Request, Sampli
 
 @dataclass
 class Preset:
-    """A name of its own for the model that is called `model`, and what its requests begin with and
-    take where they leave things open: a system message, turns of a conversation, sampling, stops
-    and the answer's length. `modified` is in unix seconds."""
+    """A name of its own for an installed model, and defaults for the requests to it."""
 
     name: str
-    model: str
-    modified: float = field(default_factory=time.time)
-    system: str = ""
-    messages: list[Message] = field(default_factory=list)
+    model: str  # the installed model's name
+    modified: float = field(default_factory=time.time)  # unix time
+    system: str = ""  # for conversations without a system message
+    messages: list[Message] = field(default_factory=list)  # which every conversation begins with
     sampling: Sampling = field(default_factory=Sampling)
     stop: list[str] = field(default_factory=list)
     max_tokens: int | None = None
 
     def fill(self, request: Request) -> Request:
-        """A request with these defaults."""
+        """A request with these defaults where it leaves things open."""
         messages = request.messages
         if messages:
-            own = messages[0]["role"] == "system"
-            head = (
-                messages[:1]
-                if own
-                else [{"role": "system", "content": self.system}]
-                if self.system
-                else []
-            )
-            messages = [*head, *([] if request.context else self.messages), *messages[own:]]
+            head = [{"role": "system", "content": self.system}] if self.system else []
+            if messages[0]["role"] == "system":
+                head, messages = messages[:1], messages[1:]
+            # With a context, the conversation has begun already
+            messages = [*head, *([] if request.context else self.messages), *messages]
         return dataclasses.replace(
             request,
             messages=messages,
@@ -54,57 +50,67 @@ class Preset:
 
 
 class PresetStore:
-    """Presets by name, whatever its case, kept in the file `path` if there is one. Raises
-    EngineError for one that cannot be read."""
+    """Presets by name, whatever its case, kept in the file `path` if there is one. Any thread may
+    use it. Raises EngineError for a file that cannot be read."""
 
     def __init__(self, path: Path | None):
         self._path = path
-        self._presets: dict[str, Preset] = {}
-        try:
-            known = read_json_file(path) if path and path.exists() else []
-            for one in [
-                Preset(**{**preset, "sampling": Sampling(**preset["sampling"])}) for preset in known
-            ]:
-                self._presets[plain_name(one.name)] = one
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise EngineError(f"{path} cannot be understood; repair or remove it") from error
+        # Never changed, but replaced as a whole: readers need no lock
+        self._presets = _read(path) if path else {}
+        self._writing = threading.Lock()
 
     def __iter__(self) -> Iterator[Preset]:
-        return iter(list(self._presets.values()))
+        return iter(self._presets.values())
 
     def get(self, name: str) -> Preset | None:
+        """The preset of that name."""
         return self._presets.get(plain_name(name))
 
     def put(self, preset: Preset) -> None:
         """Adds one or replaces that of its name. Raises EngineError if the file cannot be
         written."""
-        self._presets[plain_name(preset.name)] = preset
-        self._save()
+        with self._writing:
+            self._presets = {**self._presets, plain_name(preset.name): preset}
+            self._save()
 
     def remove(self, name: str) -> bool:
-        """Whether there was one."""
-        found = self._presets.pop(plain_name(name), None) is not None
-        if found:
+        """Removes the preset of that name; returns whether there was one. Raises EngineError if the
+        file cannot be written."""
+        plain = plain_name(name)
+        with self._writing:
+            if plain not in self._presets:
+                return False
+            self._presets = {key: one for key, one in self._presets.items() if key != plain}
             self._save()
-        return found
+        return True
 
     def _save(self) -> None:
-        written = None
-        # Another thread may have changed something meanwhile
-        while self._path and written != (current := list(self)):
-            written = current
-            new = self._path.with_name(f"{self._path.name}.{secrets.token_hex(4)}")
-            try:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                new.write_text(
-                    json.dumps(
-                        [dataclasses.asdict(one) for one in written], ensure_ascii=False, indent=1
-                    ),
-                    "utf-8",
-                )
-                os.replace(new, self._path)
-            except OSError as error:
-                new.unlink(missing_ok=True)
-                raise EngineError(
-                    f"{self._path.name} cannot be written: {error.strerror}; the change lasts until the end"
-                ) from None
+        if not self._path:
+            return
+        presets = [dataclasses.asdict(preset) for preset in self]
+        new = self._path.with_name(f"{self._path.name}.{secrets.token_hex(4)}")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            new.write_text(json.dumps(presets, ensure_ascii=False, indent=1), "utf-8")
+            os.replace(new, self._path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                new.unlink()
+            raise EngineError(
+                f"{self._path.name} cannot be written: {error.strerror}; "
+                "the change lasts until the end"
+            ) from None
+
+
+def _read(path: Path) -> dict[str, Preset]:
+    """The presets in a file, if there is one. Raises EngineError."""
+    try:
+        if not path.exists():
+            return {}
+        known = [
+            Preset(**{**preset, "sampling": Sampling(**preset["sampling"])})
+            for preset in read_json_file(path)
+        ]
+        return {plain_name(preset.name): preset for preset in known}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise EngineError(f"{path} cannot be understood; repair or remove it") from error
