@@ -505,74 +505,45 @@ def test_a_path_does_not_reach_a_file(guarded: Server, path: str):
 # ------------------------------------------------------------------ what others are asked
 
 
+def bodies_with(url: str) -> list[tuple[str, dict]]:
+    """Requests in all dialects that name an image, a document or a file by a URL."""
+    text = {"type": "text", "text": "say hi"}
+    spoken = {"type": "input_text", "text": "say hi"}
+    source = {"type": "url", "url": url}
+    encoded = base64.b64encode(url.encode()).decode()
+    anthropic = [
+        [{"type": "image", "source": source}, {"type": "document", "source": source}, text],
+        [{"type": "image", "source": {"type": "file", "file_id": url}}, text],
+    ]
+    chat = [
+        [{"type": "image_url", "image_url": {"url": url}}, text],
+        [{"type": "file", "file": {"file_data": url}}, text],
+        [{"type": "input_audio", "input_audio": {"data": url}}, text],
+    ]
+    responses = [
+        [{"type": "input_image", "image_url": url}, spoken],
+        [{"type": "input_file", "file_url": url}, spoken],
+    ]
+    images = {"role": "user", "content": "say hi", "images": [url, encoded]}
+
+    def said(key: str, content: list) -> dict:
+        return {key: [{"role": "user", "content": content}]}
+
+    return [
+        *(("/v1/messages", said("messages", content)) for content in anthropic),
+        *(("/v1/chat/completions", said("messages", content)) for content in chat),
+        *(("/v1/responses", said("input", content)) for content in responses),
+        ("/api/chat", {"messages": [images]}),
+        ("/api/generate", {"prompt": "say hi", "images": [url]}),
+    ]
+
+
 def test_urls_of_images_and_documents_are_never_fetched(server: Server):
     with socket.create_server(("127.0.0.1", 0)) as trap:
         url = f"http://127.0.0.1:{trap.getsockname()[1]}/x.png"
-        text = {"type": "text", "text": "say hi"}
-        source = {"type": "url", "url": url}
-        encoded = base64.b64encode(url.encode()).decode()
-        for path, content, more in [
-            (
-                "/v1/messages",
-                [{"type": "image", "source": source}, {"type": "document", "source": source}, text],
-                {},
-            ),
-            (
-                "/v1/messages",
-                [{"type": "image", "source": {"type": "file", "file_id": url}}, text],
-                {},
-            ),
-            ("/v1/chat/completions", [{"type": "image_url", "image_url": {"url": url}}, text], {}),
-            ("/v1/chat/completions", [{"type": "file", "file": {"file_data": url}}, text], {}),
-            (
-                "/v1/chat/completions",
-                [{"type": "input_audio", "input_audio": {"data": url}}, text],
-                {},
-            ),
-            (
-                "/v1/responses",
-                None,
-                {
-                    "input": [
-                        {
-                            "role": "user",
-                            "content": [
-                                {"type": "input_image", "image_url": url},
-                                {"type": "input_text", "text": "say hi"},
-                            ],
-                        }
-                    ]
-                },
-            ),
-            (
-                "/v1/responses",
-                None,
-                {
-                    "input": [
-                        {
-                            "role": "user",
-                            "content": [
-                                {"type": "input_file", "file_url": url},
-                                {"type": "input_text", "text": "say hi"},
-                            ],
-                        }
-                    ]
-                },
-            ),
-            (
-                "/api/chat",
-                "say hi",
-                {"messages": [{"role": "user", "content": "say hi", "images": [url, encoded]}]},
-            ),
-            ("/api/generate", None, {"prompt": "say hi", "images": [url]}),
-        ]:
-            messages = {"messages": [{"role": "user", "content": content}]} if content else {}
-            answer, said = ask(
-                server,
-                "POST",
-                path,
-                {"model": "demo", "max_tokens": 4, "stream": False, **messages, **more},
-            )
+        for path, body in bodies_with(url):
+            body = {"model": "demo", "max_tokens": 4, "stream": False, **body}
+            answer, said = ask(server, "POST", path, body)
             assert answer.status in (200, 400), said
         trap.setblocking(False)
         with pytest.raises(BlockingIOError):
