@@ -136,6 +136,7 @@ def check(answer: str, schema: dict) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_model_without_skill_answers_every_schema_at_temperature_1(engine: Engine):
     assert len(SCHEMAS) > 200
     answers = [ask(engine, seed, format=schema) for seed, schema in enumerate(SCHEMAS)]
@@ -206,6 +207,7 @@ def test_a_seed_gives_the_same_answer_alone_and_in_company(engine: Engine):
         generation.cancel()
 
 
+@pytest.mark.slow
 def test_an_answer_that_waits_for_memory_goes_on_where_it_was(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
@@ -299,6 +301,7 @@ def test_a_matcher_that_gives_up_ends_the_turn_and_says_why(engine: Engine):
     assert "doesn't satisfy the grammar" in constraint.error and "\n" not in constraint.error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_forced_call_is_a_valid_call(engine: Engine, family: str):
     asked = [("any", True), *((choice, False) for choice in ["any", *ARGUMENTS])]
@@ -391,6 +394,7 @@ def test_without_a_choice_no_call_is_made(engine: Engine):
     assert not [event for event in events if isinstance(event, ToolStart)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", ["gemma", "gemma, special", "deepseek_4, special", "qwen_coder", "lfm"]
 )
