@@ -22,7 +22,7 @@ from _mlx_server.inference.prefix_cache import common_prefix
 from _mlx_server.inference.prompt import Prompt
 from _mlx_server.inference.renderer import PromptRenderer
 from _mlx_server.wire.anthropic import AnthropicMessages
-from engine import Done, Text, Thinking, Usage
+from engine import Done, Text, Thinking, ToolEnd, ToolStart, Usage
 
 # Templates with the habits of real families
 
@@ -97,7 +97,6 @@ FAMILIES = {
         top="<|im_start|>system\nToday is {{ strftime_now('%d %B %Y, %H:%M:%S') }}.<|im_end|>\n"
     ),
 }
-DROPS_THINKING = {"stripped", "thoughtless"}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -374,14 +373,15 @@ class Session:
         request = self.reply.request
         parser = OutputParser(self.renderer.format, [*request.tools, *request.deferred_tools])
         events = [*parser.feed(written), *parser.finish()]
+        ends = (event for event in events if isinstance(event, ToolEnd))
+        starts = (event for event in events if isinstance(event, ToolStart))
         self.renderer.remember(
             request,
             self.prompt,
-            everything[len(self.prompt.tokens) :],
-            written,
+            everything,
             "".join(event.text for event in events if isinstance(event, Text)),
             "".join(event.text for event in events if isinstance(event, Thinking)),
-            parser.call_ids,
+            [(one.id, one.name, end.arguments) for one, end in zip(starts, ends, strict=True)],
         )
         reason = "tool_calls" if parser.called else "stop"
         self.reply.open(SimpleNamespace(id="1", prompt_tokens=0, cached_tokens=0))
@@ -456,12 +456,6 @@ def test_an_answer_begins_the_next_request(
         shared = common_prefix(everything, after.tokens)
         if family == "one call" and len(calls) > 1:  # the template needs a result between the calls
             assert shared >= before.body
-        elif (
-            family in DROPS_THINKING
-            and "thinking" in ANSWERS[name]
-            and not (family == "stripped" and calls)
-        ):
-            assert shared >= before.body  # all that the template leaves unchanged
         else:
             assert shared == len(everything), (
                 renderer.tokenizer.decode(everything[shared - 9 :]),
@@ -469,21 +463,50 @@ def test_an_answer_begins_the_next_request(
             )
 
 
-def test_a_template_that_strips_old_thinking_costs_only_that_turn(tmp_path: Path):
+def think_and_call(session: Session, number: int) -> dict:
+    """One round of thinking and a call; returns what the client sends back for it."""
+    _, message = session.answer(
+        session.write(thinking=f"thought {number}", calls=(("Bash", {"command": "ls"}),))
+    )
+    return message
+
+
+def test_thinking_that_was_read_stays_where_a_template_would_strip_it(tmp_path: Path):
     session = Session(build_renderer(tmp_path, FAMILIES["stripped"]), "stripped")
-    turn = session.ask(user("begin"))
+    session.ask(user("begin"))
     for number in range(3):
-        everything, message = session.answer(
-            session.write(thinking=f"thought {number}", calls=(("Bash", {"command": "ls"}),))
-        )
-        after = session.ask(message, results((message["content"][-1]["id"], "seen")))
-        assert after.tokens[: len(everything)] == everything
-    _, message = session.answer("Done.")
+        message = think_and_call(session, number)
+        session.ask(message, results((message["content"][-1]["id"], "seen")))
+    everything, message = session.answer("Done.")
     after = session.ask(message, user("next"))
-    assert after.tokens[: turn.body] == turn.tokens[: turn.body]
+    assert after.tokens[: len(everything)] == everything
     text = session.renderer.tokenizer.decode(after.tokens)
-    # The instructions name it once
-    assert "thought" not in text and text.count("</tool_call>") == 4
+    assert text.count("thought") == 3 and text.endswith("next<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("why", ["the window is nearly full", "the client wants it dropped"])
+def test_old_thinking_goes_once_and_what_is_read_then_stays(tmp_path: Path, why: str):
+    session = Session(build_renderer(tmp_path, FAMILIES["stripped"]), "stripped")
+    session.ask(user("begin"))
+    for number in range(3):
+        message = think_and_call(session, number)
+        session.ask(message, results((message["content"][-1]["id"], "seen")))
+    _, message = session.answer("Done.")
+    session.messages += [message, user("next")]
+    request = AnthropicMessages(body(session.messages)).request
+    window = 10_000
+    if why == "the window is nearly full":
+        window = len(session.renderer.prompt(request, window).tokens)
+    else:
+        request.keep_thinking = False
+    short = session.renderer.prompt(request, window)
+    assert "thought" not in session.renderer.tokenizer.decode(short.tokens)
+    session.prompt, session.reply = short, AnthropicMessages(body(session.messages))
+    everything, message = session.answer("And on.")
+    session.messages += [message, user("more")]
+    request = AnthropicMessages(body(session.messages)).request
+    after = session.renderer.prompt(request, window)
+    assert after.tokens[: len(everything)] == everything
 
 
 def test_a_template_that_ends_no_turn_with_a_token_keeps_the_whole_conversation(tmp_path: Path):
@@ -570,7 +593,7 @@ def build_harmony(path: Path) -> Session:
 @pytest.mark.parametrize("rewrite", ["nothing", "inputs", "thinking omitted"])
 def test_channels_keep_their_tokens_while_the_template_shows_them(tmp_path: Path, rewrite: str):
     session = build_harmony(tmp_path)
-    turn = session.ask(user("begin"))
+    session.ask(user("begin"))
     for thought in ("<|channel|>analysis<|message|>Look  first.<|end|><|start|>assistant", ""):
         for spoken in ("", "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant"):
             everything, message = session.answer(
@@ -588,13 +611,11 @@ def test_channels_keep_their_tokens_while_the_template_shows_them(tmp_path: Path
     _, message = session.answer(thought + "<|channel|>final<|message|>It is done.", "<|return|>")
     assert message["content"][-1] == {"type": "text", "text": "It is done."}
     after = session.ask(message, user("next"))
-    assert after.tokens[: turn.body] == turn.tokens[: turn.body]
     text = session.renderer.tokenizer.decode(after.tokens)
-    assert "analysis<|message|>" not in text and text.endswith(
+    assert text.count("analysis<|message|>Look  first.") == 2 and text.endswith(
         "<|start|>assistant<|channel|>final<|message|>It is done.<|end|>"
         "<|start|>user<|message|>next<|end|><|start|>assistant"
     )
-    assert text.count('"command": "ls"') == 4
     everything, message = session.answer("<|channel|>final<|message|>Yes.", "<|return|>")
     after = session.ask(message, user("more"))  # in which the answer ends with another tag
     assert common_prefix(everything, after.tokens) == len(everything) - 1
