@@ -19,6 +19,7 @@ from _mlx_server.inference.conversations import (
     ConversationMemory,
     Reading,
     answer_names,
+    message_calls,
 )
 from _mlx_server.inference.formats import OutputFormat
 from _mlx_server.inference.prompt import Prompt
@@ -115,7 +116,7 @@ class ChatRenderer:
         opener = self._opener(chat, match.text)
         body = len(tokens) - len(self._tokenizer.encode(opener)) if opener else 0
         if body and len(chat.keys) == len(chat.messages) and not request.context:
-            self._remember_body(chat, match, tokens[:body])
+            self._remember_body(chat, root, match, tokens[:body])
         opening = self._format.call_prefix(request.tool_choice) if chat.tools else ""
         start = self._format.thinking[0] if self._format.thinking else ""
         answered = match.index >= 0 and chat.messages[match.index]["role"] == "assistant"
@@ -153,20 +154,31 @@ class ChatRenderer:
             tokens = tokens[:-1]
         begun = request.messages[-1]["content"] if _is_open(request.messages[-1]) else ""
         names = answer_names(prompt.key, begun + visible, thinking, calls)
+        key = names[0]
         before = self._memory.get(prompt.answer) if prompt.answer else None
         known, answer = (prompt.known, prompt.answer) if before else (0, "")
         thoughtful = bool(thinking) or before is not None and before.thoughtful
-        self._memory.learn({names[0]: Reading(answer, tokens[known:], names, thoughtful)})
-        return names[0]
+        reading = Reading(answer, tokens[known:], dict.fromkeys(names, key), thoughtful)
+        self._memory.learn({key: reading})
+        return key
 
-    def _remember_body(self, chat: _Chat, match: _Match, tokens: list[int]) -> None:
+    def _remember_body(self, chat: _Chat, root: _Root, match: _Match, tokens: list[int]) -> None:
         """Keeps what is read of a conversation before its answer."""
         if match.index == len(chat.keys) - 1:
             return
         before = chat.keys[match.index] if match.index >= 0 else ""
         known = self._memory.get(before) if before else None
         thoughtful = known is not None and known.thoughtful
-        reading = Reading(before, tokens[len(match.tokens) :], [], thoughtful)
+        names: dict[str, str] = {}  # of answers that were not generated here
+        for index in range(match.index + 1, len(chat.history)):
+            message = chat.history[index]
+            if message["role"] == "assistant":
+                thinking = message.get("reasoning_content", "")
+                thoughtful = thoughtful or bool(thinking) and thinking.strip() in match.text
+                start = chat.keys[index - 1] if index else root.key
+                found = answer_names(start, message["content"], thinking, message_calls(message))
+                names |= dict.fromkeys(found, chat.keys[index])
+        reading = Reading(before, tokens[len(match.tokens) :], names, thoughtful)
         self._memory.learn({chat.keys[-1]: reading})
 
     def _match(self, chat: _Chat) -> _Match | None:

@@ -21,12 +21,12 @@ Call = tuple[str, str, dict[str, Any]]
 class Reading:
     """The tokens of a conversation up to the end of one of its messages, as they were read or
     generated: those of the reading with the key `before` ("" for none), then `tokens`. `names` are
-    the steps (see `ConversationMemory`) that lead to it. `thoughtful` says that the model's
-    thinking is among all these tokens."""
+    names of messages that these tokens hold, with the keys that they lead to. `thoughtful` says
+    that the model's thinking is among all these tokens."""
 
     before: str
     tokens: Sequence[int]
-    names: list[str]
+    names: dict[str, str]
     thoughtful: bool = False
 
 
@@ -91,7 +91,7 @@ class ConversationMemory:
                 self._readings[key] = Reading(
                     reading.before, compact, reading.names, reading.thoughtful
                 )
-                self._keys |= dict.fromkeys(reading.names, key)
+                self._keys |= reading.names
                 self._size += len(compact)
                 while self._size > self.MOST and len(self._readings) > 1:
                     self._forget(next(iter(self._readings)))
@@ -109,11 +109,16 @@ def message_names(key: str, message: Message) -> list[str]:
     thinking = message.get("reasoning_content", "").strip()
     if message["role"] != "assistant":
         return [_hashed(key, message)]
-    calls = [
+    calls = message_calls(message)
+    return [_named(key, message["content"], thinking, calls, by_id) for by_id in _ways(calls)]
+
+
+def message_calls(message: Message) -> list[Call]:
+    """The calls of an assistant's message."""
+    return [
         (call.get("id", ""), call["function"]["name"], call["function"]["arguments"])
         for call in message.get("tool_calls") or []
     ]
-    return [_named(key, message["content"], thinking, calls, by_id) for by_id in _ways(calls)]
 
 
 def answer_names(key: str, text: str, thinking: str, calls: list[Call]) -> list[str]:
