@@ -93,6 +93,7 @@ class ChatRenderer:
         self._roots: BoundedMap[_Root] = BoundedMap(self.ROOTS)
         self._openers: BoundedMap[str] = BoundedMap(self.REMEMBERED)
         self._births: BoundedMap[datetime.datetime] = BoundedMap(self.REMEMBERED)
+        self._ends: BoundedMap[str] = BoundedMap(self.REMEMBERED)  # of messages, by their keys
         self._thoughts: BoundedMap[str] = BoundedMap(self.REMEMBERED)  # by the id of a call
 
     def prompt(self, request: Request, window: int | None = None) -> Prompt:
@@ -116,15 +117,18 @@ class ChatRenderer:
         opener = self._opener(chat, match.text)
         body = len(tokens) - len(self._tokenizer.encode(opener)) if opener else 0
         if body and len(chat.keys) == len(chat.messages) and not request.context:
-            self._remember_body(chat, root, match, tokens[:body])
+            self._remember_body(chat, root, match, tokens[len(match.tokens) : body])
+        length = len(tokens)
+        turn = self._turn(chat, match.text, length)
         opening = self._format.call_prefix(request.tool_choice) if chat.tools else ""
         start = self._format.thinking[0] if self._format.thinking else ""
         answered = match.index >= 0 and chat.messages[match.index]["role"] == "assistant"
         before = len(request.context)
+        tokens += self._tokenizer.encode(opening)
         return Prompt(
-            request.context + tokens + self._tokenizer.encode(opening),
-            root=before + root.length if root.length < len(tokens) and root.length else 0,
-            turn=before + turn if (turn := self._turn(chat, match.text, len(tokens))) else 0,
+            request.context + tokens if request.context else tokens,
+            root=before + root.length if root.length < length and root.length else 0,
+            turn=before + turn if turn else 0,
             body=before + body if body else 0,
             opening=opening,
             in_thinking=bool(start) and not opening and match.text.rstrip().endswith(start),
@@ -163,7 +167,7 @@ class ChatRenderer:
         return key
 
     def _remember_body(self, chat: _Chat, root: _Root, match: _Match, tokens: list[int]) -> None:
-        """Keeps what is read of a conversation before its answer."""
+        """Keeps the `tokens` that are read behind a match and before the answer."""
         if match.index == len(chat.keys) - 1:
             return
         before = chat.keys[match.index] if match.index >= 0 else ""
@@ -178,7 +182,7 @@ class ChatRenderer:
                 start = chat.keys[index - 1] if index else root.key
                 found = answer_names(start, message["content"], thinking, message_calls(message))
                 names |= dict.fromkeys(found, chat.keys[index])
-        reading = Reading(before, tokens[len(match.tokens) :], names, thoughtful)
+        reading = Reading(before, tokens, names, thoughtful)
         self._memory.learn({chat.keys[-1]: reading})
 
     def _match(self, chat: _Chat) -> _Match | None:
@@ -217,14 +221,17 @@ class ChatRenderer:
         conversation goes on."""
         message = chat.messages[index]
         marked = {**message, "content": message["content"] + _MARK}
-        begun = [*chat.messages[:index], marked]
-        alone = self._template.render(begun, chat.tools, chat.options, generation=False)
-        text = self._render(chat, index, marked)
-        _, found, closing = alone.rpartition(_MARK)
-        behind = text.rpartition(_MARK)[2]
-        if not found or not behind.startswith(closing):
+
+        def end_alone() -> str:
+            begun = [*chat.messages[:index], marked]
+            alone = self._template.render(begun, chat.tools, chat.options, generation=False)
+            return alone.rpartition(_MARK)[2]
+
+        end = self._ends.get_or_make(chat.keys[index], end_alone)
+        before, found, behind = self._render(chat, index, marked).rpartition(_MARK)
+        if not found or not behind.startswith(end):
             return None
-        return text.replace(_MARK, ""), behind[len(closing) :]
+        return before + behind, behind[len(end) :]
 
     def _gives_up_thinking(
         self, request: Request, chat: _Chat, match: _Match, window: int | None

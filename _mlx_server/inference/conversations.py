@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import threading
 from array import array
@@ -75,7 +74,10 @@ class ConversationMemory:
                 self._readings[key] = reading
                 parts.append(reading.tokens)
                 key = reading.before
-        return list(itertools.chain.from_iterable(reversed(parts)))
+        found: list[int] = []
+        for part in reversed(parts):
+            found.extend(part)
+        return found
 
     def get(self, key: str) -> Reading | None:
         """A reading by its key."""
@@ -147,5 +149,7 @@ def _named(key: str, text: str, thinking: str, calls: list[Call], by_id: bool) -
 
 
 def _hashed(key: str, value: Any) -> str:
-    text = json.dumps([key, value], ensure_ascii=False, sort_keys=True)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return hashlib.blake2b(
+        text.encode("utf-8", "surrogatepass"), digest_size=16, key=key.encode()
+    ).hexdigest()
