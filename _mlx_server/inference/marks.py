@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable
 
 
@@ -11,18 +12,18 @@ class Marks:
 
     def __init__(self, marks: Iterable[str]):
         self.texts = tuple(filter(None, marks))
-        self._longest = max(map(len, self.texts), default=0)
+        self.longest = max(map(len, self.texts), default=0)
         self._first_letters = frozenset(text[0] for text in self.texts)
         self._pattern = re.compile("|".join(map(re.escape, self.texts)) or r"(?!)")
 
-    def search(self, text: str, start: int = 0) -> re.Match[str] | None:
-        """The first of the marks that `text` holds from `start` on; at one place the one that is
-        listed first."""
-        return self._pattern.search(text, start)
+    def search(self, text: str, start: int = 0, end: int = sys.maxsize) -> re.Match[str] | None:
+        """The first of the marks that `text` holds from `start` to `end`; at one place the one that
+        is listed first."""
+        return self._pattern.search(text, start, end)
 
     def partial_length(self, text: str) -> int:
         """How many characters at the end of `text` may be the beginning of a mark."""
-        for start in range(max(0, len(text) - self._longest + 1), len(text)):
+        for start in range(max(0, len(text) - self.longest + 1), len(text)):
             if text[start] in self._first_letters:
                 rest = text[start:]
                 if any(mark.startswith(rest) and mark != rest for mark in self.texts):
@@ -30,9 +31,16 @@ class Marks:
         return 0
 
 
+MAX_BLANKS = 1000  # characters that are searched for what follows
+
+
 def comes_next(text: str, marks: Iterable[str], last: bool) -> bool | None:
     """Whether, blanks aside, `text` begins with one of `marks`; None while more text may tell. When
-    it is the `last` text, the beginning of a mark is enough, and so is nothing at all."""
+    it is the `last` text, the beginning of a mark is enough, and so is nothing at all. What follows
+    more than MAX_BLANKS blanks does not count."""
+    if len(text) > MAX_BLANKS and text[:MAX_BLANKS].isspace():
+        return False
+    text = text[: MAX_BLANKS + 200]
     text = "".join(text.lstrip()[:100].split())
     marks = ["".join(mark.split()) for mark in marks if mark]
     if any(text.startswith(mark) for mark in marks):
