@@ -215,9 +215,10 @@ def test_a_folder_that_cannot_be_understood_is_skipped(home, tmp_path, caplog, c
     make_model(tmp_path / "models" / "good")
     bad = make_model(tmp_path / "models" / "bad")
     (bad / "config.json").write_bytes(config if isinstance(config, bytes) else config.encode())
+    caplog.set_level("DEBUG")
     library = Library([tmp_path / "models"])
     assert [model.name for model in library.models() if model.name != "demo"] == ["good"]
-    assert "bad" in caplog.text or config == "[]"
+    assert "bad" in caplog.text
 
 
 @pytest.mark.parametrize("recipe", ["bits", ["bits"], {"bits": "four"}, {"bits": None}, 5])
@@ -262,6 +263,6 @@ def test_an_alias_of_a_broken_model_shows_no_path(home, tmp_path):
     path = make_model(tmp_path / "my models" / "bad")
     (path / "config.json").write_text("{")
     library = Library([tmp_path / "my models"], [("claude-*", "bad")])
-    with pytest.raises(ModelLoadError, match="'claude-x' is broken") as raised:
+    with pytest.raises(ModelLoadError, match="'bad' is broken") as raised:
         library.resolve("claude-x")
     assert str(tmp_path) not in str(raised.value)

@@ -331,6 +331,17 @@ def generation_defaults(path: Path) -> Sampling:
     return sampling
 
 
+def read_shown_files(local: LocalModel) -> tuple[str, dict[str, Any]]:
+    """A model's chat template and its generation_config.json. Raises ModelLoadError."""
+    try:
+        files = os.listdir(local.path)
+        generation = _read_optional(local.path, files, "generation_config.json")
+        return read_chat_template(local.path, files), generation
+    except (OSError, ValueError) as error:
+        log.warning("cannot read %s: %s", local.path, error)
+        raise ModelLoadError(f"the files of model '{local.name}' cannot be read") from None
+
+
 def load_error(local: LocalModel, what: str, error: Exception) -> ModelLoadError:
     """What the caller is told of an exception while `what` was loaded; the log gets all of it."""
     if "trust_remote_code" in str(error):
