@@ -145,7 +145,7 @@ class Engine:
     LAST_WRITES = 2.5  # seconds that closing may spend on that
     # Seconds after which a single step counts as hanging, the loading of models apart
     STUCK = 120.0
-    MAX_STOPS = 64  # stop strings of a request
+    MAX_STOPS = 64  # of a request
     MAX_NAME = 512  # characters of a model's name
 
     def __init__(
@@ -296,8 +296,8 @@ class Engine:
         there is no such token), PromptTooLong, EngineBusy, EngineClosed."""
         local, request = self.resolve(request.model), self._with_preset(request)
         self._check_open()
-        if len(request.stop) > self.MAX_STOPS:
-            raise InvalidRequest(f"at most {self.MAX_STOPS} stop sequences are allowed")
+        if len(request.stop) > self.MAX_STOPS or max(map(len, request.stop), default=0) > 1000:
+            raise InvalidRequest("at most 64 stop sequences of 1000 characters are allowed")
         renderer = self.renderer(local)
         request.sampling = fill_sampling(request.sampling, renderer.defaults)
         prompt = self._prompt(local, renderer, request)

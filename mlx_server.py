@@ -85,7 +85,7 @@ log = logging.getLogger("mlx_server")
 
 class MLXServer(ConnectionServer):
     """Serves `engine` at `address` (host, port), once `serve_forever` runs. Raises OSError when the
-    address is taken. Without an engine, which may be set later, only errors are answered.
+    address is taken. The engine may be set later; what needs it fails until then.
 
     With `api_keys` every route but `/` and `/health` wants one of them, as `x-api-key` or bearer
     token; the priority that belongs to a key is the highest its holder can have. `priorities` are
@@ -195,12 +195,12 @@ class Handler(HTTPHandler):
         self.exchange.model = name if isinstance(name, str) else None
         return body
 
-    def read_named(self) -> tuple[Object, str]:
-        """The body as JSON and the model that it names. Raises WireError if it names none."""
-        body = self.read_object()
+    def read_model_name(self) -> str:
+        """The model that the body names. Raises WireError if it names none."""
+        self.read_object()
         if self.exchange.model is None:
             raise WireError(400, "model is required")
-        return body, self.exchange.model
+        return self.exchange.model
 
     def priority(self, reply: Reply, model: str) -> Priority:
         """What the client asks for in `x-priority`, or what a rule says of its model or dialect, or
@@ -348,7 +348,7 @@ class Handler(HTTPHandler):
         self.send_json(dialects.tag_list(self.engine.models(), self.upstream_tags()))
 
     def post_show(self) -> None:
-        _, name = self.read_named()
+        name = self.read_model_name()
         engine = self.engine
         local = engine.resolve(name)
         template, generation = engine.show(local)
@@ -356,7 +356,7 @@ class Handler(HTTPHandler):
         self.send_json(ollama_show(local, context, template, generation, name, preset))
 
     def delete_model(self) -> None:
-        _, name = self.read_named()
+        name = self.read_model_name()
         self.engine.delete(name)
         self.send(200, b"")
 

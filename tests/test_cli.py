@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
@@ -20,7 +19,7 @@ def run(*flags: str) -> subprocess.CompletedProcess:
         [sys.executable, str(ROOT / "mlx_server.py"), *flags],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
     )
 
 
@@ -53,12 +52,31 @@ def test_version():
     assert run("--version").stdout.startswith("mlx-server 0.")
 
 
-def test_the_socket_listens_long_before_the_model_is_there():
-    started = time.monotonic()
-    server = Server("--model", "demo")
+# In the server's process no model is loaded while the file $HOLD is there
+HELD_LOADING = """
+import os, time
+from _mlx_server.inference.group import Group
+
+load = Group.load
+
+def held_load(self, *args, **options):
+    while os.path.exists(os.environ["HOLD"]):
+        time.sleep(0.01)
+    return load(self, *args, **options)
+
+Group.load = held_load
+"""
+
+
+def test_the_socket_listens_long_before_the_model_is_there(tmp_path: Path):
+    (tmp_path / "sitecustomize.py").write_text(HELD_LOADING)
+    (tmp_path / "hold").touch()
+    env = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "HOLD": str(tmp_path / "hold")}
+    server = Server("--model", "demo", env=env)
+    server.wait_for("loading demo")
+    assert urllib.request.urlopen(f"{server.url}/", timeout=60).status == 200
     assert not any("loaded demo" in line for line in server.lines)
-    assert urllib.request.urlopen(f"{server.url}/", timeout=5).status == 200
-    assert time.monotonic() - started < 5  # far below on an idle machine
+    (tmp_path / "hold").unlink()
     server.wait_for("loaded demo")
     assert server.stop() == 0
 
@@ -70,12 +88,10 @@ def test_a_signal_ends_running_work_with_an_error_and_the_program_with_0(number:
     response = urllib.request.urlopen(
         f"{server.url}/api/generate", json.dumps(body).encode(), timeout=60
     )
-    started = time.monotonic()
     server.process.send_signal(number)
     last = json.loads(response.readlines()[-1])
     assert "shutting down" in last["error"]
-    assert server.process.wait(10) == 0
-    assert time.monotonic() - started < 5
+    assert server.process.wait(60) == 0
 
 
 def test_aliases_models_dir_and_a_random_model_by_path(tmp_path: Path):
@@ -94,30 +110,16 @@ def test_aliases_models_dir_and_a_random_model_by_path(tmp_path: Path):
         anthropic = {"max_tokens": 8, "messages": [{"role": "user", "content": "say hi"}]}
         answer = ask(server, "/v1/messages", {"model": "claude-sonnet-5-5", **anthropic})
         assert answer["usage"]["output_tokens"] > 0 and answer["model"] == "claude-sonnet-5-5"
-        assert (
-            ask(server, "/v1/messages", {"model": "claude-haiku-5-5", **anthropic})["content"][0][
-                "text"
-            ]
-            == "hi"
-        )
-        answer = ask(
-            server,
-            "/api/generate",
-            {"model": "tiny-qwen2", "prompt": "hi", "stream": False, "options": {"num_predict": 8}},
-        )
+        answer = ask(server, "/v1/messages", {"model": "claude-haiku-5-5", **anthropic})
+        assert answer["content"][0]["text"] == "hi"
+        body = {"model": "tiny-qwen2", "prompt": "hi", "stream": False}
+        answer = ask(server, "/api/generate", {**body, "options": {"num_predict": 8}})
         assert answer["done"] and answer["eval_count"] <= 8
         loaded = json.load(urllib.request.urlopen(f"{server.url}/api/ps"))["models"]
         assert {model["name"] for model in loaded} == {"demo:latest", "Tiny-Qwen2:latest"}
+        long = {"max_tokens": 5, "messages": [{"role": "user", "content": "word " * 5000}]}
         with pytest.raises(urllib.error.HTTPError, match="400") as failure:
-            ask(
-                server,
-                "/v1/messages",
-                {
-                    "model": "tiny-qwen2",
-                    "max_tokens": 5,
-                    "messages": [{"role": "user", "content": "word " * 5000}],
-                },
-            )
+            ask(server, "/v1/messages", {"model": "tiny-qwen2", **long})
         assert "prompt is too long: " in json.load(failure.value)["error"]["message"]
     finally:
         assert server.stop() == 0

@@ -7,7 +7,6 @@ import gzip
 import http.client
 import json
 import socket
-import time
 
 import pytest
 from conftest import Server
@@ -124,7 +123,8 @@ def test_ollama_bodies_may_have_any_type_and_junk_behind_them(server: Server):
 
 
 def test_half_a_surrogate_pair_does_no_harm(server: Server):
-    body = b'{"model": "demo", "max_tokens": 5, "messages": [{"role": "user", "content": "say \\ud800"}]}'
+    body = json.dumps({**ASK, "messages": [{"role": "user", "content": "say \ud800"}]}).encode()
+    assert b"\\ud800" in body
     assert ask(server, "POST", "/v1/messages", body)[0].status == 200
 
 
@@ -249,9 +249,8 @@ def test_silent_and_slow_sockets_block_nobody(server: Server):
     silent[0].sendall(
         b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{"
     )
-    started = time.monotonic()
+    # `ask` gives up long before the server gives up the silent ones
     assert ask(server, "GET", "/api/version")[0].status == 200
-    assert time.monotonic() - started < 5
     for connection in silent:
         connection.close()
 

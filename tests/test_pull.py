@@ -62,7 +62,7 @@ def pulling(tmp_path_factory) -> Iterator[tuple[FakeHub, Server, Path]]:
         server = Server("--state", str(folder / "presets.json"), env=env)
         yield hub, server, folder / "hub"
         assert server.stop() == 0
-        assert not [line for line in server.lines if "Traceback" in line]
+        assert "Traceback" not in "".join(server.lines)
 
 
 @pytest.fixture

@@ -32,6 +32,22 @@ from engine import Engine, Text, Usage
 from mlx_server import MLXServer
 
 SLOW = "slow " * 240  # enough words to be busy with for a while
+# In the server's process no token is decoded while the file $HOLD is there; the file $HOLD.reached
+# says that one would have been
+HELD_DECODING = """
+import os, time
+from _mlx_server.inference.decode_batch import DecodeBatch
+
+step = DecodeBatch.step
+
+def held_step(self):
+    while os.path.exists(os.environ["HOLD"]):
+        open(os.environ["HOLD"] + ".reached", "w").close()
+        time.sleep(0.02)
+    return step(self)
+
+DecodeBatch.step = held_step
+"""
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +65,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def start(model: Path) -> Iterator:
+def hold(tmp_path: Path) -> Path:
+    """The file that stops the decoding of the test's servers as long as it exists. It makes a test
+    independent of the speed of the machine: what has begun is certainly still running."""
+    (tmp_path / "sitecustomize.py").write_text(HELD_DECODING)
+    return tmp_path / "hold"
+
+
+@pytest.fixture
+def start(model: Path, hold: Path) -> Iterator:
     servers: list[Server] = []
 
     def start(*flags: str) -> Server:
-        servers.append(Server("--model", str(model), *flags))
+        env = {"PYTHONPATH": f"{hold.parent}:{ROOT}", "HOLD": str(hold)}
+        servers.append(Server("--model", str(model), *flags, env=env))
         return servers[-1]
 
     yield start
@@ -107,28 +132,52 @@ def chat(server: Server, text: str, **more) -> Call:
     return Call(server, "/api/chat", text, **more)
 
 
-def get(server: Server, path: str) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
-    connection.request("GET", path)
+def get(server: Server, path: str, headers: dict | None = None) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request("GET", path, headers=headers or {})
     response = connection.getresponse()
     return response.status, response.read().decode()
 
 
-def until(server: Server, name: str, value: float) -> None:
-    deadline = time.monotonic() + 30
-    while figure(server.url, name) != value:
+def until(server: Server, name: str, value: int, headers: dict | None = None) -> None:
+    """Waits for a figure of /metrics to have a value."""
+    deadline = time.monotonic() + 60
+    while f"\nmlx_server_{name} {value}\n" not in get(server, "/metrics", headers)[1]:
         assert time.monotonic() < deadline, f"{name} never was {value}"
+        time.sleep(0.02)
+
+
+def until_held(hold: Path) -> None:
+    """Waits for the server to decode, which `hold` prevents: from then on its engine stands still
+    until the file is removed."""
+    deadline = time.monotonic() + 60
+    while not hold.with_name("hold.reached").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def until_it_ends(server: Server) -> None:
+    """Waits for the server to say that it takes nothing new."""
+    deadline = time.monotonic() + 60
+    while get(server, "/health")[0] != 503:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 # ------------------------------------------------------------------ a full house
 
 
-def test_a_full_house_is_refused_politely_in_each_dialect_and_hanging_up_makes_room(start):
+@pytest.mark.slow
+def test_a_full_house_is_refused_politely_in_each_dialect_and_hanging_up_makes_room(
+    start, hold: Path
+):
     server = start("--max-queue", "1")
-    running = messages(server, SLOW)
+    hold.touch()
+    running = messages(server, "first")
     running.wait()
+    until_held(hold)
     until(server, "running_requests", 1)
-    waiting = messages(server, SLOW + "too")
+    waiting = messages(server, "second")
     waiting.wait()
     refused = messages(server, "hi").wait()
     assert refused.status == 529 and int(refused.headers["retry-after"]) > 0
@@ -141,12 +190,14 @@ def test_a_full_house_is_refused_politely_in_each_dialect_and_hanging_up_makes_r
     waiting.hang_up()
     until(server, "waiting_requests", 0)
     assert messages(server, "hi").wait().status == 200
+    hold.unlink()
     assert "event: message_stop" in running.lines()
 
 
 # ------------------------------------------------------------------ never silent
 
 
+@pytest.mark.slow
 def test_no_stream_is_ever_silent_for_long(start):
     server = start()
     calls = {
@@ -165,7 +216,7 @@ def test_no_stream_is_ever_silent_for_long(start):
         return last - began, longest, lines
 
     with ThreadPoolExecutor() as pool:
-        heard = dict(zip(calls, pool.map(listen, calls)))
+        heard = dict(zip(calls, pool.map(listen, calls), strict=True))
     for path, (whole, longest, lines) in heard.items():
         beats = [
             line for line in lines if line == "event: ping" or '"content":""},"done":false' in line
@@ -200,6 +251,7 @@ def test_a_long_lull_is_bridged_by_events_that_every_client_counts():
 # ------------------------------------------------------------------ whom it serves first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, headers",
     [
@@ -209,15 +261,18 @@ def test_a_long_lull_is_bridged_by_events_that_every_client_counts():
     ],
 )
 def test_an_important_client_does_not_wait_for_the_others(
-    start, flags: tuple[str, ...], headers: dict
+    start, hold: Path, flags: tuple[str, ...], headers: dict
 ):
     server = start(*flags)
-    agents = [
-        messages(server, f"{n} " + SLOW * 3, headers={"x-api-key": "agent"}) for n in range(3)
-    ]
-    for agent in agents:
-        agent.wait()
-    bot = chat(server, "slow " * 150, headers=headers, options={"num_predict": 2})
+    hold.touch()
+    key = {"x-api-key": "agent"}
+    first = Call(server, "/api/generate", "", prompt="hi", headers=key, options={"num_predict": 2})
+    until_held(hold)
+    agents = [messages(server, f"{n} " + SLOW, headers=key) for n in range(3)]
+    bot = chat(server, "slow " * 50, headers=headers, options={"num_predict": 2})
+    until(server, "waiting_requests", 4, key)
+    hold.unlink()
+    assert json.loads([*first.lines()][-1])["done"] is True
     assert json.loads([*bot.lines()][-1])["done"] is True
     server.wait_for(r"/api/chat slow: prompt")
     assert not any(re.search(r"/v1/messages slow: prompt", line) for line in server.lines)
@@ -260,19 +315,22 @@ def test_metrics_count_what_was_done(start):
         ), line
 
 
-def test_a_server_told_to_end_finishes_what_it_has_begun_and_takes_nothing_new(start):
-    server = start("--drain", "60s")
-    running = messages(server, SLOW * 2, max_tokens=30)
+@pytest.mark.slow
+def test_a_server_told_to_end_finishes_what_it_has_begun_and_takes_nothing_new(start, hold: Path):
+    server = start("--drain", "1h")
+    hold.touch()
+    running = messages(server, "hi", max_tokens=30)
     running.wait()
+    until_held(hold)
     server.process.terminate()
-    deadline = time.monotonic() + 30
-    while get(server, "/health")[0] != 503:
-        assert time.monotonic() < deadline
+    until_it_ends(server)
     assert messages(server, "too late").wait().status == 529
+    hold.unlink()
     assert "event: message_stop" in running.lines()
-    assert server.process.wait(20) == 0
+    assert server.process.wait(60) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signals, flags", [(1, ("--drain", "0")), (2, ("--drain", "1h"))])
 def test_what_cannot_be_finished_ends_with_an_error_that_clients_understand(
     start, signals: int, flags: tuple[str, ...]
@@ -283,11 +341,10 @@ def test_what_cannot_be_finished_ends_with_an_error_that_clients_understand(
     assert next(line for line in lines if "text_delta" in line)
     if signals == 2:
         server.process.terminate()
-        while get(server, "/health")[0] != 503:
-            pass
+        until_it_ends(server)
     server.process.terminate()
     assert "overloaded_error" in [*lines][-2]
-    assert server.process.wait(20) == 0
+    assert server.process.wait(60) == 0
 
 
 # ------------------------------------------------------------------ a service
@@ -296,13 +353,16 @@ def test_what_cannot_be_finished_ends_with_an_error_that_clients_understand(
 # launchd.plist`
 APPLES = set(
     """
-Label Disabled UserName GroupName inetdCompatibility LimitLoadToHosts LimitLoadFromHosts LimitLoadToSessionType
-LimitLoadToHardware LimitLoadFromHardware Program BundleProgram ProgramArguments EnableGlobbing EnableTransactions
-EnablePressuredExit OnDemand ServiceIPC KeepAlive RunAtLoad RootDirectory WorkingDirectory EnvironmentVariables Umask TimeOut
-ExitTimeOut ThrottleInterval InitGroups WatchPaths QueueDirectories StartOnMount StartInterval StartCalendarInterval
-StandardInPath StandardOutPath StandardErrorPath Debug WaitForDebugger SoftResourceLimits HardResourceLimits Nice ProcessType
-AbandonProcessGroup LowPriorityIO LowPriorityBackgroundIO MaterializeDatalessFiles LaunchOnlyOnce MachServices Sockets
-LaunchEvents HopefullyExitsLast HopefullyExitsFirst SessionCreate LegacyTimers AssociatedBundleIdentifiers""".split()
+Label Disabled UserName GroupName inetdCompatibility LimitLoadToHosts LimitLoadFromHosts
+LimitLoadToSessionType LimitLoadToHardware LimitLoadFromHardware Program BundleProgram
+ProgramArguments EnableGlobbing EnableTransactions EnablePressuredExit OnDemand ServiceIPC
+KeepAlive RunAtLoad RootDirectory WorkingDirectory EnvironmentVariables Umask TimeOut
+ExitTimeOut ThrottleInterval InitGroups WatchPaths QueueDirectories StartOnMount StartInterval
+StartCalendarInterval StandardInPath StandardOutPath StandardErrorPath Debug WaitForDebugger
+SoftResourceLimits HardResourceLimits Nice ProcessType AbandonProcessGroup LowPriorityIO
+LowPriorityBackgroundIO MaterializeDatalessFiles LaunchOnlyOnce MachServices Sockets
+LaunchEvents HopefullyExitsLast HopefullyExitsFirst SessionCreate LegacyTimers
+AssociatedBundleIdentifiers""".split()  # noqa: SIM905
 )
 
 
@@ -318,7 +378,7 @@ def printed(home: Path, *flags: str) -> str:
         cwd=home,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         env={**clean(home), "HF_HUB_CACHE": str(home / "hub")},
     )
     assert out.returncode == 0, out.stderr
@@ -378,9 +438,10 @@ class Service:
         self.process = subprocess.Popen(
             command, cwd="/", env={**clean(home), **(env or {})}, stderr=stderr
         )
-        deadline, found = time.monotonic() + 30, None
+        deadline, found = time.monotonic() + 60, None
         while not found:
             assert self.process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
             found = re.search(
                 r"listening on http://\S+:(\d+)", log.read_text("utf-8") if log.exists() else ""
             )
@@ -391,7 +452,7 @@ class Service:
 
     def __exit__(self, *_: object) -> None:
         self.process.terminate()
-        assert self.process.wait(20) == 0
+        assert self.process.wait(60) == 0
 
 
 FLAGS = [
@@ -519,7 +580,7 @@ def test_a_log_that_cannot_be_written_is_told(tmp_path: Path):
         [sys.executable, str(ROOT / "mlx_server.py"), "--log-file", str(tmp_path / "file" / "log")],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
     )
     assert out.returncode == 1 and out.stderr.count("\n") == 1 and "cannot log to" in out.stderr
 
@@ -539,7 +600,7 @@ def test_a_closed_stderr_does_no_harm(tmp_path: Path):
     for path in ("/", "/api/nope", "/v1/models"):
         assert ask(process, "GET", path)[0].status in (200, 404)
     process.terminate()
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
 
 
 def test_a_closed_terminal_ends_the_server(tmp_path: Path):
@@ -550,7 +611,7 @@ def test_a_closed_terminal_ends_the_server(tmp_path: Path):
     os.close(stderr)
     os.close(terminal)
     service.process.send_signal(signal.SIGHUP)
-    assert service.process.wait(20) == 0
+    assert service.process.wait(60) == 0
 
 
 # ------------------------------------------------------------------ clocks
@@ -577,6 +638,7 @@ def test_a_clock_set_back_keeps_nothing(monkeypatch: pytest.MonkeyPatch):
     with Engine() as engine:
         list(engine.chat("say hi", model="demo", keep_alive=0.3))
         set_clock(monkeypatch, -86400.0)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while engine.loaded():
             assert time.monotonic() < deadline
+            time.sleep(0.02)

@@ -72,6 +72,11 @@ class ConnectionServer(ThreadingHTTPServer):
         self._served.pop(request, None)
         super().shutdown_request(request)
 
+    @property
+    def connections(self) -> int:
+        """How many connections are open."""
+        return len(self._served)
+
     def is_served(self, connection: Any) -> bool:
         """Whether a connection's requests are served; otherwise there were too many before it."""
         return self._served[connection]

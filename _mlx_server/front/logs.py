@@ -59,7 +59,8 @@ def start_logging(args: argparse.Namespace, serving: bool) -> None:
     if not args.verbose:
         # Its remarks on model types concern nobody here
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        logging.getLogger("httpx").setLevel(logging.WARNING)
+        for name in ("httpx", "httpx2"):  # the latter is what huggingface_hub 2 uses
+            logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _formatter(args: argparse.Namespace, serving: bool, to_file: bool) -> logging.Formatter:

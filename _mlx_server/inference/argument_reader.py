@@ -196,16 +196,12 @@ class ArgumentReader:
         objects that the buffer begins inside of: then it is these that end."""
         buffer, quotes = self._buffer, syntax.quotes
         waited_for = Marks((*quotes, self._end_tag))
-        outside = Marks((*quotes, *"{}[](),", self._end_tag))
+        outside = Marks((*quotes, *"{}[](),", self._end_tag)).pattern
         position = 0
         while True:
             quote = closing[-1] if closing and closing[-1] in quotes else ""
-            if quote:
-                found = re.compile(rf"\\.|{re.escape(quote)}", re.DOTALL).search(
-                    buffer.text, position
-                )
-            else:
-                found = outside.search(buffer.text, position)
+            marks = _in_string(quote) if quote else outside
+            found = marks.search(buffer.text, position)
             if found is None:
                 if buffer.ended:
                     return len(buffer.text), "".join(reversed(closing))
@@ -231,6 +227,12 @@ def _up_to(marks: tuple[str, ...], escapes: bool) -> re.Pattern[str]:
     ends = "|".join([*map(re.escape, marks), *[_HALF_ESCAPE] * escapes, r"\Z"])
     text = rf"(?:[^\\]|{_ESCAPE})*?" if escapes else ".*?"
     return re.compile(f"({text})({ends})", re.DOTALL)
+
+
+@functools.lru_cache(16)
+def _in_string(quote: str) -> re.Pattern[str]:
+    """Matches the quote that ends a string, or an escape."""
+    return re.compile(rf"\\.|{re.escape(quote)}", re.DOTALL)
 
 
 def _unescape(text: str) -> str:

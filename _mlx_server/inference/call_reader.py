@@ -124,7 +124,7 @@ class CallReader:
             return
         text = self._buffer.text
         limit = end if end >= 0 else len(text)
-        while tag := self._opening.search(text, self._counted, limit):
+        while tag := self._opening.pattern.search(text, self._counted, limit):
             self._tags, self._counted = self._tags + 1, tag.end()
         self._counted = max(self._counted, limit - self._opening.longest + 1)
         if max(self._tags, skipped) > self.MAX_TAGS:

@@ -96,18 +96,20 @@ def download(order: Order) -> Generator[tuple[RemoteFile, int]]:
         start_new_session=True,  # Ctrl-C does not reach it, but `_stop` does
     )
     assert process.stdin and process.stdout
+    failure = HubError(
+        HubFailure.UNREACHABLE, f"{order.repo} was not downloaded; pull again to go on"
+    )
     try:
         with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
             json.dump(dataclasses.asdict(order), stdin)
         for line in process.stdout:
             report = json.loads(line)
             if "error" in report:
-                raise HubError(HubFailure[report["reason"]], report["error"])
-            yield order.files[report["file"]], report["completed"]
+                failure = HubError(HubFailure[report["reason"]], report["error"])
+            else:
+                yield order.files[report["file"]], report["completed"]
         if process.wait():
-            raise HubError(
-                HubFailure.UNREACHABLE, f"{order.repo} was not downloaded; pull again to go on"
-            )
+            raise failure
     finally:
         _stop(process)
         process.stdout.close()
@@ -272,6 +274,8 @@ def main() -> int:
                 return 1
     except (KeyboardInterrupt, BrokenPipeError):
         return 1
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return 0
 
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable
 
 
 class Marks:
-    """Texts to look for: tags, stop strings, what ends a value."""
+    """Texts to look for: tags, stop strings, what ends a value.
+
+    `texts` are those that are not empty, `longest` is the length of the longest; `pattern` matches
+    each of them, at one place the one that is listed first.
+    """
 
     def __init__(self, marks: Iterable[str]):
         self.texts = tuple(filter(None, marks))
         self.longest = max(map(len, self.texts), default=0)
         self._first_letters = frozenset(text[0] for text in self.texts)
-        self._pattern = re.compile("|".join(map(re.escape, self.texts)) or r"(?!)")
-
-    def search(self, text: str, start: int = 0, end: int = sys.maxsize) -> re.Match[str] | None:
-        """The first of the marks that `text` holds from `start` to `end`; at one place the one that
-        is listed first."""
-        return self._pattern.search(text, start, end)
+        self.pattern = re.compile("|".join(map(re.escape, self.texts)) or r"(?!)")
 
     def partial_length(self, text: str) -> int:
         """How many characters at the end of `text` may be the beginning of a mark."""

@@ -205,7 +205,7 @@ class OutputParser:
         """Write all text that is certainly no tag; take and return the first tag, if there is
         one."""
         marks, buffer = self._marks[self.state], self._buffer
-        if found := marks.search(buffer):
+        if found := marks.pattern.search(buffer):
             self._buffer = buffer[found.end() :]
             write(buffer[: found.start()])
             return found[0]

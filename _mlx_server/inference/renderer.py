@@ -110,7 +110,7 @@ class PromptRenderer:
         return self._rules.constraint(request, prompt)
 
     def budget(self, request: Request, prompt: Prompt, begins: int) -> ThinkingBudget | None:
-        """Ends the thinking of an answer that begins behind `begins` tokens, see OutputRules."""
+        """What ends the thinking of an answer behind `begins` tokens: see OutputRules."""
         return self._rules.budget(request, prompt, begins)
 
     # Tokens
