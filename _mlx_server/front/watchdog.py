@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -55,6 +57,12 @@ class Watchdog:
 
 def _set_timer(seconds: float) -> None:
     try:
-        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
-    except (AttributeError, OSError, ValueError, RuntimeError) as error:  # stderr is closed
-        log.warning("a process that hangs would not be ended: %s", error)
+        number = sys.__stderr__.fileno() if sys.__stderr__ else _nowhere()
+        faulthandler.dump_traceback_later(seconds, exit=True, file=number)
+    except (OSError, ValueError):  # stderr is closed
+        faulthandler.dump_traceback_later(seconds, exit=True, file=_nowhere())
+
+
+@functools.cache
+def _nowhere() -> int:
+    return os.open(os.devnull, os.O_WRONLY)
