@@ -14,11 +14,12 @@ renderers) is replaced as a whole by the thread that changes it, and says so whe
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,7 @@ from _mlx_server.inference.group import Group, GroupLost
 from _mlx_server.inference.library import Library
 from _mlx_server.inference.lookup import look_up
 from _mlx_server.inference.memory import usable_memory
-from _mlx_server.inference.models import (
-    Loaded,
-    LocalModel,
-    fingerprint,
-    read_chat_template,
-    read_json_file,
-)
+from _mlx_server.inference.models import Loaded, LocalModel, fingerprint, read_shown_files
 from _mlx_server.inference.names import plain_name
 from _mlx_server.inference.pool import ModelPool
 from _mlx_server.inference.presets import Preset
@@ -148,7 +143,10 @@ class Engine:
     written to."""
 
     LAST_WRITES = 2.5  # seconds that closing may spend on that
-    STUCK = 600.0  # seconds after which a single step counts as hanging
+    # Seconds after which a single step counts as hanging, the loading of models apart
+    STUCK = 120.0
+    MAX_STOPS = 64  # of a request
+    MAX_NAME = 512  # characters of a model's name
 
     def __init__(
         self,
@@ -245,16 +243,15 @@ class Engine:
 
     def resolve(self, name: str) -> LocalModel:
         """The local model that answers to `name`. Raises ModelNotFound."""
+        if len(name) > self.MAX_NAME:
+            raise ModelNotFound(f"{name[:40]}…", [model.name for model in self._library.models()])
         if self.default is not None and name in (str(self.default.path), self.default.name):
             return self.default
         return self._library.resolve(name, default=self.default, last_used=self._last_used)
 
     def show(self, local: LocalModel) -> tuple[str, dict[str, Any]]:
-        """A model's chat template and its generation_config.json."""
-        files = {path.name: path.stat() for path in local.path.iterdir()}
-        known = "generation_config.json" in files
-        generation = read_json_file(local.path / "generation_config.json") if known else {}
-        return read_chat_template(local.path, files), generation
+        """A model's chat template and its generation_config.json. Raises ModelLoadError."""
+        return read_shown_files(local)
 
     def context_length(self, local: LocalModel) -> int:
         """Tokens of prompt and answer together that a request may have: what the model, `context`
@@ -299,6 +296,8 @@ class Engine:
         there is no such token), PromptTooLong, EngineBusy, EngineClosed."""
         local, request = self.resolve(request.model), self._with_preset(request)
         self._check_open()
+        if len(request.stop) > self.MAX_STOPS or max(map(len, request.stop), default=0) > 1000:
+            raise InvalidRequest("at most 64 stop sequences of 1000 characters are allowed")
         renderer = self.renderer(local)
         request.sampling = fill_sampling(request.sampling, renderer.defaults)
         prompt = self._prompt(local, renderer, request)
@@ -393,14 +392,17 @@ class Engine:
 
     def health(self) -> str | None:
         """What is wrong with the engine, or None. Answers at once, whatever the engine does."""
-        began = self._step_began
         if self._broken or not self._thread.is_alive():
             return self._broken or "the engine has stopped"
         if self._draining or self._closing:
             return "the server is shutting down"
-        if began is not None and time.monotonic() - began > self.STUCK:
-            return "the engine hangs"
-        return None
+        return "the engine hangs" if self.hangs else None
+
+    @property
+    def hangs(self) -> bool:
+        """Whether the current step has taken too long."""
+        began = self._step_began
+        return began is not None and time.monotonic() - began > self.STUCK
 
     @property
     def broken(self) -> bool:
@@ -517,13 +519,23 @@ class Engine:
             self.pool.check_size(local, self._library.models())
             if local.name not in self.pool.runners:
                 self._synchronize()
-            runner = self.pool.open(local, renderer)
+            with self._not_hanging():
+                runner = self.pool.open(local, renderer)
         except ModelLoadError as error:
             self._group.give_up(str(error))
             raise
         if runner is not None and runner.keep_alive is None:
             runner.keep_alive = self._keep_alive
         return runner
+
+    @contextlib.contextmanager
+    def _not_hanging(self) -> Iterator[None]:
+        """For what may take as long as it will within a step."""
+        began, self._step_began = self._step_began, None
+        try:
+            yield
+        finally:
+            self._step_began = time.monotonic() if began is not None else None
 
     def _wait(self) -> StepInput | None:
         """Sleeps until there is work; None when the engine is to end."""

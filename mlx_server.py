@@ -48,6 +48,7 @@ from _mlx_server.front.request_log import RequestLog
 from _mlx_server.front.sockets import ClientDisconnected
 from _mlx_server.front.startup import is_taken, mlx_trouble, port_holder, raise_file_limit
 from _mlx_server.front.upstream import Upstream, is_relayed
+from _mlx_server.front.watchdog import Watchdog
 from _mlx_server.front.welcome import welcome
 from _mlx_server.inference.generation import Generation
 from _mlx_server.inference.group import Group
@@ -76,6 +77,7 @@ from _mlx_server.wire.reply import Reply
 from engine import Engine
 
 # The API level of Ollama's that is spoken; clients parse it and refuse what is too old
+STOPPING = 20.0  # seconds within which everything ends once the running answers had their time
 OLLAMA_VERSION = "0.35.0"
 
 log = logging.getLogger("mlx_server")
@@ -478,14 +480,17 @@ def _run(args: argparse.Namespace) -> int:
     group = Ranks(args.pipeline) if "MLX_RANK" in os.environ else Group()
     if group.rank:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 gets it as well, and ends all
-        return int(not _make_engine(args, group).follow())
+        engine = _make_engine(args, group)
+        with Watchdog(lambda: engine.hangs, engine.STUCK):
+            return int(not engine.follow())
     server = _listen(args)
     try:
         engine = server.engine = _make_engine(args, group)
     except EngineError:
         server.server_close()
         raise
-    _serve(args, server, engine)
+    with Watchdog(lambda: engine.hangs, engine.STUCK) as watchdog:
+        _serve(args, server, engine, watchdog)
     if not engine.close(0) or group.lost:
         logging.shutdown()
         # An engine in the midst of a step would crash or stop the interpreter's own way out
@@ -543,10 +548,15 @@ def _listen(args: argparse.Namespace) -> MLXServer:
         ) from None
 
 
-def _serve(args: argparse.Namespace, server: MLXServer, engine: Engine) -> None:
+def _serve(args: argparse.Namespace, server: MLXServer, engine: Engine, watchdog: Watchdog) -> None:
     """Answers until a signal, or an engine that has failed, ends it."""
+
+    def stop(*_: object) -> None:
+        server.begin_stop(args.drain)
+        watchdog.end_within(args.drain + STOPPING)
+
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: server.begin_stop(args.drain))
+        signal.signal(number, stop)
     # Only a terminal that is closed sends SIGHUP to end its programs
     if not sys.stderr or not sys.stderr.isatty():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -206,7 +206,12 @@ class Library:
         plain = plain_name(name)
         for folder, path in self._folders():
             if folder.lower() == plain:
-                describe(name, path)
+                try:
+                    describe(name, path)
+                except ModelLoadError as error:
+                    log.warning("%s", error)
+                    said = str(error).replace(str(path), f"model '{name}'")  # clients see no paths
+                    raise ModelLoadError(said) from error.__cause__
 
     def _describe(self, name: str, path: Path) -> LocalModel | None:
         """The model in a folder, read anew only if the folder has changed; None if there is
