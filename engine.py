@@ -28,7 +28,7 @@ from _mlx_server.inference.event_queue import EventQueue
 from _mlx_server.inference.generation import Generation
 from _mlx_server.inference.group import Group, GroupLost
 from _mlx_server.inference.library import Library
-from _mlx_server.inference.lookup import look_up
+from _mlx_server.inference.lookup import Parting, describe_miss, look_up
 from _mlx_server.inference.memory import usable_memory
 from _mlx_server.inference.models import (
     Loaded,
@@ -183,7 +183,7 @@ class Engine:
             memory, cache_limit or memory // 4, max_loaded, kv_bits, self._disk_cache, self._group
         )
         if self.default is not None:
-            self.pool.check_size(self.default, self._library.models())
+            self.pool.check_size(self.default, self._library.models)
         self._renderers = RendererTable(self._build_renderer)
         self._scheduler, self._totals = Scheduler(), Totals()
         self._last_used: LocalModel | None = None
@@ -293,11 +293,12 @@ class Engine:
         name = fields.pop("model", None) or (self.default.name if self.default else "default")
         return self.submit(Request(name, messages, **fields))
 
-    def submit(self, request: Request) -> Generation:
-        """Queues a request. What can be wrong with it is raised here: ModelNotFound, ModelLoadError
-        (no tokenizer), InvalidRequest (the template refuses it, its format cannot be enforced, or
-        there is no such token), PromptTooLong, EngineBusy, EngineClosed."""
-        local, request = self.resolve(request.model), self._with_preset(request)
+    def submit(self, request: Request, local: LocalModel | None = None) -> Generation:
+        """Queues a request; `local` is its model if the caller has resolved the name. What can be
+        wrong with it is raised here: ModelNotFound, ModelLoadError (no tokenizer), InvalidRequest
+        (the template refuses it, its format cannot be enforced, or there is no such token),
+        PromptTooLong, EngineBusy, EngineClosed."""
+        local, request = local or self.resolve(request.model), self._with_preset(request)
         self._check_open()
         renderer = self.renderer(local)
         request.sampling = fill_sampling(request.sampling, renderer.defaults)
@@ -305,12 +306,18 @@ class Engine:
         limit, by_context = self._answer_limit(local, request, len(prompt.tokens))
         events = EventQueue(self._mutex)
         sequence = Sequence(request, local, renderer, prompt, limit, by_context, events)
-        generation = Generation(sequence, events, self._look_up(sequence))
+        parting = self._look_up(sequence)
+        generation = Generation(sequence, events)
         with self._lock:
             self._check_open()
             self._last_used = local
             self._queue.append(sequence)
             self._lock.notify_all()
+        try:
+            generation.miss = describe_miss(sequence, parting) if parting else None
+        except BaseException:
+            generation.cancel()
+            raise
         return generation
 
     def count_tokens(self, request: Request) -> int:
@@ -377,7 +384,7 @@ class Engine:
         room = context - prompt_tokens
         return min([room, *asked]), not asked or min(asked) > room
 
-    def _look_up(self, sequence: Sequence) -> Miss | None:
+    def _look_up(self, sequence: Sequence) -> Parting | None:
         """Notes what of a prompt was read before, as far as that is known now."""
         runner = self.pool.runners.get(sequence.model.name)
         if sequence.request.embed or runner is None and self._disk_cache is None:
@@ -510,7 +517,7 @@ class Engine:
     def _open(self, local: LocalModel, renderer: PromptRenderer) -> ModelRunner | None:
         """The model, loaded if need be; None if it has to wait for room."""
         try:
-            self.pool.check_size(local, self._library.models())
+            self.pool.check_size(local, self._library.models)
             if local.name not in self.pool.runners:
                 self._synchronize()
             runner = self.pool.open(local, renderer)

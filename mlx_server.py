@@ -240,7 +240,7 @@ class Handler(HTTPHandler):
         try:
             with self.server.answering():
                 for request in reply.requests:
-                    generations.append(engine.submit(request))
+                    generations.append(engine.submit(request, model))
                 send = send_stream if reply.stream else send_whole
                 send(self, reply, generations, record)
         except EngineError as error:
@@ -262,7 +262,7 @@ class Handler(HTTPHandler):
             with self.server.answering():
                 for request in reply.requests:
                     request.priority = self.priority(reply, model.name)
-                    generation = engine.submit(request)
+                    generation = engine.submit(request, model)
                     for event in generation:
                         reply.event(event)
                         if self.is_client_gone():

@@ -15,7 +15,8 @@ from _mlx_server.inference.embedding import Pooler
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.memory import gigabytes
 from _mlx_server.inference.models import LocalModel, fingerprint
-from _mlx_server.inference.prefix_cache import CacheEntry, PrefixCache, common_prefix
+from _mlx_server.inference.prefix_cache import CacheEntry, Match, PrefixCache
+from _mlx_server.inference.prefix_tree import common_prefix
 from _mlx_server.inference.protocol import Embedding, EngineError, InvalidRequest
 from _mlx_server.inference.renderer import PromptRenderer
 from _mlx_server.inference.sampling import make_penalties, make_sampler, token_logprobs
@@ -174,8 +175,9 @@ class ModelRunner:
 
     def _longest_state(self, sequence: Sequence, have: int) -> CacheEntry | None:
         """The longest state that a request can go on from, if it is longer than `have` tokens."""
-        tokens = sequence.prompt.tokens
-        cached, entry = self.prefixes.find(self.fingerprint, tokens)[1], None
+        tokens, entry = sequence.prompt.tokens, None
+        match = self._find(sequence)
+        cached = match.length
         shared, donor = self._most_like(sequence)
         if donor is not None and shared > max(cached, have):
             running = self._state_of(donor)
@@ -186,8 +188,17 @@ class ModelRunner:
             if kept > max(cached, len(entry.tokens) if entry else 0):
                 entry = self._disk_cache.load(chain, kept)
         if entry is None and cached > have:
-            entry = self.prefixes.take(self.fingerprint, tokens)
+            entry = self.prefixes.take(match)
+            sequence.searched = self.prefixes.version
         return entry
+
+    def _find(self, sequence: Sequence) -> Match:
+        """What the prefix cache has of a request's prompt. A request that has begun does not search
+        once more among the same entries."""
+        if sequence.entry is not None and sequence.searched == self.prefixes.version:
+            return Match(None, 0, [], 0)
+        sequence.searched = self.prefixes.version
+        return self.prefixes.find(self.fingerprint, sequence.prompt.tokens)
 
     def _state_of(self, sequence: Sequence) -> CacheEntry:
         """The state of a running request, which goes on using it."""
