@@ -137,7 +137,7 @@ class Engine:
     folders of models, `aliases` pairs of (glob, name), `context` and `max_tokens` upper bounds in
     tokens, `cache_limit` the prefix cache's bytes (by default a quarter of `memory`). `cache_dir`
     is a folder where the prefix cache outlives the process, `cache_dir_limit` the most bytes of
-    files in it. `kv_bits` (4 or 8) keeps the KV cache quantised. `memory` is the bytes that
+    files in it (by default those of `DiskCache`). `kv_bits` (4 or 8) keeps the KV cache quantised. `memory` is the bytes that
     weights, KV and prefix cache may take together (by default nine tenths of what the GPU may use,
     the rest being for computing), `max_loaded` the number of models, `max_queue` the number of
     requests that may wait, `keep_alive` the seconds that an idle model stays (None: until its
@@ -160,7 +160,7 @@ class Engine:
         max_tokens: int | None = None,
         cache_limit: int | None = None,
         cache_dir: str | Path | None = None,
-        cache_dir_limit: int = 32 * 2**30,
+        cache_dir_limit: int | None = None,
         kv_bits: int | None = None,
         memory: int | None = None,
         max_loaded: int | None = None,

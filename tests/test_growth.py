@@ -3,17 +3,26 @@ counted in steps of the interpreter, so that a busy machine changes nothing."""
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import shutil
 import sys
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
+from model_folders import add_repo, empty_home, make_model
 
+from _mlx_server.inference.disk_cache import DiskCache, segment_node
 from _mlx_server.inference.group import Group
+from _mlx_server.inference.library import Library
 from _mlx_server.inference.prefix_cache import CacheEntry, Checkpoint, PrefixCache
 from _mlx_server.inference.prefix_tree import common_prefix
+from _mlx_server.inference.protocol import ModelNotFound
 
 ROOM = 1 << 40
 
@@ -63,6 +72,19 @@ def plain(tokens: list[int], marks: list[int]) -> CacheEntry:
     cache = KVCache()
     cache.update_and_fetch(*[zeros((1, 1, len(tokens), 1))] * 2)
     return CacheEntry(tokens, [cache])
+
+
+def recurrent_layers(tokens: list[int], marks: list[int]) -> CacheEntry:
+    """The same with the layers of mlx-lm, which can be written."""
+    from mlx.core import array
+    from mlx_lm.models.cache import ArraysCache
+
+    def layer() -> ArraysCache:
+        cache = ArraysCache(size=1)
+        cache[0] = array([[1.0] * 100])
+        return cache
+
+    return CacheEntry(tokens, [layer()], {at: Checkpoint([layer()]) for at in marks if at})
 
 
 # ---- the prefix cache
@@ -153,3 +175,225 @@ def test_a_prompt_costs_the_same_beside_three_conversations_and_beside_five_hund
         costs[-1].append(work(lambda c=cache: (c.nbytes, c.held(""), c.evict())))
     for few, many in zip(*costs, strict=True):
         assert many <= 1.2 * few
+
+
+# ---- the disk cache
+
+
+def segment_file(folder: Path, parent: str, tokens: Any, **notes: Any) -> str:
+    """A file like those of the disk cache, without layers; returns its node."""
+    notes = {"parent": parent, "tokens": tokens, "answers": {}, "trimmable": True, **notes}
+    texts = {f"0.{key}": json.dumps(value) for key, value in notes.items()}
+    header = json.dumps({"__metadata__": {**texts, "0.parent": parent}}).encode()
+    return raw_file(folder, segment_node(parent, tokens), header)
+
+
+def raw_file(folder: Path, node: str, header: bytes) -> str:
+    data = len(header).to_bytes(8, "little") + header
+    (folder / f"{node}.{zlib.crc32(data):08x}.safetensors").write_bytes(data)
+    return node
+
+
+def forgotten(key: str) -> None:
+    """No answer is remembered."""
+
+
+def test_a_chain_of_two_thousand_segments_is_found_continued_and_removed(tmp_path: Path):
+    node, count = "model", 2000
+    for number in range(count):
+        answers = {f"answer {number}": [[number], "", ""]}
+        node = segment_file(tmp_path, node, [number, 1], answers=answers)
+    disk = DiskCache(tmp_path, 1 << 30)
+    tokens = [token for number in range(count) for token in (number, 1)]
+    chain, length = disk.find("model", [*tokens, 7, 7])
+    assert (len(chain), length) == (count, 2 * count)
+    assert len(disk.answers("model")) == count
+    half = work(lambda: disk.find("model", tokens[:count]))
+    assert work(lambda: disk.find("model", tokens)) < 2.1 * half
+    assert not disk.write("model", plain([*tokens, 7, 8, 9], []), forgotten, [len(tokens) + 2])
+    assert disk.find("model", [*tokens, 7, 8, 9])[1] == len(tokens) + 2
+    small = DiskCache(tmp_path, disk.nbytes // 2)
+    assert disk.nbytes * 0.49 < small.nbytes <= disk.nbytes // 2
+    assert small.nbytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+    kept = len(small.find("model", tokens)[0])  # the beginning, since what follows goes first
+    assert kept == len(list(tmp_path.iterdir())) > 900
+
+
+def test_a_prompt_costs_the_same_beside_ten_segments_and_beside_a_thousand(tmp_path: Path):
+    costs, new = [], plain([1] * 200 + [2, 7, 7, 7], [])
+    for count in (10, 1000):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        root = segment_file(folder, "model", [1] * 200)
+        for number in range(count):
+            # All of them begin alike, as chats do
+            segment_file(folder, root, [2, 2, 2, 10 + number, *[3] * 60])
+        started: list[DiskCache] = []
+        start = work(lambda f=folder, s=started: s.append(DiskCache(f, 1 << 30))) / count
+        disk = started[0]
+        prompt = [1] * 200 + [2, 2, 2, 12, *[3] * 90]
+        assert disk.find("model", prompt)[1] == 264
+        find = work(lambda d=disk, p=prompt: d.find("model", p))
+        write = work(lambda d=disk: d.write("model", new, forgotten, []))
+        half = sum(path.stat().st_size for path in folder.iterdir()) // 2
+        halved = work(lambda f=folder, h=half: DiskCache(f, h)) / count
+        costs.append([start, find, write, halved])
+    for few, many in zip(*costs, strict=True):
+        assert many <= 1.2 * few
+
+
+@pytest.mark.parametrize("header", [b"[" * 100_000, b'{"__metadata__": ' + b'{"a":' * 50_000, b"{}"])
+def test_no_header_stops_the_start(header: bytes, tmp_path: Path):
+    raw_file(tmp_path, "0" * 32, header)
+    assert DiskCache(tmp_path, 1000).nbytes == 0 and not list(tmp_path.iterdir())
+
+
+def test_nothing_in_its_folder_stops_the_start(tmp_path: Path):
+    folder, name = tmp_path / "kept", "{}.00000000.safetensors".format
+    folder.mkdir()
+    (tmp_path / "precious").write_text("precious")
+    (folder / name("1" * 32)).symlink_to(tmp_path / "precious")
+    (folder / name("2" * 32)).mkdir()
+    os.mkfifo(folder / name("3" * 32))
+    (folder / name("4" * 32)).write_bytes(b"\xff" * 8 + b"{}")
+    for tokens in ([], ["a"], [1.5], [[1]], [True], {"0": 1}, 7, None):
+        segment_file(folder, "model", tokens)
+    segment_file(folder, "model", [1], answers={"key": [1, 2, 3, 4, 5]})
+    for pid in ("", "x", "0", "-1", "9" * 99):
+        (folder / f"writing-{pid}.safetensors").write_text("left")
+    (folder / f"writing-{os.getpid()}.safetensors").symlink_to(tmp_path / "precious")
+    (folder / "notes.txt").write_text("somebody's")
+    disk = DiskCache(folder, 1 << 20)
+    assert disk.write("model", plain([1, 2, 3], []), forgotten, [])
+    assert disk.nbytes and disk.find("model", [1, 2, 3])[1] == 3
+    assert (tmp_path / "precious").read_text() == "precious"
+    (kept,) = disk.find("model", [1, 2, 3])[0]
+    left = {path.name for path in folder.iterdir()}
+    assert left == {kept.path.name, name("2" * 32), "notes.txt"}
+
+
+def test_nobody_else_reads_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "new" / "kept"
+    disk = DiskCache(folder)
+    assert disk.write("model", plain([1, 2, 3], []), forgotten, [])
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert [path.stat().st_mode & 0o777 for path in folder.iterdir()] == [0o600]
+    folder.chmod(0o755)
+    DiskCache(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+    with pytest.raises(PermissionError, match="belongs to another user"):
+        DiskCache(folder)
+
+
+def test_without_a_limit_it_takes_a_part_of_the_free_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    free = 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, free))
+    disk, entry = DiskCache(tmp_path), plain(list(range(100)), [])
+    assert disk.limit == 0 and disk.write("model", entry, forgotten, [50]) and not disk.nbytes
+    free = 1 << 20
+    assert not disk.write("model", entry, forgotten, [50]) and disk.nbytes
+    assert disk.limit == (free + disk.nbytes) // 10
+    free = 1 << 50
+    assert disk.limit == 16 << 30
+
+
+@pytest.mark.parametrize("make", [plain, recurrent_layers])
+def test_weeks_of_use_leave_the_files_of_live_entries_within_the_limit(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    dice, limit = random.Random(3), 60_000
+    cache, disk = PrefixCache(lambda: 20_000, Group()), DiskCache(tmp_path, limit)
+    replace, said = os.replace, [[1] * 20]
+
+    def sometimes_full(*paths: Any) -> None:
+        if dice.random() < 0.05:
+            raise OSError(28, "No space left on device")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", sometimes_full)
+    for step in range(600):
+        before = dice.choice(said[-20:])
+        tokens = before[: dice.randrange(len(before) + 1)]
+        tokens = tokens + [dice.randrange(50) for _ in range(dice.randrange(1, 40))]
+        said.append(tokens)
+        chain, kept = disk.find("m", tokens[:-1])
+        if dice.random() < 0.5 and kept:
+            assert disk.load(chain, kept).tokens == tokens[:kept]
+        entry = make(tokens, [len(tokens) // 2, len(tokens)])
+        entry.model, entry.root = "m", len(tokens) // 2
+        cache.put(entry)
+        for _ in range(dice.randrange(4)):
+            if entry := cache.unwritten("m"):
+                entry.written = disk.write("m", entry, forgotten, entry.checkpoints)
+                if not entry.written and dice.random() < 0.2:
+                    cache.evict(1 << 40)  # it leaves memory before all of it is written
+                    assert disk.find("m", entry.tokens)[1] >= len(entry.tokens) // 2
+        if dice.random() < 0.02:
+            disk = DiskCache(tmp_path, limit)  # a restart
+        files = {path.name.split(".")[0]: path for path in tmp_path.iterdir()}
+        assert disk.nbytes == sum(path.stat().st_size for path in files.values()) <= limit
+        if step % 20 == 0:
+            assert all(parent in files or parent == "m" for parent in map(parent_of, files.values()))
+    assert disk.nbytes > limit / 2
+
+
+def parent_of(path: Path) -> str:
+    data = path.read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return header["__metadata__"]["0.parent"]
+
+
+# ---- installed models
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
+    """Models that were installed a while ago, and a library that looks for new ones only when it
+    has a reason."""
+    home = empty_home(tmp_path, monkeypatch)
+    monkeypatch.setattr(Library, "TRUST", 1e9)
+    for number in range(10):
+        make_model(home / "models" / f"Model{number}-1B")
+    long_ago(home)
+    return Library([home / "models"])
+
+
+def long_ago(home: Path) -> None:
+    for folder in (home / "models", Library().hub):
+        if folder.exists():
+            os.utime(folder, (1000, 1000))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["model7", "Model7-1B", "claude-x", "default"])
+def test_a_name_costs_the_same_among_ten_and_among_a_thousand_models(
+    library: Library, tmp_path: Path, name: str
+):
+    costs = []
+    for _ in range(2):
+        library.resolve(name)
+        costs.append(work(lambda: library.resolve(name)))
+        for number in range(10, 1000):
+            make_model(tmp_path / "home" / "models" / f"Model{number}-1B")
+        os.utime(tmp_path / "home" / "models", (2000, 2000))
+    assert len(library.models()) > 1000 and costs[1] <= 1.2 * costs[0]
+
+
+def test_what_is_installed_changed_or_deleted_between_two_requests_counts(
+    library: Library, tmp_path: Path
+):
+    looks = work(lambda: library.resolve("model7"))
+    assert work(lambda: library.resolve("model7")) < looks / 5
+    new = make_model(tmp_path / "home" / "models" / "Other-1B")
+    os.utime(tmp_path / "home" / "models", (2000, 2000))
+    assert library.resolve("other").path == new
+    make_model(new, max_position_embeddings=1234)
+    os.utime(new / "config.json", (3000, 3000))
+    assert library.resolve("other").context_length == 1234
+    shutil.rmtree(new)
+    os.utime(tmp_path / "home" / "models", (2000, 2000))
+    with pytest.raises(ModelNotFound):
+        library.resolve("other")
