@@ -137,12 +137,12 @@ class Engine:
     folders of models, `aliases` pairs of (glob, name), `context` and `max_tokens` upper bounds in
     tokens, `cache_limit` the prefix cache's bytes (by default a quarter of `memory`). `cache_dir`
     is a folder where the prefix cache outlives the process, `cache_dir_limit` the most bytes of
-    files in it (by default those of `DiskCache`). `kv_bits` (4 or 8) keeps the KV cache quantised. `memory` is the bytes that
-    weights, KV and prefix cache may take together (by default nine tenths of what the GPU may use,
-    the rest being for computing), `max_loaded` the number of models, `max_queue` the number of
-    requests that may wait, `keep_alive` the seconds that an idle model stays (None: until its
-    memory is needed). `state` is the file where presets are kept (None: nowhere, they end with the
-    engine). With a `group` of several processes each makes the same engine, with a `model`, the
+    files in it (by default 16 GiB or a tenth of the free disk). `kv_bits` (4 or 8) keeps the KV
+    cache quantised. `memory` is the bytes that weights, KV and prefix cache may take together (by
+    default nine tenths of what the GPU may use, the rest being for computing), `max_loaded` the
+    number of models, `max_queue` the number of requests that may wait, `keep_alive` the seconds
+    that an idle model stays (None: until its memory is needed). `state` is the file where presets
+    are kept (None: nowhere, they end with the engine). With a `group` of several processes each makes the same engine, with a `model`, the
     only one then, and without a `cache_dir`; those that are not rank 0 `follow`. Raises
     ModelNotFound or ModelLoadError for a bad `model`, OSError for a `cache_dir` that cannot be
     written to."""

@@ -297,7 +297,8 @@ def test_a_failing_step_fails_its_request_and_nothing_else(engine: Engine):
 
 
 def test_an_unknown_model_names_what_is_installed(folder: Path):
-    with Engine(models_dirs=[folder]) as engine, pytest.raises(ModelNotFound, match="llama_sliding"):
+    refused = pytest.raises(ModelNotFound, match="llama_sliding")
+    with Engine(models_dirs=[folder]) as engine, refused:
         engine.submit(Request("no-such-model:7b", [user("hi")]))
 
 

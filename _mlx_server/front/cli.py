@@ -100,7 +100,8 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
         "--cache-dir-size",
         metavar="SIZE",
         type=options.size,
-        help="most bytes of files in DIR (default: 16GB, or a tenth of the free disk if that is less)",
+        help="most bytes of files in DIR "
+        "(default: 16GB, or a tenth of the free disk if that is less)",
     )
     add(
         "--kv-bits",

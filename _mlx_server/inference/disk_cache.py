@@ -105,9 +105,10 @@ class DiskCache:
         """Adds the segment of a file, or removes what a process that has died has left."""
         if match := self.NAME.fullmatch(path.name):
             self._add(_read_segment(path, match[1]))
-        elif match := re.fullmatch(r"writing-(.*)\.safetensors", path.name):
-            if path == self._writing or not _alive(match[1]):
-                path.unlink(missing_ok=True)
+            return
+        left = re.fullmatch(r"writing-(.*)\.safetensors", path.name)
+        if left and (path == self._writing or not _alive(left[1])):
+            path.unlink(missing_ok=True)
 
     def answers(self, model: str) -> dict[str, Answer]:
         """The remembered answers in all that is kept of the model with this fingerprint."""
@@ -228,7 +229,7 @@ class DiskCache:
             return False
         self._writing.unlink(missing_ok=True)
         with _create(self._writing) as file:
-            save_prompt_cache(file, layers, notes)
+            save_prompt_cache(file, layers, notes)  # type: ignore[arg-type]  # MLX takes both
             file.flush()
             os.fsync(file.fileno())
             file.seek(0)
