@@ -29,7 +29,7 @@ from _mlx_server.inference.event_queue import EventQueue
 from _mlx_server.inference.generation import Generation
 from _mlx_server.inference.group import Group, GroupLost
 from _mlx_server.inference.library import Library
-from _mlx_server.inference.lookup import look_up
+from _mlx_server.inference.lookup import Parting, describe_miss, look_up
 from _mlx_server.inference.memory import usable_memory
 from _mlx_server.inference.models import Loaded, LocalModel, fingerprint, read_shown_files
 from _mlx_server.inference.names import plain_name
@@ -132,12 +132,12 @@ class Engine:
     folders of models, `aliases` pairs of (glob, name), `context` and `max_tokens` upper bounds in
     tokens, `cache_limit` the prefix cache's bytes (by default a quarter of `memory`). `cache_dir`
     is a folder where the prefix cache outlives the process, `cache_dir_limit` the most bytes of
-    files in it. `kv_bits` (4 or 8) keeps the KV cache quantised. `memory` is the bytes that
-    weights, KV and prefix cache may take together (by default nine tenths of what the GPU may use,
-    the rest being for computing), `max_loaded` the number of models, `max_queue` the number of
-    requests that may wait, `keep_alive` the seconds that an idle model stays (None: until its
-    memory is needed). `state` is the file where presets are kept (None: nowhere, they end with the
-    engine). With a `group` of several processes each makes the same engine, with a `model`, the
+    files in it (by default 16 GiB or a tenth of the free disk). `kv_bits` (4 or 8) keeps the KV
+    cache quantised. `memory` is the bytes that weights, KV and prefix cache may take together (by
+    default nine tenths of what the GPU may use, the rest being for computing), `max_loaded` the
+    number of models, `max_queue` the number of requests that may wait, `keep_alive` the seconds
+    that an idle model stays (None: until its memory is needed). `state` is the file where presets
+    are kept (None: nowhere, they end with the engine). With a `group` of several processes each makes the same engine, with a `model`, the
     only one then, and without a `cache_dir`; those that are not rank 0 `follow`. Raises
     ModelNotFound or ModelLoadError for a bad `model`, OSError for a `cache_dir` that cannot be
     written to."""
@@ -158,7 +158,7 @@ class Engine:
         max_tokens: int | None = None,
         cache_limit: int | None = None,
         cache_dir: str | Path | None = None,
-        cache_dir_limit: int = 32 * 2**30,
+        cache_dir_limit: int | None = None,
         kv_bits: int | None = None,
         memory: int | None = None,
         max_loaded: int | None = None,
@@ -181,7 +181,7 @@ class Engine:
             memory, cache_limit or memory // 4, max_loaded, kv_bits, self._disk_cache, self._group
         )
         if self.default is not None:
-            self.pool.check_size(self.default, self._library.models())
+            self.pool.check_size(self.default, self._library.models)
         self._renderers = RendererTable(self._build_renderer)
         self._scheduler, self._totals = Scheduler(), Totals()
         self._last_used: LocalModel | None = None
@@ -290,11 +290,12 @@ class Engine:
         name = fields.pop("model", None) or (self.default.name if self.default else "default")
         return self.submit(Request(name, messages, **fields))
 
-    def submit(self, request: Request) -> Generation:
-        """Queues a request. What can be wrong with it is raised here: ModelNotFound, ModelLoadError
-        (no tokenizer), InvalidRequest (the template refuses it, its format cannot be enforced, or
-        there is no such token), PromptTooLong, EngineBusy, EngineClosed."""
-        local, request = self.resolve(request.model), self._with_preset(request)
+    def submit(self, request: Request, local: LocalModel | None = None) -> Generation:
+        """Queues a request; `local` is its model if the caller has resolved the name. What can be
+        wrong with it is raised here: ModelNotFound, ModelLoadError (no tokenizer), InvalidRequest
+        (the template refuses it, its format cannot be enforced, or there is no such token),
+        PromptTooLong, EngineBusy, EngineClosed."""
+        local, request = local or self.resolve(request.model), self._with_preset(request)
         self._check_open()
         if len(request.stop) > self.MAX_STOPS or max(map(len, request.stop), default=0) > 1000:
             raise InvalidRequest("at most 64 stop sequences of 1000 characters are allowed")
@@ -304,12 +305,18 @@ class Engine:
         limit, by_context = self._answer_limit(local, request, len(prompt.tokens))
         events = EventQueue(self._mutex)
         sequence = Sequence(request, local, renderer, prompt, limit, by_context, events)
-        generation = Generation(sequence, events, self._look_up(sequence))
+        parting = self._look_up(sequence)
+        generation = Generation(sequence, events)
         with self._lock:
             self._check_open()
             self._last_used = local
             self._queue.append(sequence)
             self._lock.notify_all()
+        try:
+            generation.miss = describe_miss(sequence, parting) if parting else None
+        except BaseException:
+            generation.cancel()
+            raise
         return generation
 
     def count_tokens(self, request: Request) -> int:
@@ -380,7 +387,7 @@ class Engine:
         room = context - prompt_tokens
         return min([room, *asked]), not asked or min(asked) > room
 
-    def _look_up(self, sequence: Sequence) -> Miss | None:
+    def _look_up(self, sequence: Sequence) -> Parting | None:
         """Notes what of a prompt was read before, as far as that is known now."""
         runner = self.pool.runners.get(sequence.model.name)
         if sequence.request.embed or runner is None and self._disk_cache is None:
@@ -516,7 +523,7 @@ class Engine:
     def _open(self, local: LocalModel, renderer: PromptRenderer) -> ModelRunner | None:
         """The model, loaded if need be; None if it has to wait for room."""
         try:
-            self.pool.check_size(local, self._library.models())
+            self.pool.check_size(local, self._library.models)
             if local.name not in self.pool.runners:
                 self._synchronize()
             with self._not_hanging():

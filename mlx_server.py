@@ -42,7 +42,7 @@ from _mlx_server.front.commands import run_command
 from _mlx_server.front.connections import ConnectionServer
 from _mlx_server.front.http import HTTPHandler
 from _mlx_server.front.logs import start_logging
-from _mlx_server.front.options import api_keys, program, url_of
+from _mlx_server.front.options import api_keys, cache_folder, program, url_of
 from _mlx_server.front.relay import relay
 from _mlx_server.front.request_log import RequestLog
 from _mlx_server.front.sockets import ClientDisconnected
@@ -242,7 +242,7 @@ class Handler(HTTPHandler):
         try:
             with self.server.answering():
                 for request in reply.requests:
-                    generations.append(engine.submit(request))
+                    generations.append(engine.submit(request, model))
                 send = send_stream if reply.stream else send_whole
                 send(self, reply, generations, record)
         except EngineError as error:
@@ -264,7 +264,7 @@ class Handler(HTTPHandler):
             with self.server.answering():
                 for request in reply.requests:
                     request.priority = self.priority(reply, model.name)
-                    generation = engine.submit(request)
+                    generation = engine.submit(request, model)
                     for event in generation:
                         reply.event(event)
                         if self.is_client_gone():
@@ -499,7 +499,20 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _make_engine(args: argparse.Namespace, group: Group) -> Engine:
-    """Raises EngineError."""
+    """Raises EngineError. Without the prompt cache on disk if only its usual place is no good."""
+    folder = cache_folder(args)
+    try:
+        return _engine(args, group, folder)
+    except OSError as error:
+        reason = f"cannot keep a prompt cache in {folder}: {error.strerror}"
+    if args.cache_dir:
+        raise EngineError(reason)
+    log.warning("%s; to keep it elsewhere: --cache-dir DIR", reason)
+    return _engine(args, group, None)
+
+
+def _engine(args: argparse.Namespace, group: Group, cache_folder: str | None) -> Engine:
+    """Raises EngineError, and OSError if the folder of the prompt cache is no good."""
     try:
         return Engine(
             args.model,
@@ -508,7 +521,7 @@ def _make_engine(args: argparse.Namespace, group: Group) -> Engine:
             context=args.context,
             max_tokens=args.max_tokens,
             cache_limit=args.prompt_cache,
-            cache_dir=args.cache_dir,
+            cache_dir=cache_folder,
             cache_dir_limit=args.cache_dir_size,
             kv_bits=args.kv_bits,
             memory=args.memory,
@@ -521,10 +534,6 @@ def _make_engine(args: argparse.Namespace, group: Group) -> Engine:
     except ModelNotFound as error:
         pull = f"{program()} pull {shlex.quote(args.model)}"
         raise EngineError(f"{error}; to download it: {pull}") from None
-    except OSError as error:
-        raise EngineError(
-            f"cannot keep a prompt cache in {args.cache_dir}: {error.strerror}"
-        ) from None
 
 
 def _listen(args: argparse.Namespace) -> MLXServer:

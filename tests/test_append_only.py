@@ -19,7 +19,7 @@ from models import build_tokenizer
 
 from _mlx_server.inference.models import describe
 from _mlx_server.inference.parser import OutputParser
-from _mlx_server.inference.prefix_cache import common_prefix
+from _mlx_server.inference.prefix_tree import common_prefix
 from _mlx_server.inference.prompt import Prompt
 from _mlx_server.inference.renderer import PromptRenderer
 from _mlx_server.wire.anthropic import AnthropicMessages

@@ -86,14 +86,22 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     add(
         "--cache-dir",
         metavar="DIR",
-        help="keep these states in DIR, too, where they survive a restart",
+        help="keep these states in DIR, too, where they survive a restart "
+        "(default: ~/.cache/mlx-server/prompts, on macOS under ~/Library/Caches)",
+    )
+    add(
+        "--no-cache-dir",
+        dest="cache_dir",
+        action="store_const",
+        const="",
+        help="keep these states in memory only",
     )
     add(
         "--cache-dir-size",
         metavar="SIZE",
         type=options.size,
-        default=32 * 2**30,
-        help="most bytes of files in DIR (default: 32GB)",
+        help="most bytes of files in DIR "
+        "(default: 16GB, or a tenth of the free disk if that is less)",
     )
     add(
         "--kv-bits",

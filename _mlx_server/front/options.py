@@ -112,6 +112,21 @@ def presets_file() -> str:
     return os.path.join(config, "mlx-server", "presets.json")
 
 
+def user_cache_folder() -> str:
+    """Where the prompt cache is kept if no flag says otherwise:
+    https://specifications.freedesktop.org/basedir-spec/latest/, and Apple's place on macOS."""
+    system = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser(system)
+    return os.path.join(cache, "mlx-server", "prompts")
+
+
+def cache_folder(args: argparse.Namespace) -> str | None:
+    """The folder of the prompt cache, None if it is kept in memory only."""
+    if args.cache_dir is None and "MLX_RANK" not in os.environ:
+        return user_cache_folder()
+    return args.cache_dir or None
+
+
 def program() -> str:
     """The shell command that starts this program from any folder."""
     path = os.path.abspath(sys.argv[0])

@@ -82,6 +82,7 @@ class Sequence:
         # Prefill
         self.entry: CacheEntry | None = None  # the KV state; the decode batch holds its layers
         self.pooler: Pooler | None = None  # instead of `entry` for a text to embed
+        self.searched = -1  # version of the prefix cache in which its prompt was looked up last
         self.passed_over = 0  # chunks that others have got since its last one
         self.progress_logged = 0.0  # perf_counter of the last log line on its progress
 
