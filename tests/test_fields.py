@@ -583,9 +583,7 @@ def test_both_families_of_clients_list_the_same_models(server: Server):
     theirs = openai.OpenAI(
         base_url=f"{server.url}/v1", api_key="any", _strict_response_validation=True
     ).models
-    assert (
-        [model.id for model in ours.list(limit=1)]
-        == [model.id for model in theirs.list()]
-        == ["demo"]
-    )
+    assert [model.id for model in theirs.list()] == ["demo"]
+    assert [model.id for model in ours.list(limit=1)] == ["demo", "anthropic/demo"]
+    assert ours.retrieve("anthropic/demo").id == "demo"
     assert ours.retrieve("demo").created_at.timestamp() // 1 == theirs.retrieve("demo").created
