@@ -331,7 +331,9 @@ class Handler(HTTPHandler):
 
     def get_models(self) -> None:
         models, query = self.engine.models(), self.exchange.query
-        self.send_json(dialects.model_page(models, query, self.upstream_tags()))
+        anthropic = "anthropic-version" in self.headers  # all of Anthropic's clients send it
+        page = dialects.model_page(models, query, self.upstream_tags(), anthropic=anthropic)
+        self.send_json(page)
 
     def get_model(self) -> None:
         name = self.exchange.route.removeprefix("/v1/models/")

@@ -51,6 +51,8 @@ def print_env(args: argparse.Namespace) -> None:
         **{f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL": name for tier, name in tiers.items()},
         "ANTHROPIC_SMALL_FAST_MODEL": tiers["haiku"],
         "CLAUDE_CODE_SUBAGENT_MODEL": default.name,
+        # The installed models in its /model menu
+        "CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY": 1,
         "CLAUDE_CODE_ATTRIBUTION_HEADER": 0,
         "CLAUDE_CODE_MAX_CONTEXT_TOKENS": context,
         # Claude Code compacts this and 13,000 tokens before the window's end, and its first prompt

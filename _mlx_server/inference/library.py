@@ -18,7 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from _mlx_server.inference.models import LocalModel, describe
-from _mlx_server.inference.names import VENDOR_NAME, best_match, plain_name, stand_in
+from _mlx_server.inference.names import (
+    VENDOR_NAME,
+    VENDOR_PREFIX,
+    best_match,
+    plain_name,
+    stand_in,
+)
 from _mlx_server.inference.presets import Preset, PresetStore
 from _mlx_server.inference.protocol import (
     EngineError,
@@ -144,9 +150,11 @@ class Library:
         5. a vendor's name (`claude-*`, `gpt-*`, `opus`, ...) or "default": `default`, else
            `last_used`, else the newest one that can chat, rather one that knows tools, else `demo`.
 
+        A name that begins with VENDOR_PREFIX and means nothing is read without it.
+
         Raises ModelNotFound; ModelLoadError for a trusted path or name of something that is no MLX
         model."""
-        target, by_owner = self._target(name, trusted)
+        target, by_owner = self._target(self._unprefixed(name), trusted)
 
         def among(look: Look) -> LocalModel | None:
             if _is_path(target, by_owner):
@@ -207,7 +215,18 @@ class Library:
 
     def preset(self, name: str) -> Preset | None:
         """The preset that `name` means."""
-        return self.presets.get(self._aliased(name))
+        return self.presets.get(self._aliased(self._unprefixed(name)))
+
+    def _unprefixed(self, name: str) -> str:
+        """`name` without VENDOR_PREFIX, unless an alias, a preset or a model has it too."""
+        if not name.lower().startswith(VENDOR_PREFIX):
+            return name
+        is_known = (
+            self._aliased(name) is not name
+            or self.presets.get(name) is not None
+            or best_match(plain_name(name), self.models(), None) is not None
+        )
+        return name if is_known else name[len(VENDOR_PREFIX) :]
 
     def delete(
         self,

@@ -169,6 +169,10 @@ class _Candidate:
         return named is None and math.isclose(self.parameters / 1e9, _billions(asked), rel_tol=0.05)
 
 
+VENDOR_PREFIX = "anthropic/"
+"""Before a model's name it means the same model. Claude Code offers no model whose name begins
+otherwise: https://code.claude.com/docs/en/llm-gateway-protocol"""
+
 VENDOR_NAME = re.compile(r"default|claude-.*|gpt-(?!oss).*|(?:opus|sonnet|haiku)(?:\[.*\])?")
 _REGISTRY = re.compile(r"^(?:(?:registry\.ollama\.ai|hf\.co|huggingface\.co)/)?(?:library/)?")
 _PREFERRED_BITS = ["4", "5", "6", "8", "3", "16"]  # where a name does not say, best first

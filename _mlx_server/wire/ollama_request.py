@@ -9,8 +9,8 @@ import re
 from typing import Any
 
 from _mlx_server.inference.protocol import Sampling
-from _mlx_server.wire.conversation import IMAGE_NOTE
-from _mlx_server.wire.fields import Object, WireError, field, is_type, items
+from _mlx_server.wire.documents import image_note
+from _mlx_server.wire.fields import Object, WireError, field, is_type, items, join_path
 
 # https://github.com/ollama/ollama/blob/main/docs/modelfile.mdx#valid-parameters-and-values. Options
 # that are not listed are ignored, as Ollama does.
@@ -167,4 +167,5 @@ def image_notes(body: Object, path: str = "") -> list[str]:
         if wrong or len(data) % 4:
             place = wrong.start() if wrong else len(data)
             raise WireError(400, f"illegal base64 data at input byte {place}")
-    return [IMAGE_NOTE] * len(images)
+    path = join_path(path, "images")
+    return [image_note(f"{path}.{number}") for number in range(len(images))]
