@@ -51,7 +51,7 @@ _NOT_RELAYED = {
     "x-request-id",
 }
 # Names that Ollama sends on to its cloud, whether it lists them or not
-_CLOUD = re.compile(r".*:([^/:]*-)?cloud", re.I)
+CLOUD = re.compile(r".*:([^/:]*-)?cloud", re.I)
 
 log = logging.getLogger("mlx_server")
 
@@ -83,7 +83,7 @@ class Upstream:
         tags, trouble = self._ask()
         if trouble:
             raise WireError(404, f"model '{name}' not found here, and {trouble}")
-        return find_tag(tags, name) or ({"name": name} if _CLOUD.fullmatch(name) else None)
+        return find_tag(tags, name) or ({"name": name} if CLOUD.fullmatch(name) else None)
 
     @contextlib.contextmanager
     def open(self, client: HTTPHandler) -> Iterator[http.client.HTTPResponse]:
