@@ -298,7 +298,7 @@ class Engine:
         (no tokenizer), InvalidRequest (the template refuses it, its format cannot be enforced, or
         there is no such token), PromptTooLong, EngineBusy, EngineClosed."""
         local, request = self.resolve(request.model), self._with_preset(request)
-        self._check_open()
+        self._check_open(request.priority)
         renderer = self.renderer(local)
         request.sampling = fill_sampling(request.sampling, renderer.defaults)
         prompt = self._prompt(local, renderer, request)
@@ -307,7 +307,7 @@ class Engine:
         sequence = Sequence(request, local, renderer, prompt, limit, by_context, events)
         generation = Generation(sequence, events, self._look_up(sequence))
         with self._lock:
-            self._check_open()
+            self._check_open(request.priority)
             self._last_used = local
             self._queue.append(sequence)
             self._lock.notify_all()
@@ -338,11 +338,15 @@ class Engine:
         preset = self.preset(request.model)
         return preset.fill(request) if preset else request
 
-    def _check_open(self) -> None:
+    def _check_open(self, priority: Priority) -> None:
         if self._draining or self._closing or self._broken:
             raise EngineClosed(self._broken or "the server is shutting down")
-        if self._waiting() >= self._max_queue:
-            raise EngineBusy(f"{self._max_queue} requests are waiting already")
+        waiting = self._waiting()
+        # So that less important requests cannot take all places
+        half = self._max_queue / 2
+        places = {Priority.LOW: half, Priority.NORMAL: 2 * half, Priority.HIGH: 3 * half}
+        if waiting >= places[priority]:
+            raise EngineBusy(f"{waiting} requests are waiting already")
 
     def _waiting(self) -> int:
         """How many requests wait, cancelled ones apart."""

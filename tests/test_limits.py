@@ -33,6 +33,7 @@ from _mlx_server.inference.presets import Preset, PresetStore
 from _mlx_server.inference.protocol import EngineBusy, Priority
 from _mlx_server.wire.anthropic import AnthropicMessages
 from _mlx_server.wire.fields import WireError
+from _mlx_server.wire.ollama_embeddings import OllamaEmbed
 from _mlx_server.wire.ollama_models import checked_name
 from _mlx_server.wire.ollama_request import image_notes, parse_keep_alive
 from engine import Engine
@@ -97,6 +98,10 @@ def billing(text: str) -> None:
     AnthropicMessages({**body, "system": f"x-anthropic-billing-header: a\n{text}"})
 
 
+def json_reader(text: str) -> None:
+    refused(lambda text: parse_json(b"," * 20_000 + text.encode(), True, claimed()))(text)
+
+
 PUMPED = {
     "digits": (refused(parse_keep_alive), lambda n: "1" * n + "x"),
     "parts": (refused(parse_keep_alive), lambda n: "1m" * n + "x"),
@@ -109,6 +114,7 @@ PUMPED = {
     "app": (head.LOCAL_ORIGIN.fullmatch, lambda n: "app://" + "/" * n + "\n"),
     "billing": (billing, lambda n: "\n" * n),
     "headers": (billing, lambda n: "x-anthropic-billing-header:\n " * n),
+    "strings": (json_reader, lambda n: '"' + '\\"' * n),
     "cloud": (CLOUD.fullmatch, lambda n: ":-" * n + "cloud!"),
 }
 
@@ -258,6 +264,19 @@ except WireError as error:
     assert told == status and peak * unit < 200 << 20
 
 
+def test_marks_in_strings_are_no_values():
+    text = '[{,\\"' * 100_000
+    claim = claimed(limit=4 << 20)
+    assert parse_json(json.dumps({"a": text}).encode(), True, claim) == {"a": text}
+    with pytest.raises(WireError, match="too many values"):
+        parse_json(b'{"a": [' + b"{}," * 10_000 + b"{}]}", True, claim)
+
+
+def test_texts_to_embed_have_a_bound():
+    with pytest.raises(WireError, match="at most 10000"):
+        OllamaEmbed({"model": "m", "input": ["a"] * 10_001})
+
+
 def test_a_body_in_many_pieces_is_unpacked_whole():
     text = json.dumps({"a": os.urandom(200_000).hex()}).encode()
     claim = claimed()
@@ -292,7 +311,12 @@ def test_a_line_of_the_log_quotes_little_of_what_was_sent(
     record = next(one for one in caplog.records if "/nowhere/aaa" in one.getMessage())
     assert len(record.getMessage()) < 500
     long = logging.LogRecord("x", logging.INFO, "", 1, "%s", ("b" * 10**6,), None)
-    assert all(len(form.format(long)) < 5000 for form in (OneLine("%(message)s"), JSONLine()))
+    try:
+        raise ValueError("c" * 10**6)
+    except ValueError:
+        failed = logging.LogRecord("x", logging.INFO, "", 1, "d", (), sys.exc_info())
+    for form in (OneLine("%(message)s"), JSONLine()):
+        assert len(form.format(long)) < 5000 and len(form.format(failed)) < 25_000
 
 
 def mode(path: Path) -> int:

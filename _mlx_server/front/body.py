@@ -9,15 +9,17 @@ import zlib
 from collections.abc import Iterator
 from email.message import Message
 
-from _mlx_server.front.budget import BodyClaim
+from _mlx_server.front.budget import FREE, BodyClaim
 from _mlx_server.front.sockets import MAX_HEAD, ClientDisconnected
 from _mlx_server.wire.fields import Object, WireError, encodable
 
 MAX_BODY = 32 * 2**20  # bytes, the Messages API's own limit
 PIECE = 65536  # most bytes that are read or unpacked at once
-# Most bytes that a value takes once it is parsed, beside its text, by the mark before it. Marks in
-# strings count as well, since finding that out would be parsing.
-VALUE_SIZES = {b"{": 256, b"[": 96, b",": 64}
+# Bytes that a value takes beside its text, parsed and as what requests are made of, by the mark
+# that begins or precedes it
+VALUE_SIZES = {b"{": 1024, b"[": 192, b",": 64}
+# Matches at every quotation mark, so that a search is linear
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _TRAILER = re.compile(rb"[!#$%&'*+.^_`|~\w-]+:[^\r\n]*\r\n")
 
 
@@ -119,7 +121,7 @@ def parse_json(raw: bytes, strict: bool, claim: BodyClaim) -> Object:
     EngineBusy."""
     if not raw.strip():
         raise WireError(400, "missing request body")
-    claim.add(sum(raw.count(mark) * size for mark, size in VALUE_SIZES.items()))
+    claim.add(_value_bytes(raw))
     try:
         text = raw.decode("utf-8-sig")
         if strict:
@@ -137,6 +139,17 @@ def parse_json(raw: bytes, strict: bool, claim: BodyClaim) -> Object:
     if not isinstance(body, dict):
         raise WireError(400, "the body should be a JSON object")
     return body
+
+
+def _value_bytes(raw: bytes) -> int:
+    """About how many bytes the values in some JSON will take."""
+
+    def count(text: bytes) -> int:
+        return sum(text.count(mark) * size for mark, size in VALUE_SIZES.items())
+
+    # Nearly always that is little, even if marks within strings count
+    most = count(raw)
+    return most if most <= FREE else count(_STRING.sub(b"", raw))
 
 
 def _too_large() -> WireError:

@@ -10,10 +10,12 @@ import logging.handlers
 import os
 import stat
 import sys
+from typing import Any
 
 from _mlx_server.wire.fields import timestamp
 
 MAX_MESSAGE = 4000  # characters
+MAX_TRACEBACK = 20_000  # characters
 MAX_QUOTE = 200  # characters of what a client has sent
 
 
@@ -44,7 +46,14 @@ def _open_private(name: str, flags: int) -> int:
     return os.open(name, flags | os.O_NOFOLLOW, 0o600)
 
 
-class OneLine(logging.Formatter):
+class Bounded(logging.Formatter):
+    """Tracebacks that quote little."""
+
+    def formatException(self, ei: Any) -> str:
+        return shortened(super().formatException(ei), MAX_TRACEBACK)
+
+
+class OneLine(Bounded):
     """A record is one line, whatever names and errors it quotes; only a traceback may follow it."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
@@ -52,7 +61,7 @@ class OneLine(logging.Formatter):
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-class JSONLine(logging.Formatter):
+class JSONLine(Bounded):
     """A record is one JSON object: `time` (RFC 3339), `level`, `message`, a request's figures,
     `traceback` if there is one."""
 
