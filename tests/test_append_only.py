@@ -614,6 +614,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     assert server.stop() == 0
 
 
+@pytest.mark.slow
 def test_a_closed_loop_prefills_only_what_is_new(families: Server, family: str):
     client = anthropic.Anthropic(
         base_url=families.url, api_key="any", max_retries=0, _strict_response_validation=True

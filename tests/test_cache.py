@@ -12,8 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import Server
-from models import CONFIGS
+from conftest import Server, kinds
 from test_engine import REREAD, ROOT, SYSTEM, answer, cold, user
 
 from _mlx_server.inference.disk_cache import DiskCache
@@ -24,7 +23,7 @@ from engine import Engine, EngineError, Request
 LONG = [SYSTEM, user("long " * 600)]
 
 
-@pytest.fixture(params=[*CONFIGS, "quantised"])
+@pytest.fixture(params=[*kinds("llama_sliding"), pytest.param("quantised", marks=pytest.mark.slow)])
 def options(request: pytest.FixtureRequest, folder: Path) -> dict:
     """What to start an engine of each cache class with."""
     quantised = request.param == "quantised"
@@ -77,6 +76,7 @@ def test_conversations_share_the_files_of_what_they_have_in_common(options: dict
             assert size() < 1.5 * one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "foreign", "renamed"])
 def test_a_bad_file_costs_no_more_than_the_work(
     damage: str, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -103,6 +103,7 @@ def test_a_bad_file_costs_no_more_than_the_work(
     assert "is ignored" in caplog.text
 
 
+@pytest.mark.slow
 def test_another_model_s_files_are_left_alone(folder: Path, tmp_path: Path):
     for name in ("qwen2", "qwen3"):
         with Engine(str(folder / name), cache_dir=tmp_path) as engine:
@@ -111,6 +112,7 @@ def test_another_model_s_files_are_left_alone(folder: Path, tmp_path: Path):
         assert answer(engine, LONG)[1].usage.cached_tokens > 1500
 
 
+@pytest.mark.slow
 def test_the_disk_bound_holds_while_files_are_written(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -135,6 +137,7 @@ def test_the_disk_bound_holds_while_files_are_written(
         assert answer(engine, [SYSTEM, user("new")])[1].usage.cached_tokens > 700
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_survived(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
@@ -166,6 +169,7 @@ def test_an_edit_deep_in_history_restarts_near_it(options: dict):
         assert text == cold(engine, edited)
 
 
+@pytest.mark.slow
 def test_the_last_words_can_be_changed(options: dict):
     with Engine(**options) as engine:
         messages = turns(engine, LONG, 2)
@@ -176,6 +180,7 @@ def test_the_last_words_can_be_changed(options: dict):
         assert text == cold(engine, changed)
 
 
+@pytest.mark.slow
 def test_a_failed_prefill_keeps_its_finished_chunks(options: dict, monkeypatch: pytest.MonkeyPatch):
     messages = [SYSTEM, user("fail " * 900)]
     with Engine(**options) as engine:
@@ -212,6 +217,7 @@ def test_a_conversation_that_goes_on_is_moved_and_not_copied(options: dict):
         assert all(after is before for after, before in zip(line.cache, layers, strict=True))
 
 
+@pytest.mark.slow
 def test_a_warm_turn_needs_little_memory_beside_its_own_state(folder: Path):
     import mlx.core as mx
 
@@ -223,6 +229,7 @@ def test_a_warm_turn_needs_little_memory_beside_its_own_state(folder: Path):
         assert mx.get_peak_memory() - live < kept / 2  # which is what a chunk this small takes
 
 
+@pytest.mark.slow
 def test_bytes_are_counted_honestly(options: dict):
     import mlx.core as mx
 
@@ -242,6 +249,7 @@ def test_bytes_are_counted_honestly(options: dict):
         assert 0.9 * held < counted < 1.1 * held
 
 
+@pytest.mark.slow
 def test_side_requests_do_not_evict_the_main_line(options: dict):
     with Engine(**options) as engine:
         messages = turns(engine, LONG, 2)
@@ -255,6 +263,7 @@ def test_side_requests_do_not_evict_the_main_line(options: dict):
         assert generation.usage.cached_tokens > 0.95 * generation.usage.prompt_tokens
 
 
+@pytest.mark.slow
 def test_a_line_larger_than_the_bound_keeps_its_beginning(options: dict, tmp_path: Path):
     with Engine(**options, cache_dir=tmp_path) as engine:
         messages = turns(engine, [SYSTEM, user("begin " * 500)], 2)
@@ -271,6 +280,7 @@ def test_a_line_larger_than_the_bound_keeps_its_beginning(options: dict, tmp_pat
         assert text == expected and generation.usage.cached_tokens > ModelRunner.CHUNK
 
 
+@pytest.mark.slow
 def test_snapshots_stay_few(options: dict):
     with Engine(**options) as engine:
         turns(engine, [SYSTEM, user("begin")], 25)

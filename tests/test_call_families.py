@@ -303,6 +303,7 @@ def test_what_tells_a_format():
     assert marked("[THINK]").thinking == ("[THINK]", "[/THINK]")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_damaged_calls_depend_on_the_text_alone(family):
     """Calls of each family with pieces cut out, put in or moved: any cutting gives the same valid

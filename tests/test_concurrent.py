@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import CONFIGS
+from conftest import kinds
 from test_engine import REREAD, SYSTEM, answer, cold, user
 
 from _mlx_server.inference.runner import ModelRunner
@@ -29,7 +29,7 @@ from engine import (
 )
 
 
-@pytest.fixture(scope="module", params=list(CONFIGS))
+@pytest.fixture(scope="module", params=kinds("hybrid"))
 def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
     with Engine(str(folder / request.param)) as engine:
         yield engine
@@ -65,6 +65,7 @@ def test_a_greedy_answer_is_the_same_alone_and_in_a_batch_of_eight(engine: Engin
     assert [text(generation) for generation in together] == alone
 
 
+@pytest.mark.slow
 def test_requests_with_other_limits_stops_and_sampling_run_side_by_side(engine: Engine):
     whole, _ = answer(engine, "stop", max_tokens=24)
     stop = whole[len(whole) // 2 :][:2]
@@ -222,6 +223,7 @@ def test_less_important_requests_leave_places_to_others(folder: Path):
 # ------------------------------------------------------------------ memory
 
 
+@pytest.mark.slow
 def test_the_state_of_a_conversation_is_measured_right(engine: Engine):
     _, generation = answer(engine, "word " * 700, max_tokens=2)
     line = max(engine.pool.prefixes.entries(), key=lambda line: len(line.tokens))
@@ -247,6 +249,7 @@ def test_requests_that_do_not_fit_together_take_turns(folder: Path):
         assert engine.pool.prefixes.nbytes <= engine.pool.memory - size
 
 
+@pytest.mark.slow
 def test_a_conversation_that_fills_memory_goes_on_from_its_own_state(folder: Path):
     messages = [SYSTEM, user("long " * 200)]
     with Engine(str(folder / "qwen2")) as engine:
@@ -265,6 +268,7 @@ def test_a_conversation_that_fills_memory_goes_on_from_its_own_state(folder: Pat
         assert said == cold(engine, messages)
 
 
+@pytest.mark.slow
 def test_a_conversation_larger_than_memory_is_refused_with_what_would_fit(folder: Path):
     with Engine(str(folder / "qwen2")) as engine:
         answer(engine, "measure")
@@ -284,6 +288,7 @@ def test_a_conversation_larger_than_memory_is_refused_with_what_would_fit(folder
         assert sizes == {300}
 
 
+@pytest.mark.slow
 def test_answers_that_outgrow_memory_wait_for_each_other_and_stay_right(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
@@ -470,6 +475,7 @@ def test_logits_that_are_no_numbers_fail_the_request_and_leave_no_trace(engine: 
     assert answer(engine, "poison", max_tokens=8)[0] == expected
 
 
+@pytest.mark.slow
 def test_a_failure_that_nobody_expected_costs_only_what_was_running(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ):

@@ -136,6 +136,7 @@ def check(answer: str, schema: dict) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_model_without_skill_answers_every_schema_at_temperature_1(engine: Engine):
     assert len(SCHEMAS) > 200
     answers = [ask(engine, seed, format=schema) for seed, schema in enumerate(SCHEMAS)]
@@ -206,6 +207,7 @@ def test_a_seed_gives_the_same_answer_alone_and_in_company(engine: Engine):
         generation.cancel()
 
 
+@pytest.mark.slow
 def test_an_answer_that_waits_for_memory_goes_on_where_it_was(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
@@ -220,7 +222,7 @@ def test_an_answer_that_waits_for_memory_goes_on_where_it_was(
 
     with Engine(str(folder / "hermes")) as engine:
         alone = [said(ask(engine, seed, format=long)) for seed in range(4)]
-        runtime = engine._pool.runners[engine._default.name]
+        runtime = engine.pool.runners[engine.default.name]
         memory = runtime.size + runtime.state.nbytes(500)
     with Engine(str(folder / "hermes"), memory=memory) as engine:
         said(ask(engine, max_tokens=1))  # loads the model
@@ -259,7 +261,7 @@ def test_the_format_begins_behind_the_thinking():
 
 def test_a_call_may_follow_the_thinking_when_there_are_tools(engine: Engine):
     request = Request("hermes", HI, tools=TOOLS, format=TITLE)
-    tongue = engine._renderer(engine.resolve("hermes"))
+    tongue = engine.renderer(engine.resolve("hermes"))
     constraint = tongue.constraint(
         request, dataclasses.replace(tongue.prompt(request), in_thinking=True)
     )
@@ -288,7 +290,7 @@ def test_a_call_may_follow_the_thinking_when_there_are_tools(engine: Engine):
 
 
 def test_a_matcher_that_gives_up_ends_the_turn_and_says_why(engine: Engine):
-    tongue = engine._renderer(engine.resolve("hermes"))
+    tongue = engine.renderer(engine.resolve("hermes"))
     request = Request("hermes", HI, format=TITLE, thinking=False)
     constraint = tongue.constraint(request, tongue.prompt(request))
     constraint(mx.array([1]), mx.zeros((1, 512)))
@@ -299,6 +301,7 @@ def test_a_matcher_that_gives_up_ends_the_turn_and_says_why(engine: Engine):
     assert "doesn't satisfy the grammar" in constraint.error and "\n" not in constraint.error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_forced_call_is_a_valid_call(engine: Engine, family: str):
     asked = [("any", True), *((choice, False) for choice in ["any", *ARGUMENTS])]
@@ -330,7 +333,7 @@ def test_calls_of_strict_tools_match_their_schemas_and_what_is_said_beside_them_
     fields = {"tools": TOOLS[1:], "max_tokens": 200}
     tag = engine.chat(
         HI, model=family, tool_choice="any", tools=TOOLS, max_tokens=0
-    )._prompt.tokens[-1]
+    ).sequence.prompt.tokens[-1]
     sampling = Sampling(temperature=1.0, seed=4, logit_bias={tag: 9.0})
     events = list(ask(engine, model=family, strict=True, sampling=sampling, **fields))
     names = [event.name for event in events if isinstance(event, ToolStart)]
@@ -364,7 +367,7 @@ def test_free_strings_stay_free_in_tags_of_their_own(engine: Engine):
         sampling=Sampling(temperature=0.7, seed=3),
     )
     list(generation)
-    assert generation._raw.startswith(("<parameter=words>\n", "<parameter=number>\n"))
+    assert generation.sequence.raw.startswith(("<parameter=words>\n", "<parameter=number>\n"))
 
 
 def test_a_format_beside_tools_leaves_the_choice_to_the_model(engine: Engine):
@@ -372,7 +375,7 @@ def test_a_format_beside_tools_leaves_the_choice_to_the_model(engine: Engine):
     kinds = set()
     for generation in answers:
         answer, reason = said(generation)
-        opened = generation._raw.startswith("<tool_call>")
+        opened = generation.sequence.raw.startswith("<tool_call>")
         kinds.add(opened)
         if reason == "stop" and not opened:
             check(answer, TITLE)
@@ -391,6 +394,7 @@ def test_without_a_choice_no_call_is_made(engine: Engine):
     assert not [event for event in events if isinstance(event, ToolStart)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", ["gemma", "gemma, special", "deepseek_4, special", "qwen_coder", "lfm"]
 )

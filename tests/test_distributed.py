@@ -93,6 +93,7 @@ def alone(model: Path) -> Iterator[list]:
     server.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--pipeline"]])
 def test_two_processes_answer_as_one_does(
     flags: list[str], model: Path, alone: list, tmp_path: Path
@@ -105,6 +106,7 @@ def test_two_processes_answer_as_one_does(
         group.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--pipeline"]])
 def test_of_four_processes_one_is_killed_which_running_requests_say_and_all_end(
     flags: list[str], model: Path, alone: list, tmp_path: Path

@@ -113,6 +113,7 @@ def test_an_embedding_model_gives_its_state_at_the_end_token(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode, pool",
     [
@@ -140,6 +141,7 @@ def test_another_pooling_is_refused(engine: Engine, mode: str, said: str):
         embed(engine, "hi", f"{mode}-embed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 511, 512, 513, 514, 999])
 def test_another_model_gives_the_mean_of_its_states_however_many_chunks_it_takes(
     engine: Engine, folder: Path, count: int

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from conftest import kinds
 from models import CONFIGS, build_model
 
 from _mlx_server.inference.runner import ModelRunner
@@ -42,7 +43,7 @@ def user(text: str) -> dict:
     return {"role": "user", "content": text}
 
 
-@pytest.fixture(scope="module", params=list(CONFIGS))
+@pytest.fixture(scope="module", params=kinds("llama_sliding", "hybrid"))
 def engine(request: pytest.FixtureRequest, folder: Path):
     with Engine(str(folder / request.param)) as engine:
         yield engine
@@ -110,6 +111,7 @@ def test_conversations_share_the_system_prompt_and_answers_stay_those_of_a_cold_
     assert warm == cold(engine, [SYSTEM, user("quite another one")])
 
 
+@pytest.mark.slow
 def test_a_cancelled_prefill_keeps_what_it_has_and_resuming_changes_nothing(engine: Engine):
     messages = [user("word " * 700)]
     expected = cold(engine, messages)
@@ -159,6 +161,7 @@ def test_a_model_with_experts_reads_large_chunks_while_nobody_waits(
         assert sizes == [32, 27]
 
 
+@pytest.mark.slow
 def test_what_is_too_much_for_the_gpu_is_tried_in_smaller_chunks_and_leaves_nothing(folder: Path):
     with Engine(str(folder / "qwen2")) as engine:
         expected = cold(engine, "deep " * 250)
@@ -182,6 +185,7 @@ def test_what_is_too_much_for_the_gpu_is_tried_in_smaller_chunks_and_leaves_noth
         assert text == expected and generation.usage.cached_tokens < REREAD
 
 
+@pytest.mark.slow
 def test_a_twin_of_a_running_request_is_not_prefilled_again(engine: Engine):
     messages = [user("twins " * 300)]
     expected = cold(engine, messages)

@@ -19,6 +19,8 @@ import pytest
 from conftest import Server
 from fake_hub import FakeHub
 
+pytestmark = pytest.mark.slow
+
 BODIES = int(os.environ.get("FUZZ_BODIES", 250))
 SEED = int(os.environ.get("FUZZ_SEED", 1))
 SCHEMA = {"type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}

@@ -198,21 +198,13 @@ def test_chat_pieces_make_the_whole():
         len(objects) - 1
     ) + ["tool_calls"]
     pieces = [call for delta in deltas for call in delta.get("tool_calls", [])]
+    first = {"name": "f", "arguments": ""}
+    second = {"name": "ns__g", "arguments": ""}
     assert pieces == [
-        {
-            "index": 0,
-            "id": "toolu_1",
-            "type": "function",
-            "function": {"name": "f", "arguments": ""},
-        },
+        {"index": 0, "id": "toolu_1", "type": "function", "function": first},
         {"index": 0, "function": {"arguments": '{"x":'}},
         {"index": 0, "function": {"arguments": " 1}"}},
-        {
-            "index": 1,
-            "id": "toolu_2",
-            "type": "function",
-            "function": {"name": "ns__g", "arguments": ""},
-        },
+        {"index": 1, "id": "toolu_2", "type": "function", "function": second},
         {"index": 1, "function": {"arguments": "{}"}},
     ]
     ChatCompletion.model_validate(whole, strict=True)

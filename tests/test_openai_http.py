@@ -184,6 +184,7 @@ def test_a_silent_stream_says_that_it_is_alive(server: Server):
         server.wait_for(f"{path} demo: .*client went away", since=since)
 
 
+@pytest.mark.slow
 def test_a_broken_stream_ends_with_an_error():
     server = Server("--drain", "0")
     client = openai.OpenAI(

@@ -265,6 +265,7 @@ def test_a_model_without_formats():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(60))
 def test_events_depend_on_the_text_alone(seed):
     """Random soups of markup and text: any cutting gives the same events, and no text is lost but

@@ -144,6 +144,7 @@ def pair(tmp_path_factory) -> Iterator[tuple[Server, Server]]:
         assert not [line for line in server.lines if "Traceback" in line]
 
 
+@pytest.mark.slow
 def test_ollamas_client_gets_from_the_relay_what_it_gets_from_the_upstream(
     pair: tuple[Server, Server],
 ):

@@ -167,6 +167,7 @@ def until_it_ends(server: Server) -> None:
 # ------------------------------------------------------------------ a full house
 
 
+@pytest.mark.slow
 def test_a_full_house_is_refused_politely_in_each_dialect_and_hanging_up_makes_room(
     start, hold: Path
 ):
@@ -196,6 +197,7 @@ def test_a_full_house_is_refused_politely_in_each_dialect_and_hanging_up_makes_r
 # ------------------------------------------------------------------ never silent
 
 
+@pytest.mark.slow
 def test_no_stream_is_ever_silent_for_long(start):
     server = start()
     calls = {
@@ -249,6 +251,7 @@ def test_a_long_lull_is_bridged_by_events_that_every_client_counts():
 # ------------------------------------------------------------------ whom it serves first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, headers",
     [
@@ -312,6 +315,7 @@ def test_metrics_count_what_was_done(start):
         ), line
 
 
+@pytest.mark.slow
 def test_a_server_told_to_end_finishes_what_it_has_begun_and_takes_nothing_new(start, hold: Path):
     server = start("--drain", "1h")
     hold.touch()
@@ -326,6 +330,7 @@ def test_a_server_told_to_end_finishes_what_it_has_begun_and_takes_nothing_new(s
     assert server.process.wait(60) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signals, flags", [(1, ("--drain", "0")), (2, ("--drain", "1h"))])
 def test_what_cannot_be_finished_ends_with_an_error_that_clients_understand(
     start, signals: int, flags: tuple[str, ...]
