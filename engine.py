@@ -296,7 +296,7 @@ class Engine:
         (the template refuses it, its format cannot be enforced, or there is no such token),
         PromptTooLong, EngineBusy, EngineClosed."""
         local, request = local or self.resolve(request.model), self._with_preset(request)
-        self._check_open()
+        self._check_open(request.priority)
         if len(request.stop) > self.MAX_STOPS or max(map(len, request.stop), default=0) > 1000:
             raise InvalidRequest("at most 64 stop sequences of 1000 characters are allowed")
         renderer = self.renderer(local)
@@ -308,7 +308,7 @@ class Engine:
         parting = self._look_up(sequence)
         generation = Generation(sequence, events)
         with self._lock:
-            self._check_open()
+            self._check_open(request.priority)
             self._last_used = local
             self._queue.append(sequence)
             self._lock.notify_all()
@@ -346,11 +346,15 @@ class Engine:
         preset = self.preset(request.model)
         return preset.fill(request) if preset else request
 
-    def _check_open(self) -> None:
+    def _check_open(self, priority: Priority) -> None:
         if self._draining or self._closing or self._broken:
             raise EngineClosed(self._broken or "the server is shutting down")
-        if self._waiting() >= self._max_queue:
-            raise EngineBusy(f"{self._max_queue} requests are waiting already")
+        waiting = self._waiting()
+        # So that less important requests cannot take all places
+        half = self._max_queue / 2
+        places = {Priority.LOW: half, Priority.NORMAL: 2 * half, Priority.HIGH: 3 * half}
+        if waiting >= places[priority]:
+            raise EngineBusy(f"{waiting} requests are waiting already")
 
     def _waiting(self) -> int:
         """How many requests wait, cancelled ones apart."""

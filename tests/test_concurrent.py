@@ -225,6 +225,19 @@ def test_more_than_may_wait_are_refused_and_the_others_are_answered(folder: Path
         assert answer(engine, "again")[0]
 
 
+def test_less_important_requests_leave_places_to_others(folder: Path):
+    with Engine(str(folder / "qwen2"), max_queue=2) as engine:
+        begun = [engine.chat("long " * 600, max_tokens=1)]
+        until(begun[0], State.PREFILL)
+        for priority in (Priority.LOW, Priority.NORMAL):
+            begun.append(engine.chat("more " * 200, max_tokens=1, priority=priority))
+            with pytest.raises(EngineBusy):
+                engine.chat("one too many", priority=priority)
+        begun.append(engine.chat("in haste", max_tokens=1, priority=Priority.HIGH))
+        for generation in begun:
+            assert list(generation)[-1].reason == "length"
+
+
 # ------------------------------------------------------------------ memory
 
 

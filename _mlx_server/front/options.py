@@ -146,6 +146,12 @@ def api_keys(args: argparse.Namespace) -> dict[str, Priority]:
     return dict([api_key(shell_key)]) if shell_key else {}
 
 
+def has_blank_key(args: argparse.Namespace) -> bool:
+    """Whether the environment has a key that is none, where the flags have no other."""
+    flags = args.api_key + args.api_key_file
+    return not flags and os.environ.get("MLX_SERVER_API_KEY", "key").strip() == ""
+
+
 def url_of(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

@@ -131,7 +131,7 @@ def _billions(size: str | None) -> float:
     match = _SIZE.fullmatch(size or "")
     if not match:
         return 0.0
-    times = int(match[1][:-1]) if match[1] and match[1] != "e" else 1
+    times = float(match[1][:-1]) if match[1] and match[1] != "e" else 1.0
     return times * float(match[2]) * {"m": 1e-3, "b": 1, "t": 1e3}[match[3]]
 
 

@@ -36,7 +36,13 @@ _INTEGER_OPTIONS = (
     "repeat_last_n",
     "draft_num_predict",
 )
-_DURATION = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h)", re.ASCII)
+# Possessive: clients choose the text, and a match must not take longer than the text is
+_NUMBER = r"(?:\d++(?:\.\d*+)?|\.\d++)"
+_UNIT = "(?:ns|us|µs|μs|ms|s|m|h)"
+_PART = re.compile(f"({_NUMBER})({_UNIT})", re.ASCII)
+_DURATION = re.compile(f"(?:{_NUMBER}{_UNIT})++", re.ASCII)
+_SECONDS_ONLY = re.compile(_NUMBER, re.ASCII)
+_LONGEST_DURATION = 64  # characters
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
 _LONGEST = 9e9  # seconds: Go counts nanoseconds in 63 bits
 _ALL_TOKENS = 1 << 20  # more than any context has
@@ -64,19 +70,22 @@ def parse_keep_alive(value: Any) -> float | None:
     elif is_type(value, float):
         seconds = value
     if seconds is None or not math.isfinite(seconds):
-        raise WireError(400, f"time: invalid duration {json.dumps(value, ensure_ascii=False)}")
+        told = json.dumps(value, ensure_ascii=False)[: _LONGEST_DURATION + 2]
+        raise WireError(400, f"time: invalid duration {told}")
     return -1.0 if seconds < 0 or seconds > _LONGEST else float(seconds)
 
 
 def _parse_duration(text: str) -> float | None:
     """Seconds, or None if `text` is no duration."""
+    if len(text) > _LONGEST_DURATION:
+        return None
     sign = -1 if text.startswith("-") else 1
     digits = text.removeprefix("-").removeprefix("+")
-    if re.fullmatch(r"\d+\.?\d*|\.\d+", digits, re.ASCII):
+    if _SECONDS_ONLY.fullmatch(digits):
         return sign * float(digits)
-    if not digits or _DURATION.sub("", digits):
+    if not _DURATION.fullmatch(digits):
         return None
-    return sign * sum(float(number) * _SECONDS[unit] for number, unit in _DURATION.findall(digits))
+    return sign * sum(float(number) * _SECONDS[unit] for number, unit in _PART.findall(digits))
 
 
 def ollama_options(body: Object, key: str = "options") -> Object:
