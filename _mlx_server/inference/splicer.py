@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 
 from _mlx_server.inference.answers import PLACEHOLDER, Answer
+from _mlx_server.inference.control_tokens import alternatives
 from _mlx_server.inference.formats import OutputFormat
 from _mlx_server.inference.prompt import Prompt
-from _mlx_server.inference.tokenizer import TextTokenizer, alternatives
+from _mlx_server.inference.tokenizer import TextTokenizer
 
 
 class AnswerSplicer:
