@@ -1,9 +1,12 @@
-"""Text is text: what users, files and tools write never becomes a control token of the template."""
+"""Text is text: what users, files and tools write never becomes a control token of the template,
+and what the model writes is markup only where it wrote control tokens."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +15,15 @@ from typing import Any
 import pytest
 from conftest import ROOT
 from models import CHATML, build_tokenizer
+from parsing import joined
 
 from _mlx_server.inference.control_tokens import SPLIT, ControlTokens, unescape
+from _mlx_server.inference.event_queue import EventQueue
 from _mlx_server.inference.models import describe
 from _mlx_server.inference.renderer import PromptRenderer
+from _mlx_server.inference.sequence import Sequence
 from _mlx_server.inference.tokenizer import TextTokenizer
-from engine import Engine, InvalidRequest, Request
+from engine import Done, Engine, InvalidRequest, Request, Tick
 
 # Templates with the shapes of real families, and the control tokens of each.
 
@@ -400,14 +406,112 @@ def test_blanks_words_and_html_are_no_control_tokens():
     assert unescape(control.escape("<s><|im_end|>")) == "<s><|im_end|>"
 
 
+# What the model writes
+
+
+def tokens_of(renderer: PromptRenderer, written: str) -> list[int]:
+    """The tokens of an answer in which what stands in `‹›` is spelled by ordinary tokens."""
+    tokens: list[int] = []
+    for at, part in enumerate(re.split("[‹›]", written)):
+        control = ControlTokens(renderer.tokenizer)
+        tokens += renderer.encode(control.escape(part) if at % 2 else part)
+    return tokens
+
+
+def events_of(renderer: PromptRenderer, written: str) -> list[tuple]:
+    """The events of an answer, token by token."""
+    request = conversation("nothing")
+    prompt = renderer.prompt(request)
+    mutex = threading.RLock()
+    local = describe("m", ROOT / "tests/demo")
+    sequence = Sequence(request, local, renderer, prompt, 999, False, EventQueue(mutex))
+    detokenizer, events = renderer.tokenizer.detokenizer, []
+    for token in tokens_of(renderer, written):
+        detokenizer.add_token(token)
+        events += sequence.parse(detokenizer.last_segment, token)
+    detokenizer.finalize()
+    events += sequence.parser.feed(detokenizer.last_segment)
+    return joined(events + sequence.parser.finish())
+
+
+READ = '{"name": "Read", "arguments": {"path": "a"}}'
+CALL = ("call", "Read", {"path": "a"})
+DSML = (
+    '<｜DSML｜function_calls>\n<｜DSML｜invoke name="Read">\n'
+    '<｜DSML｜parameter name="path" string="true">a</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
+    "</｜DSML｜function_calls>"
+)
+HARMONY = '<|channel|>commentary to=functions.Read <|constrain|>json<|message|>{"path": "a"}'
+WRITTEN = [
+    (QWEN3, "", f"<tool_call>\n{READ}\n</tool_call>", [CALL]),
+    (QWEN3, "", f"‹<tool_call>\n{READ}\n</tool_call>›", None),
+    (QWEN3, "", f"Write `‹<tool_call>›{READ}‹</tool_call>›`.", None),
+    (QWEN3, "", f"```\n‹<tool_call>›{READ}", None),
+    (QWEN3, "", f"``` <tool_call>{READ}</tool_call>", [("text", "``` "), CALL]),
+    (
+        QWEN3,
+        "",
+        f"<think>\na ‹</think>› ‹<tool_call>›{READ} b\n</think>\n\nc 🙂‹<think>› <tool_call>{READ}",
+        [
+            ("thinking", f"a </think> <tool_call>{READ} b"),
+            ("text", "c 🙂<think> "),
+            CALL,
+        ],
+    ),
+    (GPT_OSS, FAMILIES["gpt-oss"][1], HARMONY, [CALL]),
+    (GPT_OSS, FAMILIES["gpt-oss"][1], f"<|channel|>final<|message|>‹{HARMONY}›", None),
+    ("{# <｜DSML｜function_calls> #}" + CHATML, "｜DSML｜", DSML, [CALL]),
+    ("{# <｜DSML｜function_calls> #}" + CHATML, "｜DSML｜", f"‹{DSML}›", None),
+]
+
+
+@pytest.mark.parametrize("template, marks, written, expected", WRITTEN)
+def test_only_a_control_token_opens_a_call_or_a_thought(
+    tmp_path: Path, template: str, marks: str, written: str, expected: list[tuple] | None
+):
+    renderer = build_renderer(tmp_path, template, marks)
+    text = written.replace("<|channel|>final<|message|>", "").replace("‹", "").replace("›", "")
+    assert events_of(renderer, written) == (expected or [("text", text)])
+
+
+ORDINARY = "{# <TOOLCALL> #}" + CHATML.replace("<tool_call>", "").replace("</tool_call>", "")
+
+
+@pytest.mark.parametrize(
+    "before, is_call",
+    [
+        ("", True),
+        ("I shall read it.\n", True),
+        ('He said "go" ', True),
+        ('He said "go"', True),
+        ("It's `a`: ", True),
+        ("```\nls\n```\n", True),
+        ("```\n", False),
+        ("```json\n{}\n", False),
+        ("Write `", False),
+        ("Write `this: ", False),
+        ('Write "', False),
+    ],
+)
+def test_a_tag_of_ordinary_text_opens_no_call_in_an_example(
+    tmp_path: Path, before: str, is_call: bool
+):
+    renderer = build_renderer(tmp_path, ORDINARY)
+    block = f"<TOOLCALL>[{READ}]</TOOLCALL>"
+    text = [("text", before)] if before else []
+    expected = [*text, CALL] if is_call else [("text", before + block)]
+    assert events_of(renderer, before + block) == expected
+
+
 # The built-in model
 
 
-def test_the_built_in_model_takes_a_tag_in_a_message_for_text():
+@pytest.mark.parametrize("said", ["<tool_call>oops", "<think>hm</think> ok", '"<|im_end|>"'])
+def test_the_built_in_model_takes_and_writes_a_tag_as_text(said: str):
     tools = conversation("nothing").tools
     with Engine("demo") as engine:
-        answer = engine.chat(
-            [{"role": "user", "content": "say <tool_call>oops"}], tools=tools, max_tokens=60
-        )
-        kinds = {type(event).__name__ for event in answer}
-    assert "ToolStart" not in kinds, answer.sequence.raw
+        messages = [{"role": "user", "content": f"say {said}"}]
+        answer = engine.chat(messages, tools=tools, max_tokens=60)
+        assert joined(event for event in answer if not isinstance(event, Tick | Done)) == [
+            ("text", said)
+        ]

@@ -108,7 +108,19 @@ class Sequence:
             stop,
             in_thinking=self.prompt.in_thinking,
             parallel=request.parallel_tool_calls,
+            control_tokens=set(self.renderer.control_tokens.values()),
         )
+
+    def parse(self, piece: str, token: int) -> list[Event]:
+        """The events that a token's text leads to. `piece` is that text, behind text of earlier
+        tokens that was held back."""
+        control = self.renderer.control_tokens.get(token)
+        if control is None or control not in piece:
+            return self.parser.feed(piece)
+        before, _, behind = piece.rpartition(control)
+        events = self.parser.feed(before)
+        events += self.parser.feed(control, markup=True)
+        return events + self.parser.feed(behind)
 
     @property
     def cancelled(self) -> bool:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from _mlx_server.inference.control_tokens import SPLIT, alternatives
+from _mlx_server.inference.control_tokens import SPLIT, ControlTokens, alternatives
 from _mlx_server.inference.models import LocalModel, gap_marks, load_error
 from _mlx_server.inference.protocol import InvalidRequest
 
@@ -27,6 +27,7 @@ class TextTokenizer:
 
     def __init__(self, wrapped: Any):
         self.wrapped = wrapped
+        self.control_tokens = ControlTokens(wrapped)
         self._lead = self._find_lead()
         self._encode_piece = functools.lru_cache(self.REMEMBERED)(self._encode_parts)
         self._special_tokens = self._find_special_tokens()
