@@ -137,16 +137,14 @@ class Engine:
     default nine tenths of what the GPU may use, the rest being for computing), `max_loaded` the
     number of models, `max_queue` the number of requests that may wait, `keep_alive` the seconds
     that an idle model stays (None: until its memory is needed). `state` is the file where presets
-    are kept (None: nowhere, they end with the engine). With a `group` of several processes each makes the same engine, with a `model`, the
-    only one then, and without a `cache_dir`; those that are not rank 0 `follow`. Raises
-    ModelNotFound or ModelLoadError for a bad `model`, OSError for a `cache_dir` that cannot be
-    written to."""
+    are kept (None: nowhere, they end with the engine). With a `group` of several processes each
+    makes the same engine, with a `model`, the only one then, and without a `cache_dir`; those that
+    are not rank 0 `follow`. Raises ModelNotFound or ModelLoadError for a bad `model`, OSError for a
+    `cache_dir` that cannot be written to."""
 
     LAST_WRITES = 2.5  # seconds that closing may spend on that
     # Seconds after which a single step counts as hanging, the loading of models apart
     STUCK = 120.0
-    MAX_STOPS = 64  # of a request
-    MAX_NAME = 512  # characters of a model's name
 
     def __init__(
         self,
@@ -243,8 +241,6 @@ class Engine:
 
     def resolve(self, name: str) -> LocalModel:
         """The local model that answers to `name`. Raises ModelNotFound."""
-        if len(name) > self.MAX_NAME:
-            raise ModelNotFound(f"{name[:40]}…", [model.name for model in self._library.models()])
         if self.default is not None and name in (str(self.default.path), self.default.name):
             return self.default
         return self._library.resolve(name, default=self.default, last_used=self._last_used)
@@ -261,15 +257,7 @@ class Engine:
 
     def loaded(self) -> list[Loaded]:
         """The models in memory."""
-        # Expiry is measured by the monotonic clock and told by the wall's.
-        ahead = time.time() - time.monotonic()
-        loaded = []
-        for runner in self.pool.runners.values():
-            size = runner.size + self.pool.prefixes.held(runner.fingerprint)
-            expires = runner.expires
-            until = None if expires is None else expires + ahead
-            loaded.append(Loaded(runner.local, size, until, self.context_length(runner.local)))
-        return loaded
+        return self.pool.loaded(self.context_length)
 
     def unload(self, name: str) -> None:
         """Frees a model once its running requests are through, and returns then. Raises
@@ -297,8 +285,6 @@ class Engine:
         PromptTooLong, EngineBusy, EngineClosed."""
         local, request = local or self.resolve(request.model), self._with_preset(request)
         self._check_open(request.priority)
-        if len(request.stop) > self.MAX_STOPS or max(map(len, request.stop), default=0) > 1000:
-            raise InvalidRequest("at most 64 stop sequences of 1000 characters are allowed")
         renderer = self.renderer(local)
         request.sampling = fill_sampling(request.sampling, renderer.defaults)
         prompt = self._prompt(local, renderer, request)

@@ -24,7 +24,8 @@ def arguments() -> argparse.ArgumentParser:
         description="Serves local MLX models to Claude Code, Ollama clients and scripts.",
     )
     _add_models(parser)
-    _add_memory(parser)
+    _add_prompt_cache(parser)
+    _add_models_in_memory(parser)
     _add_requests(parser)
     _add_access(parser)
     _add_running(parser)
@@ -73,8 +74,8 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     add("--max-tokens", metavar="N", type=options.positive, help="most tokens of an answer")
 
 
-def _add_memory(parser: argparse.ArgumentParser) -> None:
-    """What may be kept in memory and on disk."""
+def _add_prompt_cache(parser: argparse.ArgumentParser) -> None:
+    """What is kept of earlier prompts, in memory and on disk."""
     add = parser.add_argument
     add(
         "--prompt-cache",
@@ -103,6 +104,11 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
         help="most bytes of files in DIR "
         "(default: 16GB, or a tenth of the free disk if that is less)",
     )
+
+
+def _add_models_in_memory(parser: argparse.ArgumentParser) -> None:
+    """What models may take of memory, and for how long."""
+    add = parser.add_argument
     add(
         "--kv-bits",
         type=int,

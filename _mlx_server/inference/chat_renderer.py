@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from _mlx_server.inference.bounded import BoundedMap
+from _mlx_server.inference.control_tokens import alternatives
 from _mlx_server.inference.conversations import (
     Call,
     ConversationMemory,
@@ -25,7 +26,7 @@ from _mlx_server.inference.formats import OutputFormat
 from _mlx_server.inference.prompt import Prompt
 from _mlx_server.inference.protocol import InvalidRequest, Message, Request
 from _mlx_server.inference.template import Template
-from _mlx_server.inference.tokenizer import TextTokenizer, alternatives
+from _mlx_server.inference.tokenizer import TextTokenizer
 
 # For templates that do not know the finer ones
 _EFFORTS = {"minimal": "low", "xhigh": "high", "max": "high"}

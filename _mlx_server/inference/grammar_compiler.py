@@ -7,8 +7,9 @@ import json
 import re
 from typing import Any
 
+from _mlx_server.inference.control_tokens import alternatives
 from _mlx_server.inference.protocol import InvalidRequest, first_line
-from _mlx_server.inference.tokenizer import TextTokenizer, alternatives
+from _mlx_server.inference.tokenizer import TextTokenizer
 
 
 class GrammarCompiler:

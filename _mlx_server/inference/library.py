@@ -60,6 +60,9 @@ class Look:
         return stand_in(self.models)
 
 
+MAX_NAME = 512  # characters of a model's name
+
+
 class Library:
     """The models on this machine and the one resolver of their names. Any thread may use it.
 
@@ -154,6 +157,8 @@ class Library:
 
         Raises ModelNotFound; ModelLoadError for a trusted path or name of something that is no MLX
         model."""
+        if len(name) > MAX_NAME:
+            raise ModelNotFound(f"{name[:40]}…", [model.name for model in self.models()])
         target, by_owner = self._target(self._unprefixed(name), trusted)
 
         def among(look: Look) -> LocalModel | None:

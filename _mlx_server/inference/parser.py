@@ -8,21 +8,31 @@ Every decision waits until no further text can change it, so events do not depen
 was cut into pieces. Until a call's name and the form of its arguments are certain, a failure turns
 only its opening tag into text: what follows the tag is read again. From then on it is a call, and
 all that follows is made into arguments.
+
+Where the vocabulary has a control token for a tag, only that token counts: spelled by other tokens,
+in prose or in a file, the same characters are text. A tag that is ordinary text to its model opens
+no call where it is quoted or stands in a code block.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import logging
+import re
+from collections.abc import Callable, Collection, Sequence
 from enum import Enum, auto
 from typing import Any, Literal
 
 from _mlx_server.inference.call_reader import CallReader
+from _mlx_server.inference.code_tracker import CodeTracker
+from _mlx_server.inference.control_tokens import alternatives
 from _mlx_server.inference.formats import OutputFormat
 from _mlx_server.inference.marks import Marks
 from _mlx_server.inference.protocol import Event, Text, Thinking, ToolEnd, ToolInput, ToolStart
 from _mlx_server.inference.schema import ParameterTypes, parameter_types
 from _mlx_server.inference.stops import StopMatcher
+
+log = logging.getLogger("mlx_server")
 
 State = Literal["text", "thinking", "call"]
 
@@ -76,7 +86,8 @@ class OutputParser:
     last fed belongs to; `called` whether a tool call came out, and `call_ids` the ids of all.
     `finished` is set by a stop string, by a tag after which nothing follows and, without
     `parallel`, by the first call; nothing comes out afterwards. `tools` are in OpenAI form; without
-    any, call markup is plain text.
+    any, call markup is plain text. `control_tokens` are the texts of the vocabulary's control
+    tokens: tags that hold one count only in what was fed as `markup`.
     """
 
     def __init__(
@@ -87,6 +98,7 @@ class OutputParser:
         *,
         in_thinking: bool = False,
         parallel: bool = True,
+        control_tokens: Collection[str] = (),
     ):
         self.state: State = "text"
         if in_thinking and format.thinking:
@@ -103,6 +115,13 @@ class OutputParser:
             "thinking": _thinking_tags(format, bool(tools)),
         }
         self._marks = {state: Marks(tags) for state, tags in self._tags.items()}
+        tags = [tag for tags in self._tags.values() for tag in tags]
+        self._control = re.compile(
+            alternatives(token for token in control_tokens if any(token in tag for tag in tags))
+        )
+        self._fed = 0  # characters
+        self._markup: set[int] = set()  # where in these control tokens begin
+        self._code = CodeTracker()
         self._line_start = True
         # Blanks at the beginning of text or thinking wait for what follows; None when that came.
         self._blanks: str | None = "" if format.thinking or tools else None
@@ -127,8 +146,13 @@ class OutputParser:
         """The stop string that ended the text, if one did."""
         return self._stops.stop_sequence
 
-    def feed(self, text: str) -> list[Event]:
-        """Take the next piece of decoded text; returns what has become certain."""
+    def feed(self, text: str, markup: bool = False) -> list[Event]:
+        """Take the next piece of decoded text; returns what has become certain. `markup` tells that
+        it was written with control tokens."""
+        if markup:
+            found = self._control.finditer(text)
+            self._markup.update(self._fed + control.start() for control in found)
+        self._fed += len(text)
         return self._read(text, last=False)
 
     def finish(self, cut: bool = False) -> list[Event]:
@@ -180,13 +204,20 @@ class OutputParser:
             self._begin("thinking")
         elif tag is Tag.TURN_END:
             self._end_turn()
-        elif tag is Tag.CALL or tag is Tag.LINE_CALL and self._line_start:
+        elif self._opens_call(found, tag):
             self._begin_call(found)
         elif tag is Tag.MARKER:
             self._line_start = True
-        elif tag is Tag.LINE_CALL or not (self.called and self._blanks is not None):
+        elif tag is not Tag.CLOSING or not (self.called and self._blanks is not None):
             self._write_text(found)
         return True
+
+    def _opens_call(self, text: str, tag: Tag) -> bool:
+        """Whether a tag in text, behind what was written already, opens a call."""
+        if tag is Tag.LINE_CALL and not self._line_start:
+            return False
+        is_example = self._code.quotes and not self._control.search(text)
+        return tag in (Tag.CALL, Tag.LINE_CALL) and not is_example
 
     def _read_thinking(self, last: bool) -> bool:
         found = self._read_to_tag(self._write_thinking, last)
@@ -205,7 +236,7 @@ class OutputParser:
         """Write all text that is certainly no tag; take and return the first tag, if there is
         one."""
         marks, buffer = self._marks[self.state], self._buffer
-        if found := marks.pattern.search(buffer):
+        if found := self._search_tag(marks.pattern, buffer):
             self._buffer = buffer[found.end() :]
             write(buffer[: found.start()])
             return found[0]
@@ -213,6 +244,16 @@ class OutputParser:
         self._buffer = buffer[certain:]
         write(buffer[:certain])
         return None
+
+    def _search_tag(self, tags: re.Pattern[str], buffer: str) -> re.Match[str] | None:
+        """The first tag in the buffer, apart from those that only look like one."""
+        start = self._fed - len(buffer)
+        found = tags.search(buffer)
+        while found and (control := self._control.search(found[0])):
+            if start + found.start() + control.start() in self._markup:
+                break
+            found = tags.search(buffer, found.start() + 1)
+        return found
 
     # -- calls
 
@@ -241,6 +282,7 @@ class OutputParser:
 
     def _call_failed(self, rest: str) -> None:
         """It was no call: its opening tag is text, and what follows it is read again."""
+        self._log_undeclared(rest)
         tag, self.state = self._call_tag, self._state_before_call
         if self._tags["text"].get(tag) is Tag.LINE_CALL:
             rest = rest[len(tag) :]
@@ -249,6 +291,13 @@ class OutputParser:
             self._write_text(tag)
         else:
             self._write_thinking(tag)
+
+    def _log_undeclared(self, text: str) -> None:
+        """Logs the tool's name if a text is the beginning of a call to one that is not declared."""
+        heads = (syntax.head.match(text) for syntax in self._format.syntaxes)
+        name = next((head[1].strip() for head in heads if head), "")
+        if name and name not in self._types:
+            log.warning("the model has called %.80r, which is not among its tools", name)
 
     def _read_bare_calls(self, last: bool) -> bool:
         """Whether the text so far may be nothing but calls without call tags. Their events leave
@@ -309,6 +358,7 @@ class OutputParser:
     def _write_text(self, text: str) -> None:
         if text:
             self._line_start = text.endswith("\n")
+            self._code.feed(text)
         if text := self._after_blanks(text):
             self._may_be_bare = False
             self._match_stops(text)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from _mlx_server.inference.disk_cache import DiskCache
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.memory import StateSize, gigabytes, usable_memory
-from _mlx_server.inference.models import LocalModel
+from _mlx_server.inference.models import Loaded, LocalModel
 from _mlx_server.inference.prefix_cache import PrefixCache
 from _mlx_server.inference.protocol import ModelLoadError, PromptTooLong
 from _mlx_server.inference.renderer import PromptRenderer
@@ -55,6 +55,18 @@ class ModelPool:
     def sequences(self) -> list[Sequence]:
         """All requests that were admitted and have not ended."""
         return [one for runner in self.runners.values() for one in runner.sequences]
+
+    def loaded(self, context_length: Callable[[LocalModel], int]) -> list[Loaded]:
+        """The models in memory, with the context length that requests to them may have."""
+        # Expiry is measured by the monotonic clock and told by the wall's.
+        ahead = time.time() - time.monotonic()
+        loaded = []
+        for runner in self.runners.values():
+            size = runner.size + self.prefixes.held(runner.fingerprint)
+            expires = runner.expires
+            until = None if expires is None else expires + ahead
+            loaded.append(Loaded(runner.local, size, until, context_length(runner.local)))
+        return loaded
 
     def context(self, name: str) -> int | None:
         """Tokens of a conversation that memory can hold beside the model alone; None if that is not

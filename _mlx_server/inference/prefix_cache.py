@@ -326,7 +326,7 @@ class PrefixCache:
             self._holders[checkpoint] = holders + 1
             size += 0 if holders else checkpoint.nbytes
         self._entries = {**self._entries, entry.number: entry}
-        self._replace(entry.model, tree, size)
+        self._set_tree(entry.model, tree, size)
         self._note_age(entry)
 
     def _remove(self, entry: CacheEntry) -> None:
@@ -336,7 +336,7 @@ class PrefixCache:
         entries = self._entries.copy()
         del entries[entry.number]
         self._entries = entries
-        self._replace(entry.model, tree, -self._forget(entry))
+        self._set_tree(entry.model, tree, -self._forget(entry))
 
     def _forget(self, entry: CacheEntry) -> int:
         """Takes an entry that goes out of the counts; returns the bytes that no other one holds."""
@@ -348,7 +348,7 @@ class PrefixCache:
                 size += checkpoint.nbytes
         return size
 
-    def _replace(self, model: str, tree: PrefixTree[CacheEntry], growth: int) -> None:
+    def _set_tree(self, model: str, tree: PrefixTree[CacheEntry], growth: int) -> None:
         """Sets a model's tree, and its bytes to so many more."""
         self._trees = {**self._trees, model: tree}
         self._bytes = {**self._bytes, model: self._bytes.get(model, 0) + growth}

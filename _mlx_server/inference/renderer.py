@@ -111,6 +111,11 @@ class PromptRenderer:
         """The token ids of a text in which special tokens are recognised; none are added."""
         return self._tokenizer.encode(text)
 
+    @property
+    def control_tokens(self) -> dict[int, str]:
+        """The texts of the control tokens by their ids."""
+        return self._tokenizer.control_tokens.names
+
     def token_bytes(self, token: int) -> bytes:
         """The bytes of a token, which need not be whole characters."""
         return self._tokenizer.token_bytes(token)

@@ -102,7 +102,7 @@ class ModelRunner:
         if sequence.detokenizer is None:  # otherwise it was paused
             sequence.usage.load_seconds = waited
             sequence.detokenizer = self.renderer.tokenizer.detokenizer
-            sequence.parser.feed(sequence.prompt.opening)
+            sequence.parser.feed(sequence.prompt.opening, markup=True)
         try:
             self._restore(sequence)
         except Exception as error:
@@ -358,7 +358,7 @@ class ModelRunner:
             detokenizer.finalize()
         piece = detokenizer.last_segment
         sequence.raw += piece
-        sequence.emit(*parser.feed(piece))
+        sequence.emit(*sequence.parse(piece, response.token))
         if response.finish_reason:
             assert sequence.entry is not None
             sequence.entry.tokens = response.all_tokens

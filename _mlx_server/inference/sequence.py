@@ -23,6 +23,7 @@ from _mlx_server.inference.protocol import (
     Done,
     EngineError,
     Event,
+    InvalidRequest,
     Request,
     Text,
     Thinking,
@@ -35,6 +36,10 @@ from _mlx_server.inference.renderer import PromptRenderer
 
 if TYPE_CHECKING:
     import mlx.core as mx
+
+
+MAX_STOPS = 64  # of a request
+MAX_STOP_LENGTH = 1000  # characters
 
 
 class State(enum.Enum):
@@ -104,6 +109,9 @@ class Sequence:
 
     def _new_parser(self) -> OutputParser:
         request, stop = self.request, self.request.stop
+        if len(stop) > MAX_STOPS or max(map(len, stop), default=0) > MAX_STOP_LENGTH:
+            bounds = f"at most {MAX_STOPS} stop sequences of {MAX_STOP_LENGTH} characters"
+            raise InvalidRequest(f"{bounds} are allowed")
         tools = [*request.tools, *request.deferred_tools] if request.tool_choice != "none" else []
         if request.suffix:
             stop = [*stop, *self.renderer.gap_tokens(), "<|endoftext|>"]
@@ -113,7 +121,19 @@ class Sequence:
             stop,
             in_thinking=self.prompt.in_thinking,
             parallel=request.parallel_tool_calls,
+            control_tokens=set(self.renderer.control_tokens.values()),
         )
+
+    def parse(self, piece: str, token: int) -> list[Event]:
+        """The events that a token's text leads to. `piece` is that text, behind text of earlier
+        tokens that was held back."""
+        control = self.renderer.control_tokens.get(token)
+        if control is None or control not in piece:
+            return self.parser.feed(piece)
+        before, _, behind = piece.rpartition(control)
+        events = self.parser.feed(before)
+        events += self.parser.feed(control, markup=True)
+        return events + self.parser.feed(behind)
 
     @property
     def cancelled(self) -> bool:

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from _mlx_server.inference.adapter import adapt
+from _mlx_server.inference.control_tokens import ControlTokens, unescape
 from _mlx_server.inference.protocol import InvalidRequest, Message
 from _mlx_server.inference.template_traits import find_traits
 
@@ -16,12 +17,14 @@ log = logging.getLogger("mlx_server")
 class Template:
     """A model's chat template, which renders canonical conversations.
 
-    Conversations are adapted to what the template can render, its `traits`. `tokenizer` is
-    mlx-lm's TokenizerWrapper."""
+    Conversations are adapted to what the template can render, its `traits`. All their texts are
+    escaped, see ControlTokens: of the control tokens in a rendered text, each is the template's
+    own. `tokenizer` is mlx-lm's TokenizerWrapper."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
         self._source = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+        self._control_tokens = ControlTokens(tokenizer)
         self._compiled: Any = None
         self._compiled = self._compile()
         self.traits = find_traits(
@@ -36,10 +39,12 @@ class Template:
         *,
         generation: bool,
     ) -> str:
-        """The prompt's text. With `generation` it ends with the beginning of the assistant's turn,
-        or inside it if the last message is the assistant's and has no calls. `options` are
-        variables for the template. Raises InvalidRequest when the template refuses the conversation
-        with any of them."""
+        """The prompt's text, in which what comes from outside is escaped. With `generation` it ends
+        with the beginning of the assistant's turn, or inside it if the last message is the
+        assistant's and has no calls. `options` are variables for the template. Raises
+        InvalidRequest when the template refuses the conversation with any of them."""
+        tools = self._control_tokens.escape_tools(tools)
+        messages = list(map(self._control_tokens.escape_message, messages))
         messages = adapt(messages, tools, self.traits)
         last = messages[-1] if messages else {}
         prefill = generation and last.get("role") == "assistant" and not last.get("tool_calls")
@@ -58,8 +63,13 @@ class Template:
                 return text[: text.rindex(_PREFILL_END)] if prefill else text
             except Exception as failure:
                 error = error or failure
-        log.warning("chat template failed: %s", error)
-        raise InvalidRequest(f"the model's chat template cannot render this conversation: {error}")
+        reason = unescape(str(error))
+        log.warning("chat template failed: %s", reason)
+        raise InvalidRequest(f"the model's chat template cannot render this conversation: {reason}")
+
+    def escape(self, text: str) -> str:
+        """A text as it stands in rendered conversations; `unescape` is the way back."""
+        return self._control_tokens.escape(text)
 
     @property
     def shows_dates(self) -> bool:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from _mlx_server.inference.control_tokens import SPLIT, ControlTokens, alternatives
 from _mlx_server.inference.models import LocalModel, gap_marks, load_error
 from _mlx_server.inference.protocol import InvalidRequest
 
@@ -17,13 +18,18 @@ class TextTokenizer:
 
     Text is cut at special tokens, and the encodings of the pieces between them are remembered. This
     needs a tokenizer that encodes such pieces independently; for any other one the text is encoded
-    as a whole. `wrapped` is mlx-lm's TokenizerWrapper. Safe to use from any thread."""
+    as a whole. What ControlTokens has escaped becomes the tokens of plain text: it is encoded in
+    parts, of which none holds a special token. `wrapped` is mlx-lm's TokenizerWrapper. Safe to use
+    from any thread."""
 
     REMEMBERED = 2048  # pieces of text
+    LEADS = ("", "\n", "<", ".")  # see _find_lead
 
     def __init__(self, wrapped: Any):
         self.wrapped = wrapped
-        self._encode_piece = functools.lru_cache(self.REMEMBERED)(self._encode_whole)
+        self.control_tokens = ControlTokens(wrapped)
+        self._lead = self._find_lead()
+        self._encode_piece = functools.lru_cache(self.REMEMBERED)(self._encode_parts)
         self._special_tokens = self._find_special_tokens()
 
     @classmethod
@@ -48,11 +54,39 @@ class TextTokenizer:
         return cls(wrapped)
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a text in which special tokens are recognised; none are added."""
+        """The token ids of a text in which special tokens are recognised unless they are escaped;
+        none are added."""
         if self._special_tokens is None:
-            return self._encode_whole(text)
+            return self._encode_parts(text)
         pieces = filter(None, self._special_tokens.split(text))
         return list(itertools.chain.from_iterable(map(self._encode_piece, pieces)))
+
+    def _encode_parts(self, text: str) -> list[int]:
+        """The token ids of a text that may hold SPLIT, at which it is cut."""
+        first, *parts = text.split(SPLIT)
+        tokens = self._encode_whole(first) if first else []
+        for part in filter(None, parts):
+            tokens += self._encode_behind(self._lead, part)
+        return tokens
+
+    def _encode_behind(self, lead: str, text: str) -> list[int]:
+        """The token ids of a text that is not the first one: those behind the tokens of `lead`."""
+        before = self._encode_whole(lead) if lead else []
+        tokens = self._encode_whole(lead + text)
+        if tokens[: len(before)] == before:
+            return tokens[len(before) :]
+        return self._encode_whole(text)
+
+    def _find_lead(self) -> str:
+        """A text with which another one is encoded as it is in the middle of a text: many
+        tokenizers put a blank in front of the first word."""
+        first, second = "a<", "|b|> c"
+        expected = self.decode(self._encode_whole(first + second))
+        for lead in self.LEADS:
+            tokens = self._encode_whole(first) + self._encode_behind(lead, second)
+            if self.decode(tokens) == expected:
+                return lead
+        return ""
 
     def _encode_whole(self, text: str) -> list[int]:
         tokens: list[int] = self.wrapped.encode(text, add_special_tokens=False)
@@ -132,12 +166,6 @@ class TextTokenizer:
         tokenizer adds to it."""
         tokens: list[int] = self.wrapped.encode(text)
         return tokens
-
-
-def alternatives(texts: Iterable[str]) -> str:
-    """A regular expression that matches any of these texts, the longest where several do; nothing
-    if there are none."""
-    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
 
 
 @functools.cache
