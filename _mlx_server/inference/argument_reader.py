@@ -29,6 +29,7 @@ _ESCAPE = r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[0-9a-
 _HALF_ESCAPE = (
     r"\\(?:u[0-9a-fA-F]{0,3}|u[dD][89abAB][0-9a-fA-F]{2}(?:\\(?:u[0-9a-fA-F]{0,3})?)?)?\Z"
 )
+_HALF_KEY = re.compile(r'(?:"[^"\s]*(?:"\s*:?\s*)?)?')
 _CLOSING = {"{": "}", "[": "]", "(": ")"}
 
 
@@ -75,7 +76,7 @@ class ArgumentReader:
                 return True
             argument = syntax.argument.match(buffer.text, 0, MAX_HEAD)
             if argument is None:
-                if self._gives_up(('"',)):
+                if self._gives_up(_HALF_KEY.fullmatch(buffer.text) is not None):
                     return False
                 yield
                 continue
@@ -99,7 +100,7 @@ class ArgumentReader:
             if argument is None:
                 if comes_next(buffer.text, (*syntax.arguments_end, self._end_tag), last=False):
                     return True
-                if self._gives_up(following):
+                if self._gives_up(bool(comes_next(buffer.text, following, last=True))):
                     return False
                 yield
                 continue
@@ -114,11 +115,12 @@ class ArgumentReader:
             else:
                 yield from self._read_string(ends, following, types[key])
 
-    def _gives_up(self, begins: tuple[str, ...]) -> bool:
-        """Whether the next argument, which may begin with one of `begins`, will never come."""
+    def _gives_up(self, half: bool) -> bool:
+        """Whether the next argument will never come. `half` tells that the buffer holds at most
+        the beginning of one, which is dropped if no more comes."""
         buffer = self._buffer
-        if buffer.ended and comes_next(buffer.text, begins, last=True):
-            buffer.text = ""  # the mere beginning of an argument is dropped
+        if buffer.ended and half:
+            buffer.text = ""
         return (
             buffer.ended
             or len(buffer.text) >= MAX_HEAD
