@@ -142,9 +142,8 @@ class Engine:
     are not rank 0 `follow`. Raises ModelNotFound or ModelLoadError for a bad `model`, OSError for a
     `cache_dir` that cannot be written to."""
 
-    LAST_WRITES = 2.5  # seconds that closing may spend on that
-    # Seconds after which a single step counts as hanging, the loading of models apart
-    STUCK = 120.0
+    LAST_WRITES = 2.5  # seconds that closing may spend on writing the prefix cache to disk
+    STUCK = 120.0  # seconds after which a step counts as hanging, the loading of models apart
 
     def __init__(
         self,
