@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+from typing import Any
 
 import pytest
 from wire_cases import HI, IMAGE_NOTE, brief
@@ -561,3 +562,30 @@ def test_refusals(fields: dict, message: str) -> None:
     with pytest.raises(WireError) as caught:
         AnthropicMessages({"model": "m", "max_tokens": 9, "messages": HI, **fields})
     assert (caught.value.status, caught.value.message) == (400, message)
+
+
+@pytest.mark.parametrize(
+    "edits, keeps",
+    [
+        ([{"type": "clear_thinking_20251015", "keep": "all"}], True),
+        (
+            [
+                {
+                    "type": "clear_thinking_20251015",
+                    "keep": {"type": "thinking_turns", "value": 2},
+                }
+            ],
+            False,
+        ),
+        ([{"type": "clear_tool_uses_20250919"}], None),
+        ("nonsense", None),
+    ],
+)
+def test_a_client_says_whether_old_thinking_stays(edits: Any, keeps: bool | None):
+    body = {
+        "model": "m",
+        "max_tokens": 9,
+        "messages": [{"role": "user", "content": "hi"}],
+        "context_management": {"edits": edits},
+    }
+    assert AnthropicMessages(body).request.keep_thinking is keeps

@@ -363,9 +363,36 @@ class ModelRunner:
             assert sequence.entry is not None
             sequence.entry.tokens = response.all_tokens
             sequence.entry.cache = response.prompt_cache
-            self._end(sequence, response.finish_reason)
+            if response.finish_reason != "stop" or not self._end_thinking(sequence):
+                self._end(sequence, response.finish_reason)
         elif parser.stop_sequence is not None or parser.finished:
             self._end(sequence, "stop")
+
+    def _end_thinking(self, sequence: Sequence) -> bool:
+        """Ends the thinking of a turn that the model has ended inside of it, once, so that the
+        answer is written; returns whether it goes on."""
+        tags = self.renderer.format.thinking
+        left = sequence.limit - sequence.usage.completion_tokens
+        if (
+            tags is None
+            or sequence.parser.state != "thinking"
+            or sequence.thinking_ended
+            or left <= 0
+        ):
+            return False
+        log.info("%s ended its turn inside its thinking: the answer is asked for", self.local.name)
+        sequence.thinking_ended = True
+        entry, end = sequence.entry, f"{tags[1]}\n\n"
+        assert entry is not None
+        written = entry.tokens
+        if written and written[-1] in self.renderer.tokenizer.eos_token_ids:
+            written = written[:-1]
+        sequence.detokenizer = self.renderer.tokenizer.detokenizer
+        sequence.raw += end
+        sequence.emit(*sequence.parser.feed(end, markup=True))
+        self._begin_again(sequence, [*written, *self.renderer.encode(end)])
+        self.prefixes.put(entry)
+        return True
 
     def _check_numbers(self, sequence: Sequence, response: Any) -> None:
         """Raises ArithmeticError when the model has stopped computing numbers. Every sampler picks

@@ -102,6 +102,7 @@ class Sequence:
         self.detokenizer: Any = None
         self.raw, self.visible, self.thinking = "", "", ""  # all text, and two parts of it
         self.calls: list[Call] = []
+        self.thinking_ended = False  # for the model, which had ended its turn inside of it
         self.parser = self._new_parser()
         self._events = events
         self._pending_logprobs: list[Token] = []  # of tokens that may turn out to be visible

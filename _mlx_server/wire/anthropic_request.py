@@ -60,6 +60,7 @@ def _request(body: Object, counting: bool) -> Request:
         max_tokens=max_tokens,
         thinking=thinking,
         thinking_budget=budget,
+        keep_thinking=_keep_thinking(body),
         effort=field(output, "effort", str, "output_config"),
     )
     if schema is not None:
@@ -76,6 +77,18 @@ def _refuse_unsupported(body: Object) -> None:
     for key in ("compaction", "thread"):
         if body.get(key) is not None:
             raise WireError(400, f"{key} is not supported by this server")
+
+
+def _keep_thinking(body: Object) -> bool | None:
+    """`Request.keep_thinking`. A number of turns to keep wants old thinking gone; which turns keep
+    theirs is the template's decision then:
+    https://platform.claude.com/docs/en/build-with-claude/context-editing"""
+    management = body.get("context_management")
+    edits = management.get("edits") if isinstance(management, dict) else None
+    for edit in edits if isinstance(edits, list) else []:
+        if isinstance(edit, dict) and edit.get("type") == "clear_thinking_20251015":
+            return edit.get("keep") == "all"
+    return None
 
 
 def _thinking(config: Object) -> tuple[bool | None, int | None]:
