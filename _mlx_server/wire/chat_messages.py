@@ -65,8 +65,10 @@ def _past_calls(message: Object, number: int) -> tuple[list[Call], list[str]]:
         id = field(call, "id", str, call_path) or f"call_{number}_{index}"
         if call_type == "custom" and "function" not in call:
             custom = field(call, "custom", dict, call_path, required=True)
-            name = field(custom, "name", str, f"{call_path}.custom", required=True)
-            calls.append((id, name, {"input": custom.get("input")}))
+            custom_path = f"{call_path}.custom"
+            name = field(custom, "name", str, custom_path, required=True)
+            text = field(custom, "input", str, custom_path, default="")
+            calls.append((id, name, {"input": text}))
         elif call_type == "function" or "function" in call:
             function = field(call, "function", dict, call_path, required=True)
             name = field(function, "name", str, f"{call_path}.function", required=True)
