@@ -25,6 +25,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     _add_models(parser)
     _add_memory(parser)
+    _add_disk_cache(parser)
     _add_requests(parser)
     _add_access(parser)
     _add_running(parser)
@@ -74,7 +75,7 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_memory(parser: argparse.ArgumentParser) -> None:
-    """What may be kept in memory and on disk."""
+    """What may be kept in memory."""
     add = parser.add_argument
     add(
         "--prompt-cache",
@@ -82,26 +83,6 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
         type=options.size,
         help="memory for the KV states of earlier prompts, e.g. 8GB "
         "(default: a quarter of --memory)",
-    )
-    add(
-        "--cache-dir",
-        metavar="DIR",
-        help="keep these states in DIR, too, where they survive a restart "
-        "(default: ~/.cache/mlx-server/prompts, on macOS under ~/Library/Caches)",
-    )
-    add(
-        "--no-cache-dir",
-        dest="cache_dir",
-        action="store_const",
-        const="",
-        help="keep these states in memory only",
-    )
-    add(
-        "--cache-dir-size",
-        metavar="SIZE",
-        type=options.size,
-        help="most bytes of files in DIR "
-        "(default: 16GB, or a tenth of the free disk if that is less)",
     )
     add(
         "--kv-bits",
@@ -133,6 +114,31 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
         type=options.seconds,
         help="unload models that were idle for so long, e.g. 30m "
         "(default: when their memory is needed)",
+    )
+
+
+def _add_disk_cache(parser: argparse.ArgumentParser) -> None:
+    """Where the prompt cache is kept on disk."""
+    add = parser.add_argument
+    add(
+        "--cache-dir",
+        metavar="DIR",
+        help="keep these states in DIR, too, where they survive a restart "
+        "(default: ~/.cache/mlx-server/prompts, on macOS under ~/Library/Caches)",
+    )
+    add(
+        "--no-cache-dir",
+        dest="cache_dir",
+        action="store_const",
+        const="",
+        help="keep these states in memory only",
+    )
+    add(
+        "--cache-dir-size",
+        metavar="SIZE",
+        type=options.size,
+        help="most bytes of files in DIR "
+        "(default: 16GB, or a tenth of the free disk if that is less)",
     )
 
 
