@@ -142,10 +142,10 @@ class Engine:
     default nine tenths of what the GPU may use, the rest being for computing), `max_loaded` the
     number of models, `max_queue` the number of requests that may wait, `keep_alive` the seconds
     that an idle model stays (None: until its memory is needed). `state` is the file where presets
-    are kept (None: nowhere, they end with the engine). With a `group` of several processes each makes the same engine, with a `model`, the
-    only one then, and without a `cache_dir`; those that are not rank 0 `follow`. Raises
-    ModelNotFound or ModelLoadError for a bad `model`, OSError for a `cache_dir` that cannot be
-    written to."""
+    are kept (None: nowhere, they end with the engine). With a `group` of several processes each
+    makes the same engine, with a `model`, the only one then, and without a `cache_dir`; those that
+    are not rank 0 `follow`. Raises ModelNotFound or ModelLoadError for a bad `model`, OSError for a
+    `cache_dir` that cannot be written to or is another user's."""
 
     LAST_WRITES = 2.5  # seconds that closing may spend on that
     STUCK = 600.0  # seconds after which a single step counts as hanging
