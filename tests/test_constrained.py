@@ -327,6 +327,23 @@ def test_a_forced_call_is_a_valid_call(engine: Engine, family: str):
 
 
 @pytest.mark.parametrize("family", ["hermes", "qwen_coder"])
+@pytest.mark.parametrize("pattern", [r"^\/tm?p$", "^[/]tmp$", r"^(?=\/)\/tmp", r"^\cA"])
+def test_a_pattern_that_cannot_be_held_lets_the_rest_be_held(
+    engine: Engine, caplog: pytest.LogCaptureFixture, family: str, pattern: str
+):
+    known = r"\c" not in pattern and "?=" not in pattern
+    schema = obj(path=text(9, pattern=pattern), mode={"enum": ["red", "green"]})
+    for seed in range(3):
+        generation = ask(
+            engine, seed, family, tools=[tool("Open", schema)], tool_choice="any", max_tokens=200
+        )
+        ((_, arguments),) = calls(generation)[0][:1]
+        assert arguments["mode"] in ("red", "green") and len(arguments["path"]) <= 9
+        assert not known or arguments["path"] in ("/tmp", "/tp")
+    assert ("patterns of tools may not be held" in caplog.text) is not known
+
+
+@pytest.mark.parametrize("family", ["hermes", "qwen_coder"])
 def test_calls_of_strict_tools_match_their_schemas_and_what_is_said_beside_them_is_free(
     engine: Engine, family: str
 ):

@@ -7,9 +7,13 @@ from collections.abc import Callable
 
 import pytest
 from call_families import FAMILIES
-from parsing import TOOLS
+from parsing import TOOLS, tool
+from schemas import SCHEMAS
 
 from _mlx_server.inference.parser import OutputParser
+from _mlx_server.inference.schema import TooComplex, has_finite_value, parameter_types
+from _mlx_server.inference.schema_limits import check_enforceable
+from engine import Engine, InvalidRequest, ModelNotFound
 
 # What a model that has lost its way repeats
 REPEATED = [
@@ -70,3 +74,103 @@ def test_what_a_model_repeats_costs_its_length(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_whatever_a_model_repeats_costs_its_length(family: str) -> None:
     assert not costly(family, BEGINNINGS, REPEATED)
+
+
+def doubling(word: str, levels: int = 40) -> dict:
+    """Definitions each of which names the next one twice."""
+    definitions = {f"d{n}": {word: [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(levels)}
+    definitions[f"d{levels}"] = {"type": "object", "properties": {"a": {"type": "string"}}}
+    return {"$ref": "#/$defs/d0", "$defs": definitions}
+
+
+def test_definitions_that_double_at_every_level_are_given_up(caplog):
+    with pytest.raises(TooComplex):
+        has_finite_value(doubling("allOf"))
+    bad = {"type": "function", "function": {"name": "Bad", "parameters": doubling("allOf")}}
+    types = parameter_types([tool("Good", a={"type": "integer"}), bad])
+    assert types["Good"]["a"] == {"integer"} and types["Bad"]["a"] == set()
+    assert "Bad" in caplog.text
+
+
+@pytest.mark.parametrize("length", [10, 2000])
+def test_a_chain_of_definitions_is_no_doubling(length):
+    chain = {
+        f"d{n}": {
+            "type": "object",
+            "required": ["a"],
+            "properties": {"a": {"$ref": f"#/$defs/d{n + 1}"}},
+        }
+        for n in range(length)
+    }
+    assert has_finite_value({"$ref": "#/$defs/d0", "$defs": chain})
+
+
+def patterns(number: int) -> list[dict]:
+    return [{"pattern": f"(.*a.{{{20 + n}}}.*)"} for n in range(number)]
+
+
+def alternatives(of: str, number: int) -> dict:
+    return {"anyOf": [{"type": "object", "properties": {f"{of}{n}": {}}} for n in range(number)]}
+
+
+COSTLY = {
+    "patterns": {"type": "string", "allOf": patterns(20)},
+    "patterns of a property": {"allOf": [{"properties": {"a": one}} for one in patterns(20)]},
+    "patterns by reference": {
+        "$ref": "#/$defs/a",
+        "$defs": {
+            "a": {"allOf": [{"$ref": "#/$defs/b"}, *patterns(3)]},
+            "b": {"allOf": patterns(3), "type": "string"},
+        },
+    },
+    "multiples": {"allOf": [{"type": "integer", "multipleOf": n} for n in (9973, 9967)]},
+    "combinations": {"allOf": [alternatives(f"k{n}", 4) for n in range(6)]},
+    "properties": {"type": "object", "properties": {f"k{n}": {} for n in range(3000)}},
+    "properties in objects": {
+        "properties": {
+            f"o{m}": {"type": "object", "properties": {f"k{n}": {} for n in range(100)}}
+            for m in range(50)
+        }
+    },
+    "values": {"pattern": "(.*a.{20}.*)", "enum": [f"x{n}" for n in range(4000)]},
+    "length": {"enum": ["x" * 300_000]},
+    "a long pattern": {"pattern": "a" * 3000},
+    "doubling": doubling("allOf"),
+}
+
+
+@pytest.mark.parametrize("schema", COSTLY.values(), ids=COSTLY)
+def test_a_format_that_takes_too_long_to_compile_is_refused(demo, schema):
+    with pytest.raises(InvalidRequest, match="the output format cannot be enforced: its|a pattern"):
+        demo.chat("hello", format=schema)
+
+
+def test_a_tool_with_such_a_schema_is_not_held_to_it(demo, caplog):
+    tools = [tool("Good"), tool("Bad", a=COSTLY["patterns"], b=doubling("allOf"))]
+    list(demo.chat("hello", tools=tools, strict=True, max_tokens=2))
+    assert "calls are not held to their schemas: its schema has more than" in caplog.text
+
+
+def test_schemas_of_use_are_enforceable():
+    for schema in SCHEMAS:
+        check_enforceable([schema])
+
+
+@pytest.fixture(scope="module")
+def demo():
+    with Engine("demo") as engine:
+        yield engine
+
+
+def test_stop_sequences_are_bounded(demo):
+    list(demo.chat("hello", stop=["x"] * 64, max_tokens=1))
+    for stops in (["x"] * 65, ["x" * 1001]):
+        with pytest.raises(InvalidRequest, match="at most 64 stop sequences"):
+            demo.chat("hello", stop=stops)
+
+
+def test_a_long_name_is_not_found(demo):
+    for name in ("1" * 5000, "a" * 10**6, "qwen-" + "9" * 5000 + "b"):
+        with pytest.raises(ModelNotFound) as raised:
+            demo.resolve(name)
+        assert len(str(raised.value)) < 1000

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from _mlx_server.inference.presets import PresetStore
-from engine import EngineError, Preset, Request, Sampling
+from engine import EngineError, InvalidRequest, Preset, Request, Sampling
 
 HI = {"role": "user", "content": "hi"}
 SYSTEM = {"role": "system", "content": "S"}
@@ -72,3 +72,15 @@ def test_a_file_that_cannot_be_written_is_an_error_and_the_change_lasts(tmp_path
     with pytest.raises(EngineError, match="presets.json cannot be written: .*until the end"):
         store.put(Preset("mine", "demo"))
     assert store.get("mine")
+
+
+def test_presets_are_bounded(monkeypatch: pytest.MonkeyPatch):
+    store = PresetStore(None)
+    with pytest.raises(InvalidRequest, match="at most 1000000 characters"):
+        store.put(Preset("p", "demo", system="x" * 10**6))
+    monkeypatch.setattr(PresetStore, "MAX_PRESETS", 2)
+    for name in ("a", "b", "a"):
+        store.put(Preset(name, "demo"))
+    with pytest.raises(InvalidRequest, match="2 presets already"):
+        store.put(Preset("c", "demo"))
+    assert [preset.name for preset in store] == ["a", "b"]

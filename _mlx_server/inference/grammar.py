@@ -79,6 +79,26 @@ def calls_grammar(
     )
 
 
+def pattern_grammar(pattern: str) -> str:
+    """A grammar that compiles if a schema's `pattern` can be held in every syntax."""
+    return f"start: {_containing(pattern)} | json\njson: {json_rule({'pattern': pattern})}"
+
+
+def without_patterns(schema: Any, dropped: Callable[[str], bool]) -> Any:
+    """A schema without those patterns that are to be `dropped`."""
+    if isinstance(schema, list):
+        return [without_patterns(one, dropped) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    pattern = schema.get("pattern")
+    drop = isinstance(pattern, str) and dropped(pattern)
+    return {
+        key: without_patterns(value, dropped)
+        for key, value in schema.items()
+        if not (drop and key == "pattern")
+    }
+
+
 class ArgumentsGrammar:
     """The grammar of a tool's arguments that are no JSON object, as `rules` of which the first has
     the name `name`.

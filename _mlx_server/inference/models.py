@@ -152,20 +152,20 @@ def shortcoming(files: Iterable[str]) -> str:
     return "it has no model*.safetensors" if "config.json" in files else "it has no config.json"
 
 
-def read_json_file(path: Path) -> Any:
-    """What a file's JSON says. Raises OSError, and ValueError also for a file that is too large or
-    too deeply nested."""
+def read_json_file(path: Path, most: int = MAX_FILE) -> Any:
+    """What a file's JSON says. Raises OSError, and ValueError also for a file of more than `most`
+    bytes and for one that is too deeply nested."""
     try:
-        return json.loads(read_file(path))
+        return json.loads(read_file(path, most))
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
-def read_file(path: Path) -> bytes:
-    """A file of at most MAX_FILE bytes. Raises OSError, and ValueError for one that is larger."""
+def read_file(path: Path, most: int = MAX_FILE) -> bytes:
+    """A file of at most so many bytes. Raises OSError, and ValueError for one that is larger."""
     with path.open("rb") as stream:
-        content = stream.read(MAX_FILE + 1)
-    if len(content) > MAX_FILE:
+        content = stream.read(most + 1)
+    if len(content) > most:
         raise ValueError(f"{path.name} is too large")
     return content
 

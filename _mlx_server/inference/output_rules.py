@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from _mlx_server.inference.constraint import Constraint, ThinkingBudget, grammar_error
 from _mlx_server.inference.formats import OutputFormat
-from _mlx_server.inference.grammar import json_rule
+from _mlx_server.inference.grammar import json_rule, pattern_grammar, without_patterns
 from _mlx_server.inference.grammar_compiler import GrammarCompiler
 from _mlx_server.inference.prompt import Prompt
 from _mlx_server.inference.protocol import InvalidRequest, Request
@@ -21,6 +23,8 @@ log = logging.getLogger("mlx_server")
 
 class OutputRules:
     """Makes the logits processors that a request needs, for one model."""
+
+    MAX_TESTED = 32  # patterns of a request's tools
 
     def __init__(self, tokenizer: TextTokenizer, format: OutputFormat):
         self._tokenizer, self._format = tokenizer, format
@@ -67,12 +71,28 @@ class OutputRules:
         if not grammar or not tools or not format.call:
             return None
         matcher = self._grammars.matcher(grammar)
+        if matcher.is_error():
+            log.warning("patterns of tools may not be held: %s", grammar_error(matcher))
+            tools = without_patterns(tools, functools.cache(self._pattern_check()))
+            grammar = format.grammar(tools, parallel, self._grammars.literal)
+            matcher = self._grammars.matcher(grammar)
         begun = self._tokenizer.encode(opening or format.call[0])
         if not matcher.consume_tokens(begun):
             raise InvalidRequest(grammar_error(matcher))
         for warning in matcher.get_grammar_warnings():
             log.warning("the call's arguments are not held to all of their schema: %s", warning)
         return Constraint(matcher, trigger=[] if opening else begun)
+
+    def _pattern_check(self) -> Callable[[str], bool]:
+        """Tells of each pattern whether it cannot be held; of those after MAX_TESTED it says so
+        untested."""
+        left = iter(range(self.MAX_TESTED))
+
+        def cannot_be_held(pattern: str) -> bool:
+            tested = next(left, None) is not None
+            return not tested or bool(self._grammars.matcher(pattern_grammar(pattern)).is_error())
+
+        return cannot_be_held
 
     def _format_constraint(
         self, request: Request, prompt: Prompt, schema: dict[str, Any]

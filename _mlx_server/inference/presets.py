@@ -15,7 +15,14 @@ from pathlib import Path
 
 from _mlx_server.inference.models import read_json_file
 from _mlx_server.inference.names import plain_name
-from _mlx_server.inference.protocol import EngineError, Message, Request, Sampling, fill_sampling
+from _mlx_server.inference.protocol import (
+    EngineError,
+    InvalidRequest,
+    Message,
+    Request,
+    Sampling,
+    fill_sampling,
+)
 
 
 @dataclass
@@ -53,6 +60,9 @@ class PresetStore:
     """Presets by name, whatever its case, kept in the file `path` if there is one. Any thread may
     use it. Raises EngineError for a file that cannot be read."""
 
+    MAX_PRESETS = 500
+    MAX_LENGTH = 1_000_000  # characters of a preset in JSON
+
     def __init__(self, path: Path | None):
         self._path = path
         # Never changed, but replaced as a whole: readers need no lock
@@ -67,10 +77,17 @@ class PresetStore:
         return self._presets.get(plain_name(name))
 
     def put(self, preset: Preset) -> None:
-        """Adds one or replaces that of its name. Raises EngineError if the file cannot be
-        written."""
+        """Adds one or replaces that of its name. Raises EngineError if the file cannot be written,
+        InvalidRequest if it is too long or there are too many."""
+        if len(json.dumps(dataclasses.asdict(preset))) > self.MAX_LENGTH:
+            raise InvalidRequest(f"a preset has at most {self.MAX_LENGTH} characters")
         with self._writing:
-            self._presets = {**self._presets, plain_name(preset.name): preset}
+            presets = {**self._presets, plain_name(preset.name): preset}
+            if len(presets) > max(self.MAX_PRESETS, len(self._presets)):
+                raise InvalidRequest(
+                    f"there are {self.MAX_PRESETS} presets already; delete one before"
+                )
+            self._presets = presets
             self._save()
 
     def remove(self, name: str) -> bool:
@@ -111,7 +128,7 @@ def _read(path: Path) -> dict[str, Preset]:
             return {}
         known = [
             Preset(**{**preset, "sampling": Sampling(**preset["sampling"])})
-            for preset in read_json_file(path)
+            for preset in read_json_file(path, most=2**40)
         ]
         return {plain_name(preset.name): preset for preset in known}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
