@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from _mlx_server.inference.models import LocalModel
+from _mlx_server.inference.names import VENDOR_PREFIX
 from _mlx_server.wire.anthropic import AnthropicMessages
 from _mlx_server.wire.errors import ErrorAnswer, anthropic_error, ollama_error, openai_error
 from _mlx_server.wire.fields import Object, WireError, timestamp
@@ -23,6 +24,9 @@ from _mlx_server.wire.openai import OpenAIChat, OpenAICompletion
 from _mlx_server.wire.openai_embeddings import OpenAIEmbeddings
 from _mlx_server.wire.reply import Reply
 from _mlx_server.wire.responses import OpenAIResponses
+
+# How a name begins that Claude Code offers: https://code.claude.com/docs/en/llm-gateway-protocol
+_SHOWN_BY_CLAUDE_CODE = ("claude", "anthropic")
 
 
 @dataclass(frozen=True)
@@ -129,18 +133,31 @@ def _model(name: str, modified: float, owner: str) -> Object:
 
 
 def model_page(
-    models: list[LocalModel], query: dict[str, str], tags: Iterable[Object] = ()
+    models: list[LocalModel],
+    query: dict[str, str],
+    tags: Iterable[Object] = (),
+    *,
+    anthropic: bool = False,
 ) -> Object:
     """GET /v1/models?limit&after_id&before_id: the installed models, then what an upstream lists as
     `tags`. Raises WireError for a bad limit or an id that is not there.
 
-    A page has 1000 models by default, not Anthropic's 20: OpenAI's clients read the same answer and
-    do not turn pages.
+    A client of Anthropic's (`anthropic`) also gets each installed model by a name that Claude Code
+    offers. Codex, which says its `client_version`, fails without a list `models`; an empty one lets
+    it use its own instructions, of which an entry would have to bring others. A page has 1000
+    models by default, not Anthropic's 20: OpenAI's clients read the same answer and do not turn
+    pages.
 
     https://platform.claude.com/docs/en/api/models/list
     https://platform.openai.com/docs/api-reference/models/list"""
+    for_claude_code = [
+        {**model_object(model), "id": f"{VENDOR_PREFIX}{model.name}"}
+        for model in models
+        if not model.name.lower().startswith(_SHOWN_BY_CLAUDE_CODE)
+    ]
     everything = [
         *map(model_object, models),
+        *(for_claude_code if anthropic else ()),
         *map(upstream_model_object, not_hidden(tags, models)),
     ]
     limit = query.get("limit") or "1000"
@@ -158,6 +175,7 @@ def model_page(
     else:
         data = everything[start : start + int(limit)]
     return {
+        **({"models": []} if "client_version" in query else {}),
         "object": "list",
         "data": data,
         "has_more": len(data) < end - start,

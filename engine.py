@@ -14,11 +14,12 @@ renderers) is replaced as a whole by the thread that changes it, and says so whe
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,9 @@ from _mlx_server.inference.event_queue import EventQueue
 from _mlx_server.inference.generation import Generation
 from _mlx_server.inference.group import Group, GroupLost
 from _mlx_server.inference.library import Library
-from _mlx_server.inference.lookup import look_up
+from _mlx_server.inference.lookup import Parting, describe_miss, look_up
 from _mlx_server.inference.memory import usable_memory
-from _mlx_server.inference.models import (
-    Loaded,
-    LocalModel,
-    fingerprint,
-    read_chat_template,
-    read_json_file,
-)
+from _mlx_server.inference.models import Loaded, LocalModel, fingerprint, read_shown_files
 from _mlx_server.inference.names import plain_name
 from _mlx_server.inference.pool import ModelPool
 from _mlx_server.inference.presets import Preset
@@ -137,18 +132,21 @@ class Engine:
     folders of models, `aliases` pairs of (glob, name), `context` and `max_tokens` upper bounds in
     tokens, `cache_limit` the prefix cache's bytes (by default a quarter of `memory`). `cache_dir`
     is a folder where the prefix cache outlives the process, `cache_dir_limit` the most bytes of
-    files in it. `kv_bits` (4 or 8) keeps the KV cache quantised. `memory` is the bytes that
-    weights, KV and prefix cache may take together (by default nine tenths of what the GPU may use,
-    the rest being for computing), `max_loaded` the number of models, `max_queue` the number of
-    requests that may wait, `keep_alive` the seconds that an idle model stays (None: until its
-    memory is needed). `state` is the file where presets are kept (None: nowhere, they end with the
-    engine). With a `group` of several processes each makes the same engine, with a `model`, the
+    files in it (by default 16 GiB or a tenth of the free disk). `kv_bits` (4 or 8) keeps the KV
+    cache quantised. `memory` is the bytes that weights, KV and prefix cache may take together (by
+    default nine tenths of what the GPU may use, the rest being for computing), `max_loaded` the
+    number of models, `max_queue` the number of requests that may wait, `keep_alive` the seconds
+    that an idle model stays (None: until its memory is needed). `state` is the file where presets
+    are kept (None: nowhere, they end with the engine). With a `group` of several processes each makes the same engine, with a `model`, the
     only one then, and without a `cache_dir`; those that are not rank 0 `follow`. Raises
     ModelNotFound or ModelLoadError for a bad `model`, OSError for a `cache_dir` that cannot be
     written to."""
 
     LAST_WRITES = 2.5  # seconds that closing may spend on that
-    STUCK = 600.0  # seconds after which a single step counts as hanging
+    # Seconds after which a single step counts as hanging, the loading of models apart
+    STUCK = 120.0
+    MAX_STOPS = 64  # of a request
+    MAX_NAME = 512  # characters of a model's name
 
     def __init__(
         self,
@@ -160,7 +158,7 @@ class Engine:
         max_tokens: int | None = None,
         cache_limit: int | None = None,
         cache_dir: str | Path | None = None,
-        cache_dir_limit: int = 32 * 2**30,
+        cache_dir_limit: int | None = None,
         kv_bits: int | None = None,
         memory: int | None = None,
         max_loaded: int | None = None,
@@ -183,7 +181,7 @@ class Engine:
             memory, cache_limit or memory // 4, max_loaded, kv_bits, self._disk_cache, self._group
         )
         if self.default is not None:
-            self.pool.check_size(self.default, self._library.models())
+            self.pool.check_size(self.default, self._library.models)
         self._renderers = RendererTable(self._build_renderer)
         self._scheduler, self._totals = Scheduler(), Totals()
         self._last_used: LocalModel | None = None
@@ -245,16 +243,15 @@ class Engine:
 
     def resolve(self, name: str) -> LocalModel:
         """The local model that answers to `name`. Raises ModelNotFound."""
+        if len(name) > self.MAX_NAME:
+            raise ModelNotFound(f"{name[:40]}…", [model.name for model in self._library.models()])
         if self.default is not None and name in (str(self.default.path), self.default.name):
             return self.default
         return self._library.resolve(name, default=self.default, last_used=self._last_used)
 
     def show(self, local: LocalModel) -> tuple[str, dict[str, Any]]:
-        """A model's chat template and its generation_config.json."""
-        files = {path.name: path.stat() for path in local.path.iterdir()}
-        known = "generation_config.json" in files
-        generation = read_json_file(local.path / "generation_config.json") if known else {}
-        return read_chat_template(local.path, files), generation
+        """A model's chat template and its generation_config.json. Raises ModelLoadError."""
+        return read_shown_files(local)
 
     def context_length(self, local: LocalModel) -> int:
         """Tokens of prompt and answer together that a request may have: what the model, `context`
@@ -293,31 +290,42 @@ class Engine:
         name = fields.pop("model", None) or (self.default.name if self.default else "default")
         return self.submit(Request(name, messages, **fields))
 
-    def submit(self, request: Request) -> Generation:
-        """Queues a request. What can be wrong with it is raised here: ModelNotFound, ModelLoadError
-        (no tokenizer), InvalidRequest (the template refuses it, its format cannot be enforced, or
-        there is no such token), PromptTooLong, EngineBusy, EngineClosed."""
-        local, request = self.resolve(request.model), self._with_preset(request)
-        self._check_open()
+    def submit(self, request: Request, local: LocalModel | None = None) -> Generation:
+        """Queues a request; `local` is its model if the caller has resolved the name. What can be
+        wrong with it is raised here: ModelNotFound, ModelLoadError (no tokenizer), InvalidRequest
+        (the template refuses it, its format cannot be enforced, or there is no such token),
+        PromptTooLong, EngineBusy, EngineClosed."""
+        local, request = local or self.resolve(request.model), self._with_preset(request)
+        self._check_open(request.priority)
+        if len(request.stop) > self.MAX_STOPS or max(map(len, request.stop), default=0) > 1000:
+            raise InvalidRequest("at most 64 stop sequences of 1000 characters are allowed")
         renderer = self.renderer(local)
         request.sampling = fill_sampling(request.sampling, renderer.defaults)
         prompt = self._prompt(local, renderer, request)
         limit, by_context = self._answer_limit(local, request, len(prompt.tokens))
         events = EventQueue(self._mutex)
         sequence = Sequence(request, local, renderer, prompt, limit, by_context, events)
-        generation = Generation(sequence, events, self._look_up(sequence))
+        parting = self._look_up(sequence)
+        generation = Generation(sequence, events)
         with self._lock:
-            self._check_open()
+            self._check_open(request.priority)
             self._last_used = local
             self._queue.append(sequence)
             self._lock.notify_all()
+        try:
+            generation.miss = describe_miss(sequence, parting) if parting else None
+        except BaseException:
+            generation.cancel()
+            raise
         return generation
 
     def count_tokens(self, request: Request) -> int:
         """Prompt tokens of a request, rendered just as `submit` does. Raises as `submit`, but never
         for length."""
-        renderer = self.renderer(self.resolve(request.model))
-        return len(renderer.prompt(self._with_preset(request)).tokens)
+        local = self.resolve(request.model)
+        renderer = self.renderer(local)
+        window = self.context_length(local)
+        return len(renderer.prompt(self._with_preset(request), window).tokens)
 
     def renderer(self, local: LocalModel) -> PromptRenderer:
         """A model's renderer, built if need be. Raises ModelLoadError, EngineClosed."""
@@ -331,18 +339,22 @@ class Engine:
     def _build_renderer(self, local: LocalModel) -> PromptRenderer:
         renderer = PromptRenderer(local)
         if self._disk_cache is not None:
-            renderer.learn(self._disk_cache.answers(fingerprint(local, self._kv_bits)))
+            renderer.learn(self._disk_cache.readings(fingerprint(local, self._kv_bits)))
         return renderer
 
     def _with_preset(self, request: Request) -> Request:
         preset = self.preset(request.model)
         return preset.fill(request) if preset else request
 
-    def _check_open(self) -> None:
+    def _check_open(self, priority: Priority) -> None:
         if self._draining or self._closing or self._broken:
             raise EngineClosed(self._broken or "the server is shutting down")
-        if self._waiting() >= self._max_queue:
-            raise EngineBusy(f"{self._max_queue} requests are waiting already")
+        waiting = self._waiting()
+        # So that less important requests cannot take all places
+        half = self._max_queue / 2
+        places = {Priority.LOW: half, Priority.NORMAL: 2 * half, Priority.HIGH: 3 * half}
+        if waiting >= places[priority]:
+            raise EngineBusy(f"{waiting} requests are waiting already")
 
     def _waiting(self) -> int:
         """How many requests wait, cancelled ones apart."""
@@ -354,7 +366,9 @@ class Engine:
         """The rendered request; without tokens if there is nothing to read."""
         given = request.prompt if isinstance(request.prompt, list) else []
         renderer.check_tokens([*(request.sampling.logit_bias or ()), *request.context, *given])
-        prompt = renderer.prompt(request) if request.messages or request.prompt else Prompt([])
+        prompt = Prompt([])
+        if request.messages or request.prompt:
+            prompt = renderer.prompt(request, self.context_length(local))
         if not request.embed:
             return prompt
         if not prompt.tokens:
@@ -377,7 +391,7 @@ class Engine:
         room = context - prompt_tokens
         return min([room, *asked]), not asked or min(asked) > room
 
-    def _look_up(self, sequence: Sequence) -> Miss | None:
+    def _look_up(self, sequence: Sequence) -> Parting | None:
         """Notes what of a prompt was read before, as far as that is known now."""
         runner = self.pool.runners.get(sequence.model.name)
         if sequence.request.embed or runner is None and self._disk_cache is None:
@@ -389,14 +403,17 @@ class Engine:
 
     def health(self) -> str | None:
         """What is wrong with the engine, or None. Answers at once, whatever the engine does."""
-        began = self._step_began
         if self._broken or not self._thread.is_alive():
             return self._broken or "the engine has stopped"
         if self._draining or self._closing:
             return "the server is shutting down"
-        if began is not None and time.monotonic() - began > self.STUCK:
-            return "the engine hangs"
-        return None
+        return "the engine hangs" if self.hangs else None
+
+    @property
+    def hangs(self) -> bool:
+        """Whether the current step has taken too long."""
+        began = self._step_began
+        return began is not None and time.monotonic() - began > self.STUCK
 
     @property
     def broken(self) -> bool:
@@ -510,16 +527,26 @@ class Engine:
     def _open(self, local: LocalModel, renderer: PromptRenderer) -> ModelRunner | None:
         """The model, loaded if need be; None if it has to wait for room."""
         try:
-            self.pool.check_size(local, self._library.models())
+            self.pool.check_size(local, self._library.models)
             if local.name not in self.pool.runners:
                 self._synchronize()
-            runner = self.pool.open(local, renderer)
+            with self._not_hanging():
+                runner = self.pool.open(local, renderer)
         except ModelLoadError as error:
             self._group.give_up(str(error))
             raise
         if runner is not None and runner.keep_alive is None:
             runner.keep_alive = self._keep_alive
         return runner
+
+    @contextlib.contextmanager
+    def _not_hanging(self) -> Iterator[None]:
+        """For what may take as long as it will within a step."""
+        began, self._step_began = self._step_began, None
+        try:
+            yield
+        finally:
+            self._step_began = time.monotonic() if began is not None else None
 
     def _wait(self) -> StepInput | None:
         """Sleeps until there is work; None when the engine is to end."""

@@ -21,6 +21,7 @@ if sys.version_info < (3, 11):  # noqa: UP036
     )
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import fnmatch
@@ -41,17 +42,19 @@ from _mlx_server.front.cli import parse_arguments, selected_command
 from _mlx_server.front.commands import run_command
 from _mlx_server.front.connections import ConnectionServer
 from _mlx_server.front.http import HTTPHandler
-from _mlx_server.front.logs import start_logging
-from _mlx_server.front.options import api_keys, program, url_of
+from _mlx_server.front.logs import shortened, start_logging
+from _mlx_server.front.options import api_keys, cache_folder, program, url_of
 from _mlx_server.front.relay import relay
-from _mlx_server.front.request_log import RequestLog
+from _mlx_server.front.request_log import RequestLog, conceal_reuse
 from _mlx_server.front.sockets import ClientDisconnected
 from _mlx_server.front.startup import is_taken, mlx_trouble, port_holder, raise_file_limit
 from _mlx_server.front.upstream import Upstream, is_relayed
+from _mlx_server.front.watchdog import Watchdog
 from _mlx_server.front.welcome import welcome
 from _mlx_server.inference.generation import Generation
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.hub import Hub
+from _mlx_server.inference.names import VENDOR_NAME, plain_name
 from _mlx_server.inference.presets import Preset
 from _mlx_server.inference.protocol import (
     EngineBusy,
@@ -75,8 +78,13 @@ from _mlx_server.wire.pull import ollama_pull
 from _mlx_server.wire.reply import Reply
 from engine import Engine
 
+STOPPING = 20.0  # seconds within which everything ends once the running answers had their time
 # The API level of Ollama's that is spoken; clients parse it and refuse what is too old
 OLLAMA_VERSION = "0.35.0"
+
+MAX_NAME = 512  # characters of a model's name
+# Organisations whose models clients ask for, though they are never installed
+VENDORS = ("anthropic", "openai")
 
 log = logging.getLogger("mlx_server")
 
@@ -88,7 +96,8 @@ class MLXServer(ConnectionServer):
     With `api_keys` every route but `/` and `/health` wants one of them, as `x-api-key` or bearer
     token; the priority that belongs to a key is the highest its holder can have. `priorities` are
     pairs of a glob, for a model's name or a dialect, and the priority of the requests that it
-    matches, where they do not say themselves. `upstream` serves the models that are not here."""
+    matches, where they do not say themselves. `upstream` serves the models that are not here.
+    `allowed_hosts` are further names by which clients reach the server."""
 
     def __init__(
         self,
@@ -98,10 +107,11 @@ class MLXServer(ConnectionServer):
         api_keys: Mapping[str, Priority] | None = None,
         priorities: Sequence[tuple[str, Priority]] = (),
         upstream: Upstream | None = None,
+        allowed_hosts: Sequence[str] = (),
     ):
         self.engine, self.priorities, self.upstream = engine, priorities, upstream
         self._stopper: threading.Thread | None = None
-        super().__init__(address, Handler, api_keys)
+        super().__init__(address, Handler, api_keys, allowed_hosts)
 
     def service_actions(self) -> None:
         """Called by `serve_forever` several times a second. An engine that has failed for good ends
@@ -190,8 +200,14 @@ class Handler(HTTPHandler):
         """The body as JSON; the model that it names is noted. Raises WireError."""
         body = self.read_json()
         name = body.get("model") or body.get("name")
-        self.exchange.model = name if isinstance(name, str) else None
+        self.exchange.model = short_name(name) if isinstance(name, str) else None
         return body
+
+    def require_manager(self) -> None:
+        """Raises WireError if the request's key is one for low priority: whoever holds it may use
+        the models and not change which there are."""
+        if self.exchange.highest_priority is Priority.LOW:
+            raise WireError(403, "this API key may not create, copy, pull, delete or unload models")
 
     def read_model_name(self) -> str:
         """The model that the body names. Raises WireError if it names none."""
@@ -232,7 +248,9 @@ class Handler(HTTPHandler):
         model = engine.resolve(reply.request.model)
         reply.check(model)
         reply.request.priority = self.priority(reply, model.name)
+        self.ignore_keep_alive(reply)
         if reply.unload:
+            self.require_manager()
             engine.unload(reply.request.model)
             return self.send_json(reply.whole())
         record = RequestLog(self.exchange.route)
@@ -240,7 +258,9 @@ class Handler(HTTPHandler):
         try:
             with self.server.answering():
                 for request in reply.requests:
-                    generations.append(engine.submit(request))
+                    generations.append(engine.submit(request, model))
+                    if self.server.shared:
+                        conceal_reuse(generations[-1])
                 send = send_stream if reply.stream else send_whole
                 send(self, reply, generations, record)
         except EngineError as error:
@@ -251,18 +271,19 @@ class Handler(HTTPHandler):
                 self.server.metrics.first_token(record.first_token_seconds)
             for generation in generations:
                 generation.cancel()
-                record.generation(generation)
+                record.generation(generation, shared=self.server.shared)
 
     def embed(self, reply: Embeddings) -> None:
         """Answers with the embeddings of texts. They are read one after the other, so that other
         requests get their turn between two."""
         engine, record = self.engine, RequestLog(self.exchange.route)
         model = engine.resolve(reply.request.model)
+        self.ignore_keep_alive(reply)
         try:
             with self.server.answering():
                 for request in reply.requests:
                     request.priority = self.priority(reply, model.name)
-                    generation = engine.submit(request)
+                    generation = engine.submit(request, model)
                     for event in generation:
                         reply.event(event)
                         if self.is_client_gone():
@@ -271,6 +292,12 @@ class Handler(HTTPHandler):
                 self.send_json(reply.whole())
         finally:
             record.embeddings(model.name, reply)
+
+    def ignore_keep_alive(self, reply: Reply) -> None:
+        """Holders of a key for low priority do not say how long a model stays in memory."""
+        if self.exchange.highest_priority is Priority.LOW:
+            for request in reply.requests:
+                request.keep_alive = None
 
     # -- the upstream
 
@@ -329,10 +356,12 @@ class Handler(HTTPHandler):
 
     def get_models(self) -> None:
         models, query = self.engine.models(), self.exchange.query
-        self.send_json(dialects.model_page(models, query, self.upstream_tags()))
+        anthropic = "anthropic-version" in self.headers  # all of Anthropic's clients send it
+        page = dialects.model_page(models, query, self.upstream_tags(), anthropic=anthropic)
+        self.send_json(page)
 
     def get_model(self) -> None:
-        name = self.exchange.route.removeprefix("/v1/models/")
+        name = short_name(self.exchange.route.removeprefix("/v1/models/"))
         try:
             model = dialects.model_object(self.engine.resolve(name))
         except ModelNotFound:
@@ -354,26 +383,31 @@ class Handler(HTTPHandler):
         self.send_json(ollama_show(local, context, template, generation, name, preset))
 
     def delete_model(self) -> None:
+        self.require_manager()
         name = self.read_model_name()
         self.engine.delete(name)
         self.send(200, b"")
 
     def post_copy(self) -> None:
+        self.require_manager()
         body = self.read_object()
         source, name = (
-            checked_name(body.get(key), f"{key} {json.dumps(body.get(key))} is invalid")
+            checked_name(body.get(key), f"{key} {shortened(json.dumps(body.get(key)))} is invalid")
             for key in ("source", "destination")
         )
+        self.require_free(name)
         preset = dataclasses.replace(self.base(source), name=name, modified=time.time())
         self.engine.keep(preset)
         self.send(200, b"")
 
     def post_create(self) -> None:
+        self.require_manager()
         body = self.read_object()
         name = checked_name(self.exchange.model, "invalid model name")
         source = field(body, "from", str, default="")
         if not source and not body.get("files"):
             raise WireError(400, "neither 'from' or 'files' was specified")
+        self.require_free(name)
         preset = ollama_create(body, name, self.base(source) if source else Preset(name, ""))
 
         def create() -> Generator[Object, None, None]:
@@ -383,12 +417,26 @@ class Handler(HTTPHandler):
 
         send_progress(self, create(), field(body, "stream", bool, default=True))
 
+    def require_free(self, name: str) -> None:
+        """Raises WireError for a name that a preset must not take: others mean something else by
+        it."""
+        plain = plain_name(name)
+        org, _, last = plain.rpartition("/")
+        if org in VENDORS or VENDOR_NAME.fullmatch(last):
+            raise WireError(400, f"'{name}' is a name that clients ask for; take another")
+        if self.engine.preset(name) is not None:
+            return
+        with contextlib.suppress(ModelNotFound):
+            model = self.engine.resolve(name)
+            raise WireError(400, f"'{name}' is the name of an installed model, {model.name}")
+
     def base(self, source: str) -> Preset:
         """The preset that a name means, or an empty one of its model."""
-        local = self.engine.resolve(source)
+        local = self.engine.resolve(short_name(source))
         return self.engine.preset(source) or Preset(local.name, local.name)
 
     def post_pull(self) -> None:
+        self.require_manager()
         body = self.read_object()
         name = (self.exchange.model or "").removeprefix("https://")
         steps = Hub(self.engine.hub).pull(checked_name(name, "invalid model name"))
@@ -415,6 +463,13 @@ class Handler(HTTPHandler):
 
     def get_version(self) -> None:
         self.send_json({"version": OLLAMA_VERSION})
+
+
+def short_name(name: str) -> str:
+    """`name`, if it can be a model's. Raises WireError if it is too long."""
+    if len(name) > MAX_NAME:
+        raise WireError(400, f"model: String should have at most {MAX_NAME} characters")
+    return name
 
 
 Methods = dict[str, Callable[[Handler], None]]
@@ -478,14 +533,17 @@ def _run(args: argparse.Namespace) -> int:
     group = Ranks(args.pipeline) if "MLX_RANK" in os.environ else Group()
     if group.rank:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 gets it as well, and ends all
-        return int(not _make_engine(args, group).follow())
+        engine = _make_engine(args, group)
+        with Watchdog(lambda: engine.hangs, engine.STUCK):
+            return int(not engine.follow())
     server = _listen(args)
     try:
         engine = server.engine = _make_engine(args, group)
     except EngineError:
         server.server_close()
         raise
-    _serve(args, server, engine)
+    with Watchdog(lambda: engine.hangs, engine.STUCK) as watchdog:
+        _serve(args, server, engine, watchdog)
     if not engine.close(0) or group.lost:
         logging.shutdown()
         # An engine in the midst of a step would crash or stop the interpreter's own way out
@@ -494,7 +552,20 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _make_engine(args: argparse.Namespace, group: Group) -> Engine:
-    """Raises EngineError."""
+    """Raises EngineError. Without the prompt cache on disk if only its usual place is no good."""
+    folder = cache_folder(args)
+    try:
+        return _engine(args, group, folder)
+    except OSError as error:
+        reason = f"cannot keep a prompt cache in {folder}: {error.strerror}"
+    if args.cache_dir:
+        raise EngineError(reason)
+    log.warning("%s; to keep it elsewhere: --cache-dir DIR", reason)
+    return _engine(args, group, None)
+
+
+def _engine(args: argparse.Namespace, group: Group, cache_folder: str | None) -> Engine:
+    """Raises EngineError, and OSError if the folder of the prompt cache is no good."""
     try:
         return Engine(
             args.model,
@@ -503,7 +574,7 @@ def _make_engine(args: argparse.Namespace, group: Group) -> Engine:
             context=args.context,
             max_tokens=args.max_tokens,
             cache_limit=args.prompt_cache,
-            cache_dir=args.cache_dir,
+            cache_dir=cache_folder,
             cache_dir_limit=args.cache_dir_size,
             kv_bits=args.kv_bits,
             memory=args.memory,
@@ -516,10 +587,6 @@ def _make_engine(args: argparse.Namespace, group: Group) -> Engine:
     except ModelNotFound as error:
         pull = f"{program()} pull {shlex.quote(args.model)}"
         raise EngineError(f"{error}; to download it: {pull}") from None
-    except OSError as error:
-        raise EngineError(
-            f"cannot keep a prompt cache in {args.cache_dir}: {error.strerror}"
-        ) from None
 
 
 def _listen(args: argparse.Namespace) -> MLXServer:
@@ -533,6 +600,7 @@ def _listen(args: argparse.Namespace) -> MLXServer:
             api_keys=api_keys(args),
             priorities=args.priority,
             upstream=Upstream(args.upstream, args.overflow) if args.upstream else None,
+            allowed_hosts=args.allow_host,
         )
     except (OSError, ValueError) as error:
         if getattr(error, "errno", None) != errno.EADDRINUSE:
@@ -543,10 +611,15 @@ def _listen(args: argparse.Namespace) -> MLXServer:
         ) from None
 
 
-def _serve(args: argparse.Namespace, server: MLXServer, engine: Engine) -> None:
+def _serve(args: argparse.Namespace, server: MLXServer, engine: Engine, watchdog: Watchdog) -> None:
     """Answers until a signal, or an engine that has failed, ends it."""
+
+    def stop(*_: object) -> None:
+        server.begin_stop(args.drain)
+        watchdog.end_within(args.drain + STOPPING)
+
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: server.begin_stop(args.drain))
+        signal.signal(number, stop)
     # Only a terminal that is closed sends SIGHUP to end its programs
     if not sys.stderr or not sys.stderr.isatty():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -13,6 +13,8 @@ to measure nothing else: `loop`, `prefill`, `decode`, `concurrent`, `contended`.
         a recorded session again: what of each prompt had to be prefilled
     python tests/bench.py render
         a prompt that has grown: rendering, tokenising, look-up, warm as a ratio to cold
+    python tests/bench.py growth
+        a prompt's look-up beside few and many conversations, files and models
     python tests/bench.py soak
         64 clients that hang up and come back: what goes wrong, and memory
 
@@ -36,6 +38,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from bench_api import APIS, as_ollama
+from bench_growth import growth
 from bench_parts import PARTS, calibrate, measure, progress
 from bench_prompts import made_up_trace, pieces
 from bench_side import FAILURES, Generate, Side, find_side
@@ -230,7 +233,7 @@ def soak(args: argparse.Namespace) -> None:
     )
 
 
-COMMANDS = {command.__name__: command for command in (reuse, render, soak)}
+COMMANDS = {command.__name__: command for command in (reuse, render, growth, soak)}
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -37,8 +37,8 @@ def example(part: str) -> str:
 
 
 class Server:
-    """`python mlx_server.py`, or another command, on a free port. `lines` are what it has logged
-    so far."""
+    """`python mlx_server.py`, or another command, on a free port, which shares no prompt cache
+    with others unless it is `cached`. `lines` are what it has logged so far."""
 
     def __init__(
         self,
@@ -46,10 +46,11 @@ class Server:
         env: dict[str, str] | None = None,
         command: Sequence[str] = (sys.executable, str(ROOT / "mlx_server.py")),
         folder: Path = ROOT,
+        cached: bool = False,
     ):
         nowhere = {"HF_HUB_CACHE": "/nonexistent", "XDG_CONFIG_HOME": "/nonexistent"}
         self.process = subprocess.Popen(
-            [*command, "--port", "0", *flags],
+            [*command, "--port", "0", *([] if cached else ["--no-cache-dir"]), *flags],
             cwd=folder,
             stderr=subprocess.PIPE,
             text=True,

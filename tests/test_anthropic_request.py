@@ -7,11 +7,10 @@ import json
 import logging
 
 import pytest
-from wire_cases import HI, brief
+from wire_cases import HI, IMAGE_NOTE, brief
 
 from _mlx_server.wire.anthropic import AnthropicMessages
 from _mlx_server.wire.anthropic_request import count_request
-from _mlx_server.wire.conversation import IMAGE_NOTE
 from _mlx_server.wire.fields import WireError
 from engine import Request
 
@@ -163,6 +162,10 @@ def test_system(system: object, expected: str | None) -> None:
     assert brief(ask(system=system).messages) == [*expected_messages, ("user", "hi")]
 
 
+ELSEWHERE = "it is kept elsewhere, and this server does not fetch it"
+ENCRYPTED_SUMMARY = "[summary of the conversation so far omitted: it is encrypted]"
+
+
 def source(kind: str, **fields) -> dict:
     return {"source": {"type": kind, **fields}}
 
@@ -198,8 +201,23 @@ def source(kind: str, **fields) -> dict:
             "T\nS\nD",
         ),
         ({"type": "compaction", "content": "summary"}, "summary"),
+        ({"type": "compaction", "content": None, "encrypted_content": "x"}, ENCRYPTED_SUMMARY),
         ({"type": "tool_addition", "tool": {}}, ""),
-        ({"type": "never_heard_of"}, ""),
+        ({"type": "image", **source("file", file_id="f")}, IMAGE_NOTE),
+        ({"type": "container_upload", "file_id": "f"}, f"[file omitted: f: {ELSEWHERE}]"),
+        (
+            {"type": "document", "title": "T", **source("url", url="http://x")},
+            f"T\n[document omitted: http://x: {ELSEWHERE}]",
+        ),
+        (
+            {"type": "document", **source("file", file_id="f")},
+            f"[document omitted: f: {ELSEWHERE}]",
+        ),
+        (
+            {"type": "document", **source("of_tomorrow")},
+            "[document omitted: this server cannot use it]",
+        ),
+        ({"type": "never_heard_of"}, "[never_heard_of omitted: this server cannot use it]"),
     ],
 )
 def test_blocks_become_text(block: dict, text: str) -> None:
@@ -225,7 +243,7 @@ def test_blocks_of_an_assistant() -> None:
     assert ask(history).messages[1:] == [
         {
             "role": "assistant",
-            "content": "well",
+            "content": "[server_tool_use omitted: this server cannot use it]\nwell",
             "reasoning_content": "hmm",
             "tool_calls": [
                 {
@@ -482,17 +500,16 @@ REFUSALS = [
         "message.",
     ),
     (
-        {"messages": [message("user", {"type": "image", **source("file", file_id="f")})]},
-        "messages.0.content.0.source: files are not supported by this server",
+        {"messages": [message("user", {"type": "image", "source": None})]},
+        "messages.0.content.0.source: Field required",
     ),
     (
         {"messages": [message("user", {"type": "document", **source("base64", data="A")})]},
-        "messages.0.content.0.source: only documents of text are supported by this server; "
-        "send its text",
+        "messages.0.content.0.source.data: Input should be valid base64",
     ),
     (
-        {"messages": [message("user", {"type": "container_upload", "file_id": "f"})]},
-        "messages.0.content.0: files are not supported by this server",
+        {"messages": [message("user", {"type": "document", "source": {}})]},
+        "messages.0.content.0.source.type: Field required",
     ),
     ({"system": 5}, "system: Input should be a valid string or list"),
     ({"stop_sequences": [1]}, "stop_sequences.0: Input should be a valid string"),

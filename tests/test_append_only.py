@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +19,11 @@ from models import build_tokenizer
 
 from _mlx_server.inference.models import describe
 from _mlx_server.inference.parser import OutputParser
-from _mlx_server.inference.prefix_cache import common_prefix
+from _mlx_server.inference.prefix_tree import common_prefix
 from _mlx_server.inference.prompt import Prompt
 from _mlx_server.inference.renderer import PromptRenderer
 from _mlx_server.wire.anthropic import AnthropicMessages
-from engine import Done, Text, Thinking, Usage
+from engine import Done, Text, Thinking, ToolEnd, ToolStart, Usage
 
 # Templates with the habits of real families
 
@@ -97,7 +98,6 @@ FAMILIES = {
         top="<|im_start|>system\nToday is {{ strftime_now('%d %B %Y, %H:%M:%S') }}.<|im_end|>\n"
     ),
 }
-DROPS_THINKING = {"stripped", "thoughtless"}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -374,14 +374,15 @@ class Session:
         request = self.reply.request
         parser = OutputParser(self.renderer.format, [*request.tools, *request.deferred_tools])
         events = [*parser.feed(written), *parser.finish()]
+        ends = (event for event in events if isinstance(event, ToolEnd))
+        starts = (event for event in events if isinstance(event, ToolStart))
         self.renderer.remember(
             request,
             self.prompt,
-            everything[len(self.prompt.tokens) :],
-            written,
+            everything,
             "".join(event.text for event in events if isinstance(event, Text)),
             "".join(event.text for event in events if isinstance(event, Thinking)),
-            parser.call_ids,
+            [(one.id, one.name, end.arguments) for one, end in zip(starts, ends, strict=True)],
         )
         reason = "tool_calls" if parser.called else "stop"
         self.reply.open(SimpleNamespace(id="1", prompt_tokens=0, cached_tokens=0))
@@ -456,12 +457,6 @@ def test_an_answer_begins_the_next_request(
         shared = common_prefix(everything, after.tokens)
         if family == "one call" and len(calls) > 1:  # the template needs a result between the calls
             assert shared >= before.body
-        elif (
-            family in DROPS_THINKING
-            and "thinking" in ANSWERS[name]
-            and not (family == "stripped" and calls)
-        ):
-            assert shared >= before.body  # all that the template leaves unchanged
         else:
             assert shared == len(everything), (
                 renderer.tokenizer.decode(everything[shared - 9 :]),
@@ -469,21 +464,50 @@ def test_an_answer_begins_the_next_request(
             )
 
 
-def test_a_template_that_strips_old_thinking_costs_only_that_turn(tmp_path: Path):
+def think_and_call(session: Session, number: int) -> dict:
+    """One round of thinking and a call; returns what the client sends back for it."""
+    _, message = session.answer(
+        session.write(thinking=f"thought {number}", calls=(("Bash", {"command": "ls"}),))
+    )
+    return message
+
+
+def test_thinking_that_was_read_stays_where_a_template_would_strip_it(tmp_path: Path):
     session = Session(build_renderer(tmp_path, FAMILIES["stripped"]), "stripped")
-    turn = session.ask(user("begin"))
+    session.ask(user("begin"))
     for number in range(3):
-        everything, message = session.answer(
-            session.write(thinking=f"thought {number}", calls=(("Bash", {"command": "ls"}),))
-        )
-        after = session.ask(message, results((message["content"][-1]["id"], "seen")))
-        assert after.tokens[: len(everything)] == everything
-    _, message = session.answer("Done.")
+        message = think_and_call(session, number)
+        session.ask(message, results((message["content"][-1]["id"], "seen")))
+    everything, message = session.answer("Done.")
     after = session.ask(message, user("next"))
-    assert after.tokens[: turn.body] == turn.tokens[: turn.body]
+    assert after.tokens[: len(everything)] == everything
     text = session.renderer.tokenizer.decode(after.tokens)
-    # The instructions name it once
-    assert "thought" not in text and text.count("</tool_call>") == 4
+    assert text.count("thought") == 3 and text.endswith("next<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("why", ["the window is nearly full", "the client wants it dropped"])
+def test_old_thinking_goes_once_and_what_is_read_then_stays(tmp_path: Path, why: str):
+    session = Session(build_renderer(tmp_path, FAMILIES["stripped"]), "stripped")
+    session.ask(user("begin"))
+    for number in range(3):
+        message = think_and_call(session, number)
+        session.ask(message, results((message["content"][-1]["id"], "seen")))
+    _, message = session.answer("Done.")
+    session.messages += [message, user("next")]
+    request = AnthropicMessages(body(session.messages)).request
+    window = 10_000
+    if why == "the window is nearly full":
+        window = len(session.renderer.prompt(request, window).tokens)
+    else:
+        request.keep_thinking = False
+    short = session.renderer.prompt(request, window)
+    assert "thought" not in session.renderer.tokenizer.decode(short.tokens)
+    session.prompt, session.reply = short, AnthropicMessages(body(session.messages))
+    everything, message = session.answer("And on.")
+    session.messages += [message, user("more")]
+    request = AnthropicMessages(body(session.messages)).request
+    after = session.renderer.prompt(request, window)
+    assert after.tokens[: len(everything)] == everything
 
 
 def test_a_template_that_ends_no_turn_with_a_token_keeps_the_whole_conversation(tmp_path: Path):
@@ -570,7 +594,7 @@ def build_harmony(path: Path) -> Session:
 @pytest.mark.parametrize("rewrite", ["nothing", "inputs", "thinking omitted"])
 def test_channels_keep_their_tokens_while_the_template_shows_them(tmp_path: Path, rewrite: str):
     session = build_harmony(tmp_path)
-    turn = session.ask(user("begin"))
+    session.ask(user("begin"))
     for thought in ("<|channel|>analysis<|message|>Look  first.<|end|><|start|>assistant", ""):
         for spoken in ("", "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant"):
             everything, message = session.answer(
@@ -588,13 +612,11 @@ def test_channels_keep_their_tokens_while_the_template_shows_them(tmp_path: Path
     _, message = session.answer(thought + "<|channel|>final<|message|>It is done.", "<|return|>")
     assert message["content"][-1] == {"type": "text", "text": "It is done."}
     after = session.ask(message, user("next"))
-    assert after.tokens[: turn.body] == turn.tokens[: turn.body]
     text = session.renderer.tokenizer.decode(after.tokens)
-    assert "analysis<|message|>" not in text and text.endswith(
+    assert text.count("analysis<|message|>Look  first.") == 2 and text.endswith(
         "<|start|>assistant<|channel|>final<|message|>It is done.<|end|>"
         "<|start|>user<|message|>next<|end|><|start|>assistant"
     )
-    assert text.count('"command": "ls"') == 4
     everything, message = session.answer("<|channel|>final<|message|>Yes.", "<|return|>")
     after = session.ask(message, user("more"))  # in which the answer ends with another tag
     assert common_prefix(everything, after.tokens) == len(everything) - 1
@@ -635,10 +657,8 @@ def test_a_closed_loop_prefills_only_what_is_new(families: Server, family: str):
                 **{**body(messages, len(messages)), "model": f"demo-{family.replace(' ', '-')}"}
             )
             read = answer.usage.cache_read_input_tokens
-            # The thought before it
-            dropped = family in DROPS_THINKING and words == "run ls and run pwd" and not calls
             split = family == "one call" and len(calls) > 1
-            assert read >= known - 1 or dropped or split, (words, known, read)
+            assert read >= known - 1 or split, (words, known, read)
             known = answer.usage.input_tokens + read + answer.usage.output_tokens
             blocks = [block.to_dict() for block in answer.content]
             messages.append({"role": "assistant", "content": list(map(rewritten, blocks))})
@@ -648,3 +668,112 @@ def test_a_closed_loop_prefills_only_what_is_new(families: Server, family: str):
                 break
             messages.append(results(*((call["id"], "seen") for call in reversed(calls))))
     assert called >= 3
+
+
+@pytest.mark.parametrize("later", ["sent back", "dropped"])
+@pytest.mark.parametrize("family", ["json", "stripped", "nine"])
+def test_turns_that_were_only_read_stay_as_they_were_read(tmp_path: Path, family: str, later: str):
+    """A session that comes from elsewhere goes on here."""
+    elsewhere = Session(build_renderer(tmp_path / "elsewhere", FAMILIES[family]), family)
+    elsewhere.ask(user("begin"))
+    for number in range(2):
+        message = think_and_call(elsewhere, number)
+        elsewhere.ask(message, results((message["content"][-1]["id"], "seen")))
+    here = Session(build_renderer(tmp_path / "here", FAMILIES[family]), family)
+    resumed = here.ask(*elsewhere.messages)
+    _, message = here.answer("Done.")
+    kept = here.messages
+    if later == "dropped":
+        drop = REWRITES["thinking dropped"]
+        kept = [
+            {**one, "content": drop(one["content"])} if one["role"] == "assistant" else one
+            for one in kept
+        ]
+    here.messages = kept
+    after = here.ask(message, user("next"))
+    assert after.tokens[: resumed.body] == resumed.tokens[: resumed.body]
+    assert here.renderer.tokenizer.decode(after.tokens).count("thought") == 2
+
+
+def test_two_clients_that_share_a_beginning_go_on_from_it(tmp_path: Path):
+    session = recorded_loop(tmp_path, "stripped")
+    shared = list(session.messages)
+    read = session.prompt.tokens[: session.prompt.body]
+    for words in ("left", "right"):
+        fork = Session(session.renderer, "stripped")
+        fork.ask(*shared)
+        everything, message = fork.answer(f"To the {words}.")
+        after = fork.ask(message, user(f"{words} it is"))
+        assert everything[: len(read)] == read and after.tokens[: len(everything)] == everything
+
+
+# What the client changes
+
+
+def recorded_loop(path: Path, family: str) -> Session:
+    """Three turns of thinking, calls and text, all of them answered by this renderer."""
+    session = Session(build_renderer(path, FAMILIES[family]), family)
+    session.ask(user("begin"))
+    for turn in range(3):
+        for number in range(2):
+            message = think_and_call(session, 10 * turn + number)
+            call = message["content"][-1]["id"]
+            session.ask(message, results((call, f"seen {turn} {number}")))
+        _, message = session.answer(session.write(text=f"Done with {turn}."))
+        session.ask(message, user(f"go on {turn}"))
+    return session
+
+
+def edited(messages: list[dict], chance: random.Random) -> tuple[list[dict], str]:
+    """A conversation with one message changed as no client does by itself, and the words that
+    have come in."""
+    messages = json.loads(json.dumps(messages))
+    at = chance.randrange(len(messages))
+    words = f"changed {chance.randrange(10**9)}"
+    content = messages[at]["content"]
+    if isinstance(content, str):
+        messages[at]["content"] = words
+    elif content[-1]["type"] == "tool_result":
+        content[-1]["content"] = words
+    elif content[-1]["type"] == "tool_use" and chance.random() < 0.5:
+        content[-1]["id"] = messages[at + 1]["content"][0]["tool_use_id"] = f"other {words}"
+        content[-1]["input"] = {"command": words}
+    else:
+        texts = [block for block in content if block["type"] == "text"]
+        if texts:
+            texts[0]["text"] = words
+        else:
+            content.insert(0, {"type": "text", "text": words})
+    return messages, words
+
+
+@pytest.mark.parametrize("edits", [20, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["json", "stripped", "thoughtless"])
+def test_what_a_client_changes_is_read_anew_from_there_on(tmp_path: Path, family: str, edits: int):
+    session = recorded_loop(tmp_path / "warm", family)
+    cold = build_renderer(tmp_path / "cold", FAMILIES[family])
+    decode, chance = cold.tokenizer.decode, random.Random(7)
+    for _ in range(edits):
+        messages, words = edited(session.messages, chance)
+        request = AnthropicMessages(body(messages)).request
+        warm = decode(session.renderer.prompt(request).tokens)
+        anew = decode(cold.prompt(request).tokens)
+        assert warm.count(words) == anew.count(words) > 0
+        # From the changed turn on both are the same, but for thinking that only the warm one knows.
+        assert warm.rpartition(words)[2] == anew.rpartition(words)[2]
+
+
+def test_the_same_messages_after_other_tools_or_another_system_prompt_are_read_anew(
+    tmp_path: Path,
+):
+    session = recorded_loop(tmp_path, "stripped")
+    same = session.renderer.prompt(session.reply.request)
+    other = body(session.messages)
+    other["system"][-1]["text"] = "You are careless."
+    fewer = body(session.messages, tools=TOOLS[:1])
+    for changed in (other, fewer):
+        prompt = session.renderer.prompt(AnthropicMessages(changed).request)
+        text = session.renderer.tokenizer.decode(prompt.tokens)
+        assert prompt.root != same.root or prompt.tokens[: prompt.root] != same.tokens[: same.root]
+        assert "You are careful." not in text or changed is fewer
+        assert "thought" not in text  # the template's own form: nobody has read this before

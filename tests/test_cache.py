@@ -285,7 +285,7 @@ def test_snapshots_stay_few(options: dict):
     with Engine(**options) as engine:
         turns(engine, [SYSTEM, user("begin")], 25)
         line = lines(engine)[0]
-        assert len(line.checkpoints) <= (0 if line.trimmable else line.SNAPSHOTS + 4)
+        assert len(line.checkpoints) <= (0 if line.trimmable else line.CHECKPOINTS + 4)
 
 
 def test_a_miss_explains_itself(folder: Path):
@@ -342,6 +342,37 @@ def test_the_flags_the_header_and_the_log_of_a_restarted_server(tmp_path: Path):
         )
     finally:
         server.stop()
+
+
+def test_a_server_that_is_started_again_goes_on_without_any_flag(tmp_path: Path):
+    def reused() -> float:
+        server = Server(cached=True, env={"XDG_CACHE_HOME": str(tmp_path)})
+        messages = [{"role": "user", "content": "once " * 300}]
+        body = {"model": "demo", "max_tokens": 5, "messages": messages}
+        try:
+            with urllib.request.urlopen(
+                f"{server.url}/v1/messages", json.dumps(body).encode()
+            ) as response:
+                found = re.search(r"reused=(\d+); prompt=(\d+)", response.headers["x-prompt-cache"])
+                return int(found[1]) / int(found[2])
+        finally:
+            assert server.stop() == 0
+
+    assert reused() == 0 and reused() > 0.95
+    folder = tmp_path / "mlx-server" / "prompts"
+    assert folder.stat().st_mode & 0o777 == 0o700 and list(folder.iterdir())
+
+
+@pytest.mark.parametrize("flags", [(), ("--no-cache-dir",)])
+def test_a_server_starts_where_no_cache_can_be_kept(flags: tuple[str, ...], tmp_path: Path):
+    (tmp_path / "mlx-server").write_text("in the way")
+    server = Server(*flags, cached=True, env={"XDG_CACHE_HOME": str(tmp_path)})
+    try:
+        if not flags:
+            assert "cannot keep a prompt cache in" in "".join(server.lines)
+    finally:
+        assert server.stop() == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["mlx-server"]
 
 
 @pytest.mark.parametrize(

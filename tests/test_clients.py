@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import anthropic
 import ollama
 import pytest
-from conftest import PATIENCE, Server
+from conftest import PATIENCE, ROOT, Server
 
 PRIVET = "Привет! Я встроенная демо-модель. Я умею говорить, считать, читать, писать и запускать."
 BASH = {
@@ -182,6 +186,96 @@ def test_ollamas_client_for_javascript(server: Server):
     command = ["node", str(script), folder, server.url]
     out = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert out.stdout == "ok\n", out.stderr
+
+
+class ClaudeSession:
+    """Claude Code without a terminal: JSON objects in, JSON objects out, one a line."""
+
+    def __init__(self, cli: str, home: Path, exports: str):
+        variables = (line.removeprefix("export ").partition("=") for line in exports.splitlines())
+        more = {name: "".join(shlex.split(value)) for name, _, value in variables}
+        quiet = {"DISABLE_TELEMETRY": "1", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"}
+        json_lines = ["--input-format", "stream-json", "--output-format", "stream-json"]
+        self._process = subprocess.Popen(
+            [cli, "-p", "--verbose", *json_lines],
+            cwd=home,
+            env={"PATH": os.environ["PATH"], "HOME": str(home), **quiet, **more},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._watchdog = threading.Timer(4 * PATIENCE, self._process.kill)
+        self._watchdog.start()
+
+    def ask(self, answer: str, **sent: object) -> dict:
+        """Sends an object and returns the next one of the type `answer`."""
+        self._process.stdin.write(json.dumps(sent) + "\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("{") and json.loads(line)["type"] == answer:
+                return json.loads(line)
+        raise AssertionError(f"no {answer}")
+
+    def control(self, subtype: str, **fields: object) -> dict:
+        """Sends a request to the program itself and returns its answer."""
+        request = {"subtype": subtype, **fields}
+        told = self.ask(
+            "control_response", type="control_request", request_id=subtype, request=request
+        )
+        return told["response"]["response"]
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(PATIENCE)
+        self._process.stdout.close()
+        self._watchdog.cancel()
+
+
+@pytest.mark.clients
+def test_claude_code_offers_the_installed_models(server: Server, tmp_path: Path):
+    """Its menu has them from the second start on, and a choice is served."""
+    cli = os.environ.get("CLAUDE_CLI")
+    if not cli:
+        pytest.skip("CLAUDE_CLI does not name Claude Code's program; .ci/run does")
+    program = [sys.executable, str(ROOT / "mlx_server.py"), "--port", str(server.port)]
+    printed = subprocess.run([*program, "--print-env"], capture_output=True, text=True)
+    first = ClaudeSession(cli, tmp_path, printed.stdout)
+    first.control("initialize")
+    found = tmp_path / ".claude" / "cache" / "gateway-models.json"
+    deadline = time.monotonic() + PATIENCE
+    while not found.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    first.close()
+    second = ClaudeSession(cli, tmp_path, printed.stdout)
+    offered = {model["value"]: model for model in second.control("initialize")["models"]}
+    assert offered["anthropic/demo"]["displayName"] == "demo"
+    assert second.control("set_model", model="anthropic/demo") == {"model": "anthropic/demo"}
+    message = {"role": "user", "content": "say hello from the menu"}
+    assert second.ask("result", type="user", message=message)["result"] == "hello from the menu"
+    second.close()
+
+
+@pytest.mark.clients
+def test_codex_decodes_the_list_of_models(server: Server, tmp_path: Path):
+    """It asks for the list if a command gives it the key."""
+    cli = os.environ.get("CODEX_CLI")
+    if not cli:
+        pytest.skip("CODEX_CLI does not name Codex's program; .ci/run does")
+    key = 'auth={command="echo", args=["any"]}'
+    fields = f'name="mlx", base_url="{server.url}/v1", wire_api="responses", {key}'
+    command = [cli, "exec", "--skip-git-repo-check", "--model", "demo"]
+    command += ["-c", f"model_providers.mlx={{{fields}}}", "-c", 'model_provider="mlx"']
+    out = subprocess.run(
+        [*command, "say hello from codex"],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "RUST_LOG": "error"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=4 * PATIENCE,
+    )
+    assert out.stdout.strip() == "hello from codex"
+    assert "failed to refresh available models" not in out.stderr
 
 
 @pytest.mark.clients

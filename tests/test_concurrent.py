@@ -142,13 +142,13 @@ def test_a_long_prompt_is_not_starved_by_short_ones():
 def test_equals_are_served_in_the_order_they_came():
     first, second = Waiting(10000, 0), Waiting(9000, 1)
     assert chunks_until(Scheduler(), [second, first], first) == 20
-    assert second.tokens == 9000
+    assert second.left == 9000
 
 
 def test_higher_priority_goes_first_and_lower_work_waits_for_it():
     low, high = Waiting(600, 0, Priority.LOW), Waiting(13000, 1, Priority.HIGH)
     assert chunks_until(Scheduler(), [low, high], high) == 26
-    assert low.tokens == 600
+    assert low.left == 600
 
 
 @pytest.mark.parametrize(
@@ -193,6 +193,24 @@ def test_a_twin_that_comes_while_the_first_is_read_does_not_read_it_again(engine
 # ------------------------------------------------------------------ a full house
 
 
+def test_a_full_batch_keeps_nobody_waiting_who_is_more_important(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(ModelRunner, "BATCH", 2)
+    with Engine(str(folder / "qwen2")) as engine:
+        running = [engine.chat(f"long {n}", max_tokens=4000, priority=Priority.LOW) for n in "ab"]
+        for generation in running:
+            until(generation, State.DECODE)
+        waiting = engine.chat("one more", max_tokens=1, priority=Priority.LOW)
+        for priority in (Priority.NORMAL, Priority.HIGH):
+            assert answer(engine, f"now {priority}", max_tokens=3, priority=priority)[0]
+        assert waiting.sequence.state is State.WAITING
+        assert all(generation.sequence.state is State.DECODE for generation in running)
+        running[0].cancel()
+        assert list(waiting)[-1].reason == "length"
+        running[1].cancel()
+
+
 def test_more_than_may_wait_are_refused_and_the_others_are_answered(folder: Path):
     with Engine(str(folder / "qwen2"), max_queue=3) as engine:
         first = engine.chat("long " * 600, max_tokens=1)
@@ -207,6 +225,19 @@ def test_more_than_may_wait_are_refused_and_the_others_are_answered(folder: Path
         assert answer(engine, "again")[0]
 
 
+def test_less_important_requests_leave_places_to_others(folder: Path):
+    with Engine(str(folder / "qwen2"), max_queue=2) as engine:
+        begun = [engine.chat("long " * 600, max_tokens=1)]
+        until(begun[0], State.PREFILL)
+        for priority in (Priority.LOW, Priority.NORMAL):
+            begun.append(engine.chat("more " * 200, max_tokens=1, priority=priority))
+            with pytest.raises(EngineBusy):
+                engine.chat("one too many", priority=priority)
+        begun.append(engine.chat("in haste", max_tokens=1, priority=Priority.HIGH))
+        for generation in begun:
+            assert list(generation)[-1].reason == "length"
+
+
 # ------------------------------------------------------------------ memory
 
 
@@ -215,14 +246,14 @@ def test_the_state_of_a_conversation_is_measured_right(engine: Engine):
     _, generation = answer(engine, "word " * 700, max_tokens=2)
     line = max(engine.pool.prefixes.entries(), key=lambda line: len(line.tokens))
     held = sum(layer.nbytes for layer in line.cache)
-    expected = runtime(engine).state.nbytes(len(line.tokens))
+    expected = runtime(engine).state_size.nbytes(len(line.tokens))
     assert 0.8 * held < expected < 1.3 * held  # layers grow in steps
 
 
 def test_requests_that_do_not_fit_together_take_turns(folder: Path):
     with Engine(str(folder / "qwen2")) as engine:
         expected = [answer(engine, f"number {n} " * 100)[0] for n in range(3)]
-        size, state = runtime(engine).size, runtime(engine).state
+        size, state = runtime(engine).size, runtime(engine).state_size
         tokens = engine.count_tokens(Request(engine.default.name, [user("number 0 " * 100)]))
     with Engine(str(folder / "qwen2"), memory=size + state.nbytes(2 * tokens + 40)) as engine:
         answer(engine, "loads the model")
@@ -242,7 +273,7 @@ def test_a_conversation_that_fills_memory_goes_on_from_its_own_state(folder: Pat
     with Engine(str(folder / "qwen2")) as engine:
         tokens = engine.count_tokens(Request(engine.default.name, messages))
         answer(engine, "loads the model")
-        size, state = runtime(engine).size, runtime(engine).state
+        size, state = runtime(engine).size, runtime(engine).state_size
     with Engine(
         str(folder / "qwen2"), memory=size + state.nbytes(tokens * 3 // 2), cache_limit=10**9
     ) as engine:
@@ -259,7 +290,7 @@ def test_a_conversation_that_fills_memory_goes_on_from_its_own_state(folder: Pat
 def test_a_conversation_larger_than_memory_is_refused_with_what_would_fit(folder: Path):
     with Engine(str(folder / "qwen2")) as engine:
         answer(engine, "measure")
-        size, state = runtime(engine).size, runtime(engine).state
+        size, state = runtime(engine).size, runtime(engine).state_size
     with Engine(str(folder / "qwen2"), memory=size + state.nbytes(300)) as engine:
         with pytest.raises(PromptTooLong, match=r"\d+ tokens > 300 maximum"):
             list(engine.chat("word " * 400))
@@ -287,7 +318,7 @@ def test_answers_that_outgrow_memory_wait_for_each_other_and_stay_right(
             prompt: answer(engine, prompt, max_tokens=150, sampling=dice) for prompt, dice in runs
         }
         runs = [run for run in runs if answers[run[0]][1].usage.completion_tokens == 150][:4]
-        size, state = runtime(engine).size, runtime(engine).state
+        size, state = runtime(engine).size, runtime(engine).state_size
     with Engine(str(folder / "qwen2"), memory=size + state.nbytes(400)) as engine:
         answer(engine, "loads the model")
         generations = [engine.chat(prompt, max_tokens=150, sampling=dice) for prompt, dice in runs]

@@ -49,6 +49,28 @@ def test_model_pages(query: dict, page: str, more: bool) -> None:
     )
 
 
+def test_models_are_listed_for_claude_code_by_names_that_it_offers() -> None:
+    models = [model("org/a"), model("claude-b")]
+    listed = model_page(models, {}, anthropic=True)["data"]
+    for one in listed:
+        ModelInfo.model_validate_json(json.dumps(one), strict=True)
+    assert [(one["id"], one["display_name"]) for one in listed] == [
+        ("org/a", "org/a"),
+        ("claude-b", "claude-b"),
+        ("anthropic/org/a", "org/a"),
+    ]
+    pages = [
+        model_page(models, {"limit": "1", "after_id": one["id"]}, anthropic=True)["data"]
+        for one in listed
+    ]
+    assert pages == [[listed[1]], [listed[2]], []]
+
+
+def test_codex_gets_the_list_that_it_decodes() -> None:
+    plain = model_page([model("a")], {})
+    assert model_page([model("a")], {"client_version": "0.171.0"}) == {**plain, "models": []}
+
+
 @pytest.mark.parametrize(
     "query", [{"limit": "0"}, {"limit": "x"}, {"limit": "1001"}, {"after_id": "nobody"}]
 )

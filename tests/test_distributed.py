@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPResponse
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -18,6 +19,7 @@ import pytest
 from conftest import ROOT, Server
 from models import CONFIGS, build_model
 
+from _mlx_server.inference.ranks import accept_peers
 from mlx_server import main
 
 # Which neither two nor four can share evenly
@@ -137,3 +139,28 @@ def test_what_a_group_cannot_do_is_refused_at_once(
     assert "one model" in refusal() and "no --cache-dir" in refusal(
         "--model", "demo", "--cache-dir", "x"
     )
+
+
+def test_strangers_do_not_keep_a_group_from_coming_together() -> None:
+    key = b"k" * 32
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        silent = [socket.create_connection(address) for _ in range(3)]
+        wrong = socket.create_connection(address)
+        wrong.sendall(b"GET / HTTP/1.1\r\n\r\n")
+
+        def join(rank: int) -> connection.Connection:
+            peer = connection.Client(address, authkey=key)
+            peer.send(rank)
+            return peer
+
+        with ThreadPoolExecutor() as pool:
+            joined = [pool.submit(join, rank) for rank in (1, 2)]
+            peers = accept_peers(listener, key, 2, 30)
+            assert sorted(peers.values()) == [1, 2]
+            for peer in [*peers, *(one.result() for one in joined)]:
+                peer.close()
+        with pytest.raises(ConnectionError, match="only 1 processes of 2"):
+            accept_peers(listener, key, 1, 0.3)
+    for stranger in [*silent, wrong]:
+        stranger.close()

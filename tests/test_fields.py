@@ -17,9 +17,9 @@ import openai
 import pytest
 from conftest import Server
 from test_http import ask
+from wire_cases import IMAGE_NOTE
 
 from _mlx_server.wire.anthropic import AnthropicMessages
-from _mlx_server.wire.conversation import IMAGE_NOTE
 from _mlx_server.wire.fields import WireError
 from _mlx_server.wire.ollama import OllamaChat, OllamaGenerate
 from _mlx_server.wire.openai import OpenAIChat, OpenAICompletion
@@ -42,6 +42,30 @@ DEMAND = [
 ]
 RULES = [{"role": "system", "content": "Be brief."}, *HI]
 FORM = {"type": "json_schema", "schema": SCHEMA}
+NOTED = (  # blocks of Anthropic's servers
+    "server_tool_use",
+    "web_search_tool_result",
+    "web_fetch_tool_result",
+    "code_execution_tool_result",
+    "bash_code_execution_tool_result",
+    "text_editor_code_execution_tool_result",
+    "tool_search_tool_result",
+    "mcp_tool_use",
+    "mcp_tool_result",
+    "advisor_tool_result",
+)
+
+
+def assistant(kind: str) -> dict:
+    """A message with a block of some type."""
+    block = {"type": kind, "content": [], "of_tomorrow": 1}
+    return {"role": "assistant", "content": [block]}
+
+
+def note(kind: str) -> str:
+    return f"[{kind} omitted: this server cannot use it]"
+
+
 IGNORED: dict[type, list[dict]] = {
     AnthropicMessages: [
         {"metadata": {"user_id": "u"}},
@@ -67,34 +91,10 @@ IGNORED: dict[type, list[dict]] = {
         {"compaction": None},
         {"thread": None},
         {"of_tomorrow": {"x": [1]}},
-        *(
-            {
-                "messages": [
-                    *HI,
-                    {
-                        "role": "assistant",
-                        "content": [{"type": kind, "content": [], "of_tomorrow": 1}],
-                    },
-                ]
-            }
-            for kind in (
-                "server_tool_use",
-                "web_search_tool_result",
-                "web_fetch_tool_result",
-                "code_execution_tool_result",
-                "bash_code_execution_tool_result",
-                "text_editor_code_execution_tool_result",
-                "tool_search_tool_result",
-                "mcp_tool_use",
-                "mcp_tool_result",
-                "advisor_tool_result",
-                "redacted_thinking",
-                "fallback",
-            )
-        ),
+        *({"messages": [*HI, assistant(kind)]} for kind in ("redacted_thinking", "fallback")),
         *(
             {"messages": [*HI, {"role": "system", "content": [{"type": kind, "tool": {}}]}]}
-            for kind in ("mid_conv", "tool_addition", "tool_removal", "browser_state")
+            for kind in ("tool_addition", "tool_removal")
         ),
     ],
     OllamaChat: [
@@ -258,6 +258,14 @@ HONOURED: list[tuple[type, dict, dict]] = [
         AnthropicMessages,
         {"output_config": {"format": FORM}},
         {"format": SCHEMA, "messages": DEMAND},
+    ),
+    *(
+        (
+            AnthropicMessages,
+            {"messages": [*HI, assistant(kind)]},
+            {"messages": [*HI, {"role": "assistant", "content": note(kind)}]},
+        )
+        for kind in NOTED
     ),
     (AnthropicMessages, {"output_format": FORM}, {"format": SCHEMA, "messages": DEMAND}),
     (OllamaChat, TOOLS, TOOLS),
@@ -575,9 +583,7 @@ def test_both_families_of_clients_list_the_same_models(server: Server):
     theirs = openai.OpenAI(
         base_url=f"{server.url}/v1", api_key="any", _strict_response_validation=True
     ).models
-    assert (
-        [model.id for model in ours.list(limit=1)]
-        == [model.id for model in theirs.list()]
-        == ["demo"]
-    )
+    assert [model.id for model in theirs.list()] == ["demo"]
+    assert [model.id for model in ours.list(limit=1)] == ["demo", "anthropic/demo"]
+    assert ours.retrieve("anthropic/demo").id == "demo"
     assert ours.retrieve("demo").created_at.timestamp() // 1 == theirs.retrieve("demo").created

@@ -144,6 +144,7 @@ def test_the_environment_follows_the_flags(tmp_path: Path):
             "ANTHROPIC_DEFAULT_HAIKU_MODEL": "demo",
             "ANTHROPIC_SMALL_FAST_MODEL": "demo",
             "CLAUDE_CODE_SUBAGENT_MODEL": "My-1B-4bit",
+            "CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY": "1",
             "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",
             "CLAUDE_CODE_MAX_CONTEXT_TOKENS": "40960",
             "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "5120",

@@ -1,12 +1,14 @@
 """Bodies nobody would write: JSON that is valid and wrong in all other ways, sent to each route
 over real sockets.
 
-Each body is one of a few good ones, changed at random. FUZZ_BODIES says how many a dialect gets;
-FUZZ_SEED makes others of them. The server has a small context and gives short answers: both could
-be long otherwise, without being wrong."""
+Half of the bodies are one of a few good ones, changed at random. The others are good conversations
+with one strange thing in them, none of which may be refused. FUZZ_BODIES says how many a dialect
+gets; FUZZ_SEED makes others of them. The server has a small context and gives short answers: both
+could be long otherwise, without being wrong."""
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import os
@@ -15,9 +17,13 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import anthropic.types.beta
+import openai.types.chat
+import openai.types.responses
 import pytest
 from conftest import Server
 from fake_hub import FakeHub
+from sdk_samples import samples
 
 pytestmark = pytest.mark.slow
 
@@ -353,18 +359,67 @@ def mutated(body: dict, chance: random.Random) -> Any:
     return body if chance.random() < 0.98 else json.loads(chance.choice(ODD))
 
 
-def bodies(dialect: str, routes: dict[str, list[dict]]) -> Iterator[tuple[str, bytes]]:
-    """(path, body) as often as FUZZ_BODIES says."""
+def bodies(dialect: str, routes: dict[str, list[dict]]) -> Iterator[tuple[str, bytes, bool]]:
+    """(path, body, whether it has to be answered) as often as FUZZ_BODIES says."""
     chance = random.Random(f"{SEED} {dialect}")
     seeds = [(path, seed) for path, seeds in routes.items() for seed in seeds]
-    for _ in range(BODIES):
-        path, seed = chance.choice(seeds)
-        text = json.dumps(
-            mutated({"model": "demo", "stream": chance.random() < 0.5, **seed}, chance)
-        )
+    chats = [
+        (path, key, seed)
+        for path, seed in seeds
+        for key in ("messages", "input")
+        if isinstance(seed.get(key), list) and seed[key] and path in CHATS
+    ]
+    for number in range(BODIES):
+        sent = {"model": "demo", "stream": chance.random() < 0.5}
+        if number % 2:
+            path, key, seed = chance.choice(chats)
+            body = strange({**sent, **seed}, key, path, chance)
+        else:
+            path, seed = chance.choice(seeds)
+            body = mutated({**sent, **seed}, chance)
+        text = json.dumps(body)
         for mark, raw in RAW.items():
             text = text.replace(f'"{mark}"', raw)
-        yield path, text.encode()
+        yield path, text.encode(), bool(number % 2)
+
+
+BLOCKS = {
+    "/v1/messages": list(samples(anthropic.types.beta.BetaContentBlockParam)),
+    "/v1/messages/count_tokens": list(samples(anthropic.types.beta.BetaContentBlockParam)),
+    "/v1/chat/completions": list(samples(openai.types.chat.ChatCompletionContentPartParam)),
+    "/v1/responses": list(samples(openai.types.responses.ResponseInputContentParam)),
+}
+CHATS = ("/api/chat", *BLOCKS)
+# What the body's reader does not refuse: it is neither nested too deeply nor out of JSON's range
+TAME = [text for text in ODD if text.count("[") < 300 and not any(mark in text for mark in RAW)]
+ITEMS = list(samples(openai.types.responses.ResponseInputItemParam))
+
+
+def strange(body: dict, key: str, path: str, chance: random.Random) -> dict:
+    """A copy with one thing more in its conversation, which is of an unknown type or well-formed
+    by an SDK's types."""
+    body = json.loads(json.dumps(body))
+    unknown = {"type": f"x_{chance.choice(NAMES)}"}
+    for name in chance.sample(NAMES, 3):
+        unknown.setdefault(name, json.loads(chance.choice(TAME)))
+    users = [one for one in body[key] if one.get("role") == "user"]
+    if path == "/api/chat":
+        chance.choice(users)["images"] = [base64.b64encode(chance.randbytes(40)).decode()]
+        return body
+    if path == "/v1/responses" and chance.random() < 0.5:
+        at = chance.randrange(len(body[key]) + 1)
+        body[key].insert(at, chance.choice([unknown, *ITEMS]))
+        return body
+    block = chance.choice([unknown, chance.choice(BLOCKS[path])])
+    user = chance.choice(users)
+    if isinstance(user["content"], str):
+        text_type = "input_text" if key == "input" else "text"
+        user["content"] = [{"type": text_type, "text": user["content"]}]
+    blocks = user["content"]
+    inside = [one["content"] for one in blocks if isinstance(one.get("content"), list)]
+    place = chance.choice([blocks, *inside])
+    place.insert(chance.randrange(len(place) + 1), block)
+    return body
 
 
 class Asker:
@@ -442,14 +497,15 @@ def test_no_body_is_the_servers_fault_or_harms_the_next(
     ask = Asker(limited)
     route, [seed, *_] = next(iter(routes.items()))
     sane = route, json.dumps({"model": "demo", "stream": False, **seed}).encode()
-    for number, (path, body) in enumerate(bodies(dialect, routes)):
+    for number, (path, body, answered) in enumerate(bodies(dialect, routes)):
         response, text = ask(path, body)
         ok = (
             is_an_end(response, text)
             if response.status == 200
             else is_an_error(path, response, text)
         )
-        assert ok and response.status < 500, (path, response.status, text[-500:], body[:20000])
+        right = response.status == 200 if answered else response.status < 500
+        assert ok and right, (path, response.status, text[-500:], body[:20000])
         if number % 10 == 0:
             response, text = ask(*sane)
             assert response.status == 200 and is_an_end(response, text), (

@@ -183,7 +183,7 @@ def test_old_clients_get_an_unchunked_stream(server: Server):
     [
         ({"Host": "evil.example"}, 403),
         ({"Host": "127.0.0.1:1"}, 200),
-        ({"Host": "my-mac.local"}, 200),
+        ({"Host": "my-mac.local"}, 403),
         ({"Host": "[::1]:11435"}, 200),
         ({"Origin": "https://evil.example"}, 403),
         ({"Origin": "http://localhost:3000"}, 200),

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from model_folders import add_repo, empty_home, make_model, write_weights
 
+from _mlx_server.inference.presets import Preset
 from engine import EngineError, Library, ModelLoadError, ModelNotFound
 
 
@@ -56,6 +57,28 @@ def test_a_local_model_of_a_vendors_name_wins(home, library):
     add_repo(home, "org/claude-like-1B-4bit")
     add_repo(home, "org/Beta-1B-4bit")
     assert library.resolve("claude-like").name == "org/claude-like-1B-4bit"
+
+
+def test_a_vendors_prefix_may_stand_before_any_name(home, library):
+    add_repo(home, "org/Alpha-1B-4bit")
+    add_repo(home, "org/Beta-1B-4bit")
+    alpha, beta = library.resolve("alpha"), library.resolve("beta")
+    for name in ("org/Alpha-1B-4bit", "alpha:1b", "Alpha-1B-4bit:latest"):
+        assert library.resolve(f"anthropic/{name}") is alpha
+        assert library.resolve(f"Anthropic/{name}") is alpha
+    assert library.resolve("anthropic/claude-opus-5", default=beta) is beta
+    preset = Preset("mine", alpha.name)
+    library.presets.put(preset)
+    assert library.preset("anthropic/mine") == preset
+    assert library.resolve("anthropic/mine") is alpha
+    for name in ("anthropic/nobody", "anthropic/", "anthropic//etc", f"anthropic/{home}"):
+        with pytest.raises(ModelNotFound) as error:
+            library.resolve(name)
+        assert error.value.model == name
+    aliased = Library([home / "models"], [("anthropic/alpha", "beta")])
+    assert aliased.resolve("anthropic/alpha") is aliased.resolve("beta")
+    add_repo(home, "anthropic/Alpha-1B-4bit")
+    assert library.resolve("anthropic/alpha").name == "anthropic/Alpha-1B-4bit"
 
 
 def test_without_any_model_nothing_stands_in(home, tmp_path):

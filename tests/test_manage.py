@@ -125,12 +125,12 @@ def test_what_is_created_from_a_created_name_inherits(client: ollama.Client):
 
 def test_a_copy_is_another_name_until_it_is_deleted(server: Server, client: ollama.Client):
     client.create("origin", from_="demo", system="O")
-    client.copy("demo", "claude-copy:1b")
+    client.copy("demo", "my-copy:1b")
     client.copy("origin", "org/second")
     assert client.show("org/second").modelfile.count("SYSTEM") == 1
-    assert {"claude-copy:1b", "org/second:latest"} < set(names(client))
+    assert {"my-copy:1b", "org/second:latest"} < set(names(client))
     digests = {model.model: model.digest for model in client.list().models}
-    assert digests["claude-copy:1b"] == digests["demo:latest"]
+    assert digests["my-copy:1b"] == digests["demo:latest"]
     client.delete("ORG/second:latest")
     assert "org/second:latest" not in names(client) and "origin:latest" in names(client)
     with pytest.raises(ollama.ResponseError, match="not found"):

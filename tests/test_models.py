@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 from model_folders import empty_home, make_model, write_weights
 
-from _mlx_server.inference.models import gap_marks
-from engine import Library, LocalModel
+from _mlx_server.inference.models import gap_marks, read_chat_template
+from engine import Library, LocalModel, ModelLoadError
 
 
 @pytest.fixture
@@ -189,3 +190,79 @@ def test_marks_of_a_gap_are_found_among_the_tokens(home, tmp_path, prefix):
     tokenizer = {"added_tokens_decoder": added, "chat_template": ""}
     path = make_model(tmp_path / "model", files={"tokenizer_config.json": tokenizer})
     assert described(path).capabilities == ["completion", "insert"]
+
+
+HOSTILE = {
+    "infinite": '{"model_type": "qwen3", "max_position_embeddings": 1e999}',
+    "enormous": '{"model_type": "qwen3", "max_position_embeddings": 1%s}' % ("0" * 4000),
+    "negative": '{"model_type": "qwen3", "hidden_size": -5}',
+    "deep": "[" * 100_000,
+    "deep object": '{"model_type": "qwen3", "a": ' + "[" * 100_000,
+    "a list": "[]",
+    "no text config": '{"model_type": "qwen3", "text_config": [1]}',
+    "rope": '{"model_type": "qwen3", "rope_scaling": 5}',
+    "rope factor": '{"model_type": "qwen3", "rope_scaling": {"factor": "x", '
+    '"original_max_position_embeddings": 3}}',
+    "architectures": '{"model_type": "qwen3", "architectures": 5}',
+    "escapes": '{"model_type": "\\u001b[2J"}',
+    "not UTF-8": b"\xff\xfe{}",
+    "too large": '{"model_type": "qwen3", "a": "%s"}' % ("x" * (33 * 2**20)),
+}
+
+
+@pytest.mark.parametrize("config", HOSTILE.values(), ids=HOSTILE)
+def test_a_folder_that_cannot_be_understood_is_skipped(home, tmp_path, caplog, config):
+    make_model(tmp_path / "models" / "good")
+    bad = make_model(tmp_path / "models" / "bad")
+    (bad / "config.json").write_bytes(config if isinstance(config, bytes) else config.encode())
+    caplog.set_level("DEBUG")
+    library = Library([tmp_path / "models"])
+    assert [model.name for model in library.models() if model.name != "demo"] == ["good"]
+    assert "bad" in caplog.text
+
+
+@pytest.mark.parametrize("recipe", ["bits", ["bits"], {"bits": "four"}, {"bits": None}, 5])
+def test_a_quantization_of_another_form_is_none(home, tmp_path, recipe):
+    path = make_model(tmp_path / "model", bits=None, quantization=recipe)
+    assert described(path).quantization == "BF16"
+
+
+@pytest.mark.parametrize("header", [{"a": 5}, {"w.weight": {"shape": [10**30]}}, [1], {"a": {}}])
+def test_weights_with_a_strange_header_make_a_broken_model(home, tmp_path, header):
+    path = make_model(tmp_path / "model")
+    text = json.dumps(header).encode()
+    (path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(ModelLoadError, match="is broken"):
+        described(path)
+
+
+def test_a_template_that_leads_outside_is_not_read(home, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("tools")
+    path = make_model(tmp_path / "model", template="")
+    (path / "chat_template.jinja").symlink_to(secret)
+    with pytest.raises(ValueError, match="outside"):
+        read_chat_template(path, os.listdir(path))
+    with pytest.raises(ModelLoadError, match="is broken"):
+        described(path)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_template_among_the_blobs_of_a_hub_is_read(home, tmp_path, shared):
+    hub = tmp_path / "hub"
+    repo = hub / "models--org--model"
+    path = make_model(repo / "snapshots" / "main", template="")
+    blobs = (hub if shared else repo) / "blobs"
+    blobs.mkdir()
+    (blobs / "abc").write_text("{{ tools }}")
+    (path / "chat_template.jinja").symlink_to(blobs / "abc")
+    assert read_chat_template(path, os.listdir(path)) == "{{ tools }}"
+
+
+def test_an_alias_of_a_broken_model_shows_no_path(home, tmp_path):
+    path = make_model(tmp_path / "my models" / "bad")
+    (path / "config.json").write_text("{")
+    library = Library([tmp_path / "my models"], [("claude-*", "bad")])
+    with pytest.raises(ModelLoadError, match="'bad' is broken") as raised:
+        library.resolve("claude-x")
+    assert str(tmp_path) not in str(raised.value)

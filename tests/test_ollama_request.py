@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from wire_cases import HI, brief
+from wire_cases import HI, IMAGE_NOTE, brief
 
-from _mlx_server.wire.conversation import IMAGE_NOTE
 from _mlx_server.wire.fields import WireError
 from _mlx_server.wire.ollama import OllamaChat, OllamaGenerate
 from _mlx_server.wire.ollama_request import parse_keep_alive

@@ -8,9 +8,8 @@ import logging
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai_cases import BASH, CALL, EVENTS, READ, answer, chat, flat
-from wire_cases import HI
+from wire_cases import HI, IMAGE_NOTE
 
-from _mlx_server.wire.conversation import IMAGE_NOTE
 from _mlx_server.wire.openai import OpenAIChat, OpenAICompletion
 from _mlx_server.wire.tools import call_arguments
 from engine import Done, EngineError, Text, Usage
@@ -262,8 +261,31 @@ def test_a_failure_in_a_stream():
     ]
 
 
-def test_an_unknown_part_is_left_out_with_a_log_line(caplog: pytest.LogCaptureFixture):
-    content = [{"type": "of_tomorrow"}, {"type": "text", "text": "hi"}]
+def test_an_unknown_part_becomes_a_note_and_a_log_line(caplog: pytest.LogCaptureFixture):
+    content = [{"type": "part_of_tomorrow"}, {"type": "text", "text": "hi"}]
+    note = "[part_of_tomorrow omitted: this server cannot use it]"
     with caplog.at_level(logging.INFO, "mlx_server"):
-        assert chat(messages=[{"role": "user", "content": content}]).messages == HI
-    assert "messages.0.content.0: left out a part of type of_tomorrow" in caplog.text
+        request = chat(messages=[{"role": "user", "content": content}])
+    assert request.messages == [{"role": "user", "content": f"{note}\nhi"}]
+    assert f"messages.0.content.0: {note}" in caplog.text
+
+
+def test_calls_of_custom_tools_and_functions_of_old_are_calls():
+    custom = {"id": "1", "type": "custom", "custom": {"name": "sh", "input": "ls"}}
+    later = {"id": "2", "type": "of_tomorrow", "of_tomorrow": {}}
+    messages = chat(
+        messages=[
+            *HI,
+            {"role": "assistant", "tool_calls": [custom, later]},
+            {"role": "tool", "tool_call_id": "1", "content": "a.txt"},
+            {"role": "assistant", "function_call": {"name": "f", "arguments": '{"x": 1}'}},
+            {"role": "function", "name": "f", "content": "F"},
+        ]
+    ).messages
+    called = [one["tool_calls"][0]["function"] for one in messages if "tool_calls" in one]
+    assert called == [
+        {"name": "sh", "arguments": {"input": "ls"}},
+        {"name": "f", "arguments": {"x": 1}},
+    ]
+    assert messages[1]["content"] == "[of_tomorrow omitted: this server cannot use it]"
+    assert [one["content"] for one in messages if one["role"] == "tool"] == ["a.txt", "F"]

@@ -44,8 +44,8 @@ BAD = [  # path, what differs from a good body, the parameter that is blamed
                 "messages.0.content.0.type",
             ),
             (
-                {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
-                "messages.0.content.0.type",
+                {"messages": [{"role": "user", "content": [{"type": "file"}]}]},
+                "messages.0.content.0.file",
             ),
             (
                 {"messages": [*HI, {"role": "assistant", "tool_calls": [{"id": "1"}]}]},
@@ -111,16 +111,13 @@ BAD = [  # path, what differs from a good body, the parameter that is blamed
             ({"input": []}, "input"),
             ({"input": [{"type": "message", "content": "x"}]}, "input.0.role"),
             ({"input": [{"type": "function_call", "name": "f"}]}, "input.0.call_id"),
-            ({"input": [{"type": "item_reference"}]}, "input.0.type"),
+            ({"input": [{"type": "item_reference"}]}, "input.0.id"),
             ({"previous_response_id": "resp_1"}, "previous_response_id"),
             ({"background": True}, "background"),
             ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
             ({"tools": [{"type": "web_search"}]}, "tools"),
             ({"tools": [{"type": "custom", "name": []}]}, "tools.0.name"),
-            (
-                {"input": [{"type": "function_call_output", "id": "fco_1", "output": "x"}]},
-                "input.0.call_id",
-            ),
+            ({"input": [{"type": "function_call_output", "output": 5}]}, "input.0.output"),
         ]
     ),
 ]

@@ -61,7 +61,7 @@ def test_both_apis_make_the_same_conversation():
                 "output": [{"type": "input_text", "text": "G"}],
             },
             {"type": "function_call_output", "call_id": "1", "output": "F"},
-            {"type": "of_tomorrow"},
+            {"type": "mcp_list_tools", "id": "m", "server_label": "s", "tools": []},
         ],
     )
     assert ours == theirs
@@ -280,7 +280,33 @@ def test_a_failure_in_a_stream():
     assert event["response"]["error"] == {"code": "server_error", "message": "odd"}
 
 
-def test_an_unknown_item_is_left_out_with_a_log_line(caplog: pytest.LogCaptureFixture):
+def test_an_unknown_item_becomes_a_note_and_a_log_line(caplog: pytest.LogCaptureFixture):
+    note = "[item_of_tomorrow omitted: this server cannot use it]"
     with caplog.at_level(logging.INFO, "mlx_server"):
-        respond(input=[{"type": "of_tomorrow"}, *HI])
-    assert "input.0: left out an item of type of_tomorrow" in caplog.text
+        request = respond(input=[{"type": "item_of_tomorrow"}, *HI])
+    assert request.messages == [{"role": "user", "content": f"{note}\nhi"}]
+    assert f"input.0: {note}" in caplog.text
+
+
+def test_items_that_this_server_cannot_use_leave_calls_and_results_together():
+    def call(id: str) -> dict:
+        return {"type": "function_call", "call_id": id, "name": "f", "arguments": "{}"}
+
+    messages = respond(
+        input=[
+            *HI,
+            {"type": "item_reference", "id": "rs_1"},
+            call("1"),
+            {"type": "web_search_call", "id": "ws_1", "status": "completed", "action": {}},
+            call("2"),
+            {"type": "function_call_output", "call_id": "1", "output": "F"},
+            {"type": "function_call_output", "call_id": "2", "output": "G"},
+            {"type": "function_call_output", "name": "later", "output": "H"},
+        ]
+    ).messages
+    assert "rs_1" in messages[0]["content"] and "web_search_call" in messages[1]["content"]
+    assert [(one["role"], one["content"]) for one in messages[2:]] == [
+        ("tool", "F"),
+        ("tool", "G"),
+        ("user", "Tool result (later): H"),
+    ]

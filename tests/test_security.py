@@ -11,7 +11,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -61,6 +61,13 @@ def status(answer: bytes) -> int:
         ((CODING,), CHUNKED.replace(b"}\r\n0", b"}xx0")),
         ((CODING,), b"%x;" % len(BODY) + b"a" * 1021 + BODY + b"\r\n0\r\n\r\n"),
         ((CODING,), b"f" * 16 + CHUNKED),
+        ((CODING,), CHUNKED.replace(b"\r\n{", b"\n{")),
+        ((CODING,), b"1;\n{\r\n" + CHUNKED),
+        ((CODING,), CHUNKED.removesuffix(b"\r\n") + b" \r\n"),
+        ((CODING,), CHUNKED.removesuffix(b"\r\n") + b"\n"),
+        ((CODING,), CHUNKED.removesuffix(b"\r\n") + b"X: a\n\r\n"),
+        ((CODING,), CHUNKED.removesuffix(b"\r\n") + b"X : a\r\n\r\n"),
+        (("X: a\nY: b", LENGTH), BODY),
     ],
 )
 def test_what_could_be_read_in_two_ways_is_refused_and_nothing_behind_it_is_served(
@@ -72,10 +79,22 @@ def test_what_could_be_read_in_two_ways_is_refused_and_nothing_behind_it_is_serv
     assert answer.count(b"HTTP/1.1 ") == 1 and b"\r\nConnection: close\r\n" in answer
 
 
+def test_an_old_client_sends_no_chunks(server: Server):
+    head = f"POST /v1/messages HTTP/1.0\r\nConnection: keep-alive\r\n{CODING}\r\n\r\n".encode()
+    answer = raw(server, head + CHUNKED + b"GET /api/version HTTP/1.0\r\n\r\n")
+    assert status(answer) == 400 and answer.count(b"HTTP/1.1 ") == 1
+
+
+def test_trailers_are_read_and_ignored(server: Server):
+    body = CHUNKED.removesuffix(b"\r\n") + b"X-Sum: 1\r\n\r\n"
+    assert status(raw(server, post("/v1/messages", body, CODING))) == 200
+
+
 def test_limits_of_heads_and_bodies(server: Server):
     host = "Host: localhost"
     assert status(get(server, host, *(f"X-{n}: 1" for n in range(101)))) == 431
     assert status(get(server, host, f"X: {'a' * 70000}")) == 431
+    assert status(get(server, host, *(f"X-{n}: {'a' * 1000}" for n in range(70)))) == 431
     assert status(get(server, host, line=f"GET /{'a' * 70000} HTTP/1.1")) == 414
     bomb = gzip.compress(bytes(40 << 20))
     assert len(bomb) < 50_000
@@ -150,15 +169,32 @@ def test_no_foreign_page_is_let_into_the_private_network(server: Server):
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> Iterator[mlx_server.MLXServer]:
     """A server without an engine that waits 0.4 s for a request, and has room for four connections
-    and for two more that are refused."""
+    and for two more that are refused. It answers `/api/hello` after `release` was called."""
     monkeypatch.setattr("_mlx_server.front.sockets.REQUEST_DEADLINE", 0.4)
     monkeypatch.setattr("_mlx_server.front.connections.MAX_CONNECTIONS", 4)
     monkeypatch.setattr("_mlx_server.front.connections.MAX_REFUSALS", 2)
     server = mlx_server.MLXServer(("127.0.0.1", 0))
     server.port = server.server_port
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    released = threading.Event()
+
+    def hold(handler: mlx_server.Handler) -> None:
+        assert released.wait(60)
+        handler.send(200, b"")
+
+    server.release = released.set
+    monkeypatch.setitem(mlx_server.ROUTES, "/api/hello", {"GET": hold})
     yield server
+    released.set()
     server.stop()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Waits for what another thread does."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
@@ -188,12 +224,6 @@ def test_a_request_that_trickles_in_is_given_up(
 
 
 def test_connections_beyond_what_there_is_room_for_are_told_so(brief: mlx_server.MLXServer):
-    def until_open(count: int) -> None:
-        deadline = time.monotonic() + 60
-        while brief.connections != count:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-
     with ExitStack() as stack:
 
         def connect() -> socket.socket:
@@ -202,8 +232,8 @@ def test_connections_beyond_what_there_is_room_for_are_told_so(brief: mlx_server
 
         held = [connect() for _ in range(4)]
         for connection in held:
-            connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+            connection.sendall(b"GET /api/hello HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        until(lambda: brief.waiting == 0)
         for path, expected in (
             ("/v1/messages", 529),
             ("/v1/chat/completions", 503),
@@ -213,13 +243,12 @@ def test_connections_beyond_what_there_is_room_for_are_told_so(brief: mlx_server
             refused, text = ask(brief, "POST", path, b"x" * 200_000)
             assert refused.status == expected and refused.headers["Connection"] == "close"
             assert json.loads(text)["error"]
-            until_open(4)
+            until(lambda: brief.connections == 4)
         connect(), connect()
         assert connect().recv(1000) == b""  # not even an error is sent to this many
-        held[0].sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-        while held[0].recv(1000):
-            pass
-    until_open(0)
+        brief.release()
+        assert held[0].recv(1000).startswith(b"HTTP/1.1 200")
+    until(lambda: brief.connections == 0)
     assert ask(brief, "GET", "/")[0].status == 200
 
 
@@ -505,43 +534,34 @@ def test_a_path_does_not_reach_a_file(guarded: Server, path: str):
 # ------------------------------------------------------------------ what others are asked
 
 
-def bodies_with(url: str) -> list[tuple[str, dict]]:
-    """Requests in all dialects that name an image, a document or a file by a URL."""
-    text = {"type": "text", "text": "say hi"}
-    spoken = {"type": "input_text", "text": "say hi"}
-    source = {"type": "url", "url": url}
+def naming(url: str) -> Iterator[tuple[str, dict]]:
+    """Paths and bodies, in each of which the URL stands where a file is expected."""
+    text, source = {"type": "text", "text": "say hi"}, {"type": "url", "url": url}
+    image, document = {"type": "image", "source": source}, {"type": "document", "source": source}
+    uploaded = {"type": "image", "source": {"type": "file", "file_id": url}}
+    for blocks in ([image, document], [uploaded]):
+        yield "/v1/messages", {"messages": [{"role": "user", "content": [*blocks, text]}]}
+    for block in (
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "file", "file": {"file_data": url}},
+        {"type": "input_audio", "input_audio": {"data": url}},
+    ):
+        yield "/v1/chat/completions", {"messages": [{"role": "user", "content": [block, text]}]}
+    said = {"type": "input_text", "text": "say hi"}
+    for block in (
+        {"type": "input_image", "image_url": url},
+        {"type": "input_file", "file_url": url},
+    ):
+        yield "/v1/responses", {"input": [{"role": "user", "content": [block, said]}]}
     encoded = base64.b64encode(url.encode()).decode()
-    anthropic = [
-        [{"type": "image", "source": source}, {"type": "document", "source": source}, text],
-        [{"type": "image", "source": {"type": "file", "file_id": url}}, text],
-    ]
-    chat = [
-        [{"type": "image_url", "image_url": {"url": url}}, text],
-        [{"type": "file", "file": {"file_data": url}}, text],
-        [{"type": "input_audio", "input_audio": {"data": url}}, text],
-    ]
-    responses = [
-        [{"type": "input_image", "image_url": url}, spoken],
-        [{"type": "input_file", "file_url": url}, spoken],
-    ]
-    images = {"role": "user", "content": "say hi", "images": [url, encoded]}
-
-    def said(key: str, content: list) -> dict:
-        return {key: [{"role": "user", "content": content}]}
-
-    return [
-        *(("/v1/messages", said("messages", content)) for content in anthropic),
-        *(("/v1/chat/completions", said("messages", content)) for content in chat),
-        *(("/v1/responses", said("input", content)) for content in responses),
-        ("/api/chat", {"messages": [images]}),
-        ("/api/generate", {"prompt": "say hi", "images": [url]}),
-    ]
+    message = {"role": "user", "content": "say hi", "images": [url, encoded]}
+    yield "/api/chat", {"messages": [message]}
+    yield "/api/generate", {"prompt": "say hi", "images": [url]}
 
 
 def test_urls_of_images_and_documents_are_never_fetched(server: Server):
     with socket.create_server(("127.0.0.1", 0)) as trap:
-        url = f"http://127.0.0.1:{trap.getsockname()[1]}/x.png"
-        for path, body in bodies_with(url):
+        for path, body in naming(f"http://127.0.0.1:{trap.getsockname()[1]}/x.png"):
             body = {"model": "demo", "max_tokens": 4, "stream": False, **body}
             answer, said = ask(server, "POST", path, body)
             assert answer.status in (200, 400), said

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from engine import LocalModel
 
+IMAGE_NOTE = "[image omitted: this model cannot see images]"
 HI = [{"role": "user", "content": "hi"}]
 
 

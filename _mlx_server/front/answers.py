@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Generator, Iterator
 from itertools import chain
 
 from _mlx_server.front.http import HTTPHandler
-from _mlx_server.front.request_log import RequestLog, prompt_cache_header
+from _mlx_server.front.request_log import RequestLog, coarse, prompt_cache_header
 from _mlx_server.front.sockets import ClientDisconnected
 from _mlx_server.inference.generation import Generation
 from _mlx_server.inference.protocol import Done, EngineError, Event, Tick
@@ -26,7 +27,8 @@ def send_stream(
 ) -> None:
     """Sends the events of all generations as they come. A failure of the engine becomes the
     stream's last object. Raises OSError, ClientDisconnected included."""
-    stream = client.start_stream(reply.framing, prompt_cache_header(generations[0]))
+    shared = client.server.shared
+    stream = client.start_stream(reply.framing, prompt_cache_header(generations[0], shared))
     try:
         stream.write(reply.open(generations[0]))
         for event in _events(client, generations, record):
@@ -45,12 +47,14 @@ def send_whole(
 ) -> None:
     """Collects the events of all generations and sends one answer. Raises EngineError, and OSError,
     ClientDisconnected included."""
-    first = generations[0]
+    first, shared = generations[0], client.server.shared
     reply.open(first)
     for event in _events(client, generations, record):
         if not isinstance(event, Tick):
             reply.event(event)
-    client.send_json(reply.whole(), headers=prompt_cache_header(first, first.usage.cached_tokens))
+    cached = first.usage.cached_tokens
+    headers = prompt_cache_header(first, shared, coarse(cached) if shared else cached)
+    client.send_json(reply.whole(), headers=headers)
 
 
 def _events(
@@ -67,6 +71,9 @@ def _events(
             if client.is_client_gone():
                 raise ClientDisconnected
             checked = now
+        if isinstance(event, Done) and client.server.shared:
+            cached = coarse(event.usage.cached_tokens)
+            event.usage = dataclasses.replace(event.usage, cached_tokens=cached)
         yield event
         if isinstance(event, Done):  # now that it has been sent
             record.ending = event.reason

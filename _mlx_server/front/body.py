@@ -9,10 +9,18 @@ import zlib
 from collections.abc import Iterator
 from email.message import Message
 
-from _mlx_server.front.sockets import ClientDisconnected
+from _mlx_server.front.budget import FREE, BodyClaim
+from _mlx_server.front.sockets import MAX_HEAD, ClientDisconnected
 from _mlx_server.wire.fields import Object, WireError, encodable
 
 MAX_BODY = 32 * 2**20  # bytes, the Messages API's own limit
+PIECE = 65536  # most bytes that are read or unpacked at once
+# Bytes that a value takes beside its text, parsed and as what requests are made of, by the mark
+# that begins or precedes it
+VALUE_SIZES = {b"{": 1024, b"[": 192, b",": 64}
+# Matches at every quotation mark, so that a search is linear
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+_TRAILER = re.compile(rb"[!#$%&'*+.^_`|~\w-]+:[^\r\n]*\r\n")
 
 
 def check_length(headers: Message) -> int | None:
@@ -30,22 +38,25 @@ def check_length(headers: Message) -> int | None:
     return int(length)
 
 
-def read_raw(file: io.BufferedIOBase, length: int | None) -> bytes:
+def read_raw(file: io.BufferedIOBase, length: int | None, claim: BodyClaim) -> bytes:
     """The body as it was sent, without its chunk headers. `length` is `check_length`'s. Raises
-    WireError, ClientDisconnected, and TimeoutError when the request's deadline is over."""
-    if length is not None:
-        return _read_exactly(file, length)
+    WireError, EngineBusy, ClientDisconnected, and TimeoutError when the request's deadline is
+    over."""
     body = io.BytesIO()  # a list of the smallest chunks would take many times their size
-    body.writelines(_read_chunks(file))
+    pieces = _read_chunks(file) if length is None else _read_exactly(file, length)
+    for piece in pieces:
+        claim.add(len(piece))
+        body.write(piece)
     return body.getvalue()
 
 
 def _read_chunks(file: io.BufferedIOBase) -> Iterator[bytes]:
-    """The data of each chunk. Chunk headers and trailers count towards MAX_BODY as well."""
+    """The data of each chunk, in pieces. Chunk headers and trailers count towards MAX_BODY as well.
+    Only CR LF ends a line: other servers do not agree on what else does (RFC 9112, 7.1)."""
     total = 0
     while True:
         line = file.readline(1024)
-        match = re.fullmatch(rb"([\da-fA-F]{1,15})[ \t]*(;.*)?\r?\n", line)
+        match = re.fullmatch(rb"([\da-fA-F]{1,15})[ \t]*(;.*)?\r\n", line)
         if not match:
             raise WireError(400, "malformed chunked body")
         size = int(match[1], 16)
@@ -54,44 +65,63 @@ def _read_chunks(file: io.BufferedIOBase) -> Iterator[bytes]:
             raise _too_large()
         if size == 0:
             break
-        yield _read_exactly(file, size)
-        if _read_exactly(file, 2) != b"\r\n":
+        yield from _read_exactly(file, size)
+        if b"".join(_read_exactly(file, 2)) != b"\r\n":
             raise WireError(400, "malformed chunked body")
-    while (line := file.readline(65536)).strip():  # trailers
+    while (line := file.readline(MAX_HEAD)) != b"\r\n":
         total += len(line)
         if total > MAX_BODY:
             raise _too_large()
+        if not _TRAILER.fullmatch(line):
+            raise WireError(400, "malformed trailer")
 
 
-def _read_exactly(file: io.BufferedIOBase, size: int) -> bytes:
-    data = file.read(size)
-    if len(data) < size:
-        raise ClientDisconnected
-    return data
+def _read_exactly(file: io.BufferedIOBase, size: int) -> Iterator[bytes]:
+    """`size` bytes in pieces."""
+    while size:
+        piece = file.read(min(size, PIECE))
+        if not piece:
+            raise ClientDisconnected
+        size -= len(piece)
+        yield piece
 
 
-def decompress(raw: bytes, coding: str) -> bytes:
+def decompress(raw: bytes, coding: str, claim: BodyClaim) -> bytes:
     """A body without its Content-Encoding. Raises WireError for an unknown coding, and for a body
-    that is damaged or too large."""
+    that is damaged or too large; EngineBusy."""
     coding = coding.strip().lower()
     if coding in ("", "identity"):
         return raw
     if coding not in ("gzip", "x-gzip", "deflate"):
-        raise WireError(400, f"Content-Encoding '{coding}' is not supported")
-    inflater = zlib.decompressobj(zlib.MAX_WBITS | 32)
+        raise WireError(400, f"Content-Encoding '{coding[:100]}' is not supported")
+    body = io.BytesIO()
     try:
-        data = inflater.decompress(raw, MAX_BODY)
+        for piece in _inflated(raw):
+            if body.tell() + len(piece) > MAX_BODY:
+                raise _too_large()
+            claim.add(len(piece))
+            body.write(piece)
     except zlib.error:
         raise WireError(400, f"the body is not valid {coding}") from None
-    if inflater.unconsumed_tail:
-        raise _too_large()
-    return data
+    return body.getvalue()
 
 
-def parse_json(raw: bytes, strict: bool) -> Object:
-    """The JSON object in a body. With `strict` nothing may follow it. Raises WireError."""
+def _inflated(raw: bytes) -> Iterator[bytes]:
+    """What gzip or zlib has packed into `raw`, in pieces. Raises zlib.error."""
+    inflater, packed = zlib.decompressobj(zlib.MAX_WBITS | 32), memoryview(raw)
+    for start in range(0, len(packed), PIECE):
+        rest: bytes | memoryview = packed[start : start + PIECE]
+        while rest:
+            yield inflater.decompress(rest, PIECE)
+            rest = inflater.unconsumed_tail
+
+
+def parse_json(raw: bytes, strict: bool, claim: BodyClaim) -> Object:
+    """The JSON object in a body. With `strict` nothing may follow it. Raises WireError and
+    EngineBusy."""
     if not raw.strip():
         raise WireError(400, "missing request body")
+    claim.add(_value_bytes(raw))
     try:
         text = raw.decode("utf-8-sig")
         if strict:
@@ -109,6 +139,17 @@ def parse_json(raw: bytes, strict: bool) -> Object:
     if not isinstance(body, dict):
         raise WireError(400, "the body should be a JSON object")
     return body
+
+
+def _value_bytes(raw: bytes) -> int:
+    """About how many bytes the values in some JSON will take."""
+
+    def count(text: bytes) -> int:
+        return sum(text.count(mark) * size for mark, size in VALUE_SIZES.items())
+
+    # Nearly always that is little, even if marks within strings count
+    most = count(raw)
+    return most if most <= FREE else count(_STRING.sub(b"", raw))
 
 
 def _too_large() -> WireError:

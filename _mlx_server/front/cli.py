@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from _mlx_server import __version__
 from _mlx_server.front import options
 from _mlx_server.front.commands import COMMANDS, print_env
-from _mlx_server.front.service import launchd_job, start_command, systemd_unit
+from _mlx_server.front.service import launchd_job, service_mistake, start_command, systemd_unit
 
 Command = Callable[[argparse.Namespace], None]
 """What is carried out instead of serving."""
@@ -86,14 +86,22 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     add(
         "--cache-dir",
         metavar="DIR",
-        help="keep these states in DIR, too, where they survive a restart",
+        help="keep these states in DIR, too, where they survive a restart "
+        "(default: ~/.cache/mlx-server/prompts, on macOS under ~/Library/Caches)",
+    )
+    add(
+        "--no-cache-dir",
+        dest="cache_dir",
+        action="store_const",
+        const="",
+        help="keep these states in memory only",
     )
     add(
         "--cache-dir-size",
         metavar="SIZE",
         type=options.size,
-        default=32 * 2**30,
-        help="most bytes of files in DIR (default: 32GB)",
+        help="most bytes of files in DIR "
+        "(default: 16GB, or a tenth of the free disk if that is less)",
     )
     add(
         "--kv-bits",
@@ -163,6 +171,13 @@ def _add_requests(parser: argparse.ArgumentParser) -> None:
 def _add_access(parser: argparse.ArgumentParser) -> None:
     """Who may use the server."""
     add = parser.add_argument
+    add(
+        "--allow-host",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="answer requests for this name of the machine, too (repeatable)",
+    )
     add(
         "--api-key",
         metavar="KEY[=PRIORITY]",
@@ -240,7 +255,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     does it."""
     parser = arguments()
     args = parser.parse_intermixed_args(argv)
-    if mistake := _mistake(args):
+    mistake = _mistake(args)
+    if args.service and not mistake:
+        mistake = service_mistake(start_command(argv))
+    if mistake:
         parser.error(mistake)
     return args
 
@@ -256,6 +274,8 @@ def _mistake(args: argparse.Namespace) -> str | None:
         return "with mlx.launch there is one model, named by --model, and no --cache-dir"
     if bool(args.name) != (args.command in ("pull", "show", "rm")):
         return "pull, show and rm take one NAME, and nothing else does"
+    if not args.command and options.has_blank_key(args):
+        return "MLX_SERVER_API_KEY is set but blank: give it a key, or unset it to serve without"
     if args.service and options.api_keys(args) != dict(args.api_key_file):
         return "a service takes its keys from --api-key-file"
     return None

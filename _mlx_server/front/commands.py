@@ -51,6 +51,8 @@ def print_env(args: argparse.Namespace) -> None:
         **{f"ANTHROPIC_DEFAULT_{tier.upper()}_MODEL": name for tier, name in tiers.items()},
         "ANTHROPIC_SMALL_FAST_MODEL": tiers["haiku"],
         "CLAUDE_CODE_SUBAGENT_MODEL": default.name,
+        # The installed models in its /model menu
+        "CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY": 1,
         "CLAUDE_CODE_ATTRIBUTION_HEADER": 0,
         "CLAUDE_CODE_MAX_CONTEXT_TOKENS": context,
         # Claude Code compacts this and 13,000 tokens before the window's end, and its first prompt
@@ -126,14 +128,20 @@ class ProgressBar:
             print(self._bar, file=sys.stderr, flush=True)
 
 
+def printable(text: str) -> str:
+    """A text of a model's files as a terminal may get it, without control sequences."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def list_models(args: argparse.Namespace) -> None:
     """Prints a table of the installed models, the newest first."""
     models = sorted(library_of(args).catalog(), key=lambda model: model.modified, reverse=True)
-    width = max([len(model.name) for model in models], default=0)
+    names = [printable(model.name) for model in models]
+    width = max(map(len, names), default=0)
     print(f"{'NAME':{width}}  {'SIZE':>8}  MODIFIED")
-    for model in models:
+    for name, model in zip(names, models, strict=True):
         ago = _ago(time.time() - model.modified)
-        print(f"{model.name:{width}}  {gigabytes(model.size):>8}  {ago}")
+        print(f"{name:{width}}  {gigabytes(model.size):>8}  {ago}")
 
 
 def _ago(seconds: float) -> str:
@@ -162,7 +170,7 @@ def show_model(args: argparse.Namespace) -> None:
         "size": gigabytes(model.size),
         "path": model.path,
     }.items():
-        print(f"{key:<14}{value}")
+        print(f"{key:<14}{printable(str(value))}")
 
 
 def remove_model(args: argparse.Namespace) -> None:
@@ -170,7 +178,7 @@ def remove_model(args: argparse.Namespace) -> None:
     library = library_of(args)
     if not library.presets.remove(args.name):
         library.delete(args.name, library.resolve(args.name))
-    print(f"deleted {args.name}")
+    print(f"deleted {printable(args.name)}")
 
 
 COMMANDS = {"pull": pull_model, "list": list_models, "show": show_model, "rm": remove_model}

@@ -10,18 +10,53 @@ import socket
 import socketserver
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from _mlx_server.front.budget import BodyBudget
+from _mlx_server.front.head import names_this_machine
 from _mlx_server.front.metrics import Metrics
 from _mlx_server.inference.protocol import Priority
 
 MAX_CONNECTIONS = 512  # fewer where the process may not open twice as many files
+# The part of them that one remote address may have. All programs of this machine have the same
+ADDRESS_SHARE = 1 / 4
 # Connections beyond these that still get an answer, an error; what comes after them is closed
 MAX_REFUSALS = 32
 
 log = logging.getLogger("mlx_server")
+
+
+class Connection:
+    """An open connection, for the choice of one that has to go when there are too many."""
+
+    def __init__(self, client: socket.socket, address: str):
+        self.address = address
+        self.served = True  # otherwise its requests are refused
+        self.closed = False
+        self._socket = client
+        self._waiting_since: float | None = time.monotonic()
+
+    @property
+    def waiting_since(self) -> float | None:
+        """Since when the server waits for the client, in monotonic seconds: for a whole request, or
+        for the client to read some of an answer. None while a request is worked on."""
+        return self._waiting_since
+
+    def waits(self) -> None:
+        """From now on the server waits for the client, if it does not yet."""
+        self._waiting_since = self._waiting_since or time.monotonic()
+
+    def works(self) -> None:
+        """From now on the server works for the client."""
+        self._waiting_since = None
+
+    def close(self) -> None:
+        """Ends the connection; the thread that serves it finds that out."""
+        self.closed = True
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
 
 class ConnectionServer(ThreadingHTTPServer):
@@ -29,7 +64,12 @@ class ConnectionServer(ThreadingHTTPServer):
     `handler`. Raises OSError when the address is taken.
 
     `api_keys` are the keys that clients may have, each with the highest priority it allows; without
-    any no key is demanded. `metrics` counts the answers."""
+    any no key is demanded. `allowed_hosts` are names by which clients reach the server, beside
+    those that it knows (`head.names_this_machine`). `metrics` counts the answers, `bodies` the
+    bytes of requests.
+
+    When all connections are taken, the one whose client has been waited for longest is closed for a
+    new one. If none waits, the new one's requests are refused."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -40,14 +80,17 @@ class ConnectionServer(ThreadingHTTPServer):
         address: tuple[str, int],
         handler: type[BaseHTTPRequestHandler],
         api_keys: Mapping[str, Priority] | None = None,
+        allowed_hosts: Iterable[str] = (),
     ):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.api_keys, self.metrics = api_keys or {}, Metrics()
+        self.api_keys, self.metrics, self.bodies = api_keys or {}, Metrics(), BodyBudget()
+        self._hosts = {host.lower() for host in (address[0], *allowed_hosts)}
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.max_connections = MAX_CONNECTIONS
         if files != resource.RLIM_INFINITY:
             self.max_connections = min(MAX_CONNECTIONS, files // 2)
-        self._served: dict[Any, bool] = {}  # open sockets, and whether their requests are served
+        self._connections: dict[Any, Connection] = {}  # by socket
+        self._closing = threading.Lock()  # no socket is closed, and its number reused, within it
         self._answering: set[threading.Thread] = set()
         super().__init__(address, handler)
 
@@ -61,25 +104,66 @@ class ConnectionServer(ThreadingHTTPServer):
         """Whether only this machine reaches the server."""
         return ipaddress.ip_address(self.server_address[0]).is_loopback
 
+    @property
+    def shared(self) -> bool:
+        """Whether there are several keys, whose holders may not trust each other."""
+        return len(self.api_keys) > 1
+
+    def is_own_name(self, host: str) -> bool:
+        """Whether a request with that name in its Host header is answered. Where other machines
+        reach the server, keys keep web pages out."""
+        if self.api_keys and not self.loopback:
+            return True
+        return host in self._hosts or names_this_machine(host, self.loopback)
+
     def process_request(self, request: Any, client_address: Any) -> None:
-        self._served[request] = len(self._served) < self.max_connections
-        if len(self._served) > self.max_connections + MAX_REFUSALS:
+        new = Connection(request, network_of(client_address[0]))
+        new.served = self._make_room(new.address)
+        self._connections[request] = new
+        if len(self._connections) > self.max_connections + MAX_REFUSALS:
             log.warning("a connection is closed: there are too many")
             return self.shutdown_request(request)
         super().process_request(request, client_address)
 
+    def _make_room(self, address: str) -> bool:
+        """Whether one more connection from `address` is served; another may be closed for it."""
+        with self._closing:
+            served = [one for one in self._connections.values() if one.served and not one.closed]
+            neighbours = [one for one in served if one.address == address]
+            share = max(1, int(self.max_connections * ADDRESS_SHARE))
+            if address and len(neighbours) >= share:
+                served = neighbours
+            elif len(served) < self.max_connections:
+                return True
+            waiting = [(one.waiting_since, one) for one in served]
+            _, oldest = min(
+                ((since, one) for since, one in waiting if since is not None),
+                key=lambda pair: pair[0],
+                default=(0.0, None),
+            )
+            if oldest is not None:
+                oldest.close()
+            return oldest is not None
+
     def shutdown_request(self, request: Any) -> None:
-        self._served.pop(request, None)
-        super().shutdown_request(request)
+        with self._closing:
+            self._connections.pop(request, None)
+            super().shutdown_request(request)
 
     @property
     def connections(self) -> int:
         """How many connections are open."""
-        return len(self._served)
+        return len(self._connections)
 
-    def is_served(self, connection: Any) -> bool:
-        """Whether a connection's requests are served; otherwise there were too many before it."""
-        return self._served[connection]
+    @property
+    def waiting(self) -> int:
+        """How many of them have no request that is worked on."""
+        connections = list(self._connections.values())
+        return sum(one.waiting_since is not None for one in connections)
+
+    def connection(self, client: Any) -> Connection:
+        """What is known of a client's socket."""
+        return self._connections[client]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("connection failed", exc_info=True)
@@ -99,3 +183,13 @@ class ConnectionServer(ThreadingHTTPServer):
         seconds."""
         for thread in list(self._answering):
             thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def network_of(address: str) -> str:
+    """What stands for a client: its address, for IPv6 its network, as one client has all addresses
+    in it. Empty for this machine."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    if ip.is_loopback:
+        return ""
+    return str(ip) if ip.version == 4 else ip.exploded[:19]

@@ -6,7 +6,7 @@ import hmac
 import ipaddress
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from email.message import Message
 from urllib.parse import urlsplit
 
@@ -14,6 +14,8 @@ from _mlx_server.inference.protocol import Priority
 from _mlx_server.wire.fields import WireError
 
 HOST = re.compile(r"([\w.-]*|\[[\da-f:.]+\])(:\d{1,5})?", re.I | re.A)
+# By which containers reach the machine that they run on
+CONTAINER_NAMES = ("host.docker.internal", "gateway.docker.internal", "host.containers.internal")
 LOCAL_ORIGIN = re.compile(
     r"https?://(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\])(:\d+)?"
     r"|(app|file|tauri|vscode-webview|vscode-file)://.*",
@@ -36,6 +38,8 @@ def framing_error(headers: Message, version: str) -> str | None:
         return "the Host header is missing"
     if not all(map(HOST.fullmatch, hosts)):
         return "malformed Host header"
+    if codings and version <= "HTTP/1.0":
+        return "HTTP/1.0 has no Transfer-Encoding"
     if codings and codings[0].lower() != "chunked":
         return f"Transfer-Encoding '{codings[0]}' is not supported"
     return None
@@ -46,30 +50,33 @@ def has_body(headers: Message) -> bool:
     return "Content-Length" in headers or "Transfer-Encoding" in headers
 
 
-def checked_origin(headers: Message, loopback: bool) -> str:
+def checked_origin(headers: Message, is_own: Callable[[str], bool]) -> str:
     """The Origin header, "" if there is none. Raises WireError for a web page's request that must
-    not be answered: one with a foreign origin or, if the server listens at a `loopback` address,
-    one whose Host header does not name this machine (DNS rebinding)."""
+    not be answered: one with a foreign origin, or one whose Host header is not one of the server's
+    own names, as `is_own` says (DNS rebinding)."""
     host, origin = headers.get("Host", ""), headers.get("Origin", "")
     try:
         name, foreign = urlsplit(f"//{host}").hostname or "", urlsplit(origin).netloc != host
     except ValueError:
         raise WireError(400, "malformed Host or Origin header") from None
-    if loopback and not _names_this_machine(name):
-        raise WireError(403, f"Host '{name}' is not served here")
+    if not is_own(name):
+        raise WireError(403, f"Host '{name}' is not served here; --allow-host would allow it")
     if origin and foreign and not LOCAL_ORIGIN.fullmatch(origin):
         raise WireError(403, f"Origin '{origin}' is not allowed")
     return origin
 
 
-def _names_this_machine(host: str) -> bool:
+def names_this_machine(host: str, loopback: bool) -> bool:
+    """Whether `host`, in lower case, is a name of this machine that no one else can give to
+    another address, or an address: a web page cannot have one that it did not come from. If the
+    server listens at a `loopback` address, a public one cannot be its own."""
     try:
         address = ipaddress.ip_address(host)
-        return address.is_loopback or address.is_private or address.is_unspecified
     except ValueError:
-        return host in ("", "localhost", socket.gethostname().lower()) or host.endswith(
-            (".localhost", ".local", ".internal")
-        )
+        own = socket.gethostname().lower()
+        names = ("", "localhost", own, f"{own.partition('.')[0]}.local", *CONTAINER_NAMES)
+        return host in names or host.endswith(".localhost")
+    return not loopback or address.is_loopback or address.is_private or address.is_unspecified
 
 
 def check_key(headers: Message, keys: Mapping[str, Priority]) -> Priority:

@@ -15,11 +15,14 @@ from typing import Any, Protocol
 from urllib.parse import parse_qsl, unquote
 
 from _mlx_server.front import body
+from _mlx_server.front.budget import BUDGET, BodyClaim
 from _mlx_server.front.connections import ConnectionServer
 from _mlx_server.front.head import check_key, checked_origin, framing_error, has_body
+from _mlx_server.front.logs import shortened
 from _mlx_server.front.sockets import (
     CLIENT_TIMEOUT,
     REQUEST_DEADLINE,
+    AnswerWriter,
     HeaderReader,
     RequestSocket,
     is_disconnected,
@@ -69,6 +72,7 @@ class HTTPHandler(BaseHTTPRequestHandler):
     public methods are for it to use. `exchange` is the request that is being answered."""
 
     server: ConnectionServer
+    rfile: HeaderReader
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     timeout = CLIENT_TIMEOUT
@@ -86,15 +90,20 @@ class HTTPHandler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
+        self._place = self.server.connection(self.request)
+        self.wfile = AnswerWriter(self.connection, self._place.waits, self._place.works)
         self._requests = RequestSocket(self.connection, "r")
         self.rfile = HeaderReader(self._requests)
 
     def handle_one_request(self) -> None:
         self._requests.deadline = None
+        self._place.waits()
+        self.rfile.begin_head()
         super().handle_one_request()
 
     def handle_request(self) -> None:
         """Serves the request whose head has been read."""
+        self.rfile.end_head()
         path, _, query = self.path.partition("?")
         self.exchange = Exchange(
             id=f"req_{secrets.token_hex(12)}",
@@ -102,6 +111,8 @@ class HTTPHandler(BaseHTTPRequestHandler):
             query=dict(parse_qsl(query)),
             body_read=not has_body(self.headers),
         )
+        self._claim = BodyClaim(self.server.bodies, BUDGET)
+        self._place.works()
         try:
             self._check_head()
             if self.command == "OPTIONS":
@@ -114,23 +125,30 @@ class HTTPHandler(BaseHTTPRequestHandler):
         except (WireError, EngineError) as error:
             self.send_failure(error)
         except Exception as error:
-            log.error("%s %s failed", self.command, self.exchange.route, exc_info=True)
+            log.error("%s %s failed", self.command, shortened(self.exchange.route), exc_info=True)
             self.send_failure(error)
+        finally:
+            self._claim.release()
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = handle_request
 
     def _check_head(self) -> None:
-        if not self.server.is_served(self.request):
+        if not self._place.served:
             self.close_connection = True
             raise EngineBusy("there are too many connections")
-        if wrong := framing_error(self.headers, self.request_version):
+        wrong = framing_error(self.headers, self.request_version)
+        if self.rfile.bare_newline:
+            wrong = "a line of the head does not end with CR LF"
+        if wrong:
             self.exchange.body_read = False  # where the body ends is not known
             raise WireError(400, wrong)
-        self.exchange.origin = checked_origin(self.headers, self.server.loopback)
+        self.exchange.origin = checked_origin(self.headers, self.server.is_own_name)
 
     def _check_key(self) -> None:
         if self.server.api_keys and self.exchange.route not in OPEN_ROUTES:
             self.exchange.highest_priority = check_key(self.headers, self.server.api_keys)
+        low = self.exchange.highest_priority is Priority.LOW
+        self._claim = BodyClaim(self.server.bodies, BUDGET // 2 if low else BUDGET)
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug(format, *args)
@@ -143,17 +161,24 @@ class HTTPHandler(BaseHTTPRequestHandler):
     def read_json(self) -> Object:
         """The JSON object in the request's body. Raises WireError if it is none."""
         raw = self._read_body()
-        data = body.decompress(raw, self.headers.get("Content-Encoding", "identity"))
-        return body.parse_json(data, self.dialect.strict_json)
+        coding = self.headers.get("Content-Encoding", "identity")
+        data = body.decompress(raw, coding, self._claim)
+        value = body.parse_json(data, self.dialect.strict_json, self._claim)
+        if data is not raw:
+            self._claim.reduce(len(data))
+        return value
 
     def _read_body(self) -> bytes:
         length = body.check_length(self.headers)
         self._send_continue()
+        self._place.waits()
         try:
-            self.exchange.body = body.read_raw(self.rfile, length)
+            self.exchange.body = body.read_raw(self.rfile, length, self._claim)
         except TimeoutError:
             late = f"the request has not arrived within {REQUEST_DEADLINE:.0f} s"
             raise WireError(408, late) from None
+        finally:
+            self._place.works()
         self.exchange.body_read = True
         return self.exchange.body
 
@@ -255,7 +280,8 @@ class HTTPHandler(BaseHTTPRequestHandler):
             return
         status, headers, value = self.dialect.error(error, exchange.id)
         said = error if status < 500 else type(error).__name__
-        log.info("%s %s -> %d %s", self.command, exchange.route, status, said)
+        route, said = shortened(exchange.route), shortened(str(said))
+        log.info("%s %s -> %d %s", shortened(self.command), route, status, said)
         try:
             self.send_json(value, status, headers)
         except (ConnectionError, TimeoutError):
@@ -263,7 +289,7 @@ class HTTPHandler(BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Called by the standard library for a request line or headers that it cannot read."""
-        self.exchange, self.headers = Exchange(), http.client.HTTPMessage()
+        self.exchange, self.headers = Exchange(body_read=False), http.client.HTTPMessage()
         self.command, self.request_version = self.command or "GET", self.protocol_version
         self.close_connection = True
         self.send_failure(WireError(int(code), message or "bad request"))
@@ -274,6 +300,7 @@ class HTTPHandler(BaseHTTPRequestHandler):
         # On macOS the error for a client that has gone is no ConnectionError
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
+        self._place.waits()
         deadline = time.monotonic() + LINGER
         while (left := deadline - time.monotonic()) > 0 and is_readable(self.connection, left):
             if not self.connection.recv(1 << 16):

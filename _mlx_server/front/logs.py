@@ -3,32 +3,65 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import logging.handlers
 import os
+import stat
 import sys
+from typing import Any
 
 from _mlx_server.wire.fields import timestamp
+
+MAX_MESSAGE = 4000  # characters
+MAX_TRACEBACK = 20_000  # characters
+MAX_QUOTE = 200  # characters of what a client has sent
+
+
+def shortened(text: str, most: int = MAX_QUOTE) -> str:
+    """A text's first characters, at most so many."""
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def log_file(name: str) -> logging.Handler:
     """Writes to a file of at most 10 MB and keeps three old ones. Raises OSError."""
-    os.makedirs(os.path.dirname(os.path.abspath(name)), exist_ok=True)
-    return logging.handlers.RotatingFileHandler(
-        name, maxBytes=10 * 2**20, backupCount=3, encoding="utf-8"
-    )
+    os.makedirs(os.path.dirname(os.path.abspath(name)), mode=0o700, exist_ok=True)
+    return PrivateFile(name, maxBytes=10 * 2**20, backupCount=3, encoding="utf-8")
 
 
-class OneLine(logging.Formatter):
+class PrivateFile(logging.handlers.RotatingFileHandler):
+    """A log file that only its owner may read. A link that somebody else has put in its place is
+    not followed."""
+
+    def _open(self) -> io.TextIOWrapper:
+        return open(self.baseFilename, "a", encoding=self.encoding, opener=_open_private)
+
+
+def _open_private(name: str, flags: int) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        found = os.lstat(name)
+        if stat.S_ISLNK(found.st_mode) and found.st_uid in (0, os.geteuid()):
+            return os.open(name, flags, 0o600)
+    return os.open(name, flags | os.O_NOFOLLOW, 0o600)
+
+
+class Bounded(logging.Formatter):
+    """Tracebacks that quote little."""
+
+    def formatException(self, ei: Any) -> str:
+        return shortened(super().formatException(ei), MAX_TRACEBACK)
+
+
+class OneLine(Bounded):
     """A record is one line, whatever names and errors it quotes; only a traceback may follow it."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return "".join(
-            c if c.isprintable() else repr(c)[1:-1] for c in super().formatMessage(record)
-        )
+        text = shortened(super().formatMessage(record), MAX_MESSAGE)
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-class JSONLine(logging.Formatter):
+class JSONLine(Bounded):
     """A record is one JSON object: `time` (RFC 3339), `level`, `message`, a request's figures,
     `traceback` if there is one."""
 
@@ -36,7 +69,7 @@ class JSONLine(logging.Formatter):
         line = {
             "time": timestamp(record.created),
             "level": record.levelname.lower(),
-            "message": record.getMessage(),
+            "message": shortened(record.getMessage(), MAX_MESSAGE),
             **getattr(record, "figures", {}),
         }
         if record.exc_info:

@@ -112,6 +112,21 @@ def presets_file() -> str:
     return os.path.join(config, "mlx-server", "presets.json")
 
 
+def user_cache_folder() -> str:
+    """Where the prompt cache is kept if no flag says otherwise:
+    https://specifications.freedesktop.org/basedir-spec/latest/, and Apple's place on macOS."""
+    system = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser(system)
+    return os.path.join(cache, "mlx-server", "prompts")
+
+
+def cache_folder(args: argparse.Namespace) -> str | None:
+    """The folder of the prompt cache, None if it is kept in memory only."""
+    if args.cache_dir is None and "MLX_RANK" not in os.environ:
+        return user_cache_folder()
+    return args.cache_dir or None
+
+
 def program() -> str:
     """The shell command that starts this program from any folder."""
     path = os.path.abspath(sys.argv[0])
@@ -129,6 +144,12 @@ def api_keys(args: argparse.Namespace) -> dict[str, Priority]:
         return dict(keys)
     shell_key = os.environ.get("MLX_SERVER_API_KEY", "").strip()
     return dict([api_key(shell_key)]) if shell_key else {}
+
+
+def has_blank_key(args: argparse.Namespace) -> bool:
+    """Whether the environment has a key that is none, where the flags have no other."""
+    flags = args.api_key + args.api_key_file
+    return not flags and os.environ.get("MLX_SERVER_API_KEY", "key").strip() == ""
 
 
 def url_of(host: str, port: int) -> str:

@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import plistlib
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,14 @@ def start_command(argv: Sequence[str]) -> list[str]:
         elif flag not in _SERVICE_FLAGS:
             command.append(word)
     return command
+
+
+def service_mistake(command: list[str]) -> str | None:
+    """Why no service can be made of a command, None if one can. A line break, for one, would add a
+    setting to a unit."""
+    if re.search(r"[\x00-\x1f\x7f]", "".join([*command, *_environment().values()])):
+        return "the flags and paths of a service cannot contain control characters"
+    return None
 
 
 def _absolute(flag: str, value: str) -> str:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import select
 import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
 # Seconds that a client may take to read some of an answer, or to send its next request
 CLIENT_TIMEOUT = 300.0
 # Seconds that a whole request may take to arrive, from its first byte on
 REQUEST_DEADLINE = 120.0
+# Bytes of a request line and all its headers
+MAX_HEAD = 65536
 
 
 class ClientDisconnected(ConnectionError):
@@ -40,12 +44,50 @@ class RequestSocket(socket.SocketIO):
 
 class HeaderReader(io.BufferedReader):
     """Reads the lines of a request. A CR alone ends no line (RFC 9112, 2.2): it becomes a folded
-    line, which `head.framing_error` refuses."""
+    line, which `head.framing_error` refuses.
+
+    Between `begin_head` and `end_head` a line raises HTTPException if the head is then larger than
+    MAX_HEAD. `bare_newline` says whether a line of the head ended with LF alone."""
+
+    bare_newline = False
+    _head_bytes: int | None = None  # read of the head so far, None outside of it
+
+    def begin_head(self) -> None:
+        self.bare_newline, self._head_bytes = False, 0
+
+    def end_head(self) -> None:
+        self._head_bytes = None
 
     def readline(self, size: int | None = -1, /) -> bytes:
         line = super().readline(size)
         end = line[-2:] if line.endswith(b"\r\n") else b""
+        if self._head_bytes is not None:
+            self.bare_newline |= line.endswith(b"\n") and not end
+            if self._head_bytes and self._head_bytes + len(line) > MAX_HEAD:
+                raise http.client.HTTPException("the head is too large")
+            self._head_bytes += len(line)
         return line.removesuffix(end).replace(b"\r", b"\r\n ") + end
+
+
+class AnswerWriter(io.BufferedIOBase):
+    """Writes to a client; `waits` and `works` are called before and after each write, which takes
+    until the client has read enough of what came before."""
+
+    def __init__(
+        self, connection: socket.socket, waits: Callable[[], None], works: Callable[[], None]
+    ):
+        self._connection, self._waits, self._works = connection, waits, works
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any, /) -> int:
+        self._waits()
+        try:
+            self._connection.sendall(data)
+        finally:
+            self._works()
+        return memoryview(data).nbytes
 
 
 def is_readable(connection: socket.socket | socket.SocketIO, seconds: float) -> bool:

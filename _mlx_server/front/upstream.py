@@ -24,6 +24,7 @@ from _mlx_server.wire.fields import Object, WireError, is_type, items
 from _mlx_server.wire.ollama_models import find_tag
 
 CONNECT_TIMEOUT = 2.0  # seconds to accept a connection, or to say which models there are
+MAX_TAGS = 16 * 2**20  # bytes of that list
 TAGS_LIFETIME = 5.0  # seconds for which the list of its models is used before it is asked again
 VIA_NAME = "mlx-server"  # our name in the Via header (RFC 9110, 7.6.3)
 _NOT_RELAYED = {
@@ -51,7 +52,7 @@ _NOT_RELAYED = {
     "x-request-id",
 }
 # Names that Ollama sends on to its cloud, whether it lists them or not
-_CLOUD = re.compile(r".*:([^/:]*-)?cloud", re.I)
+CLOUD = re.compile(r".*:([^/:]*-)?cloud", re.I)
 
 log = logging.getLogger("mlx_server")
 
@@ -83,7 +84,7 @@ class Upstream:
         tags, trouble = self._ask()
         if trouble:
             raise WireError(404, f"model '{name}' not found here, and {trouble}")
-        return find_tag(tags, name) or ({"name": name} if _CLOUD.fullmatch(name) else None)
+        return find_tag(tags, name) or ({"name": name} if CLOUD.fullmatch(name) else None)
 
     @contextlib.contextmanager
     def open(self, client: HTTPHandler) -> Iterator[http.client.HTTPResponse]:
@@ -132,7 +133,7 @@ class Upstream:
         with contextlib.closing(self._connection()) as connection:
             connection.request("GET", "/api/tags", headers={"Via": f"1.1 {VIA_NAME}"})
             answer = connection.getresponse()
-            body = json.loads(answer.read()) if answer.status == 200 else None
+            body = json.loads(answer.read(MAX_TAGS)) if answer.status == 200 else None
         if not isinstance(body, dict):
             raise ValueError(f"GET /api/tags gave status {answer.status} and no list")
         return [tag for tag in items(body, "models", dict) if is_type(tag.get("name"), str)]

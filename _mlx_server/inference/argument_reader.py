@@ -10,7 +10,13 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from _mlx_server.inference.call_syntax import BARE_KEY, CallSyntax, ObjectSyntax, TagSyntax
+from _mlx_server.inference.call_syntax import (
+    BARE_KEY,
+    MAX_HEAD,
+    CallSyntax,
+    ObjectSyntax,
+    TagSyntax,
+)
 from _mlx_server.inference.call_writer import CallWriter
 from _mlx_server.inference.json_calls import read_json
 from _mlx_server.inference.marks import Marks, comes_next
@@ -42,8 +48,6 @@ class ArgumentReader:
 
     Its methods are generators that yield when they need more text in the buffer."""
 
-    MAX_GAP = 1000  # characters within which the next argument must have begun
-
     def __init__(self, buffer: TextBuffer, writer: CallWriter, call_tags: tuple[str, str]):
         self._buffer, self._writer = buffer, writer
         self._start_tag, self._end_tag = call_tags
@@ -70,7 +74,7 @@ class ArgumentReader:
             if buffer.text.startswith(bracket):
                 buffer.text = buffer.text[len(bracket) :]
                 return True
-            argument = syntax.argument.match(buffer.text)
+            argument = syntax.argument.match(buffer.text, 0, MAX_HEAD)
             if argument is None:
                 if self._gives_up(_HALF_KEY.fullmatch(buffer.text) is not None):
                     return False
@@ -92,7 +96,7 @@ class ArgumentReader:
         buffer = self._buffer
         following = (*syntax.next_argument, *syntax.arguments_end)
         while True:
-            argument = syntax.argument.match(buffer.text)
+            argument = syntax.argument.match(buffer.text, 0, MAX_HEAD)
             if argument is None:
                 if comes_next(buffer.text, (*syntax.arguments_end, self._end_tag), last=False):
                     return True
@@ -119,7 +123,7 @@ class ArgumentReader:
             buffer.text = ""
         return (
             buffer.ended
-            or len(buffer.text) > self.MAX_GAP
+            or len(buffer.text) >= MAX_HEAD
             or bool(self._end_tag)
             and self._end_tag in buffer.text
         )

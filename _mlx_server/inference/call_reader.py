@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from typing import Any
 
 from _mlx_server.inference.argument_reader import ArgumentReader, Steps, TextBuffer
-from _mlx_server.inference.call_syntax import CallSyntax, ObjectSyntax
+from _mlx_server.inference.call_syntax import MAX_HEAD, CallSyntax, ObjectSyntax
 from _mlx_server.inference.call_writer import CallWriter
 from _mlx_server.inference.formats import OutputFormat
 from _mlx_server.inference.json_calls import CutShort, parse_json_calls, read_json
-from _mlx_server.inference.marks import comes_next
+from _mlx_server.inference.marks import Marks, comes_next
 from _mlx_server.inference.protocol import Event
 from _mlx_server.inference.schema import ParameterTypes, coerce
 
@@ -23,7 +24,13 @@ class CallReader:
 
     A call that is cut off (by `max_tokens`, say) or malformed in the middle ends there: its object
     holds all that has arrived, the last value as far as it goes, and `cut` is set.
+
+    What each piece costs does not depend on how much came before it: a call's head is complete
+    within MAX_HEAD characters, and a text in which more than MAX_TAGS tags are found before it is
+    a call is none. Otherwise a model that repeats itself would be read again from every tag.
     """
+
+    MAX_TAGS = 16
 
     def __init__(
         self,
@@ -36,18 +43,27 @@ class CallReader:
         self._format, self._parallel = format, parallel
         self._start_tag, self._end_tag = call_tags
         self._types = types
-        self._names = {name.lower(): name for name in types}
-        self._names |= {name: name for name in types}
-        self._next_calls = {
-            start.replace("NAME", name)
-            for syntax in format.syntaxes
-            for start in syntax.next_call
-            for name in types
-        }
+        # The tags before the first call: their number, and where the next ones are looked for
+        self._opening = Marks((self._start_tag, *format.line_starts))
+        self._tags = self._counted = 0
         self._buffer = TextBuffer()
         self._writer = CallWriter()
         self._arguments = ArgumentReader(self._buffer, self._writer, call_tags)
         self._steps = self._read_block()
+
+    @functools.cached_property
+    def _names(self) -> dict[str, str]:
+        """The declared names, by themselves and in lower case."""
+        return {name.lower(): name for name in self._types} | {name: name for name in self._types}
+
+    @functools.cached_property
+    def _next_calls(self) -> set[str]:
+        return {
+            start.replace("NAME", name)
+            for syntax in self._format.syntaxes
+            for start in syntax.next_call
+            for name in self._types
+        }
 
     @property
     def rest(self) -> str:
@@ -70,38 +86,60 @@ class CallReader:
     def _read_block(self) -> Steps[None]:
         """Read calls up to the end tag or, where there is none, to what can be no call."""
         buffer, end_tag = self._buffer, self._end_tag
-        syntax, searched = None, 0
+        syntax, searched, skipped, headless = None, 0, 0, False
         while True:
             if syntax:
                 tail = syntax.tail.match(buffer.text)
                 buffer.text = buffer.text[tail.end() if tail else 0 :]
                 if not end_tag and not self._may_begin():
                     return
-            if head := self._take_head():
-                syntax, searched = head[0], 0
+            if not headless and (head := self._take_head()):
+                syntax, searched, skipped = head[0], 0, 0
                 yield from self._read_call(*head)
                 if not self._parallel:
                     return
                 if self.cut and not (end_tag and buffer.text.startswith(end_tag)):
                     return
                 continue
+            # When the head's window is full, no more text will change what it holds.
+            headless = len(buffer.text) >= self._head_window
             end = buffer.text.find(end_tag, searched) if end_tag else -1
+            self._check_hope(end, headless, skipped)
             if end >= 0 or buffer.ended:
-                if self._end_block(end, bool(searched)):
+                if self._end_block(end, bool(skipped)):
                     return
-                searched = end + len(end_tag)
+                searched, skipped = end + len(end_tag), skipped + 1
             else:
                 searched = max(searched, len(buffer.text) - len(end_tag) + 1)
                 yield
+
+    @property
+    def _head_window(self) -> int:
+        return MAX_HEAD + len(self._start_tag)
+
+    def _check_hope(self, end: int, headless: bool, skipped: int) -> None:
+        """Raises ValueError if what the buffer holds before `end`, which is below 0 as long as no
+        end tag is known, cannot become a call."""
+        if self._writer.calls:
+            return
+        text = self._buffer.text
+        limit = end if end >= 0 else len(text)
+        while tag := self._opening.pattern.search(text, self._counted, limit):
+            self._tags, self._counted = self._tags + 1, tag.end()
+        self._counted = max(self._counted, limit - self._opening.longest + 1)
+        if max(self._tags, skipped) > self.MAX_TAGS:
+            raise ValueError("too many tags")
+        if headless and self._format.parse is None:
+            raise ValueError("no head")
 
     def _take_head(self) -> tuple[CallSyntax, str] | None:
         """The syntax of the call that the buffer begins with, and the name of its tool, if that is
         declared. The end tag of the call before it may be missing."""
         text = self._buffer.text
-        if self._writer.calls and self._end_tag:
-            text = text.removeprefix(self._start_tag)
+        begins = self._writer.calls and self._end_tag and text.startswith(self._start_tag)
+        start = len(self._start_tag) if begins else 0
         for syntax in self._format.syntaxes:
-            head = syntax.head.match(text)
+            head = syntax.head.match(text, start, start + MAX_HEAD)
             name = head[1].strip() if head else ""
             known = self._names.get(name) or self._names.get(name.lower())
             if head and known:
@@ -150,7 +188,7 @@ class CallReader:
 
     @property
     def _end_tag_and_start_tag(self) -> str:
-        return rf"{re.escape(self._end_tag)}\s*{re.escape(self._start_tag)}"
+        return rf"{re.escape(self._end_tag)}\s*+{re.escape(self._start_tag)}"
 
     def _parse_block(self, text: str) -> None:
         """Write the calls that the format's `parse` finds in `text`. Raises ValueError, having

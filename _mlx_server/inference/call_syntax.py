@@ -23,13 +23,14 @@ def pattern(*pieces: str) -> re.Pattern[str]:
     return re.compile("".join(pieces), re.DOTALL)
 
 
+MAX_HEAD = 1000  # characters within which a call's head, or an argument's, is complete
 # No name holds a "<", so that none reaches over an end tag.
-_JSON_KEY = r'"((?:[^"\\<]|\\.){0,200})"\s*:\s*'
+_JSON_KEY = r'"((?:[^"\\<]|\\.){0,200}+)"\s*+:\s*+'
 JSON_ARGUMENT = pattern(_JSON_KEY, r"(?=\S)")
 # The bracket that opens a JSON object, once its first key or its end has come.
-JSON_START = rf"\{{(?=\s*(?:\}}|{_JSON_KEY}))"
+JSON_START = rf"\{{(?=\s*+(?:\}}|{_JSON_KEY}))"
 # A key without quotes.
-BARE_KEY = r"([^\s{}\[\]:,<](?:[^{}\[\]:,<]*[^\s{}\[\]:,<])?)\s*:"
+BARE_KEY = r"([^\s{}\[\]:,<](?:[^{}\[\]:,<]*[^\s{}\[\]:,<])?)\s*+:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +60,11 @@ class BaseSyntax:
 
     `head` matches from the call tag to the arguments; its group is the tool's name. A call counts
     from there on, so the pattern looks ahead until the first argument or the arguments' end has
-    begun: a name alone may be prose. `argument` matches what precedes an argument's value; its
-    first group is the argument's name. `next_argument` and `arguments_end` are the texts that may
-    follow a value, blanks aside. `tail` matches what is skipped behind the arguments.
+    begun: a name alone may be prose. It sees at most MAX_HEAD characters, and must be linear in
+    them: a repetition is possessive where what follows it could match the same. `argument` matches
+    what precedes an argument's value; its first group is the argument's name. `next_argument` and
+    `arguments_end` are the texts that may follow a value, blanks aside. `tail` matches what is
+    skipped behind the arguments.
     """
 
     head: re.Pattern[str]

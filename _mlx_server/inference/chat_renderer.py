@@ -7,73 +7,264 @@ import datetime
 import hashlib
 import json
 import os
+import re
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from _mlx_server.inference.answers import PLACEHOLDER, Answer, AnswerMemory
 from _mlx_server.inference.bounded import BoundedMap
+from _mlx_server.inference.control_tokens import alternatives, unescape
+from _mlx_server.inference.conversations import (
+    Call,
+    ConversationMemory,
+    Reading,
+    answer_names,
+    message_calls,
+)
 from _mlx_server.inference.formats import OutputFormat
 from _mlx_server.inference.prompt import Prompt
 from _mlx_server.inference.protocol import InvalidRequest, Message, Request
-from _mlx_server.inference.splicer import AnswerSplicer
 from _mlx_server.inference.template import Template
 from _mlx_server.inference.tokenizer import TextTokenizer
 
 # For templates that do not know the finer ones
 _EFFORTS = {"minimal": "low", "xhigh": "high", "max": "high"}
 
+# Stands in a message to find its end in the rendered text. Random: any text may be in a message.
+_MARK = f"mark{secrets.token_hex(8)}"
+
 
 @dataclass(frozen=True)
-class _Rendering:
-    """A conversation's text. Placeholders stand for `answers` in it and in `messages`."""
+class _Root:
+    """The system message and the tools, with which every conversation of a client begins: the key
+    that they give to `ConversationMemory`, and their token count (0 if there are none)."""
+
+    key: str
+    length: int
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """A conversation on its way to a prompt: what the template is given, and the key behind each
+    message of `history`, which is all messages that are complete."""
 
     messages: list[Message]
     tools: list[dict[str, Any]]
     options: dict[str, Any]
-    answers: dict[int, Answer]
+    history: list[Message]
+    keys: list[str]
+
+
+@dataclass(frozen=True)
+class _Match:
+    """What was read of a conversation up to the message with this index: its tokens, and the text
+    that the template renders behind them, within the text of the whole conversation."""
+
+    index: int
+    tokens: list[int]
     text: str
+    rest: str
 
 
 class ChatRenderer:
     """Renders and tokenises conversations with a model's chat template.
 
+    A conversation that only grew takes the tokens that it was read as (`ConversationMemory`), and
+    only what is new is rendered. So the model's thinking stays, also where the template would drop
+    it from history. That costs context: when a prompt comes near the window, or the client wants
+    old thinking to go, the conversation is rendered anew, and what is read then is what stays.
+
     Thread-safe: what is remembered between requests is in maps that have their own locks."""
 
-    REMEMBERED = 4096  # conversations, and beginnings of an assistant's turn
+    REMEMBERED = 4096  # beginnings of conversations and of turns, and answers with calls
     ROOTS = 32  # pairs of a system message and tools
+    FULL = 0.75  # of the window: a longer prompt gives up old thinking
 
     def __init__(
         self,
         template: Template,
         tokenizer: TextTokenizer,
         format: OutputFormat,
-        memory: AnswerMemory,
-        splicer: AnswerSplicer,
+        memory: ConversationMemory,
     ):
         self._template, self._tokenizer, self._format = template, tokenizer, format
-        self._memory, self._splicer = memory, splicer
-        self._roots: BoundedMap[int] = BoundedMap(self.ROOTS)
+        self._memory = memory
+        self._turn_end = _turn_end(tokenizer, format)
+        self._roots: BoundedMap[_Root] = BoundedMap(self.ROOTS)
         self._openers: BoundedMap[str] = BoundedMap(self.REMEMBERED)
         self._births: BoundedMap[datetime.datetime] = BoundedMap(self.REMEMBERED)
+        self._ends: BoundedMap[str] = BoundedMap(self.REMEMBERED)  # of messages, by their keys
+        self._thoughts: BoundedMap[str] = BoundedMap(self.REMEMBERED)  # by the id of a call
 
-    def prompt(self, request: Request) -> Prompt:
-        """Renders and tokenises a conversation. Raises InvalidRequest when the template refuses
-        it."""
-        rendering = self._render(request)
-        text = rendering.text
-        opener = self._opener(rendering)
-        chat = request.context + self._splicer.splice(text, rendering.answers, opener)
-        opening = self._format.call_prefix(request.tool_choice) if rendering.tools else ""
+    def prompt(self, request: Request, window: int | None = None) -> Prompt:
+        """Renders and tokenises a conversation. `window` is how many tokens prompt and answer may
+        have. Raises InvalidRequest when the template refuses it."""
+        tools, options = _shown_tools(request), self._options(request)
+        root = self._root(request.messages, tools, options)
+        history = request.messages
+        if history and _is_open(history[-1]):
+            history = history[:-1]
+        keys = self._memory.follow(root.key, history)
+        chat = _Chat(self._with_thoughts(request.messages), tools, options, history, keys)
+        match = self._match(chat)
+        if match is None or self._gives_up_thinking(request, chat, match, window):
+            text = self._render(chat)
+            return self._prompt(request, chat, root, _Match(-1, [], text, text))
+        return self._prompt(request, chat, root, match)
+
+    def _prompt(self, request: Request, chat: _Chat, root: _Root, match: _Match) -> Prompt:
+        tokens = match.tokens + self._tokenizer.encode(match.rest)
+        opener = self._opener(chat, match.text)
+        body = len(tokens) - len(self._tokenizer.encode(opener)) if opener else 0
+        if body and len(chat.keys) == len(chat.messages) and not request.context:
+            self._remember_body(chat, root, match, tokens[len(match.tokens) : body])
+        length = len(tokens)
+        turn = self._turn(chat, match.text, length)
+        opening = self._format.call_prefix(request.tool_choice) if chat.tools else ""
         start = self._format.thinking[0] if self._format.thinking else ""
+        answered = match.index >= 0 and chat.messages[match.index]["role"] == "assistant"
+        before = len(request.context)
+        tokens += self._tokenizer.encode(opening)
         return Prompt(
-            chat + self._tokenizer.encode(opening),
-            root=self._root(rendering, len(chat)),
-            turn=self._turn(rendering, len(chat)),
-            body=len(chat) - len(self._tokenizer.encode(opener)) if opener else 0,
+            request.context + tokens if request.context else tokens,
+            root=before + root.length if root.length < length and root.length else 0,
+            turn=before + turn if turn else 0,
+            body=before + body if body else 0,
             opening=opening,
-            in_thinking=bool(start) and not opening and text.rstrip().endswith(start),
+            in_thinking=bool(start) and not opening and match.text.rstrip().endswith(start),
+            key=(chat.keys[-1] if chat.keys else root.key) if not request.context else "",
+            answer=chat.keys[match.index] if answered else "",
+            known=len(match.tokens) if answered else 0,
         )
+
+    # -- what was read before
+
+    def remember(
+        self,
+        request: Request,
+        prompt: Prompt,
+        tokens: list[int],
+        visible: str,
+        thinking: str,
+        calls: list[Call],
+    ) -> str:
+        """Keeps what was read and generated for a request: all its `tokens`, and of the answer the
+        visible text, the thinking and the calls. Returns the key, "" if nothing is kept."""
+        if not prompt.key:
+            return ""
+        for id, _, _ in calls[:1] if thinking else []:
+            self._thoughts.put(id, thinking)
+        if tokens and tokens[-1] in self._tokenizer.end_tokens:
+            tokens = tokens[:-1]
+        begun = request.messages[-1]["content"] if _is_open(request.messages[-1]) else ""
+        names = answer_names(prompt.key, begun + visible, thinking, calls)
+        key = names[0]
+        before = self._memory.get(prompt.answer) if prompt.answer else None
+        known, answer = (prompt.known, prompt.answer) if before else (0, "")
+        thoughtful = bool(thinking) or before is not None and before.thoughtful
+        reading = Reading(answer, tokens[known:], dict.fromkeys(names, key), thoughtful)
+        self._memory.learn({key: reading})
+        return key
+
+    def _remember_body(self, chat: _Chat, root: _Root, match: _Match, tokens: list[int]) -> None:
+        """Keeps the `tokens` that are read behind a match and before the answer."""
+        if match.index == len(chat.keys) - 1:
+            return
+        before = chat.keys[match.index] if match.index >= 0 else ""
+        known = self._memory.get(before) if before else None
+        thoughtful = known is not None and known.thoughtful
+        names: dict[str, str] = {}  # of answers that were not generated here
+        for index in range(match.index + 1, len(chat.history)):
+            message = chat.history[index]
+            if message["role"] == "assistant":
+                thinking = message.get("reasoning_content", "")
+                thoughtful = (
+                    thoughtful
+                    or bool(thinking)
+                    and self._template.escape(thinking.strip()) in match.text
+                )
+                start = chat.keys[index - 1] if index else root.key
+                found = answer_names(start, message["content"], thinking, message_calls(message))
+                names |= dict.fromkeys(found, chat.keys[index])
+        reading = Reading(before, tokens, names, thoughtful)
+        self._memory.learn({chat.keys[-1]: reading})
+
+    def _match(self, chat: _Chat) -> _Match | None:
+        """The most that was read of a conversation, as far as the rest can be rendered behind
+        it."""
+        for index in range(len(chat.history) - 1, -1, -1):
+            tokens = self._memory.tokens(chat.keys[index])
+            if tokens is None:
+                continue
+            answered = chat.messages[index]["role"] == "assistant"
+            found = self._behind_answer(chat, index) if answered else self._behind(chat, index)
+            if found is not None:
+                return _Match(index, tokens, *found)
+        return None
+
+    def _behind_answer(self, chat: _Chat, index: int) -> tuple[str, str] | None:
+        """The conversation's text, in which a mark stands for the answer with this index, and what
+        follows the answer, beginning with the end of its turn; None if the template does not
+        show where that is."""
+        message = chat.messages[index]
+        calls = message.get("tool_calls") or []
+        if len(calls) > 1 and not self._template.traits.parallel_calls:
+            return None  # the template needs a result between two calls that had none
+        marked = {**message, "content": _MARK}
+        if calls:  # some templates drop text beside calls
+            last = {**calls[-1], "function": {**calls[-1]["function"], "arguments": {"a": _MARK}}}
+            marked["tool_calls"] = [*calls[:-1], last]
+        text = self._render(chat, index, marked)
+        at = text.rfind(_MARK)
+        end = self._turn_end.search(text, at + len(_MARK)) if at >= 0 else None
+        return (text, text[end.start() :]) if end else None
+
+    def _behind(self, chat: _Chat, index: int) -> tuple[str, str] | None:
+        """The conversation's text, with a mark at the end of a message that is no answer, and what
+        follows that message's turn; None if the template closes the turn in another way when the
+        conversation goes on."""
+        message = chat.messages[index]
+        marked = {**message, "content": message["content"] + _MARK}
+
+        def end_alone() -> str:
+            begun = [*chat.messages[:index], marked]
+            alone = self._template.render(begun, chat.tools, chat.options, generation=False)
+            return alone.rpartition(_MARK)[2]
+
+        end = self._ends.get_or_make(chat.keys[index], end_alone)
+        before, found, behind = self._render(chat, index, marked).rpartition(_MARK)
+        if not found or not behind.startswith(end):
+            return None
+        return before + behind, behind[len(end) :]
+
+    def _gives_up_thinking(
+        self, request: Request, chat: _Chat, match: _Match, window: int | None
+    ) -> bool:
+        """Whether the template's own form is to be read, which may leave out old thinking."""
+        reading = self._memory.get(chat.keys[match.index])
+        if reading is None or not reading.thoughtful:
+            return False
+        if request.keep_thinking is False or request.thinking is False:
+            return True
+        length = len(match.tokens) + len(self._tokenizer.encode(match.rest))
+        if window is None or length <= window * self.FULL:
+            return False
+        return len(self._tokenizer.encode(self._render(chat))) < length
+
+    def _with_thoughts(self, messages: list[Message]) -> list[Message]:
+        """The conversation with the thinking before calls where the client has left it out: the
+        template decides whether to show it."""
+        shown = list(messages)
+        for at, message in enumerate(messages):
+            calls = message.get("tool_calls") or []
+            if not calls or message.get("reasoning_content"):
+                continue
+            if thinking := self._thoughts.get(calls[0].get("id", "")):
+                shown[at] = {**message, "reasoning_content": thinking}
+        return shown
+
+    # -- the template
 
     def locate(self, request: Request, before: str) -> tuple[int, str] | None:
         """The index and the role of the message in which the prompt's text goes beyond `before`;
@@ -86,7 +277,7 @@ class ChatRenderer:
         def goes_beyond(index: int) -> bool:
             begun = messages[: index + 1]
             text = self._template.render(begun, tools, options, generation=False)
-            return len(text) > len(before)
+            return len(unescape(text)) > len(before)
 
         try:
             at = bisect.bisect_left(range(len(messages) - 1), True, key=goes_beyond)
@@ -94,17 +285,12 @@ class ChatRenderer:
             return None
         return at, messages[at]["role"]
 
-    def _render(self, request: Request) -> _Rendering:
-        tools, options = _shown_tools(request), self._options(request)
-        # The template needs a result between two calls that were generated without one
-        split = set() if self._template.traits.parallel_calls else _parallel_calls(request.messages)
-        messages, answers = self._memory.insert_placeholders(request.messages, split)
-        text = self._template.render(messages, tools, options, generation=True)
-        # Templates may drop text beside calls, or not end turns with a token
-        if lost := answers.keys() - self._splicer.replaceable(text):
-            messages, answers = self._memory.insert_placeholders(request.messages, lost | split)
-            text = self._template.render(messages, tools, options, generation=True)
-        return _Rendering(messages, tools, options, answers, text)
+    def _render(self, chat: _Chat, index: int = 0, marked: Message | None = None) -> str:
+        """The conversation's text, with `marked` in place of the message with this index."""
+        messages = list(chat.messages)
+        if marked is not None:
+            messages[index] = marked
+        return self._template.render(messages, chat.tools, chat.options, generation=True)
 
     def _options(self, request: Request) -> dict[str, Any]:
         """What the template is told beside messages and tools."""
@@ -116,6 +302,9 @@ class ChatRenderer:
         thinking = request.thinking if request.tool_choice in ("auto", "none") else False
         if thinking is not None:
             options["enable_thinking"] = thinking
+        # So that a conversation that is read for the first time is read as a growing one is
+        if request.keep_thinking and template.mentions("preserve_thinking"):
+            options["preserve_thinking"] = True
         if effort and thinking is not False and template.mentions("reasoning_effort"):
             known = template.mentions(f"'{effort}'") or template.mentions(f'"{effort}"')
             options["reasoning_effort"] = effort if known else _EFFORTS.get(effort, effort)
@@ -128,31 +317,30 @@ class ChatRenderer:
         key = hashlib.sha256(json.dumps(messages[: first + 1]).encode()).hexdigest()
         return self._births.get_or_make(key, datetime.datetime.now).strftime
 
-    def _opener(self, rendering: _Rendering) -> str:
+    def _opener(self, chat: _Chat, text: str) -> str:
         """What the template puts behind the conversation to begin the assistant's turn; "" if it
         cannot be told. It is remembered by what it depends on: finding it means rendering the
         conversation once more."""
-        messages, text = rendering.messages, rendering.text
-        role = messages[-1]["role"] if messages else ""
-        key = json.dumps([{**rendering.options, "strftime_now": 0}, bool(rendering.tools), role])
+        role = chat.messages[-1]["role"] if chat.messages else ""
+        key = json.dumps([{**chat.options, "strftime_now": 0}, bool(chat.tools), role])
         known = self._openers.get(key)
         if known is not None and text.endswith(known):
             return known
-        body = self._template.render(messages, rendering.tools, rendering.options, generation=False)
+        text, messages = self._render(chat), chat.messages
+        body = self._template.render(messages, chat.tools, chat.options, generation=False)
         opener = text[len(body) :] if text.startswith(body) else ""
         if opener:
             self._openers.put(key, opener)
         return opener
 
-    def _root(self, rendering: _Rendering, length: int) -> int:
-        """Token count of the system message and the tools, with which every conversation of a
-        client begins; 0 if the prompt of `length` tokens has none."""
-        head = [message for message in rendering.messages[:1] if message["role"] == "system"]
-        tools, options = rendering.tools, rendering.options
-        if not head and not tools:
-            return 0
+    def _root(
+        self, messages: list[Message], tools: list[dict[str, Any]], options: dict[str, Any]
+    ) -> _Root:
+        """What a conversation begins with. It is measured on two conversations that share no more
+        than that, and so holds what the options change at the beginning, and no more."""
+        head = [message for message in messages[:1] if message["role"] == "system"]
 
-        def measure() -> int:
+        def measure() -> _Root:
             one, two = (
                 self._template.render(
                     [*head, {"role": "user", "content": content}], tools, options, generation=False
@@ -160,24 +348,24 @@ class ChatRenderer:
                 for content in "xy"
             )
             shared = os.path.commonprefix([one, two])
-            return len(self._tokenizer.encode(shared)) if rendering.text.startswith(shared) else 0
+            key = hashlib.sha256(shared.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+            return _Root(key, len(self._tokenizer.encode(shared)) if head or tools else 0)
 
         key = json.dumps([head, tools, options], ensure_ascii=False, default=repr)
         try:
-            root = self._roots.get_or_make(key, measure)
+            return self._roots.get_or_make(key, measure)
         except InvalidRequest:
-            return 0
-        return root if root < length else 0
+            return _Root(hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()[:32], 0)
 
-    def _turn(self, rendering: _Rendering, length: int) -> int:
+    def _turn(self, chat: _Chat, text: str, length: int) -> int:
         """Token count before what the user says last, in a prompt of `length` tokens; 0 unless it
         is the last message."""
-        messages, text = rendering.messages, rendering.text
+        messages = chat.messages
         if not messages or messages[-1]["role"] != "user":
             return 0
-        at = max(0, text.rfind(messages[-1]["content"].strip()))
+        at = max(0, text.rfind(self._template.escape(messages[-1]["content"].strip())))
         cut = self._tokenizer.last_special_token_end(text, max(0, at - 200), at)
-        if cut is None or PLACEHOLDER.search(text, cut):
+        if cut is None or _MARK in text[cut:]:
             return 0
         return max(0, length - len(self._tokenizer.encode(text[cut:])))
 
@@ -186,6 +374,17 @@ def _shown_tools(request: Request) -> list[dict[str, Any]]:
     return request.tools if request.tool_choice != "none" else []
 
 
-def _parallel_calls(messages: list[Message]) -> set[int]:
-    """The indices of messages with several calls."""
-    return {at for at, one in enumerate(messages) if len(one.get("tool_calls") or []) > 1}
+def _is_open(message: Message) -> bool:
+    """Whether the answer is to continue this last message."""
+    return bool(message["role"] == "assistant" and not message.get("tool_calls"))
+
+
+def _turn_end(tokenizer: TextTokenizer, format: OutputFormat) -> re.Pattern[str]:
+    """Matches where an answer ends in a rendered text: at an end token, or at the end of thinking
+    where that ends the turn, too."""
+    ends = alternatives(filter(None, (tokenizer.decode([end]) for end in tokenizer.end_tokens)))
+    thinking_end = format.thinking[1] if format.thinking else ""
+    if thinking_end and thinking_end in format.structural_markers:
+        markers = alternatives(format.structural_markers)
+        ends += f"|{re.escape(thinking_end)}(?!{markers})"
+    return re.compile(ends)

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import errno
 import hashlib
 import heapq
 import json
 import logging
 import os
 import re
+import shutil
+import stat
+import time
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from _mlx_server.inference.answers import Answer
+from _mlx_server.inference.conversations import Reading
 from _mlx_server.inference.layers import concatenate_layers, is_trimmable
-from _mlx_server.inference.prefix_cache import CacheEntry, Checkpoint, common_prefix
+from _mlx_server.inference.prefix_cache import CacheEntry, Checkpoint
+from _mlx_server.inference.prefix_tree import PrefixTree
 from _mlx_server.inference.protocol import first_line
 
 log = logging.getLogger("mlx_server")
@@ -35,7 +39,8 @@ class Segment:
     tokens: list[int]
     trimmable: bool
     nbytes: int
-    answers: dict[str, Answer]
+    readings: dict[str, Reading]
+    modified: int  # when the file was found, in nanoseconds of unix time
 
 
 class DiskCache:
@@ -52,40 +57,70 @@ class DiskCache:
     included, stay within `limit` bytes: the least recently used segment that no other one follows
     goes first. A chain's files count as used together, by their modification times.
 
-    Only the MLX thread changes it. Any thread may search it: a node's followers are a tuple that is
+    The files hold conversations: nobody else may open the folder, and none is written to through a
+    link.
+
+    Cost. Starting and removing take time in proportion to the segments (and a logarithm of their
+    number), looking up and writing grow with the prompt.
+
+    Only the MLX thread changes it. Any thread may search it: a node's followers are a tree that is
     replaced by every change."""
 
     NAME = re.compile(r"([0-9a-f]{32})\.([0-9a-f]{8})\.safetensors")
+    MOST = 16 * 2**30  # bytes, if no limit is given
+    SHARE = 10  # of the disk's free bytes one in so many may be used, if no limit is given
 
-    def __init__(self, folder: Path, limit: int):
-        """Reads what is there. Raises OSError when `folder` cannot be written to."""
-        self.folder, self.limit = folder, limit
+    def __init__(self, folder: Path, limit: int | None = None):
+        """Reads what is there. `limit` is the most bytes of files; None for `MOST` or a part of the
+        disk's free bytes. Raises OSError when `folder` cannot be written to or is not ours."""
+        self.folder, self._limit = folder, limit
         self.nbytes = 0  # of all files
         self._segments: dict[str, Segment] = {}  # by node
-        self._followers: dict[str, tuple[Segment, ...]] = {}  # by the parent's node
+        self._followers: dict[str, PrefixTree[Segment]] = {}  # by the parent's node
+        # For the MLX thread: when each node was used last, in nanoseconds of unix time, and by that
+        # time the nodes that no other one follows, some of them out of date.
+        self._used: dict[str, int] = {}
+        self._oldest: list[tuple[int, str]] = []
         self._writing = folder / f"writing-{os.getpid()}.safetensors"
-        folder.mkdir(parents=True, exist_ok=True)
-        self._writing.write_bytes(b"")
-        for leftover in folder.glob("writing-*.safetensors"):
-            if leftover == self._writing or not _alive(leftover.stem.removeprefix("writing-")):
-                leftover.unlink(missing_ok=True)
-        for path in folder.iterdir():
-            if match := self.NAME.fullmatch(path.name):
-                try:
-                    self._add(_read_segment(path, match[1]))
-                except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-                    self._discard(path, error)
+        _make_private(folder)
+        self._writing.unlink(missing_ok=True)
+        _create(self._writing).close()
+        for path in list(folder.iterdir()):
+            try:
+                self._take_in(path)
+            except Exception as error:  # nothing that lies there may stop the start
+                self._discard(path, error)
         self._make_room(0, set())
 
-    def answers(self, model: str) -> dict[str, Answer]:
-        """The remembered answers in all that is kept of the model with this fingerprint."""
-        found: dict[str, Answer] = {}
+    @property
+    def limit(self) -> int:
+        """Most bytes of files at the moment."""
+        if self._limit is not None:
+            return self._limit
+        free = shutil.disk_usage(self.folder).free
+        return min(self.MOST, (free + self.nbytes) // self.SHARE)
+
+    def _take_in(self, path: Path) -> None:
+        """Adds the segment of a file, or removes what a process that has died has left."""
+        if match := self.NAME.fullmatch(path.name):
+            self._add(_read_segment(path, match[1]))
+            return
+        left = re.fullmatch(r"writing-(.*)\.safetensors", path.name)
+        if left and (path == self._writing or not _alive(left[1])):
+            path.unlink(missing_ok=True)
+
+    def readings(self, model: str) -> dict[str, Reading]:
+        """What was read and generated in all that is kept of the model with this fingerprint."""
+        found: dict[str, Reading] = {}
         nodes = [model]
         while nodes:
-            for segment in self._followers.get(nodes.pop(), ()):
-                found |= segment.answers
+            for segment in self._followers_of(nodes.pop()).values():
+                found |= segment.readings
                 nodes.append(segment.node)
         return found
+
+    def _followers_of(self, node: str) -> PrefixTree[Segment]:
+        return self._followers.get(node, _EMPTY)
 
     def find(self, model: str, tokens: list[int]) -> tuple[list[Segment], int]:
         """The chain of segments that restores the longest prefix of `tokens`, and its length;
@@ -96,14 +131,16 @@ class DiskCache:
         links: list[tuple[str, int, Any]] = [(model, 0, None)]
         while links:
             node, start, before = links.pop()
-            for segment in self._followers.get(node, ()):
-                end = start + len(segment.tokens)
-                reached = start + common_prefix(segment.tokens, tokens[start:end])
-                link = (segment, before)
-                if reached == end:
-                    links.append((segment.node, end, link))
-                if reached > longest and (reached == end or segment.trimmable):
-                    best, longest = link, reached
+            path, end, shared = self._followers_of(node).walk(tokens, start)
+            for place, length in path:
+                if (segment := place.value) is not None:
+                    link = (segment, before)
+                    links.append((segment.node, start + length, link))
+                    if start + length > longest:
+                        best, longest = link, start + length
+            part = end.sample
+            if part is not None and part.trimmable and start + shared > longest:
+                best, longest = (part, before), start + shared
         chain = []
         while best is not None:
             segment, best = best
@@ -117,7 +154,6 @@ class DiskCache:
         for segment in chain:
             try:
                 layers = _load_layers(segment.path)
-                os.utime(segment.path)
             except Exception as error:  # MLX raises many types for a bad file
                 self._remove(segment)
                 self._discard(segment.path, error)
@@ -127,6 +163,7 @@ class DiskCache:
             if not segment.trimmable:
                 kept = [None if is_trimmable(layer) else layer for layer in layers]
                 checkpoints[len(tokens)] = Checkpoint(kept)
+        self._touch(chain)
         joined = [concatenate_layers(list(layers)) for layers in zip(*parts, strict=True)]
         entry = CacheEntry(tokens, joined, checkpoints)
         if entry.trimmable and length == len(tokens):
@@ -137,7 +174,7 @@ class DiskCache:
         self,
         model: str,
         entry: CacheEntry,
-        answer: Callable[[str], Answer | None],
+        reading: Callable[[str], Reading | None],
         marks: Iterable[int],
     ) -> bool:
         """Writes the next segment of an entry, up to the next of the lengths `marks`; returns
@@ -154,12 +191,16 @@ class DiskCache:
         end = next(at for at in ends if at > start and entry.restorable(at) == at)
         tokens = entry.tokens[start:end]
         parent = chain[-1].node if chain else model
-        known = {key: answer(key) for key, at in entry.answers.items() if start < at <= end}
-        answers = {key: dataclasses.astuple(one) for key, one in known.items() if one is not None}
+        known = {key: reading(key) for key, at in entry.answers.items() if start < at <= end}
+        readings = {
+            key: [one.before, list(one.tokens), one.names, one.thoughtful]
+            for key, one in known.items()
+            if one is not None
+        }
         notes = {
             "parent": parent,
             "tokens": json.dumps(tokens),
-            "answers": json.dumps(answers),
+            "readings": json.dumps(readings),
             "trimmable": json.dumps(entry.trimmable),
         }
         try:
@@ -184,18 +225,46 @@ class DiskCache:
         """Writes one file behind a chain; returns whether there was room for it."""
         from mlx_lm.models.cache import save_prompt_cache
 
-        headers = len(json.dumps(notes)) + 1024 * len(layers) + 4096
-        size = headers + sum(layer.nbytes for layer in layers)
-        if not self._make_room(size, {segment.node for segment in chain}):
+        header = len(json.dumps(notes)) + 1024 * len(layers) + 4096
+        size = header + sum(layer.nbytes for layer in layers)
+        spared = {segment.node for segment in chain}
+        if header > MOST_HEADER or not self._make_room(size, spared):
             return False
-        save_prompt_cache(str(self._writing), layers, notes)
-        node = _node(parent, tokens)
-        path = self.folder / f"{node}.{_checksum(self._writing, sync=True)}.safetensors"
+        self._writing.unlink(missing_ok=True)
+        with _create(self._writing) as file:
+            save_prompt_cache(file, layers, notes)  # type: ignore[arg-type]  # MLX takes both
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(0)
+            checksum = _checksum(file)
+        node = segment_node(parent, tokens)
+        path = self.folder / f"{node}.{checksum}.safetensors"
         os.replace(self._writing, path)
         self._add(_read_segment(path, node))
-        for segment in chain:
-            os.utime(segment.path)
+        self._touch(chain)
         return True
+
+    def _touch(self, chain: list[Segment]) -> None:
+        """Notes that a chain has been used, for other processes in the files' times."""
+        now = time.time_ns()
+        for segment in chain:
+            with contextlib.suppress(OSError):
+                os.utime(segment.path, ns=(now, now))
+            self._note_use(segment, now)
+
+    def _note_use(self, segment: Segment, used: int) -> None:
+        """Comes when a segment was used and when its last follower has gone."""
+        self._used[segment.node] = used
+        if self._followers_of(segment.node).sample is not None:
+            return
+        if len(self._oldest) > 2 * len(self._segments) + 64:
+            self._oldest = [pair for pair in self._oldest if self._is_removable(*pair)]
+            heapq.heapify(self._oldest)
+        heapq.heappush(self._oldest, (used, segment.node))
+
+    def _is_removable(self, used: int, node: str) -> bool:
+        """Whether a node is still there, used last at that time, and not followed by any."""
+        return self._used.get(node) == used and self._followers_of(node).sample is None
 
     def _add(self, segment: Segment) -> None:
         if before := self._segments.get(segment.node):
@@ -203,64 +272,103 @@ class DiskCache:
             if before.path != segment.path:
                 before.path.unlink(missing_ok=True)
         self._segments[segment.node] = segment
-        self._followers[segment.parent] = (*self._followers.get(segment.parent, ()), segment)
+        followers = self._followers_of(segment.parent)
+        self._followers[segment.parent] = followers.put(segment.tokens, segment)
         self.nbytes += segment.nbytes
+        self._note_use(segment, segment.modified)
 
     def _remove(self, segment: Segment) -> None:
         if self._segments.pop(segment.node, None) is None:
             return
-        followers = self._followers[segment.parent]
-        self._followers[segment.parent] = tuple(one for one in followers if one is not segment)
+        del self._used[segment.node]
+        followers = self._followers[segment.parent].remove(segment.tokens)
+        self._followers[segment.parent] = followers
         self.nbytes -= segment.nbytes
+        if followers.sample is None:
+            del self._followers[segment.parent]
+            if parent := self._segments.get(segment.parent):
+                self._note_use(parent, self._used[parent.node])
 
     def _discard(self, path: Path, error: Exception) -> None:
         message = "prompt cache on disk: %s is ignored and removed: %s"
         log.warning(message, path.name, first_line(error))
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder, for one
+            path.unlink()
 
     def _make_room(self, size: int, spared: set[str]) -> bool:
-        """Removes segments until `size` bytes fit beside the spared ones; returns whether they do.
-        If not, none is removed."""
-        if sum(self._segments[node].nbytes for node in spared) + size > self.limit:
+        """Removes segments until `size` bytes fit beside the spared ones, which are whole chains;
+        returns whether they do. If not, none is removed."""
+        limit = self.limit
+        if sum(self._segments[node].nbytes for node in spared) + size > limit:
             return False
-        if self.nbytes + size <= self.limit:
-            return True
-        removable = [
-            (_mtime(segment.path), node)
-            for node, segment in self._segments.items()
-            if node not in spared and not self._followers.get(node)
-        ]
-        heapq.heapify(removable)
-        while self.nbytes + size > self.limit:
-            segment = self._segments[heapq.heappop(removable)[1]]
-            self._remove(segment)
-            segment.path.unlink(missing_ok=True)
-            parent = self._segments.get(segment.parent)
-            if parent is None or parent.node in spared or self._followers.get(parent.node):
+        passed_over = []
+        while self.nbytes + size > limit:
+            used, node = heapq.heappop(self._oldest)
+            if not self._is_removable(used, node):
                 continue
-            heapq.heappush(removable, (_mtime(parent.path), parent.node))
+            segment = self._segments[node]
+            later = _mtime(segment.path)
+            if node in spared:
+                passed_over.append((used, node))
+            elif later > used:  # another process has used it
+                self._note_use(segment, later)
+            else:
+                self._remove(segment)
+                with contextlib.suppress(OSError):
+                    segment.path.unlink()
+        for pair in passed_over:
+            heapq.heappush(self._oldest, pair)
         return True
 
 
+_EMPTY: PrefixTree[Segment] = PrefixTree()
+# Bytes of a file's header; one of ours has some thousand tokens and the answers that end there
+MOST_HEADER = 16 * 2**20
+
+
+def _make_private(folder: Path) -> None:
+    """Makes a folder that only its owner may open. Raises OSError if it is another user's."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.geteuid():
+        raise PermissionError(errno.EPERM, "the folder belongs to another user", str(folder))
+    if stat.S_IMODE(found.st_mode) & 0o077:
+        folder.chmod(0o700)
+
+
+def _create(path: Path) -> BinaryIO:
+    """A new file to write and read, which nobody else may open. Raises OSError if there is one of
+    that name, or a link."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.fdopen(os.open(path, flags, 0o600), "w+b")
+
+
 def _read_segment(path: Path, node: str) -> Segment:
-    """A file's segment, from its header alone."""
-    with open(path, "rb") as file:
+    """A file's segment, from its header alone. Raises an exception of any type if it is none."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with os.fdopen(os.open(path, flags), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("it is no file")
         length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:
+        if length > min(found.st_size, MOST_HEADER):
             raise ValueError("the file is torn")
         header = json.loads(file.read(length))
     notes = {key.removeprefix("0."): value for key, value in header["__metadata__"].items()}
-    tokens, answers = json.loads(notes["tokens"]), json.loads(notes["answers"])
-    if _node(notes["parent"], tokens) != node:
+    tokens, readings = json.loads(notes["tokens"]), json.loads(notes["readings"])
+    if not tokens or not all(type(token) is int for token in tokens):
+        raise ValueError("its tokens are none")
+    if segment_node(notes["parent"], tokens) != node:
         raise ValueError("the name belongs to other tokens")
     return Segment(
         path,
         node,
         notes["parent"],
         tokens,
-        json.loads(notes["trimmable"]),
-        path.stat().st_size,
-        {key: Answer(*fields) for key, fields in answers.items()},
+        bool(json.loads(notes["trimmable"])),
+        found.st_size,
+        {key: Reading(*fields) for key, fields in readings.items()},
+        found.st_mtime_ns,
     )
 
 
@@ -269,20 +377,24 @@ def _load_layers(path: Path) -> list[Any]:
     import mlx.core as mx
     from mlx_lm.models.cache import load_prompt_cache
 
-    if _checksum(path) != path.name.split(".")[1]:
-        raise ValueError("the checksum is wrong")
+    with open(path, "rb") as file:
+        if _checksum(file) != path.name.split(".")[1]:
+            raise ValueError("the checksum is wrong")
     layers: list[Any] = load_prompt_cache(str(path))  # type: ignore[no-untyped-call]
     mx.eval([layer.state for layer in layers])
     return layers
 
 
-def _node(parent: str, tokens: list[int]) -> str:
+def segment_node(parent: str, tokens: list[int]) -> str:
+    """The name of the state that `tokens` lead to from that of `parent`."""
     return hashlib.sha256(f"{parent}{tokens}".encode()).hexdigest()[:32]
 
 
 def _alive(pid: str) -> bool:
     """Whether a process with this id runs."""
     try:
+        if int(pid) <= 0:  # a group of processes
+            return False
         os.kill(int(pid), 0)
     except (ValueError, OverflowError, ProcessLookupError):
         return False
@@ -291,18 +403,17 @@ def _alive(pid: str) -> bool:
     return True
 
 
-def _mtime(path: Path) -> float:
-    with contextlib.suppress(OSError):
-        return path.stat().st_mtime
-    return 0.0
+def _mtime(path: Path) -> int:
+    """When a file was changed, in nanoseconds of unix time; 0 if it is gone."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
-def _checksum(path: Path, sync: bool = False) -> str:
-    """A file's CRC-32; `sync` also sees to it that the disk really has the file."""
+def _checksum(file: BinaryIO) -> str:
+    """The CRC-32 of the rest of a file."""
     crc = 0
-    with open(path, "rb+" if sync else "rb") as file:
-        while block := file.read(1 << 24):
-            crc = zlib.crc32(block, crc)
-        if sync:
-            os.fsync(file.fileno())
+    while block := file.read(1 << 24):
+        crc = zlib.crc32(block, crc)
     return f"{crc:08x}"

@@ -32,12 +32,12 @@ _JSON_LIST = dataclasses.replace(
 # `N[ARGS]{…}`, with an id `N[CALL_ID]I[ARGS]{…}`, older `N{…}`
 _MISTRAL = ObjectSyntax(
     head=pattern(
-        r"[\s,;]*(?:\[TOOL_CALLS\]\s*)?",
-        r"([\w.-]+)",
-        r"(?:\[CALL_ID\][\w-]*)?(?:\[ARGS\]\s*)?",
+        r"[\s,;]*+(?:\[TOOL_CALLS\]\s*+)?+",
+        r"([\w.-]++)",
+        r"(?:\[CALL_ID\][\w-]*+)?+(?:\[ARGS\]\s*+)?+",
         JSON_START,
     ),
-    tail=pattern(r"[\s,;\]]*"),
+    tail=pattern(r"[\s,;\]]*+"),
     next_call=("NAME[", "NAME{", "[TOOL_CALLS]"),
     template=CallTemplate(head="NAME[ARGS]", tail=""),
 )
@@ -45,13 +45,13 @@ _MISTRAL = ObjectSyntax(
 # `[N(k='v', n=1)]`: Llama 4, LFM
 _PYTHON = ObjectSyntax(
     head=pattern(
-        r"[\s,\[]*([\w.-]+)\(",
-        r"(?=\s*(?:\)|\w+\s*=))",
+        r"[\s,\[]*+([\w.-]++)\(",
+        r"(?=\s*+(?:\)|\w++\s*+=))",
     ),
-    argument=pattern(r"(\w+)\s*=\s*(?=\S)"),
+    argument=pattern(r"(\w++)\s*+=\s*+(?=\S)"),
     next_argument=(",",),
     arguments_end=(")",),
-    tail=pattern(r"[\s,\]]*"),
+    tail=pattern(r"[\s,\]]*+"),
     quotes=('"', "'"),
     next_call=("NAME(", "["),
     bare_heads=("[NAME(",),
@@ -61,12 +61,12 @@ _PYTHON = ObjectSyntax(
 # https://huggingface.co/moonshotai/Kimi-K2-Instruct/blob/main/docs/tool_call_guidance.md
 _KIMI_K2 = ObjectSyntax(
     head=pattern(
-        r"\s*<\|tool_call_begin\|>\s*",
-        r"(?:functions\.)?([^:<\s]+)(?::\d*)?\s*",
-        r"<\|tool_call_argument_begin\|>\s*",
+        r"\s*+<\|tool_call_begin\|>\s*+",
+        r"(?:functions\.)?([^:<\s]++)(?::\d*+)?+\s*+",
+        r"<\|tool_call_argument_begin\|>\s*+",
         JSON_START,
     ),
-    tail=pattern(r"\s*(?:<\|tool_call_end\|>)?\s*"),
+    tail=pattern(r"\s*+(?:<\|tool_call_end\|>)?+\s*+"),
     template=CallTemplate(
         head="<|tool_call_begin|>functions.NAME:0<|tool_call_argument_begin|>",
         tail="<|tool_call_end|>",
@@ -74,15 +74,15 @@ _KIMI_K2 = ObjectSyntax(
 )
 
 # Kimi K3: each argument in tags that tell its type, or all of them in one JSON object
-_KIMI_K3_HEAD = r'\s*<\|open\|>call [^<]*?\btool="([^"<]+)"[^<]*<\|sep\|>\s*'
-_KIMI_K3_TAIL = pattern(r"(?:\s*<\|close\|>(?:json|call)<\|sep\|>)*\s*")
+_KIMI_K3_HEAD = r'\s*+<\|open\|>call (?>[^<]*?\btool=")([^"<]++)"[^<]*+<\|sep\|>\s*+'
+_KIMI_K3_TAIL = pattern(r"(?:\s*+<\|close\|>(?:json|call)<\|sep\|>)*+\s*+")
 _KIMI_K3_TAGS = TagSyntax(
     head=pattern(_KIMI_K3_HEAD, r"(?=<\|(?:open\|>argument|close\|>call))"),
     argument=pattern(
-        r"\s*<\|open\|>argument ",
-        r'[^<]*?\bkey="([^"<]*)"',
-        r'(?:[^<]*?\btype="(\w+)")?',
-        r"[^<]*<\|sep\|>",
+        r"\s*+<\|open\|>argument ",
+        r'(?>[^<]*?\bkey=")([^"<]*+)"',
+        r'(?:[^<]*?\btype="(\w++)")?+',
+        r"[^<]*+<\|sep\|>",
     ),
     value_end="<|close|>argument<|sep|>",
     next_argument=("<|open|>argument ",),
@@ -97,21 +97,21 @@ _KIMI_K3_TAGS = TagSyntax(
     ),
 )
 _KIMI_K3_JSON = ObjectSyntax(
-    head=pattern(_KIMI_K3_HEAD, r"<\|open\|>json[^<]*<\|sep\|>\s*", JSON_START),
+    head=pattern(_KIMI_K3_HEAD, r"<\|open\|>json[^<]*+<\|sep\|>\s*+", JSON_START),
     tail=_KIMI_K3_TAIL,
 )
 
 # DeepSeek V3 and R1 name a type first and put the JSON into a code block, V3.1 does not.
 _DEEPSEEK = ObjectSyntax(
     head=pattern(
-        r"\s*<｜tool▁call▁begin｜>\s*",
-        r"(?:function<｜tool▁sep｜>)?\s*",
-        r"([^\s<`]+)\s*",
-        r"(?:<｜tool▁sep｜>)?\s*",
-        r"(?:```(?:json)?)?\s*",
+        r"\s*+<｜tool▁call▁begin｜>\s*+",
+        r"(?:function<｜tool▁sep｜>)?\s*+",
+        r"([^\s<`{]++)\s*+",
+        r"(?:<｜tool▁sep｜>)?+\s*+",
+        r"(?:```(?:json)?+)?+\s*+",
         JSON_START,
     ),
-    tail=pattern(r"(?:[\s`]*<｜tool▁call▁end｜>)?\s*"),
+    tail=pattern(r"(?:[\s`]*+<｜tool▁call▁end｜>)?+\s*+"),
     template=CallTemplate(
         head="<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>",
         tail="<｜tool▁call▁end｜>",
@@ -128,26 +128,26 @@ _DEEPSEEK_V3 = dataclasses.replace(
 # https://cookbook.openai.com/articles/openai-harmony
 _HARMONY = ObjectSyntax(
     head=pattern(
-        r"(?:[^{]{0,40}?to=)?(?:functions\.)?([\w.-]+)",
-        r"[^{]*?<\|message\|>\s*",
+        r"(?:[^{]{0,40}?to=)?(?:functions\.)?([\w.-]++)",
+        r"(?>[^{]*?<\|message\|>)\s*+",
         JSON_START,
     ),
-    tail=pattern(r"\s*"),
+    tail=pattern(r"\s*+"),
     template=CallTemplate(head="functions.NAME <|constrain|>json<|message|>", tail=""),
 )
 
 # `<function=N><parameter=K>V</parameter></function>`: Qwen3-Coder, Seed
 _FUNCTIONS = TagSyntax(
     head=pattern(
-        r"\s*<function=([^<>\n]+)>",
-        r"(?=\s*<(?:parameter=|/function>|function=|/(?:seed:)?tool_call>))",
+        r"\s*+<function=([^<>\n]++)>",
+        r"(?=\s*+<(?:parameter=|/function>|function=|/(?:seed:)?tool_call>))",
     ),
-    argument=pattern(r"\s*<parameter=([^<>\n]+)>(?:\n|(?=[^\n]))"),
+    argument=pattern(r"\s*+<parameter=([^<>\n]++)>(?:\n|(?=[^\n]))"),
     value_end="</parameter>",
     own_lines=True,
     next_argument=("<parameter=",),
     arguments_end=("</function>", "<function="),
-    tail=pattern(r"\s*(?:</function>)?\s*"),
+    tail=pattern(r"\s*+(?:</function>)?+\s*+"),
     next_call=("<function=",),
     template=CallTemplate(
         head="\n<function=NAME>\n",
@@ -164,14 +164,14 @@ def _pairs(prefix: str = "") -> TagSyntax:
     key, value = f"{prefix}arg_key", f"{prefix}arg_value"
     return TagSyntax(
         head=pattern(
-            r"\s*([^<>\n{]+?)\s*",
+            r"\s*+([^<>\n{]++)\s*+",
             rf"(?=<{key}>|</{prefix}tool_call>)",
         ),
-        argument=pattern(rf"\s*<{key}>([^<]*)</{key}>\s*<{value}>"),
+        argument=pattern(rf"\s*+<{key}>([^<]*+)</{key}>\s*+<{value}>"),
         value_end=f"</{value}>",
         next_argument=(f"<{key}>",),
         arguments_end=(),
-        tail=pattern(r"\s*"),
+        tail=pattern(r"\s*+"),
         template=CallTemplate(
             head="NAME\n",
             before_value=f"<{key}>KEY</{key}>\n<{value}>",
@@ -186,18 +186,18 @@ def _invokes(prefix: str = "", kind_of: Callable[[str], str] | None = None) -> T
     from V3.2 on. `prefix` begins the names of the tags; with `kind_of` a parameter tells in
     `string="true"` whether it is a string or JSON.
     https://huggingface.co/MiniMaxAI/MiniMax-M2/blob/main/docs/tool_calling_guide.md"""
-    name = r"""\bname=["']?([^"'<>\n]+)["']?"""
+    name = r"""(?>[^<>]*?\bname=)["']?+([^"'<>\n]++)["']?+"""
     kind = ' string="KIND"' if kind_of else ""
     return TagSyntax(
         head=pattern(
-            rf"\s*<{prefix}invoke [^<>]*?{name}[^<>]*>",
-            rf"(?=\s*<(?:{prefix}parameter|/{prefix}invoke))",
+            rf"\s*+<{prefix}invoke {name}[^<>]*+>",
+            rf"(?=\s*+<(?:{prefix}parameter|/{prefix}invoke))",
         ),
-        argument=pattern(rf'\s*<{prefix}parameter [^<>]*?{name}(?: string="(\w+)")?[^<>]*>'),
+        argument=pattern(rf'\s*+<{prefix}parameter {name}(?: string="(\w++)")?+[^<>]*+>'),
         value_end=f"</{prefix}parameter>",
         next_argument=(f"<{prefix}parameter ",),
         arguments_end=(f"</{prefix}invoke>", f"<{prefix}invoke "),
-        tail=pattern(rf"\s*(?:</{prefix}invoke>)?\s*"),
+        tail=pattern(rf"\s*+(?:</{prefix}invoke>)?+\s*+"),
         template=CallTemplate(
             head=f'\n<{prefix}invoke name="NAME">\n',
             before_value=f'<{prefix}parameter name="KEY"{kind}>',
@@ -213,14 +213,14 @@ _M3 = "]<]minimax[>["
 _M3_RE = re.escape(_M3)
 _MINIMAX_M3 = TagSyntax(
     head=pattern(
-        rf"""\s*{_M3_RE}<invoke name=["']?([^"'<>\n]+)["']?>""",
-        rf"(?=\s*{_M3_RE}<)",
+        rf"""\s*+{_M3_RE}<invoke name=["']?+([^"'<>\n]++)["']?+>""",
+        rf"(?=\s*+{_M3_RE}<)",
     ),
-    argument=pattern(rf"\s*{_M3_RE}<(?!invoke|/)([^<>\s]+)>"),
+    argument=pattern(rf"\s*+{_M3_RE}<(?!invoke|/)([^<>\s]++)>"),
     value_end=f"{_M3}</KEY>",
     next_argument=(f"{_M3}<",),
     arguments_end=(f"{_M3}</invoke>", f"{_M3}<invoke "),
-    tail=pattern(rf"\s*(?:{_M3_RE}</invoke>)?\s*"),
+    tail=pattern(rf"\s*+(?:{_M3_RE}</invoke>)?+\s*+"),
     template=CallTemplate(
         head=f'\n{_M3}<invoke name="NAME">\n',
         before_value=f"{_M3}<KEY>",
@@ -235,13 +235,13 @@ def _gemma(quote: str) -> ObjectSyntax:
     https://ai.google.dev/gemma/docs/functiongemma/formatting-and-best-practices"""
     return ObjectSyntax(
         head=pattern(
-            r"[\s,]*call:([\w.-]+)\s*",
-            rf"\{{(?=\s*(?:\}}|{BARE_KEY}))",
+            r"[\s,]*+call:([\w.-]++)\s*+",
+            rf"\{{(?=\s*+(?:\}}|{BARE_KEY}))",
         ),
-        argument=pattern(rf"{BARE_KEY}\s*(?=[^\s<]|{re.escape(quote)})"),
+        argument=pattern(rf"{BARE_KEY}\s*+(?=[^\s<]|{re.escape(quote)})"),
         next_argument=(",",),
         arguments_end=("}",),
-        tail=pattern(r"[\s,}]*"),
+        tail=pattern(r"[\s,}]*+"),
         quotes=(quote,),
         next_call=("call:",),
         template=CallTemplate(head="call:NAME{", before_value="KEY:", separator=",", tail="}"),

@@ -20,11 +20,11 @@ class Generation:
 
     TICK = 0.1  # seconds of silence after which the iterator yields a Tick
 
-    def __init__(self, sequence: Sequence, events: EventQueue, miss: Miss | None):
+    def __init__(self, sequence: Sequence, events: EventQueue):
         self.id, self.request, self.model = sequence.id, sequence.request, sequence.model
         self.prompt_tokens, self.cached_tokens = sequence.prompt_tokens, sequence.cached_tokens
-        self.usage, self.miss = sequence.usage, miss
-        self.sequence = sequence
+        self.usage, self.sequence = sequence.usage, sequence
+        self.miss: Miss | None = None  # set before the engine hands the generation out
         self._events = events
         self._over = False
 

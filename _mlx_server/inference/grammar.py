@@ -16,12 +16,15 @@ from _mlx_server.inference.protocol import InvalidRequest
 from _mlx_server.inference.schema import (
     EMPTY_SCHEMA,
     JSON_TYPES,
+    MAX_WORK,
     PRIMITIVE_TYPES,
+    Work,
     allowed_types,
     enum_values,
     expand,
     has_finite_value,
 )
+from _mlx_server.inference.schema_limits import check_enforceable
 
 # One blank, or a newline with its indentation: a model cannot go on writing nothing but blanks.
 _JSON_OPTIONS = {"whitespace_pattern": r" |\n {0,16}", "lenient": True}
@@ -46,12 +49,14 @@ def calls_grammar(
     "" when `syntax` does not tell how to write calls.
 
     `tools` are in OpenAI form. `literal` makes an expression of a text, which may hold special
-    tokens. Raises InvalidRequest for a tool whose schema no arguments match.
+    tokens. Raises InvalidRequest for a tool whose schema no arguments match or takes too much to
+    hold.
     """
     template = syntax.template
     if template is None:
         return ""
-    calls, rules = [], []
+    calls, rules, work = [], [], Work(4 * MAX_WORK)
+    check_enforceable([tool["function"].get("parameters") or EMPTY_SCHEMA for tool in tools])
     for number, tool in enumerate(tools):
         name, arguments = tool["function"]["name"], f"a{number}"
         schema = tool["function"].get("parameters") or EMPTY_SCHEMA
@@ -60,7 +65,7 @@ def calls_grammar(
         if template.is_json:
             rules.append(f"{arguments}: {json_rule(schema)}")
         else:
-            rules += ArgumentsGrammar(syntax, template, schema, arguments, literal).rules
+            rules += ArgumentsGrammar(syntax, template, schema, arguments, literal, work).rules
         calls.append(f"{literal(syntax.head_for(name))} {arguments} {literal(template.tail)}")
     start, end = map(literal, call_tags)
     newline = literal("\n")
@@ -93,7 +98,9 @@ class ArgumentsGrammar:
         schema: dict[str, Any],
         name: str,
         literal: Literal,
+        work: Work,
     ):
+        self._work = work
         self._tagged = isinstance(syntax, TagSyntax)
         self._quote = '"' if isinstance(syntax, TagSyntax) else syntax.quotes[0]
         self._template, self._root, self._literal = template, schema, literal
@@ -104,9 +111,10 @@ class ArgumentsGrammar:
         self._value_rules: dict[str, str] = {}  # a schema in JSON -> its values' rule
         self._name = name
         self.rules = [""]
-        self.rules[0] = f"{name}: {' | '.join(map(self._members, expand(schema, schema)))}"
+        self.rules[0] = f"{name}: {' | '.join(map(self._members, expand(schema, schema, work)))}"
 
     def _add_rule(self, expression: str, terminal: bool = False, option: str = "") -> str:
+        self._work.spend(len(expression) // 16)
         name = f"{self._name}_{len(self.rules)}"
         name = name.upper() if terminal else name
         self.rules.append(f"{name}{option}: {expression}")
@@ -122,12 +130,13 @@ class ArgumentsGrammar:
         if not properties and others is not False and not self._tagged:
             pair = self._add_rule(f'/[\\w.-]+/ ":" {self._value_rule(others)}')
             return f"({pair} ({self._separator} {pair})*)?"
+        needed = {key for key in required if isinstance(key, str)}
         # From the last member to the first: all from there on, if one came before and if none did
         first = rest = _EMPTY
         for key, value in reversed(properties.items()):
             member = self._add_rule(self._member(key, value))
             following = f"{self._separator} {member}"
-            if key in required:
+            if key in needed:
                 first = self._add_rule(f"{member} {rest}")
                 rest = self._add_rule(f"{following} {rest}")
             else:
@@ -143,7 +152,7 @@ class ArgumentsGrammar:
             return f"{self._literal(before)} {self._value_rule(schema)} {after}"
         kind_of = self._template.kind_of
         strings, others = [], []
-        for part in expand(schema, self._root):
+        for part in expand(schema, self._root, self._work):
             for name in sorted(allowed_types(part)) or ["string"]:
                 opening = self._literal(before.replace("KIND", kind_of(name) if kind_of else ""))
                 if name == "string":
@@ -159,13 +168,14 @@ class ArgumentsGrammar:
             matched = {**self._definitions, **schema} if isinstance(schema, dict) else {}
             return self._add_rule(json_rule(matched))
         known = json.dumps(schema)
+        self._work.spend(len(known) // 16)
         if known not in self._value_rules:
             at = len(self.rules)
             # The rule is known before it is complete: the value may hold values of its own schema.
             self._value_rules[known] = self._add_rule("")
             self.rules[at] += " | ".join(
                 self._quoted(part, name)
-                for part in expand(schema, self._root)
+                for part in expand(schema, self._root, self._work)
                 for name in sorted(allowed_types(part) or PRIMITIVE_TYPES)
             )
         return self._value_rules[known]
@@ -239,9 +249,13 @@ def _containing(pattern: str) -> str:
     """The expression of a text in which a schema's `pattern` is found: it is not anchored, see
     https://json-schema.org/draft/2020-12/json-schema-validation#name-pattern"""
     anchored = pattern.startswith("^")
-    ended = pattern.endswith("$") and not pattern.endswith(r"\$")
+    ended = re.search(r"(?<!\\)(?:\\\\)*\$\Z", pattern) is not None
     inner = pattern[anchored : len(pattern) - ended]
-    for written, meant in (("/", r"\/"), ("\n", r"\n"), (r"\d", "[0-9]")):
-        inner = inner.replace(written, meant)
+    inner = _SPECIAL.sub(lambda special: _WRITTEN.get(special[0], special[0]), inner)
     before, after = ("" if bound else "(?s:.*)" for bound in (anchored, ended))
     return f"/{before}(?:{inner}){after}/"
+
+
+# Escapes, and what cannot stand in a grammar's pattern
+_SPECIAL = re.compile(r"\\.|/|\n", re.DOTALL)
+_WRITTEN = {"/": r"\/", "\n": r"\n", "\\\n": r"\n", r"\d": "[0-9]", r"\D": "[^0-9]"}

@@ -18,6 +18,9 @@ class GrammarCompiler:
     Every method raises InvalidRequest if that package is not installed or does not support the
     tokenizer."""
 
+    MAX_LENGTH = 1_000_000  # characters of a grammar
+    MAX_STATES = 50_000  # of a grammar's lexer, at one or two KB
+
     def __init__(self, tokenizer: TextTokenizer):
         self._tokenizer = tokenizer
 
@@ -42,13 +45,18 @@ class GrammarCompiler:
     def matcher(self, grammar: str) -> Any:
         """An llguidance.LLMatcher at the beginning of a grammar in llguidance's form of Lark. Its
         `is_error` tells whether the grammar could not be compiled."""
+        if len(grammar) > self.MAX_LENGTH:
+            raise InvalidRequest(f"its grammar has more than {self.MAX_LENGTH} characters")
         tokenizer = self._llguidance_tokenizer
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
         # With forcing, text that the grammar demands would be tokenised as a whole, and what it
         # spells might become a special token.
         grammar = '%llguidance {"no_forcing": true}\n' + grammar
-        return LLMatcher(tokenizer, LLMatcher.grammar_from_lark(grammar), log_level=0)
+        limits = LLParserLimits(max_lexer_states=self.MAX_STATES)
+        return LLMatcher(
+            tokenizer, LLMatcher.grammar_from_lark(grammar), log_level=0, limits=limits
+        )
 
     def encode(self, text: str) -> list[int]:
         """The tokens of plain text, none of which is a special token."""

@@ -25,16 +25,16 @@ class CutShort(ValueError):
 # `{"name": N, "arguments": {…}}`, once or several times, in a list or a code block or without.
 JSON_CALL = ObjectSyntax(
     head=pattern(
-        r"\s*(?:```(?:json)?)?",
-        r"[\s,;{}\[\]]*\{\s*",  # commas and semicolons between calls, a list's bracket
-        r'(?:"(?:type|id|index)"\s*:\s*(?:"[^"\\<]*"|\d+)\s*,\s*){0,3}',
-        r'(?:"function"\s*:\s*\{\s*)?',  # OpenAI's form
-        r'"name"\s*:\s*"([^"\\]+)"\s*,\s*',
-        r'(?:"id"\s*:\s*"[^"\\<]*"\s*,\s*)?',
-        r'"(?:arguments|parameters)"\s*:\s*',
+        r"\s*+(?:```(?:json)?+)?+",
+        r"(?>[\s,;{}\[\]]*\{)\s*+",  # commas and semicolons between calls, a list's bracket
+        r'(?:"(?:type|id|index)"\s*+:\s*+(?:"[^"\\<]*+"|\d++)\s*+,\s*+){0,3}+',
+        r'(?:"function"\s*+:\s*+\{\s*+)?+',  # OpenAI's form
+        r'"name"\s*+:\s*+"([^"\\]++)"\s*+,\s*+',
+        r'(?:"id"\s*+:\s*+"[^"\\<]*+"\s*+,\s*+)?+',
+        r'"(?:arguments|parameters)"\s*+:\s*+',
         JSON_START,
     ),
-    tail=pattern(r"[\s,;}\]`]*"),
+    tail=pattern(r"[\s,;}\]`]*+"),
     enclosed=True,
     next_call=("{",),
     bare_heads=tuple(
@@ -54,31 +54,48 @@ def read_json(text: str) -> tuple[Any, str]:
     """The JSON value at the beginning of `text` and what follows it. Forgives raw newlines in
     strings and commas before a closing bracket. Raises CutShort inside an unfinished string, else
     ValueError."""
-    decoder = json.JSONDecoder(strict=False)
     try:
-        try:
-            value, end = decoder.raw_decode(text)
-        except json.JSONDecodeError as error:
-            if error.msg.startswith("Unterminated string"):
-                raise CutShort(error.msg) from None
-            text = _STRING_OR_STRAY_COMMA.sub(lambda match: match[1] or "", text)
-            value, end = decoder.raw_decode(text)
+        value, end = _decode(text, 0)
+    except CutShort:
+        raise
+    except ValueError:
+        text = _without_stray_commas(text)
+        value, end = _decode(text, 0)
+    return value, text[end:]
+
+
+def _decode(text: str, start: int) -> tuple[Any, int]:
+    """The JSON value at `start` and where it ends. Raises CutShort, ValueError."""
+    try:
+        return json.JSONDecoder(strict=False).raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        if error.msg.startswith("Unterminated string"):
+            raise CutShort(error.msg) from None
+        raise
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    return value, text[end:]
+
+
+def _without_stray_commas(text: str) -> str:
+    return _STRING_OR_STRAY_COMMA.sub(lambda match: match[1] or "", text)
 
 
 def parse_json_calls(text: str, tools: list[dict[str, Any]]) -> Calls:
     """`{"name": N, "arguments": {…}}` in any order of keys, once or several times; text after the
     objects is ignored."""
     calls: Calls = []
-    while gap := _BEFORE_OBJECT.match(text):
+    position, mended = 0, False
+    while gap := _BEFORE_OBJECT.match(text, position):
         try:
-            value, text = read_json(text[gap.end() :])
-        except ValueError:
-            if calls:
-                break
-            raise
+            value, position = _decode(text, gap.end())
+        except ValueError as error:
+            if mended or isinstance(error, CutShort):
+                if calls:
+                    break
+                raise
+            # Once for all objects that follow
+            text, position, mended = _without_stray_commas(text[gap.end() :]), 0, True
+            continue
         if "name" not in value:
             break
         calls.append((value["name"], value.get("arguments", value.get("parameters"))))

@@ -6,15 +6,25 @@ import contextlib
 import dataclasses
 import errno
 import fnmatch
+import functools
 import logging
+import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from _mlx_server.inference.models import LocalModel, describe
-from _mlx_server.inference.names import VENDOR_NAME, best_match, plain_name, stand_in
+from _mlx_server.inference.names import (
+    VENDOR_NAME,
+    VENDOR_PREFIX,
+    best_match,
+    plain_name,
+    stand_in,
+)
 from _mlx_server.inference.presets import Preset, PresetStore
 from _mlx_server.inference.protocol import (
     EngineError,
@@ -34,12 +44,31 @@ def _demos() -> list[Path]:
     ]
 
 
+@dataclass(frozen=True)
+class Look:
+    """The models that were found at a time in monotonic seconds, what the folders were like then,
+    and which of the models the names are that have been looked for."""
+
+    models: list[LocalModel]
+    time: float = -math.inf
+    folders: list[int] | None = None
+    matches: dict[tuple[str, str | None], LocalModel | None] = field(default_factory=dict)
+
+    @functools.cached_property
+    def stand_in(self) -> LocalModel | None:
+        """The model for a name that is no model's."""
+        return stand_in(self.models)
+
+
 class Library:
     """The models on this machine and the one resolver of their names. Any thread may use it.
 
     It looks into `models_dirs` (each a model, or a folder of NAME or ORG/NAME), the Hugging Face
     cache, LM Studio's folders, and for the built-in `demo`; where two have one name, the first
     counts. `aliases` are pairs of (glob, name), `state` is the file of the presets."""
+
+    TRUST = 1.0  # seconds for which a name may be looked for among the models found last
+    SETTLED = 0.1  # seconds within which two changes of a folder may have the same time
 
     def __init__(
         self,
@@ -56,10 +85,10 @@ class Library:
         # When folders and their config.json were changed, and what was found then. Threads only
         # replace whole entries, and may at worst read a folder twice.
         self._described: dict[Path, tuple[tuple[int, int], LocalModel | None]] = {}
+        self._look = Look([])  # threads only replace it, and add matches
 
     def models(self) -> list[LocalModel]:
-        """Every loadable model. Cheap enough for every request: folders that have not changed are
-        not read again."""
+        """Every loadable model. Folders that have not changed are not read again."""
         if self.only is not None:
             return [self.only]
         found: dict[str, LocalModel] = {}
@@ -67,6 +96,27 @@ class Library:
             if name.lower() not in found and (model := self._describe(name, path)):
                 found[name.lower()] = model
         return list(found.values())
+
+    def _recent_look(self) -> Look:
+        """What was found last, if that was a moment ago and no folder that holds models has changed
+        since, so that not every request looks into each of a thousand folders."""
+        folders, now = self._folder_times(), time.monotonic()
+        look = self._look
+        if now - look.time >= self.TRUST or look.folders is None or look.folders != folders:
+            settled = max(folders) < (time.time() - self.SETTLED) * 1e9
+            look = Look(self.models(), now, folders if settled else None)
+            self._look = look
+        return look
+
+    def _folder_times(self) -> list[int]:
+        """When the folders that hold models were changed last, in nanoseconds of unix time."""
+        times = []
+        for root in self._roots():
+            try:
+                times.append(os.stat(root).st_mtime_ns)
+            except OSError:
+                times.append(0)
+        return [*times, len(self._explicit)]
 
     def catalog(self) -> list[LocalModel]:
         """Every model that can be served, presets as models of their names."""
@@ -100,29 +150,51 @@ class Library:
         5. a vendor's name (`claude-*`, `gpt-*`, `opus`, ...) or "default": `default`, else
            `last_used`, else the newest one that can chat, rather one that knows tools, else `demo`.
 
+        A name that begins with VENDOR_PREFIX and means nothing is read without it.
+
         Raises ModelNotFound; ModelLoadError for a trusted path or name of something that is no MLX
         model."""
-        target, by_owner = self._target(name, trusted)
-        models = self.models()
-        if not _is_path(target, by_owner):
+        target, by_owner = self._target(self._unprefixed(name), trusted)
+
+        def among(look: Look) -> LocalModel | None:
+            if _is_path(target, by_owner):
+                return self._at_path(name, target, look.models, by_owner, trusted)
             plain = plain_name(target)
-            model = best_match(plain, models, last_used)
+            key = plain, last_used.name if last_used else None
+            if key not in look.matches:
+                look.matches[key] = best_match(plain, look.models, last_used)
+            model = look.matches[key]
             if model is None and VENDOR_NAME.fullmatch(plain):
-                model = default or last_used or stand_in(models)
-        else:
-            try:
-                model = self._by_path(target, models, by_owner)
-            # The latter two for what cannot be a path
-            except (ModelLoadError, ValueError, RuntimeError) as error:
-                if trusted:
-                    raise
-                log.warning("%s cannot be served: %s", name, error)
-                model = None
+                model = default or last_used or look.stand_in
+            return model
+
+        look = self._recent_look() if self.only is None else Look(self.models())
+        model = among(look)
+        if self.only is None and (model is None or not self._is_current(model)):
+            look = Look(self.models())
+            model = among(look)
         if model is None and by_owner:
             self._explain(target)
         if model is None:
-            raise ModelNotFound(name, [model.name for model in models])
+            raise ModelNotFound(name, [model.name for model in look.models])
         return model
+
+    def _is_current(self, model: LocalModel) -> bool:
+        """Whether a model is still there as it was found."""
+        return self._describe(model.name, model.path) == model
+
+    def _at_path(
+        self, name: str, path: str, models: list[LocalModel], by_owner: bool, trusted: bool
+    ) -> LocalModel | None:
+        """The model at a path that `name` stands for."""
+        try:
+            return self._by_path(path, models, by_owner)
+        # The latter two for what cannot be a path
+        except (ModelLoadError, ValueError, RuntimeError) as error:
+            if trusted:
+                raise
+            log.warning("%s cannot be served: %s", name, error)
+            return None
 
     def _target(self, name: str, trusted: bool) -> tuple[str, bool]:
         """The name or path that an alias or a preset stands for, else `name` itself; and whether
@@ -143,7 +215,18 @@ class Library:
 
     def preset(self, name: str) -> Preset | None:
         """The preset that `name` means."""
-        return self.presets.get(self._aliased(name))
+        return self.presets.get(self._aliased(self._unprefixed(name)))
+
+    def _unprefixed(self, name: str) -> str:
+        """`name` without VENDOR_PREFIX, unless an alias, a preset or a model has it too."""
+        if not name.lower().startswith(VENDOR_PREFIX):
+            return name
+        is_known = (
+            self._aliased(name) is not name
+            or self.presets.get(name) is not None
+            or best_match(plain_name(name), self.models(), None) is not None
+        )
+        return name if is_known else name[len(VENDOR_PREFIX) :]
 
     def delete(
         self,
@@ -206,7 +289,12 @@ class Library:
         plain = plain_name(name)
         for folder, path in self._folders():
             if folder.lower() == plain:
-                describe(name, path)
+                try:
+                    describe(name, path)
+                except ModelLoadError as error:
+                    log.warning("%s", error)
+                    said = str(error).replace(str(path), f"model '{name}'")  # clients see no paths
+                    raise ModelLoadError(said) from error.__cause__
 
     def _describe(self, name: str, path: Path) -> LocalModel | None:
         """The model in a folder, read anew only if the folder has changed; None if there is
@@ -228,15 +316,17 @@ class Library:
         self._described[path] = seen, model
         return model
 
+    def _roots(self) -> list[Path]:
+        """The folders that hold models."""
+        home = Path.home()
+        studio = [home / ".lmstudio" / "models", home / ".cache" / "lm-studio" / "models"]
+        return [*self._dirs, self.hub, *studio]
+
     def _folders(self) -> Iterator[tuple[str, Path]]:
         """Where models may be, with the names they would have."""
         for path in list(self._explicit):
             yield path.name, path
-        studio = [
-            Path.home() / ".lmstudio" / "models",
-            Path.home() / ".cache" / "lm-studio" / "models",
-        ]
-        for root in [*self._dirs, self.hub, *studio]:
+        for root in self._roots():
             if (root / "config.json").exists():
                 yield root.resolve().name, root
                 continue

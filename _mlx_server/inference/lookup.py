@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from _mlx_server.inference.disk_cache import DiskCache
 from _mlx_server.inference.prefix_cache import PrefixCache
 from _mlx_server.inference.protocol import Miss
 from _mlx_server.inference.sequence import Sequence
 
 
+@dataclass(frozen=True)
+class Parting:
+    """Where a prompt and the cached one that is most like it part: behind their first `at`
+    tokens."""
+
+    cached: list[int]
+    at: int
+
+
 def look_up(
     sequence: Sequence, model: str, prefixes: PrefixCache, disk_cache: DiskCache | None
-) -> Miss | None:
-    """Sets `sequence.cached_tokens`, and tells where the prompt and the cached one that is most
-    like it part, if they do. `model` is the fingerprint. From any thread."""
+) -> Parting | None:
+    """Sets `sequence.cached_tokens`, and tells where the prompt parts from what is cached, if it
+    does. `model` is the fingerprint. From any thread."""
     tokens = sequence.prompt.tokens
-    sequence.cached_tokens = prefixes.find(model, tokens)[1]
+    match = prefixes.find(model, tokens)
+    sequence.cached_tokens = match.length
     if disk_cache is not None:
         kept = disk_cache.find(model, tokens[:-1])[1]
-        if kept > sequence.cached_tokens:
+        if kept > match.length:
             sequence.cached_tokens = kept
             return None
-    return _miss(sequence, *prefixes.closest(model, tokens))
+    parts = 0 < match.shared < min(len(match.closest), len(tokens))
+    return Parting(match.closest, match.shared) if parts else None
 
 
-def _miss(sequence: Sequence, cached: list[int], at: int) -> Miss | None:
-    """`at` is how many tokens the prompt shares with the cached ones."""
-    tokens, renderer = sequence.prompt.tokens, sequence.renderer
-    if not 0 < at < min(len(cached), len(tokens)):
-        return None
+def describe_miss(sequence: Sequence, parting: Parting) -> Miss:
+    """The message and the words in which a prompt parts. Renders parts of the conversation, which
+    takes a while."""
+    tokens, renderer = sequence.prompt.tokens[: sequence.prompt_tokens], sequence.renderer
+    cached, at = parting.cached, parting.at
     decode = renderer.tokenizer.decode
     index, role = renderer.locate(sequence.request, decode(tokens[:at])) or (None, "")
     return Miss(at, index, role, decode(cached[at : at + 8]), decode(tokens[at : at + 8]))

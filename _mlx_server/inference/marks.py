@@ -9,19 +9,19 @@ from collections.abc import Iterable
 class Marks:
     """Texts to look for: tags, stop strings, what ends a value.
 
-    `texts` are those that are not empty; `pattern` matches each of them, at one place the one that
-    is listed first.
+    `texts` are those that are not empty, `longest` is the length of the longest; `pattern` matches
+    each of them, at one place the one that is listed first.
     """
 
     def __init__(self, marks: Iterable[str]):
         self.texts = tuple(filter(None, marks))
-        self._longest = max(map(len, self.texts), default=0)
+        self.longest = max(map(len, self.texts), default=0)
         self._first_letters = frozenset(text[0] for text in self.texts)
         self.pattern = re.compile("|".join(map(re.escape, self.texts)) or r"(?!)")
 
     def partial_length(self, text: str) -> int:
         """How many characters at the end of `text` may be the beginning of a mark."""
-        for start in range(max(0, len(text) - self._longest + 1), len(text)):
+        for start in range(max(0, len(text) - self.longest + 1), len(text)):
             if text[start] in self._first_letters:
                 rest = text[start:]
                 if any(mark.startswith(rest) and mark != rest for mark in self.texts):
@@ -29,9 +29,16 @@ class Marks:
         return 0
 
 
+MAX_BLANKS = 1000  # characters that are searched for what follows
+
+
 def comes_next(text: str, marks: Iterable[str], last: bool) -> bool | None:
     """Whether, blanks aside, `text` begins with one of `marks`; None while more text may tell. When
-    it is the `last` text, the beginning of a mark is enough, and so is nothing at all."""
+    it is the `last` text, the beginning of a mark is enough, and so is nothing at all. What follows
+    more than MAX_BLANKS blanks does not count."""
+    if len(text) > MAX_BLANKS and text[:MAX_BLANKS].isspace():
+        return False
+    text = text[: MAX_BLANKS + 200]
     text = "".join(text.lstrip()[:100].split())
     marks = ["".join(mark.split()) for mark in marks if mark]
     if any(text.startswith(mark) for mark in marks):

@@ -41,6 +41,7 @@ class LocalModel:
 Files = Mapping[str, os.stat_result]
 """The files of a folder by name, without those in its subfolders."""
 
+MAX_FILE = 32 * 2**20  # bytes of a file that describes a model
 _INDEX = "model.safetensors.index.json"
 _TOKENIZERS = {
     "tokenizer.json",
@@ -64,36 +65,43 @@ _HIDDEN_SIZES = ("hidden_size", "d_model", "n_embd")
 
 def describe(name: str, path: Path) -> LocalModel:
     """The model in the folder `path`. Raises ModelLoadError, with a sentence that says why, if MLX
-    cannot load it; the error has a cause if the folder is a broken model, not something else."""
+    cannot load it, whatever its files hold; the error has a cause if the folder is a broken model,
+    not something else."""
+    try:
+        return _describe(name, path)
+    except ModelLoadError:
+        raise
+    except Exception as error:  # a stranger's files can cause almost any
+        raise ModelLoadError(f"{path} is broken: its JSON files cannot be understood") from error
+
+
+def _describe(name: str, path: Path) -> LocalModel:
     files = _list_files(path)
     weights = {file: files[file] for file in _weight_files(path, files)}
-    try:
-        config = _read_config(path)
-        index = _read_optional(path, files, _INDEX)
-        _check_complete(path, files, index)
-        recipe = _quantization_recipe(config)
-        parameters = int(index.get("metadata", {}).get("total_parameters") or 0)
-        if not parameters:
-            parameters = sum(_count_parameters(path / file, recipe) for file in weights)
-        # Multimodal configs keep the language model's inside
-        text = {**config, **(config.get("text_config") or {})}
-        return LocalModel(
-            name=name,
-            path=path,
-            size=sum(stat.st_size for stat in weights.values()),
-            modified=max(stat.st_mtime for stat in weights.values()),
-            digest=_digest(name, path, weights),
-            config=config,
-            family=config["model_type"],
-            parameters=parameters,
-            parameter_size=_parameter_size(parameters),
-            quantization=_quantization(recipe, text),
-            context_length=_context_length(text),
-            embedding_length=int(_first(text, _HIDDEN_SIZES) or 0),
-            capabilities=_capabilities(name, path, files, config),
-        )
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ModelLoadError(f"{path} is broken: its JSON files cannot be understood") from error
+    config = _read_config(path)
+    index = _read_optional(path, files, _INDEX)
+    _check_complete(path, files, index)
+    recipe = _quantization_recipe(config)
+    parameters = _amount(index.get("metadata", {}).get("total_parameters"))
+    if not parameters:
+        parameters = sum(_count_parameters(path / file, recipe) for file in weights)
+    # Multimodal configs keep the language model's inside
+    text = {**config, **(config.get("text_config") or {})}
+    return LocalModel(
+        name=name,
+        path=path,
+        size=sum(stat.st_size for stat in weights.values()),
+        modified=max(stat.st_mtime for stat in weights.values()),
+        digest=_digest(name, path, weights),
+        config=config,
+        family=config["model_type"],
+        parameters=parameters,
+        parameter_size=_parameter_size(parameters),
+        quantization=_quantization(recipe, text),
+        context_length=_context_length(text),
+        embedding_length=_amount(_first(text, _HIDDEN_SIZES)),
+        capabilities=_capabilities(name, path, files, config),
+    )
 
 
 def _list_files(path: Path) -> Files:
@@ -115,9 +123,11 @@ def _weight_files(path: Path, files: Files) -> list[str]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    config: dict[str, Any] = read_json_file(path / "config.json")
+    config = read_json_file(path / "config.json")
+    if not isinstance(config, dict):
+        raise ValueError("config.json holds no object")
     family = config.get("model_type")
-    if not isinstance(family, str) or not family:
+    if not isinstance(family, str) or not family or not family[:100].isprintable():
         raise ModelLoadError(f"{path} is not an MLX model: its config.json names no model_type")
     return config
 
@@ -143,13 +153,29 @@ def shortcoming(files: Iterable[str]) -> str:
 
 
 def read_json_file(path: Path) -> Any:
-    """What a file's JSON says. Raises OSError and ValueError."""
-    return json.loads(path.read_bytes())
+    """What a file's JSON says. Raises OSError, and ValueError also for a file that is too large or
+    too deeply nested."""
+    try:
+        return json.loads(read_file(path))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_file(path: Path) -> bytes:
+    """A file of at most MAX_FILE bytes. Raises OSError, and ValueError for one that is larger."""
+    with path.open("rb") as stream:
+        content = stream.read(MAX_FILE + 1)
+    if len(content) > MAX_FILE:
+        raise ValueError(f"{path.name} is too large")
+    return content
 
 
 def _read_optional(path: Path, files: Container[str], name: str) -> dict[str, Any]:
     """A JSON object of a folder; an empty one if there is no such file."""
-    return read_json_file(path / name) if name in files else {}
+    content = read_json_file(path / name) if name in files else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} holds no object")
+    return content
 
 
 def _first(config: dict[str, Any], keys: Iterable[str]) -> Any:
@@ -161,7 +187,7 @@ def _digest(name: str, path: Path, weights: Files) -> str:
     """Clients take equal digests for equal weights, so the name counts: fine-tunes of one model
     have equal configs and sizes."""
     parts = [name.lower(), [(file, stat.st_size) for file, stat in weights.items()]]
-    return hashlib.sha256((path / "config.json").read_bytes() + repr(parts).encode()).hexdigest()
+    return hashlib.sha256(read_file(path / "config.json") + repr(parts).encode()).hexdigest()
 
 
 def _quantization_recipe(config: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +195,7 @@ def _quantization_recipe(config: dict[str, Any]) -> dict[str, Any]:
     it has not."""
     for key in ("quantization", "quantization_config"):
         recipe = config.get(key) or {}
-        if "bits" in recipe:
+        if isinstance(recipe, dict) and isinstance(recipe.get("bits"), (int, float)):
             return recipe
     return {}
 
@@ -178,15 +204,23 @@ def _quantization(recipe: dict[str, Any], text: dict[str, Any]) -> str:
     if not recipe:
         return _DTYPES.get(str(text.get("torch_dtype") or text.get("dtype")), "unknown")
     mode = recipe.get("mode", "affine")
-    return f"int{recipe['bits']}" if mode == "affine" else mode
+    return f"int{recipe['bits']}" if mode == "affine" else str(mode)
 
 
 def _context_length(text: dict[str, Any]) -> int:
     """Tokens; a yarn-like scaling counts where the config has not already counted it."""
-    stated = int(_first(text, _CONTEXT_LENGTHS) or 4096)
+    stated = _amount(_first(text, _CONTEXT_LENGTHS) or 4096)
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
     scaled = (rope.get("factor") or 0) * (rope.get("original_max_position_embeddings") or 0)
-    return max(stated, int(scaled))
+    return max(stated, _amount(scaled))
+
+
+def _amount(value: Any) -> int:
+    """A number of a file as a whole one; 0 for none. Raises ValueError for one that can be no
+    number of tokens or weights."""
+    if not 0 <= (value or 0) < 2**60:
+        raise ValueError("a number is out of range")
+    return int(value or 0)
 
 
 def _count_parameters(file: Path, recipe: dict[str, Any]) -> int:
@@ -194,8 +228,8 @@ def _count_parameters(file: Path, recipe: dict[str, Any]) -> int:
 
     https://huggingface.co/docs/safetensors/index#format"""
     with file.open("rb") as stream:
-        # The format's limit, for what is no such file
-        size = min(int.from_bytes(stream.read(8), "little"), 100_000_000)
+        # Of a larger header, which no model has, the JSON is cut off
+        size = min(int.from_bytes(stream.read(8), "little"), MAX_FILE)
         header = json.loads(stream.read(size) or "{}")
     total = 0
     for key, tensor in header.items():
@@ -203,7 +237,7 @@ def _count_parameters(file: Path, recipe: dict[str, Any]) -> int:
         packed = header.get(f"{layer}.weight", {}).get("dtype") == "U32"
         if key == "__metadata__" or packed and kind in ("scales", "biases"):
             continue
-        count = math.prod(tensor["shape"])
+        count = math.prod(map(_amount, tensor["shape"][:16]))
         # 32 bits hold 32 / bits weights; a layer may have bits of its own
         if packed and kind == "weight":
             own = recipe.get(layer)
@@ -221,13 +255,30 @@ def _parameter_size(parameters: int) -> str:
 
 def read_chat_template(path: Path, files: Container[str]) -> str:
     """The text of the chat template in a folder with these files; "" if there is none. Where there
-    are several with names, all of them as JSON. Raises OSError and ValueError."""
+    are several with names, all of them as JSON. Raises OSError and ValueError, the latter also for
+    a link that leads elsewhere: the text is shown to clients."""
     if "chat_template.jinja" in files:
-        return (path / "chat_template.jinja").read_text("utf-8")
+        _check_inside(path, "chat_template.jinja")
+        return read_file(path / "chat_template.jinja").decode("utf-8")
     for file in ("chat_template.json", "tokenizer_config.json"):
+        if file in files:
+            _check_inside(path, file)
         if template := _read_optional(path, files, file).get("chat_template"):
             return template if isinstance(template, str) else json.dumps(template)
     return ""
+
+
+def _check_inside(path: Path, name: str) -> None:
+    """Raises ValueError if a file of the folder `path` is a link to somewhere outside of it or, in
+    a Hugging Face cache, outside of its repo's folder or of the blobs that repos share."""
+    real = Path(os.path.realpath(path / name))
+    folder = Path(os.path.realpath(path))
+    roots = [folder]
+    if folder.parent.name == "snapshots":
+        repo = folder.parents[1]
+        roots += [repo / "blobs", repo.parent / "blobs"]
+    if not any(real.is_relative_to(root) for root in roots):
+        raise ValueError(f"{name} leads outside of the model's folder")
 
 
 # The tokens before what precedes a gap, before what follows it, and before what fills it
@@ -267,16 +318,28 @@ def _capabilities(name: str, path: Path, files: Files, config: dict[str, Any]) -
 def generation_defaults(path: Path) -> Sampling:
     """What a model's generation_config.json says about sampling; greedy if it says nothing."""
     try:
-        config = json.loads((path / "generation_config.json").read_text("utf-8"))
+        config = read_json_file(path / "generation_config.json")
     except (OSError, ValueError):
         return Sampling(temperature=0.0)
-    if not config.get("do_sample", "temperature" in config):
+    if not isinstance(config, dict) or not config.get("do_sample", "temperature" in config):
         return Sampling(temperature=0.0)
     sampling = Sampling(temperature=1.0)
     for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
-        if isinstance(config.get(name), (int, float)):
-            setattr(sampling, name, config[name])
+        value = config.get(name)
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            setattr(sampling, name, value)
     return sampling
+
+
+def read_shown_files(local: LocalModel) -> tuple[str, dict[str, Any]]:
+    """A model's chat template and its generation_config.json. Raises ModelLoadError."""
+    try:
+        files = os.listdir(local.path)
+        generation = _read_optional(local.path, files, "generation_config.json")
+        return read_chat_template(local.path, files), generation
+    except (OSError, ValueError) as error:
+        log.warning("cannot read %s: %s", local.path, error)
+        raise ModelLoadError(f"the files of model '{local.name}' cannot be read") from None
 
 
 def load_error(local: LocalModel, what: str, error: Exception) -> ModelLoadError:

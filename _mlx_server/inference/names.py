@@ -131,7 +131,7 @@ def _billions(size: str | None) -> float:
     match = _SIZE.fullmatch(size or "")
     if not match:
         return 0.0
-    times = int(match[1][:-1]) if match[1] and match[1] != "e" else 1
+    times = float(match[1][:-1]) if match[1] and match[1] != "e" else 1.0
     return times * float(match[2]) * {"m": 1e-3, "b": 1, "t": 1e3}[match[3]]
 
 
@@ -168,6 +168,10 @@ class _Candidate:
             return True
         return named is None and math.isclose(self.parameters / 1e9, _billions(asked), rel_tol=0.05)
 
+
+VENDOR_PREFIX = "anthropic/"
+"""Before a model's name it means the same model. Claude Code offers no model whose name begins
+otherwise: https://code.claude.com/docs/en/llm-gateway-protocol"""
 
 VENDOR_NAME = re.compile(r"default|claude-.*|gpt-(?!oss).*|(?:opus|sonnet|haiku)(?:\[.*\])?")
 _REGISTRY = re.compile(r"^(?:(?:registry\.ollama\.ai|hf\.co|huggingface\.co)/)?(?:library/)?")

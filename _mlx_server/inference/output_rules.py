@@ -12,7 +12,8 @@ from _mlx_server.inference.grammar import json_rule
 from _mlx_server.inference.grammar_compiler import GrammarCompiler
 from _mlx_server.inference.prompt import Prompt
 from _mlx_server.inference.protocol import InvalidRequest, Request
-from _mlx_server.inference.schema import has_finite_value
+from _mlx_server.inference.schema import TooComplex, has_finite_value
+from _mlx_server.inference.schema_limits import check_enforceable
 from _mlx_server.inference.tokenizer import TextTokenizer
 
 log = logging.getLogger("mlx_server")
@@ -35,7 +36,7 @@ class OutputRules:
         if prompt.opening or request.strict:
             try:
                 return self._call_constraint(request, prompt.opening)
-            except (InvalidRequest, RecursionError) as error:
+            except (InvalidRequest, TooComplex, RecursionError) as error:
                 log.warning("calls are not held to their schemas: %s", error)
         return None
 
@@ -113,11 +114,16 @@ class OutputRules:
         """A matcher for JSON of a schema, which one of `blanks` may precede. Raises InvalidRequest
         if the schema cannot be enforced in full."""
         lead = f"({' | '.join(map(json.dumps, blanks))})?" if blanks else ""
+        try:
+            check_enforceable([schema])
+            finite = has_finite_value(schema)
+        except (InvalidRequest, TooComplex) as error:
+            raise InvalidRequest(f"the output format cannot be enforced: {error}") from None
         matcher = self._grammars.matcher(f"start: {lead} value\nvalue: {json_rule(schema)}")
         reason = ""
         if matcher.is_error():
             reason = grammar_error(matcher)
-        elif not has_finite_value(schema):
+        elif not finite:
             reason = "no text matches it"
         else:
             for warning in matcher.get_grammar_warnings():

@@ -6,6 +6,7 @@ import gc
 import logging
 import math
 import time
+from collections.abc import Callable
 
 from _mlx_server.inference.disk_cache import DiskCache
 from _mlx_server.inference.group import Group
@@ -131,14 +132,14 @@ class ModelPool:
         )
         return latest if runner.pause(latest) else None
 
-    def check_size(self, local: LocalModel, installed: list[LocalModel]) -> None:
+    def check_size(self, local: LocalModel, installed: Callable[[], list[LocalModel]]) -> None:
         """Raises ModelLoadError for a model that never fits into memory, with advice which of the
         installed ones does."""
         size = local.size // self._group.size
         if size <= self.memory:
             return
         advice = "take a smaller or more quantised one"
-        chatting = [model for model in installed if "completion" in model.capabilities]
+        chatting = [model for model in installed() if "completion" in model.capabilities]
         fitting = [model for model in chatting if model.size <= self.memory]
         if fitting:
             best = max(fitting, key=lambda model: model.size)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import heapq
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.layers import copy_layer, is_trimmable, own_buffers
+from _mlx_server.inference.prefix_tree import PrefixTree
 
 
 class Checkpoint:
@@ -47,6 +49,7 @@ class CacheEntry:
     used: float = 0.0
     written: bool = False  # the disk cache has all of it, or cannot have it
     model: str = ""
+    number: int = 0  # in the prefix cache, once it has been there
     trimmable: bool = field(init=False)  # all of its layers are
 
     def __post_init__(self) -> None:
@@ -117,6 +120,17 @@ class CacheEntry:
         )
 
 
+class Match(NamedTuple):
+    """What the prefix cache has of a prompt: the entry that restores the longest proper prefix, and
+    that length; the tokens of an entry that agrees with the prompt the longest, and how many of
+    them do."""
+
+    entry: CacheEntry | None
+    length: int
+    closest: list[int]
+    shared: int
+
+
 class PrefixCache:
     """KV states of earlier requests to all models, found by longest common token prefix.
 
@@ -129,26 +143,33 @@ class PrefixCache:
     keeps its beginning. An entry is named by the model's fingerprint and its tokens, and no state
     of one model is ever given to another.
 
-    Only the MLX thread changes it. Any thread may read it: the dict of entries is replaced by
-    every change."""
+    Cost. Looking up, filing and evicting take time that grows with the prompt, hardly with what is
+    kept: a model's entries are in a `PrefixTree`, in which their checkpoints are marked; bytes are
+    counted as entries come and go; a heap knows which entry has to go.
+
+    Only the MLX thread changes it. Any thread may read it: entries, trees and bytes are replaced by
+    every change. `version` counts the changes."""
 
     ONE_OFF = 600.0
 
     def __init__(self, room: Callable[[], int], group: Group):
         """`room` tells how many bytes there are for it at the moment."""
         self._room, self._group = room, group
-        self._entries: dict[CacheEntry, int] = {}  # with the bytes of their caches
+        self.version = 0
+        self._count = 0  # entries that have ever been here, which numbers them
+        self._entries: dict[int, CacheEntry] = {}  # by number
+        self._trees: dict[str, PrefixTree[CacheEntry]] = {}  # by model
+        self._bytes: dict[str, int] = {}  # by model; what several entries share counts once
+        # For the MLX thread: bytes without checkpoints by number, entries that hold a checkpoint,
+        # and by age the numbers of all entries, some of them out of date.
+        self._sizes: dict[int, int] = {}
+        self._holders: dict[Checkpoint, int] = {}
+        self._ages: list[tuple[float, int]] = []
 
     @property
     def nbytes(self) -> int:
         """Bytes of all entries."""
-        return self._bytes(self.entries())
-
-    def _bytes(self, entries: list[CacheEntry]) -> int:
-        """What entries take together; what several of them share counts once."""
-        sizes = self._entries
-        shared = {checkpoint for entry in entries for checkpoint in entry.checkpoints.values()}
-        return sum(sizes.get(entry, 0) for entry in entries) + sum(one.nbytes for one in shared)
+        return sum(self._bytes.values())
 
     @property
     def limit(self) -> int:
@@ -157,33 +178,33 @@ class PrefixCache:
 
     def entries(self, model: str | None = None) -> list[CacheEntry]:
         """All entries, or those of one model."""
-        return [entry for entry in self._entries if model in (None, entry.model)]
+        return [entry for entry in self._entries.values() if model in (None, entry.model)]
 
-    def find(self, model: str, tokens: list[int]) -> tuple[CacheEntry | None, int]:
-        """The entry that restores the longest proper prefix of `tokens`, and that length."""
-        best, length = None, 0
-        for entry in self.entries(model):
-            shared = min(common_prefix(entry.tokens, tokens), len(tokens) - 1)
-            usable = entry.restorable(shared)
-            if usable > length:
-                best, length = entry, usable
-        return best, length
-
-    def closest(self, model: str, tokens: list[int]) -> tuple[list[int], int]:
-        """The tokens of the entry that agrees with `tokens` the longest, and how many those are."""
-        pairs = (
-            (entry.tokens, common_prefix(entry.tokens, tokens)) for entry in self.entries(model)
-        )
-        return max(pairs, key=lambda pair: pair[1], default=([], 0))
+    def find(self, model: str, tokens: list[int]) -> Match:
+        """What there is of a prompt."""
+        tree = self._trees.get(model, _EMPTY)
+        path, end, shared = tree.walk(tokens)
+        sample = end.sample
+        if sample is None:
+            return Match(None, 0, [], 0)
+        entry: CacheEntry | None = sample
+        length = min(shared, len(tokens) - 1)
+        if not sample.trimmable:
+            usable = (pair for pair in reversed(path) if pair[1] <= length and _restores(pair[0]))
+            node, length = next(usable, (tree, 0))
+            entry = node.value or next(iter(node.marks), None)
+        if length <= 0:
+            return Match(None, 0, sample.tokens, shared)
+        return Match(entry, length, sample.tokens, shared)
 
     def held(self, model: str) -> int:
         """Bytes of a model's entries."""
-        return self._bytes(self.entries(model))
+        return self._bytes.get(model, 0)
 
-    def take(self, model: str, tokens: list[int]) -> CacheEntry | None:
-        """The state to start from: an entry moved out of the cache or a copy of one's beginning. On
-        the MLX thread."""
-        entry, length = self.find(model, tokens)
+    def take(self, match: Match) -> CacheEntry | None:
+        """The state to start from: the entry that was found, moved out of the cache, or a copy of
+        its beginning. On the MLX thread."""
+        entry, length = match.entry, match.length
         if entry is None:
             return None
         entry.hits += 1
@@ -191,6 +212,7 @@ class PrefixCache:
         if length == len(entry.tokens):
             self._remove(entry)
             return entry
+        self._note_age(entry)
         return entry.branch(length)
 
     def put(self, entry: CacheEntry) -> None:
@@ -201,22 +223,35 @@ class PrefixCache:
         mx.eval([own_buffers(layer).state for layer in entry.cache if not is_trimmable(layer)])
         if self._group.broadcast(lambda: entry.nbytes > self.limit):
             entry = self._beginning(entry)
-        if not entry.tokens:
+        if not entry.tokens or self._is_continued(entry):
             return
         entry.used = time.monotonic()
-        for old in self.entries(entry.model):
-            shared = common_prefix(old.tokens, entry.tokens)
-            if shared == len(old.tokens) and entry.restorable(shared) == shared:
+        tree = self._trees.get(entry.model, _EMPTY)
+        for node, length in tree.walk(entry.tokens).path:
+            if (old := node.value) is not None and entry.restorable(length) == length:
                 self._remove(old)
                 entry.hits = max(entry.hits, old.hits)
-            elif shared == len(entry.tokens) and old.restorable(shared) == shared:
-                return
         self._add(entry)
         self.evict()
 
+    def _is_continued(self, entry: CacheEntry) -> bool:
+        """Whether a longer entry can give all of this one."""
+        total = len(entry.tokens)
+        path, end, shared = self._trees.get(entry.model, _EMPTY).walk(entry.tokens)
+        if shared < total:
+            return False
+        if entry.trimmable:
+            return end.sample is not None and len(end.sample.tokens) > total
+        return end is path[-1][0] and any(len(one.tokens) > total for one in end.marks)
+
     def drop(self, model: str) -> None:
         """Forgets all of a model. On the MLX thread."""
-        self._entries = {one: size for one, size in self._entries.items() if one.model != model}
+        for entry in self.entries(model):
+            self._forget(entry)
+        self._entries = {at: one for at, one in self._entries.items() if one.model != model}
+        self._trees = {name: tree for name, tree in self._trees.items() if name != model}
+        self._bytes = {name: size for name, size in self._bytes.items() if name != model}
+        self.version += 1
 
     def unwritten(self, model: str) -> CacheEntry | None:
         """The model's most recently used entry that the disk cache has not got yet."""
@@ -226,10 +261,10 @@ class PrefixCache:
     def evict(self, spare: int = 0) -> None:
         """Keeps within its room, and so many bytes below. On the MLX thread."""
         while self._entries:
-            at = self._group.broadcast(lambda: self._surplus(spare))
-            if at is None:
+            number = self._group.broadcast(lambda: self._surplus(spare))
+            if number is None:
                 return
-            victim = self.entries()[at]
+            victim = self._entries[number]
             self._remove(victim)
             self._keep_root(victim)
 
@@ -238,18 +273,32 @@ class PrefixCache:
         root = entry.root
         if not 0 < root < len(entry.tokens) or entry.restorable(root) != root:
             return
-        others = self.entries(entry.model)
-        if not any(common_prefix(entry.tokens, other.tokens) >= root for other in others):
+        tree = self._trees.get(entry.model, _EMPTY)
+        if tree.walk(entry.tokens[:root]).shared < root:
             kept = entry.branch(root)
             kept.hits, kept.used, kept.written = 1, entry.used, entry.written
             self._add(kept)
 
     def _surplus(self, spare: int) -> int | None:
-        """Which entry has to go, if one has to."""
+        """The number of the entry that has to go, if one has to."""
         if self.nbytes <= self.limit - spare:
             return None
-        ages = [entry.used - (0 if entry.hits else self.ONE_OFF) for entry in self._entries]
-        return ages.index(min(ages))
+        while True:
+            age, number = self._ages[0]
+            entry = self._entries.get(number)
+            if entry is not None and self._age(entry) == age:
+                return number
+            heapq.heappop(self._ages)
+
+    def _age(self, entry: CacheEntry) -> float:
+        return entry.used - (0 if entry.hits else self.ONE_OFF)
+
+    def _note_age(self, entry: CacheEntry) -> None:
+        """Comes after each change of an entry's age."""
+        if len(self._ages) > 2 * len(self._entries) + 64:
+            self._ages = [(self._age(one), one.number) for one in self._entries.values()]
+            heapq.heapify(self._ages)
+        heapq.heappush(self._ages, (self._age(entry), entry.number))
 
     def _beginning(self, entry: CacheEntry) -> CacheEntry:
         """The longest beginning of an entry that fits."""
@@ -267,21 +316,48 @@ class PrefixCache:
         return entry.nbytes <= self.limit
 
     def _add(self, entry: CacheEntry) -> None:
-        self._entries = {**self._entries, entry: entry.cache_nbytes}
+        self._count += 1
+        entry.number = self._count
+        size = self._sizes[entry.number] = entry.cache_nbytes
+        tree = self._trees.get(entry.model, _EMPTY).put(entry.tokens, entry)
+        for length, checkpoint in entry.checkpoints.items():
+            tree = tree.mark(entry.tokens[:length], entry)
+            holders = self._holders.get(checkpoint, 0)
+            self._holders[checkpoint] = holders + 1
+            size += 0 if holders else checkpoint.nbytes
+        self._entries = {**self._entries, entry.number: entry}
+        self._replace(entry.model, tree, size)
+        self._note_age(entry)
 
     def _remove(self, entry: CacheEntry) -> None:
-        self._entries = {one: size for one, size in self._entries.items() if one is not entry}
+        tree = self._trees[entry.model].remove(entry.tokens)
+        for length in entry.checkpoints:
+            tree = tree.unmark(entry.tokens[:length], entry)
+        entries = self._entries.copy()
+        del entries[entry.number]
+        self._entries = entries
+        self._replace(entry.model, tree, -self._forget(entry))
+
+    def _forget(self, entry: CacheEntry) -> int:
+        """Takes an entry that goes out of the counts; returns the bytes that no other one holds."""
+        size = self._sizes.pop(entry.number)
+        for checkpoint in entry.checkpoints.values():
+            self._holders[checkpoint] -= 1
+            if not self._holders[checkpoint]:
+                del self._holders[checkpoint]
+                size += checkpoint.nbytes
+        return size
+
+    def _replace(self, model: str, tree: PrefixTree[CacheEntry], growth: int) -> None:
+        """Sets a model's tree, and its bytes to so many more."""
+        self._trees = {**self._trees, model: tree}
+        self._bytes = {**self._bytes, model: self._bytes.get(model, 0) + growth}
+        self.version += 1
 
 
-def common_prefix(a: list[int], b: list[int]) -> int:
-    """How many leading items two lists share; by halving, since comparing slices runs in C."""
-    low, high = 0, min(len(a), len(b))
-    if a[:high] == b[:high]:
-        return high
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+_EMPTY: PrefixTree[CacheEntry] = PrefixTree()
+
+
+def _restores(node: PrefixTree[CacheEntry]) -> bool:
+    """Whether an entry can give exactly the tokens of a node."""
+    return node.value is not None or bool(node.marks)

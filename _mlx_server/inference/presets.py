@@ -90,8 +90,10 @@ class PresetStore:
         presets = [dataclasses.asdict(preset) for preset in self]
         new = self._path.with_name(f"{self._path.name}.{secrets.token_hex(4)}")
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            new.write_text(json.dumps(presets, ensure_ascii=False, indent=1), "utf-8")
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            with open(os.open(new, flags, 0o600), "w", encoding="utf-8") as file:
+                json.dump(presets, file, ensure_ascii=False, indent=1)
             os.replace(new, self._path)
         except OSError as error:
             with contextlib.suppress(OSError):

@@ -62,6 +62,10 @@ class Request:
     `thinking_budget` is how many tokens the model may think for; then its thinking is ended for it.
     None leaves it the time.
 
+    A conversation that only grew keeps the model's old thinking.
+    `keep_thinking` True asks templates
+    to show it also where the conversation is read for the first time, False wants it dropped.
+
     `format` is what the visible answer must be: "json" (any JSON object) or a JSON schema, here the
     schema's dict; with `tools` the model may call one instead. Thinking stays free. A forced call
     (`tool_choice` "any" or a name) is held to the tools' names and, as far as the model's call
@@ -83,6 +87,7 @@ class Request:
     max_tokens: int | None = None
     thinking: bool | None = None
     thinking_budget: int | None = None
+    keep_thinking: bool | None = None
     effort: str | None = None
     format: dict[str, Any] | str | None = None
     logprobs: int | None = None

@@ -45,6 +45,7 @@ class Ranks(Group):
     collective cannot be interrupted. Raises EngineError if the group does not come together."""
 
     BEAT = 5.0  # seconds between two signs of life
+    TOGETHER = 60.0  # seconds within which all ranks have connected
     SILENCE = 30.0  # seconds without one after which a process counts as gone
     SKEW = 15.0  # seconds within which a failure that all processes have shows everywhere
     _BEAT, _FAILED, _END = b"", b"failed", b"end"  # messages that are no pickle
@@ -77,14 +78,13 @@ class Ranks(Group):
         key = secrets.token_bytes(32)
         listener, ours = None, [0] * 33
         if not self.rank:
-            listener = connection.Listener((host, 0), backlog=self.size, authkey=key)
-            ours = [listener.address[1], *key]
+            listener = socket.create_server((host, 0), backlog=128)
+            ours = [listener.getsockname()[1], *key]
         shared: Any = mx.distributed.all_sum(mx.array(ours), stream=mx.cpu).tolist()
         port, key = shared[0], bytes(shared[1:])
         if listener:
             with listener:
-                accepted = (listener.accept() for _ in range(1, self.size))
-                peers = {peer: peer.recv() for peer in accepted}
+                peers = accept_peers(listener, key, self.size - 1, self.TOGETHER)
         else:
             peers = {connection.Client((host, port), authkey=key): 0}
             next(iter(peers)).send(self.rank)
@@ -227,6 +227,38 @@ class Ranks(Group):
         if self.rank:
             os._exit(1)
         self._on_lost(reason)
+
+
+def accept_peers(
+    listener: socket.socket, key: bytes, number: int, seconds: float
+) -> dict[connection.Connection, int]:
+    """Connections from so many processes that have the key, by their ranks. Others may connect as
+    well, and say the wrong things or nothing. Raises ConnectionError if it takes too long."""
+    known: queue.SimpleQueue[tuple[connection.Connection, int]] = queue.SimpleQueue()
+
+    def authenticate(peer: connection.Connection) -> None:
+        try:
+            connection.deliver_challenge(peer, key)
+            connection.answer_challenge(peer, key)
+            known.put((peer, peer.recv()))
+        except (OSError, EOFError, AuthenticationError) as error:
+            log.warning("a stranger has connected to the group: %s", first_line(error))
+            peer.close()
+
+    peers: dict[connection.Connection, int] = {}
+    until = time.monotonic() + seconds
+    listener.settimeout(0.1)
+    while len(peers) < number:
+        if time.monotonic() > until:
+            raise ConnectionError(f"only {len(peers) + 1} processes of {number + 1} have connected")
+        with contextlib.suppress(TimeoutError):
+            peer = connection.Connection(listener.accept()[0].detach())
+            threading.Thread(target=authenticate, args=(peer,), daemon=True).start()
+        with contextlib.suppress(queue.Empty):
+            while len(peers) < number:
+                found, rank = known.get_nowait()
+                peers[found] = rank
+    return peers
 
 
 def _leader() -> str:

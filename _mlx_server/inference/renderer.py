@@ -5,30 +5,27 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 
-from _mlx_server.inference.answers import Answer, AnswerMemory, answer_key
 from _mlx_server.inference.chat_renderer import ChatRenderer
 from _mlx_server.inference.constraint import Constraint, ThinkingBudget
+from _mlx_server.inference.conversations import Call, ConversationMemory, Reading
 from _mlx_server.inference.families import HERMES, detect_format
 from _mlx_server.inference.models import LocalModel, generation_defaults
 from _mlx_server.inference.output_rules import OutputRules
 from _mlx_server.inference.prompt import Prompt
 from _mlx_server.inference.protocol import Request
-from _mlx_server.inference.splicer import AnswerSplicer
 from _mlx_server.inference.template import Template, plain_text
 from _mlx_server.inference.tokenizer import TextTokenizer
 
 
 class PromptRenderer:
     """All that requests to a model need apart from its weights: tokenizer, chat template, output
-    format, sampling defaults, and the memory of the model's answers.
+    format, sampling defaults, and the memory of what was read and generated.
 
     `tokenizer` is mlx-lm's TokenizerWrapper; `template` is None for models that have none.
 
     Building one reads files but no weights and touches no MLX array, so it happens on the caller's
     thread, and whatever is wrong with a request is known before any work is queued. Safe to use
     from any thread."""
-
-    REMEMBERED = 4096  # answers
 
     def __init__(self, local: LocalModel):
         self._tokenizer = TextTokenizer.load(local)
@@ -42,19 +39,17 @@ class PromptRenderer:
                 structural_markers=self.format.structural_markers,
             )
         self.defaults = generation_defaults(local.path)
-        self._answers = AnswerMemory(self.REMEMBERED)
-        self._splicer = AnswerSplicer(self._tokenizer, self.format)
+        self._memory = ConversationMemory()
         self._rules = OutputRules(self._tokenizer, self.format)
         self._chat: ChatRenderer | None = None
         if self.template:
-            self._chat = ChatRenderer(
-                self.template, self._tokenizer, self.format, self._answers, self._splicer
-            )
+            self._chat = ChatRenderer(self.template, self._tokenizer, self.format, self._memory)
 
-    def prompt(self, request: Request) -> Prompt:
-        """Renders and tokenises a request. Raises InvalidRequest when the template refuses it."""
+    def prompt(self, request: Request, window: int | None = None) -> Prompt:
+        """Renders and tokenises a request. `window` is how many tokens prompt and answer may have.
+        Raises InvalidRequest when the template refuses it."""
         if request.prompt is None and self._chat is not None:
-            return self._chat.prompt(request)
+            return self._chat.prompt(request, window)
         raw = plain_text(request.messages) if request.prompt is None else request.prompt
         if not isinstance(raw, str):
             return Prompt(request.context + raw)
@@ -75,33 +70,30 @@ class PromptRenderer:
         None where the template does not tell."""
         return self._chat.locate(request, before) if self._chat else None
 
-    # What the model wrote
+    # What was read and generated
 
     def remember(
         self,
         request: Request,
         prompt: Prompt,
-        written: list[int],
-        raw: str,
+        tokens: list[int],
         visible: str,
         thinking: str,
-        call_ids: list[str],
+        calls: list[Call],
     ) -> str:
-        """Keeps the answer to a request, under the ids of its calls or else the text the client
-        saw; returns that key. `written` are the tokens generated behind the prompt, `raw` their
-        text, `visible` and `thinking` what the client saw of it."""
-        question = request.messages[-1] if request.messages else None
-        key = answer_key(call_ids, visible, question)
-        self.learn({key: self._splicer.answer(prompt, written, raw, thinking)})
-        return key
+        """Keeps what was read and generated for a request: see ChatRenderer.remember."""
+        if self._chat is None:
+            return ""
+        return self._chat.remember(request, prompt, tokens, visible, thinking, calls)
 
-    def learn(self, answers: Mapping[str, Answer]) -> None:
-        """Remembers answers by their keys, and forgets the oldest ones."""
-        self._answers.learn(answers)
+    def learn(self, readings: Mapping[str, Reading]) -> None:
+        """Keeps readings by their keys, for instance those that outlived a restart."""
+        self._memory.learn(readings)
 
-    def answer(self, key: str) -> Answer | None:
-        """A remembered answer."""
-        return self._answers.get(key)
+    def reading(self, key: str) -> Reading | None:
+        """What was read and generated up to the end of an answer, by the key that `remember` has
+        returned; None if it is not kept any more."""
+        return self._memory.get(key)
 
     # What holds an answer to the request's rules
 

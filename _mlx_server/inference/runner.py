@@ -15,8 +15,9 @@ from _mlx_server.inference.embedding import Pooler
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.memory import gigabytes
 from _mlx_server.inference.models import LocalModel, fingerprint
-from _mlx_server.inference.prefix_cache import CacheEntry, PrefixCache, common_prefix
-from _mlx_server.inference.protocol import Embedding, EngineError, InvalidRequest
+from _mlx_server.inference.prefix_cache import CacheEntry, Match, PrefixCache
+from _mlx_server.inference.prefix_tree import common_prefix
+from _mlx_server.inference.protocol import Embedding, EngineError, InvalidRequest, Priority
 from _mlx_server.inference.renderer import PromptRenderer
 from _mlx_server.inference.sampling import make_penalties, make_sampler, token_logprobs
 from _mlx_server.inference.sequence import Sequence, State
@@ -41,7 +42,7 @@ class ModelRunner:
     # Tokens up to which a large chunk's attention takes no more memory than a small one's at 64k
     DEEP = 16384
     SPARSE = 4096  # tokens between two restore points inside a long prompt
-    BATCH = 32  # requests that decode side by side
+    BATCH = 32  # requests that decode side by side, lower priorities not counted
     # Tokens of an answer to keep memory free for; a longer one may have to wait in between
     EXPECTED = 4096
     INSPECTED = 32  # tokens between two checks that the model still computes numbers
@@ -113,10 +114,12 @@ class ModelRunner:
         return [sequence for sequence in self.sequences if sequence.decoding]
 
     def candidates(self) -> list[Sequence]:
-        """The requests that can use a chunk of prefill, or begin to decode."""
-        if len(self.decode_batch) >= self.BATCH:
-            return []
+        """The requests that can use a chunk of prefill, or begin to decode. The bound of the batch
+        counts requests of the same or a higher priority: none waits for the end of a lower one."""
+        rows = [one.request.priority for one in self.decoding()]
+        served = [p for p in Priority if sum(row <= p for row in rows) < self.BATCH]
         waiting = [one for one in self.sequences if one.state in (State.WAITING, State.PREFILL)]
+        waiting = [one for one in waiting if one.request.priority in served]
         return [one for one in waiting if one.left > 0 or self._may_decode(one)]
 
     def _may_decode(self, sequence: Sequence) -> bool:
@@ -174,8 +177,9 @@ class ModelRunner:
 
     def _longest_state(self, sequence: Sequence, have: int) -> CacheEntry | None:
         """The longest state that a request can go on from, if it is longer than `have` tokens."""
-        tokens = sequence.prompt.tokens
-        cached, entry = self.prefixes.find(self.fingerprint, tokens)[1], None
+        tokens, entry = sequence.prompt.tokens, None
+        match = self._find(sequence)
+        cached = match.length
         shared, donor = self._most_like(sequence)
         if donor is not None and shared > max(cached, have):
             running = self._state_of(donor)
@@ -186,8 +190,17 @@ class ModelRunner:
             if kept > max(cached, len(entry.tokens) if entry else 0):
                 entry = self._disk_cache.load(chain, kept)
         if entry is None and cached > have:
-            entry = self.prefixes.take(self.fingerprint, tokens)
+            entry = self.prefixes.take(match)
+            sequence.searched = self.prefixes.version
         return entry
+
+    def _find(self, sequence: Sequence) -> Match:
+        """What the prefix cache has of a request's prompt. A request that has begun does not search
+        once more among the same entries."""
+        if sequence.entry is not None and sequence.searched == self.prefixes.version:
+            return Match(None, 0, [], 0)
+        sequence.searched = self.prefixes.version
+        return self.prefixes.find(self.fingerprint, sequence.prompt.tokens)
 
     def _state_of(self, sequence: Sequence) -> CacheEntry:
         """The state of a running request, which goes on using it."""
@@ -473,22 +486,22 @@ class ModelRunner:
         if in_batch:
             self._reclaim(sequence)
         if in_batch or sequence.decoding:
-            entry.add_answer(self._remember(sequence))
+            if key := self._remember(sequence):
+                entry.add_answer(key)
             sequence.tokens = list(entry.tokens)
         self.prefixes.put(entry)
         sequence.entry = None
 
     def _remember(self, sequence: Sequence) -> str:
-        """The key under which the renderer remembers the answer of a request that has decoded."""
+        """The key under which the renderer remembers what a request has read and generated."""
         assert sequence.entry is not None
         return self.renderer.remember(
             sequence.request,
             sequence.prompt,
-            sequence.entry.tokens[sequence.prompt_tokens :],
-            sequence.raw,
+            sequence.entry.tokens,
             sequence.visible,
             sequence.thinking,
-            sequence.parser.call_ids,
+            sequence.calls,
         )
 
     def _after_failure(self, error: Exception) -> None:
@@ -533,8 +546,8 @@ class ModelRunner:
             return
         sparse = range(self.SPARSE, len(entry.tokens), self.SPARSE)
         marks = {entry.root, *entry.checkpoints, *sparse}
-        answer = self.renderer.answer
-        entry.written = self._disk_cache.write(self.fingerprint, entry, answer, marks)
+        reading = self.renderer.reading
+        entry.written = self._disk_cache.write(self.fingerprint, entry, reading, marks)
 
 
 def _on_gpu(error: Exception) -> bool:

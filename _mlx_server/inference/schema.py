@@ -1,7 +1,8 @@
 """JSON schemas, as far as tool calls and grammars need them.
 
 Tools come from clients, so a schema may be anything: a keyword whose value has the wrong type
-counts as absent, and no function here fails on a strange one.
+counts as absent, and no function here fails on a strange one. What takes more than
+`MAX_WORK` steps is given up: definitions that name each other twice double them at every level.
 https://json-schema.org/draft/2020-12/json-schema-core
 """
 
@@ -11,9 +12,12 @@ import collections
 import functools
 import itertools
 import json
+import logging
 import math
 from collections.abc import Iterable
 from typing import Any
+
+log = logging.getLogger("mlx_server")
 
 EMPTY_SCHEMA: dict[str, Any] = {"type": "object", "properties": {}}
 
@@ -31,6 +35,8 @@ JSON_TYPES: dict[type, set[str]] = {
 PRIMITIVE_TYPES = frozenset(("array", "boolean", "null", "number", "object", "string"))
 MAX_ALTERNATIVES = 64
 MAX_DEPTH = 64  # of references and combinations within each other
+# Keywords that are read or copied for one schema, or for all tools of a request: some 0.2 s.
+MAX_WORK = 100_000
 
 _PYTHON_WORDS = {"True": True, "False": False, "None": None}
 # The type that a keyword's value must have to count.
@@ -53,15 +59,34 @@ _KEYWORD_TYPES: dict[str, type | tuple[type, ...]] = {
 _COMBINING = ("$ref", "allOf", "anyOf", "oneOf")
 
 
-def expand(schema: Any, root: Any, path: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+class TooComplex(ValueError):
+    """A schema takes more work than is spent on one."""
+
+
+class Work:
+    """The steps that are left for a schema."""
+
+    def __init__(self, steps: int = MAX_WORK):
+        self._steps = steps
+
+    def spend(self, steps: int) -> None:
+        """Raises TooComplex when no steps are left."""
+        self._steps -= steps
+        if self._steps < 0:
+            raise TooComplex("its parts refer to each other too often")
+
+
+def expand(schema: Any, root: Any, work: Work, path: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     """The alternatives of a schema, at most MAX_ALTERNATIVES, each free of `$ref`, `allOf`,
     `anyOf` and `oneOf` at its top level.
 
     References are looked up in `root`; `path` holds those that lead here. A schema that refers to
-    nothing but itself has no alternatives.
+    nothing but itself has no alternatives. Raises TooComplex when `work` is used up.
     """
+    work.spend(8)
     if not isinstance(schema, dict) or len(path) > MAX_DEPTH:
         return [] if schema is False else [{}]
+    work.spend(_size(schema))
     schema = {
         key: value
         for key, value in schema.items()
@@ -74,19 +99,27 @@ def expand(schema: Any, root: Any, path: tuple[str, ...] = ()) -> list[dict[str,
     if reference := schema.get("$ref", ""):
         if reference in path:
             return []
-        groups.append([_resolve(reference, root)])
+        groups.append([resolve(reference, root)])
     for group in groups:
         choices = (
-            choice for member in group for choice in expand(member, root, (*path, reference))
+            choice for member in group for choice in expand(member, root, work, (*path, reference))
         )
         pairs = itertools.product(alternatives, itertools.islice(choices, MAX_ALTERNATIVES))
         alternatives = [
-            _merge(one, other) for one, other in itertools.islice(pairs, MAX_ALTERNATIVES)
+            _merge(one, other, work) for one, other in itertools.islice(pairs, MAX_ALTERNATIVES)
         ]
     return alternatives
 
 
-def _resolve(reference: str, root: Any) -> Any:
+def _size(schema: dict[str, Any]) -> int:
+    """The steps that it takes to read a schema's own keywords, without the schemas within it."""
+    values = schema.values()
+    lists = sum(len(value) for value in values if isinstance(value, (list, dict)))
+    texts = sum(len(value) for value in values if isinstance(value, str))
+    return len(schema) + lists + texts // 16
+
+
+def resolve(reference: str, root: Any) -> Any:
     """What a reference within a schema points to (RFC 6901); {} when that is nowhere."""
     for step in reference.lstrip("#").split("/")[1:]:
         step = step.replace("~1", "/").replace("~0", "~")
@@ -94,14 +127,12 @@ def _resolve(reference: str, root: Any) -> Any:
     return root
 
 
-def _merge(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+def _merge(one: dict[str, Any], other: dict[str, Any], work: Work) -> dict[str, Any]:
     """A schema that demands what two schemas demand."""
-    return {
-        **one,
-        **other,
-        "properties": {**one.get("properties", {}), **other.get("properties", {})},
-        "required": [*one.get("required", ()), *other.get("required", ())],
-    }
+    properties = {**one.get("properties", {}), **other.get("properties", {})}
+    required = [*one.get("required", ()), *other.get("required", ())]
+    work.spend(len(one) + len(other) + len(properties) + len(required))
+    return {**one, **other, "properties": properties, "required": required}
 
 
 def enum_values(schema: dict[str, Any]) -> list[Any] | None:
@@ -120,9 +151,9 @@ def allowed_types(schema: dict[str, Any]) -> set[str]:
     return types & of_values or of_values
 
 
-def _expanded_types(schema: Any, root: Any) -> set[str]:
+def _expanded_types(schema: Any, root: Any, work: Work) -> set[str]:
     """The JSON types that a schema allows; empty when it does not say."""
-    alternatives = expand(schema, root)
+    alternatives = expand(schema, root, work)
     if len(alternatives) == 1:
         return allowed_types(alternatives[0])
     # An alternative without a type may well be a string.
@@ -131,22 +162,24 @@ def _expanded_types(schema: Any, root: Any) -> set[str]:
 
 def has_finite_value(schema: Any) -> bool:
     """Whether a value that matches can come to an end. False when each alternative requires
-    another value of the same schema, without end."""
+    another value of the same schema, without end. Raises TooComplex."""
     required: dict[int, list[list[Any]]] = {}  # id of a schema -> per alternative what it requires
-    pending = [schema]
+    pending, work = [schema], Work()
     while pending:
         one = pending.pop()
         if id(one) not in required:
-            required[id(one)] = [_required_parts(part) for part in expand(one, schema)]
-            pending += itertools.chain(*required[id(one)])
+            parts = [_required_parts(part) for part in expand(one, schema, work)]
+            required[id(one)] = parts
+            pending += itertools.chain(*parts)
     finite: set[int] = set()
-    while new := {
-        one
-        for one, alternatives in required.items()
-        if one not in finite
-        and any(all(id(part) in finite for part in parts) for parts in alternatives)
-    }:
-        finite |= new
+    known = -1
+    while len(finite) > known:
+        known = len(finite)
+        work.spend(len(required))
+        # What is required was found behind what requires it.
+        for key in reversed(required):
+            if any(all(id(part) in finite for part in parts) for parts in required[key]):
+                finite.add(key)
     return id(schema) in finite
 
 
@@ -154,7 +187,8 @@ def _required_parts(schema: dict[str, Any]) -> list[Any]:
     """The schemas of the values that every value of an expanded schema holds."""
     types = allowed_types(schema) if enum_values(schema) is None else set()
     if types == {"object"}:
-        properties, required = schema.get("properties", {}), schema.get("required", ())
+        required = {key for key in schema.get("required", ()) if isinstance(key, str)}
+        properties = schema.get("properties", {})
         return [properties[key] for key in properties if key in required]
     if types == {"array"}:
         first, least = schema.get("prefixItems", []), schema.get("minItems", 0)
@@ -186,17 +220,25 @@ ParameterTypes = collections.defaultdict[str, set[str]]
 
 def parameter_types(tools: Iterable[dict[str, Any]]) -> dict[str, ParameterTypes]:
     """Tool name -> parameter name -> the JSON types it allows, empty when the tool's schema does
-    not say. `tools` are in OpenAI form."""
-    declared = {}
+    not say, or says it in too complex a way. `tools` are in OpenAI form."""
+    declared, work = {}, Work()
     for tool in tools:
-        schema = tool["function"].get("parameters")
-        alternatives = expand(schema, schema)
-        others: set[str] = set()
-        for one in alternatives:
-            others |= _expanded_types(one.get("additionalProperties"), schema)
-        types: ParameterTypes = collections.defaultdict(functools.partial(set, others))
-        for one in alternatives:
-            for key, value in one.get("properties", {}).items():
-                types[key] = types.get(key, set()) | _expanded_types(value, schema)
-        declared[tool["function"]["name"]] = types
+        name = tool["function"]["name"]
+        try:
+            declared[name] = _types_of_parameters(tool["function"].get("parameters"), work)
+        except TooComplex as error:
+            log.warning("the types of a tool's parameters are not known: %s: %s", name[:100], error)
+            declared[name] = collections.defaultdict(set)
     return declared
+
+
+def _types_of_parameters(schema: Any, work: Work) -> ParameterTypes:
+    alternatives = expand(schema, schema, work)
+    others: set[str] = set()
+    for one in alternatives:
+        others |= _expanded_types(one.get("additionalProperties"), schema, work)
+    types: ParameterTypes = collections.defaultdict(functools.partial(set, others))
+    for one in alternatives:
+        for key, value in one.get("properties", {}).items():
+            types[key] = types.get(key, set()) | _expanded_types(value, schema, work)
+    return types

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from _mlx_server.inference.constraint import Constraint
+from _mlx_server.inference.conversations import Call
 from _mlx_server.inference.embedding import Pooler
 from _mlx_server.inference.event_queue import EventQueue
 from _mlx_server.inference.formats import OutputFormat
@@ -26,6 +27,8 @@ from _mlx_server.inference.protocol import (
     Text,
     Thinking,
     Token,
+    ToolEnd,
+    ToolStart,
     Usage,
 )
 from _mlx_server.inference.renderer import PromptRenderer
@@ -79,6 +82,7 @@ class Sequence:
         # Prefill
         self.entry: CacheEntry | None = None  # the KV state; the decode batch holds its layers
         self.pooler: Pooler | None = None  # instead of `entry` for a text to embed
+        self.searched = -1  # version of the prefix cache in which its prompt was looked up last
         self.passed_over = 0  # chunks that others have got since its last one
         self.progress_logged = 0.0  # perf_counter of the last log line on its progress
 
@@ -92,6 +96,7 @@ class Sequence:
         # Output
         self.detokenizer: Any = None
         self.raw, self.visible, self.thinking = "", "", ""  # all text, and two parts of it
+        self.calls: list[Call] = []
         self.parser = self._new_parser()
         self._events = events
         self._pending_logprobs: list[Token] = []  # of tokens that may turn out to be visible
@@ -170,6 +175,10 @@ class Sequence:
                 self._pending_logprobs = []
             if isinstance(event, Thinking):
                 self.thinking += event.text
+            elif isinstance(event, ToolStart):
+                self.calls.append((event.id, event.name, {}))
+            elif isinstance(event, ToolEnd):
+                self.calls[-1] = (*self.calls[-1][:2], event.arguments)
         if events:
             self._events.put(*events)
 

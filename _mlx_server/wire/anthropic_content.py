@@ -7,7 +7,8 @@ import logging
 import re
 from typing import Any
 
-from _mlx_server.wire.conversation import IMAGE_NOTE, Turn
+from _mlx_server.wire.conversation import Turn
+from _mlx_server.wire.documents import document_text, elsewhere, image_note, omitted, unknown
 from _mlx_server.wire.fields import Object, WireError, content_blocks, field
 from _mlx_server.wire.tools import call_arguments
 
@@ -23,6 +24,8 @@ _ROLES = {
     "ctx": "user",
     "msg": "user",
 }
+# Blocks that say nothing to the model
+_SILENT = ("redacted_thinking", "tool_addition", "tool_removal", "mcp_tool_listing", "fallback")
 
 Definitions = dict[str, str]
 """Deferred tools by name, each as the JSON text that the model sees when a search found it."""
@@ -117,49 +120,59 @@ def _block_texts(
 
 
 def _block_text(block: Object, path: str, definitions: Definitions | None = None) -> str:
-    """A block as text for the model, "" if it has no meaning here. Raises WireError 400."""
+    """A block as text for the model: a note if it cannot be used, "" if it says nothing. Raises
+    WireError 400 if it is malformed."""
     block_type = field(block, "type", str, path, required=True)
     match block_type:
         case "text":
             return field(block, "text", str, path, required=True)
         case "image":
-            return _image_text(block, path)
+            field(block, "source", dict, path, required=True)
+            return image_note(path)
         case "document":
-            return _document_text(block, path)
+            return _document_block_text(block, path)
         case "search_result":
             return _search_result_text(block, path)
         case "tool_reference":
             name = field(block, "tool_name", str, path, required=True)
             return (definitions or {}).get(name, name)
         case "compaction":
-            return field(block, "content", str, path, default="")
+            return _compaction_text(block, path)
         case "container_upload":
-            raise WireError(400, f"{path}: files are not supported by this server")
-        case "redacted_thinking":
-            return ""
+            return elsewhere(path, "file", field(block, "file_id", str, path))
+    if block_type not in _SILENT:
+        return unknown(path, block_type)
     log.info("%s: left out a block of type %s", path, block_type)
     return ""
 
 
-def _image_text(block: Object, path: str) -> str:
-    if field(block, "source", dict, path, required=True).get("type") == "file":
-        raise WireError(400, f"{path}.source: files are not supported by this server")
-    return IMAGE_NOTE
-
-
-def _document_text(block: Object, path: str) -> str:
+def _document_block_text(block: Object, path: str) -> str:
     title, context = (field(block, key, str, path) for key in ("title", "context"))
     source, path = field(block, "source", dict, path, required=True), f"{path}.source"
-    if source.get("type") == "text":
-        text = field(source, "data", str, path, required=True)
-    elif source.get("type") == "content":
-        text = _inner_text(source, path)
-    else:
-        raise WireError(
-            400,
-            f"{path}: only documents of text are supported by this server; send its text",
-        )
+    source_type = field(source, "type", str, path, required=True)
+    match source_type:
+        case "text":
+            text = field(source, "data", str, path, required=True)
+        case "content":
+            text = _inner_text(source, path)
+        case "base64":
+            data = field(source, "data", str, path, required=True)
+            media_type = field(source, "media_type", str, path, default="")
+            text = document_text(data, media_type, f"{path}.data", title)
+        case "url" | "file":
+            names = [field(source, key, str, path) for key in ("url", "file_id")]
+            text = elsewhere(path, "document", *names)
+        case _:
+            text = unknown(path, "document")
     return "\n".join(filter(None, [title, context, text]))
+
+
+def _compaction_text(block: Object, path: str) -> str:
+    """The summary of what a client has cut off. It may be encrypted by Anthropic."""
+    text = field(block, "content", str, path, default="")
+    if not text and block.get("encrypted_content"):
+        return omitted(path, "summary of the conversation so far", "it is encrypted")
+    return text
 
 
 def _search_result_text(block: Object, path: str) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from _mlx_server.wire.conversation import Turn
+from _mlx_server.wire.conversation import Call, Turn
+from _mlx_server.wire.documents import omitted, unknown
 from _mlx_server.wire.fields import Object, field, items
 from _mlx_server.wire.tools import call_arguments
 
@@ -26,10 +27,13 @@ def chat_turns(messages: list[Object], text_of: Callable[[Object, str], str]) ->
         role = field(message, "role", str, path, required=True).lower()
         text = text_of(message, path)
         if role == "assistant":
-            calls = _past_calls(message, number)
+            calls, notes = _past_calls(message, number)
             if not turns or turns[-1].role != "assistant":
                 waiting = []
             waiting += [(id, name) for id, name, _ in calls]
+            if not text and message.get("audio") is not None:
+                notes.append(omitted(f"{path}.audio", "audio", "this model cannot hear"))
+            text = "\n".join(filter(None, [text, *notes]))
             turns.append(Turn("assistant", text, _reasoning(message, path), calls))
         elif role in ("tool", "function"):
             call_id = _answered_call(message, path, waiting)
@@ -46,17 +50,30 @@ def _reasoning(message: Object, path: str) -> str:
     return ""
 
 
-def _past_calls(message: Object, number: int) -> list[tuple[str, str, Object]]:
-    """The calls of an assistant's message. A call without an id gets one."""
-    calls = []
+def _past_calls(message: Object, number: int) -> tuple[list[Call], list[str]]:
+    """The calls of an assistant's message, and notes in place of those of an unknown type. A call
+    without an id gets one. Before there were lists of calls, a message had one `function_call`."""
+    calls: list[Call] = []
+    notes = []
     path = f"messages.{number}"
-    for index, call in enumerate(items(message, "tool_calls", dict, path)):
+    past = items(message, "tool_calls", dict, path)
+    if not past and (legacy := field(message, "function_call", dict, path)):
+        past = [{"function": legacy}]
+    for index, call in enumerate(past):
         call_path = f"{path}.tool_calls.{index}"
-        function = field(call, "function", dict, call_path, required=True)
-        name = field(function, "name", str, f"{call_path}.function", required=True)
+        call_type = field(call, "type", str, call_path, default="function")
         id = field(call, "id", str, call_path) or f"call_{number}_{index}"
-        calls.append((id, name, call_arguments(function.get("arguments"))))
-    return calls
+        if call_type == "custom" and "function" not in call:
+            custom = field(call, "custom", dict, call_path, required=True)
+            name = field(custom, "name", str, f"{call_path}.custom", required=True)
+            calls.append((id, name, {"input": custom.get("input")}))
+        elif call_type == "function" or "function" in call:
+            function = field(call, "function", dict, call_path, required=True)
+            name = field(function, "name", str, f"{call_path}.function", required=True)
+            calls.append((id, name, call_arguments(function.get("arguments"))))
+        else:
+            notes.append(unknown(call_path, call_type))
+    return calls, notes
 
 
 def _answered_call(message: Object, path: str, waiting: list[tuple[str, str]]) -> str:

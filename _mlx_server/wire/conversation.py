@@ -14,21 +14,22 @@ from dataclasses import dataclass
 from _mlx_server.inference.protocol import Message, Request
 from _mlx_server.wire.fields import Object, WireError
 
-IMAGE_NOTE = "[image omitted: this model cannot see images]"
 NO_RESULT = "[no result: interrupted]"
+Call = tuple[str, str, Object]
+"""A tool call: id, name, arguments."""
 
 
 @dataclass
 class Turn:
     """What one role said. `role` is "system", "user", "assistant" or "tool".
 
-    `calls` are an assistant's tool calls: id, name, arguments. `call_id` is the id of the call
+    `calls` are an assistant's tool calls. `call_id` is the id of the call
     whose result a tool's text is."""
 
     role: str
     text: str = ""
     reasoning: str = ""
-    calls: list[tuple[str, str, Object]] = dataclasses.field(default_factory=list)
+    calls: list[Call] = dataclasses.field(default_factory=list)
     call_id: str = ""
 
     @property

@@ -8,6 +8,8 @@ from _mlx_server.inference.protocol import Done, Embedding, Event, Request, Usag
 from _mlx_server.wire.fields import WireError
 from _mlx_server.wire.reply import Frames, Reply
 
+MOST_TEXTS = 10_000  # in one request
+
 
 class Embeddings(Reply):
     """The vectors of `texts`, each of which is a string or token ids and makes one request. Without
@@ -28,6 +30,8 @@ class Embeddings(Reply):
     ):
         if not all(texts):
             raise WireError(400, "input: an empty text has no embedding")
+        if len(texts) > MOST_TEXTS:
+            raise WireError(400, f"input: List should have at most {MOST_TEXTS} items")
         self.request = Request(name, keep_alive=keep_alive)
         self._requests = [
             Request(name, prompt=text, embed=True, truncate=truncate, max_tokens=0)

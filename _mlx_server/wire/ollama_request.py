@@ -9,8 +9,8 @@ import re
 from typing import Any
 
 from _mlx_server.inference.protocol import Sampling
-from _mlx_server.wire.conversation import IMAGE_NOTE
-from _mlx_server.wire.fields import Object, WireError, field, is_type, items
+from _mlx_server.wire.documents import image_note
+from _mlx_server.wire.fields import Object, WireError, field, is_type, items, join_path
 
 # https://github.com/ollama/ollama/blob/main/docs/modelfile.mdx#valid-parameters-and-values. Options
 # that are not listed are ignored, as Ollama does.
@@ -36,7 +36,13 @@ _INTEGER_OPTIONS = (
     "repeat_last_n",
     "draft_num_predict",
 )
-_DURATION = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h)", re.ASCII)
+# Possessive: clients choose the text, and a match must not take longer than the text is
+_NUMBER = r"(?:\d++(?:\.\d*+)?|\.\d++)"
+_UNIT = "(?:ns|us|µs|μs|ms|s|m|h)"
+_PART = re.compile(f"({_NUMBER})({_UNIT})", re.ASCII)
+_DURATION = re.compile(f"(?:{_NUMBER}{_UNIT})++", re.ASCII)
+_SECONDS_ONLY = re.compile(_NUMBER, re.ASCII)
+_LONGEST_DURATION = 64  # characters
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
 _LONGEST = 9e9  # seconds: Go counts nanoseconds in 63 bits
 _ALL_TOKENS = 1 << 20  # more than any context has
@@ -64,19 +70,22 @@ def parse_keep_alive(value: Any) -> float | None:
     elif is_type(value, float):
         seconds = value
     if seconds is None or not math.isfinite(seconds):
-        raise WireError(400, f"time: invalid duration {json.dumps(value, ensure_ascii=False)}")
+        told = json.dumps(value, ensure_ascii=False)[: _LONGEST_DURATION + 2]
+        raise WireError(400, f"time: invalid duration {told}")
     return -1.0 if seconds < 0 or seconds > _LONGEST else float(seconds)
 
 
 def _parse_duration(text: str) -> float | None:
     """Seconds, or None if `text` is no duration."""
+    if len(text) > _LONGEST_DURATION:
+        return None
     sign = -1 if text.startswith("-") else 1
     digits = text.removeprefix("-").removeprefix("+")
-    if re.fullmatch(r"\d+\.?\d*|\.\d+", digits, re.ASCII):
+    if _SECONDS_ONLY.fullmatch(digits):
         return sign * float(digits)
-    if not digits or _DURATION.sub("", digits):
+    if not _DURATION.fullmatch(digits):
         return None
-    return sign * sum(float(number) * _SECONDS[unit] for number, unit in _DURATION.findall(digits))
+    return sign * sum(float(number) * _SECONDS[unit] for number, unit in _PART.findall(digits))
 
 
 def ollama_options(body: Object, key: str = "options") -> Object:
@@ -167,4 +176,5 @@ def image_notes(body: Object, path: str = "") -> list[str]:
         if wrong or len(data) % 4:
             place = wrong.start() if wrong else len(data)
             raise WireError(400, f"illegal base64 data at input byte {place}")
-    return [IMAGE_NOTE] * len(images)
+    path = join_path(path, "images")
+    return [image_note(f"{path}.{number}") for number in range(len(images))]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import re
 
 from _mlx_server.inference.protocol import Request, Sampling
-from _mlx_server.wire.conversation import IMAGE_NOTE, Turn, ask_for_json, canonical
+from _mlx_server.wire.conversation import Turn, ask_for_json, canonical
+from _mlx_server.wire.documents import file_text, image_note, omitted, unknown
 from _mlx_server.wire.fields import (
     Object,
     WireError,
@@ -18,8 +18,6 @@ from _mlx_server.wire.fields import (
     nested,
 )
 from _mlx_server.wire.tools import any_strict, forced_choice, function_tools
-
-log = logging.getLogger("mlx_server")
 
 
 def openai_request(body: Object, *limits: str) -> Request:
@@ -144,10 +142,11 @@ def _part_text(part: Object, path: str) -> str:
         case "refusal":
             return field(part, "refusal", str, path, default="")
         case "image_url" | "input_image":
-            return IMAGE_NOTE
-        case "input_audio" | "file" | "input_file":
-            raise WireError(
-                400, f"{path}.type: '{part_type}' is not supported by this server; send its text"
-            )
-    log.info("%s: left out a part of type %s", path, part_type)
-    return ""
+            return image_note(path)
+        case "input_audio":
+            return omitted(path, "audio", "this model cannot hear")
+        case "file":
+            return file_text(field(part, "file", dict, path, required=True), f"{path}.file")
+        case "input_file":
+            return file_text(part, path)
+    return unknown(path, part_type)

@@ -9,7 +9,8 @@ from dataclasses import field as dataclass_field
 
 from _mlx_server.wire.chat_messages import CHAT_ROLES
 from _mlx_server.wire.conversation import Turn
-from _mlx_server.wire.fields import Object, WireError, field, items
+from _mlx_server.wire.documents import elsewhere, unknown
+from _mlx_server.wire.fields import Object, field, items
 from _mlx_server.wire.openai_request import openai_text
 from _mlx_server.wire.tools import call_arguments
 
@@ -20,6 +21,15 @@ _FREE_TEXT = {  # what the model sees of the input of a custom tool
     "properties": {"input": {"type": "string"}},
     "required": ["input"],
 }
+
+# Items that say nothing to the model
+_SILENT = (
+    "additional_tools",
+    "compaction_trigger",
+    "configuration_update",
+    "mcp_list_tools",
+    "tool_search_output",
+)
 
 
 @dataclass
@@ -95,7 +105,9 @@ def responses_turns(body: Object) -> list[Turn]:
 
 def _item_turn(item: Object, path: str) -> Turn | None:
     """An item as a turn, None if it has no meaning here."""
-    item_type = field(item, "type", str, path, default="message")
+    is_reference = "role" not in item and "content" not in item  # if it says no type
+    default_type = "item_reference" if is_reference else "message"
+    item_type = field(item, "type", str, path, default=default_type)
     match item_type:
         case "message":
             role = field(item, "role", str, path, required=True)
@@ -104,20 +116,23 @@ def _item_turn(item: Object, path: str) -> Turn | None:
             return _call_turn(item, item_type, path)
         case "local_shell_call":
             action = field(item, "action", dict, path, required=True)
-            id = _call_id(item, item_type, path)
+            id = _call_id(item, path)
             return Turn("assistant", calls=[(id, "local_shell", action)])
         case "function_call_output" | "custom_tool_call_output" | "local_shell_call_output":
-            id = _call_id(item, item_type, path)
-            return Turn("tool", openai_text(item, path, "output"), call_id=id)
+            text = openai_text(item, path, "output")
+            return Turn("tool", text, call_id=_answered_call(item, path))
         case "reasoning":
             reasoning = openai_text(item, path) or openai_text(item, path, "summary")
             return Turn("assistant", reasoning=reasoning)
         case "item_reference":
-            raise WireError(
-                400, f"{path}.type: '{item_type}' is not supported by this server; send the item"
-            )
-    log.info("%s: left out an item of type %s", path, item_type)
-    return None
+            id = field(item, "id", str, path, required=True)
+            return Turn("user", elsewhere(path, "item", id))
+    if item_type in _SILENT:
+        log.info("%s: left out an item of type %s", path, item_type)
+        return None
+    # The assistant's calls may stand between others of its calls, whose results follow later
+    role = "assistant" if item_type.endswith("_call") else "user"
+    return Turn(role, unknown(path, item_type))
 
 
 def _call_turn(item: Object, item_type: str, path: str) -> Turn:
@@ -131,8 +146,14 @@ def _call_turn(item: Object, item_type: str, path: str) -> Turn:
     return Turn("assistant", calls=[(id, name_in(namespace, name), arguments)])
 
 
-def _call_id(item: Object, item_type: str, path: str) -> str:
-    """The id of the call that an item is or answers. Items of the local shell may have it in `id`
-    instead of `call_id`."""
-    in_id = item_type.startswith("local_shell_call") and item.get("call_id") is None
-    return field(item, "id" if in_id else "call_id", str, path, required=True)
+def _call_id(item: Object, path: str) -> str:
+    """The id of a call of the local shell, which may have it in `id` instead of `call_id`."""
+    key = "id" if item.get("call_id") is None else "call_id"
+    return field(item, key, str, path, required=True)
+
+
+def _answered_call(item: Object, path: str) -> str:
+    """The id of the call that an item answers. A result that comes without a call has none, but the
+    name of a tool or an id of its own."""
+    ids = [field(item, key, str, path) for key in ("call_id", "id", "name")]
+    return next(filter(None, ids), "unknown")

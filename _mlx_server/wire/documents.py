@@ -1,0 +1,143 @@
+"""Files and other content of a conversation that the model cannot take as it is: their text, or a
+note in their place.
+
+What is in a conversation comes with every later request. So content that cannot be used never makes
+a request fail: the model gets a note that says what was there. The same content always gives the
+same text, or the prompt would not be found in the cache."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import functools
+import hashlib
+import logging
+import re
+import threading
+from urllib.parse import unquote_to_bytes
+
+from _mlx_server.inference.bounded import BoundedMap
+from _mlx_server.wire.fields import Object, WireError, field
+from _mlx_server.wire.pdf import PDFError, can_read_pdf, read_pdf
+
+log = logging.getLogger("mlx_server")
+
+_ELSEWHERE = "it is kept elsewhere, and this server does not fetch it"
+_TEXT_TYPE = re.compile(r"text/.*|application/(?:.*[+./-])?(?:json|xml|ya?ml|javascript|toml|sql)")
+_LONGEST_NAME = 200  # characters
+_PDFS: BoundedMap[str | PDFError] = BoundedMap(64)  # the texts of PDFs by the files' hashes
+_READING = threading.Lock()  # one file is read at a time
+
+
+def omitted(path: str, kind: str, reason: str, name: str | None = None) -> str:
+    """A note to the model in place of what stands at `path` in the body. `name` is what the client
+    calls it. The log says the same, once."""
+    name = " ".join((name or "").split())[:_LONGEST_NAME]
+    note = f"[{kind} omitted: {name + ': ' if name else ''}{reason}]"
+    _log_once(path, note)
+    return note
+
+
+@functools.lru_cache(4096)
+def _log_once(path: str, note: str) -> None:
+    """A conversation comes with every request, and its notes would fill the log."""
+    log.info("%s: %s", path, note)
+
+
+def image_note(path: str) -> str:
+    """The note in place of an image."""
+    return omitted(path, "image", "this model cannot see images")
+
+
+def elsewhere(path: str, kind: str, *names: str | None) -> str:
+    """The note in place of what the client only refers to, by the first of `names` that is one."""
+    return omitted(path, kind, _ELSEWHERE, next(filter(None, names), None))
+
+
+def unknown(path: str, kind: str) -> str:
+    """The note in place of content whose type, `kind`, means nothing here."""
+    return omitted(path, " ".join(kind.split())[:_LONGEST_NAME], "this server cannot use it")
+
+
+def file_text(file: Object, path: str) -> str:
+    """The text of a file that OpenAI's APIs have in a part, at `path`, or a note. The bytes are in
+    `file_data`, as base64 or a data URL. Raises WireError 400."""
+    data, id, url, name = (
+        field(file, key, str, path) for key in ("file_data", "file_id", "file_url", "filename")
+    )
+    if data is None:
+        return elsewhere(path, "file", name, url, id)
+    media_type = ""
+    if data.startswith("data:"):
+        head, _, data = data.partition(",")
+        media_type, *parameters = head.removeprefix("data:").split(";")
+        if "base64" not in parameters:
+            data = base64.b64encode(unquote_to_bytes(data)).decode()
+    text = document_text(data, media_type, f"{path}.file_data", name)
+    return "\n".join(filter(None, [name, text]))
+
+
+def document_text(data: str, media_type: str, path: str, name: str | None = None) -> str:
+    """The text of a file of a media type, which may be "", or a note. `data` is base64 and stands
+    at `path`. Raises WireError 400 if it is not base64."""
+    content = _decoded(data, path)
+    media_type = media_type.partition(";")[0].strip().lower()
+    if _TEXT_TYPE.fullmatch(media_type):
+        return _any_text(content)
+    if media_type == "application/pdf" or content.startswith(b"%PDF-"):
+        return _pdf_text(content, path, name)
+    text = _plain_text(content)
+    if text is not None:
+        return text
+    kind = f"a file of type {media_type}" if media_type else "a file of an unknown type"
+    return omitted(path, "document", f"{kind}, which this server cannot read", name)
+
+
+def _decoded(data: str, path: str) -> bytes:
+    try:
+        return base64.b64decode("".join(data.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise WireError(400, f"{path}: Input should be valid base64") from None
+
+
+def _plain_text(content: bytes) -> str | None:
+    """The text that bytes are in UTF-8, or in UTF-16 with a byte order mark, None for others."""
+    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError:
+        return None
+    return None if "\0" in text else text
+
+
+def _any_text(content: bytes) -> str:
+    """The text of bytes that are said to be text."""
+    text = _plain_text(content)
+    return content.decode("cp1252", "replace").replace("\0", "") if text is None else text
+
+
+def _pdf_text(content: bytes, path: str, name: str | None) -> str:
+    if not can_read_pdf():
+        reason = "a PDF, which this server cannot read without its extra 'documents'"
+        return omitted(path, "document", reason, name)
+    found = _read_once(content)
+    if isinstance(found, PDFError):
+        return omitted(path, "document", f"a PDF, which {found}", name)
+    return found
+
+
+def _read_once(content: bytes) -> str | PDFError:
+    """The text of a PDF, or why there is none."""
+    key = hashlib.sha256(content).hexdigest()
+    found = _PDFS.get(key)
+    if found is not None:
+        return found
+    with _READING:
+        found = _PDFS.get(key)  # another request may have read it meanwhile
+        if found is None:
+            try:
+                found = read_pdf(content)
+            except PDFError as error:
+                found = error
+            _PDFS.put(key, found)
+    return found

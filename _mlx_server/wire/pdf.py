@@ -1,0 +1,145 @@
+"""The text of a PDF, read by pypdf in a process of its own.
+
+A hostile file can keep a parser busy for hours or let it fill the memory. A process can be limited
+and ended. `read_pdf` starts the process and waits for it; `main` is what the process runs: it reads
+the file from stdin and writes one JSON object to stdout.
+
+This file is also run as a script, so it imports nothing of this package."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import itertools
+import json
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+MAX_PAGES = 100
+MAX_CHARACTERS = 100_000
+MAX_SECONDS = 20
+MAX_MEMORY = 1 << 30  # bytes
+
+_WATCH_SECONDS = 0.05  # between two looks at the memory
+
+
+class PDFError(Exception):
+    """A PDF cannot be read; the message says why, in words that fit behind "it"."""
+
+
+def can_read_pdf() -> bool:
+    """Whether pypdf is installed: the extra `documents`."""
+    return importlib.util.find_spec("pypdf") is not None
+
+
+def read_pdf(data: bytes, seconds: float = MAX_SECONDS, memory: int = MAX_MEMORY) -> str:
+    """The text of a PDF with the number of each page before it, at most MAX_PAGES and
+    MAX_CHARACTERS of it. Raises PDFError, also if the file takes longer than `seconds` or needs
+    more than `memory` bytes."""
+    # Without -P the modules beside this file would hide others of the same name
+    command = [sys.executable, "-P", __file__, str(seconds), str(memory)]
+    try:
+        out = subprocess.run(
+            command, input=data, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        raise PDFError(f"takes more than {seconds:g} seconds to read") from None
+    try:
+        found = json.loads(out.stdout)
+    except ValueError:  # the process was ended by one of its limits
+        raise PDFError("takes too much memory or time to read") from None
+    if "error" in found:
+        raise PDFError(found["error"])
+    return _with_page_numbers(found["pages"], found["count"], found["cut"])
+
+
+def _with_page_numbers(pages: list[str], count: int, cut: bool) -> str:
+    """The text of `pages`, which are the first of `count`. With `cut` the last one is not whole."""
+    lines = [f"[PDF, pages: {count}]"]
+    for number, text in enumerate(pages, 1):
+        lines += [f"[page {number}]", text]
+    if cut or len(pages) < count:
+        left_out = f"the rest of page {len(pages)} and what follows" if cut else "all other pages"
+        limits = f"{MAX_PAGES} pages and {MAX_CHARACTERS:,} characters"
+        lines.append(f"[{left_out} omitted: at most {limits} are read]")
+    return "\n".join(filter(None, lines))
+
+
+def main() -> None:
+    """What the process runs."""
+    seconds, memory = float(sys.argv[1]), int(sys.argv[2])
+    _limit(seconds, memory)
+    try:
+        found = _extract(sys.stdin.buffer.read())
+    except MemoryError:
+        found = {"error": "takes too much memory to read"}
+    except Exception:  # pypdf raises all kinds for a damaged file
+        found = {"error": "is damaged or no PDF"}
+    print(json.dumps(found))
+
+
+def _limit(seconds: float, memory: int) -> None:
+    """Bounds what this process may take. Systems that refuse a limit, as macOS does for memory,
+    have the thread that watches it."""
+    cpu = int(seconds) + 1
+    for kind, limit in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, cpu)):
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(kind, (limit, limit))
+    threading.Thread(target=_watch, args=(memory,), daemon=True).start()
+
+
+def _watch(memory: int) -> None:
+    unit = 1 if sys.platform == "darwin" else 1024
+    while resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit < memory:
+        time.sleep(_WATCH_SECONDS)
+    os._exit(1)
+
+
+def _extract(data: bytes) -> dict[str, Any]:
+    """The texts of the pages, how many pages there are, and whether the last text is cut; or why
+    there are none."""
+    import pypdf
+
+    reader = pypdf.PdfReader(io.BytesIO(data))
+    if reader.is_encrypted and not _is_open(reader):
+        return {"error": "is encrypted"}
+    texts: list[str] = []
+    left = MAX_CHARACTERS
+    for page in itertools.islice(reader.pages, MAX_PAGES):
+        text = _page_text(page)
+        texts.append(text[:left])
+        left -= len(text)
+        if left <= 0:
+            break
+    count = len(reader.pages)
+    if not any(texts):
+        return {"error": f"has {count} page{'s' * (count != 1)} without text, as scans have"}
+    return {"pages": texts, "count": count, "cut": left < 0}
+
+
+def _is_open(reader: Any) -> bool:
+    """Whether an encrypted file can be read without a password."""
+    with contextlib.suppress(Exception):  # also if the cipher's package is not installed
+        return bool(reader.decrypt(""))
+    return False
+
+
+def _page_text(page: Any) -> str:
+    try:
+        text: str = page.extract_text()
+    except MemoryError:
+        raise
+    except Exception:  # one damaged page does not spoil the others
+        return "[this page cannot be read]"
+    # Half a surrogate pair cannot be encoded
+    return text.replace("\0", "").encode("utf-8", "replace").decode().strip()
+
+
+if __name__ == "__main__":
+    main()
