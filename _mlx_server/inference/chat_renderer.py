@@ -179,7 +179,11 @@ class ChatRenderer:
             message = chat.history[index]
             if message["role"] == "assistant":
                 thinking = message.get("reasoning_content", "")
-                thoughtful = thoughtful or bool(thinking) and thinking.strip() in match.text
+                thoughtful = (
+                    thoughtful
+                    or bool(thinking)
+                    and self._template.escape(thinking.strip()) in match.text
+                )
                 start = chat.keys[index - 1] if index else root.key
                 found = answer_names(start, message["content"], thinking, message_calls(message))
                 names |= dict.fromkeys(found, chat.keys[index])
@@ -273,7 +277,7 @@ class ChatRenderer:
         def goes_beyond(index: int) -> bool:
             begun = messages[: index + 1]
             text = self._template.render(begun, tools, options, generation=False)
-            return len(text) > len(before)
+            return len(unescape(text)) > len(before)
 
         try:
             at = bisect.bisect_left(range(len(messages) - 1), True, key=goes_beyond)
@@ -359,7 +363,7 @@ class ChatRenderer:
         messages = chat.messages
         if not messages or messages[-1]["role"] != "user":
             return 0
-        at = max(0, text.rfind(messages[-1]["content"].strip()))
+        at = max(0, text.rfind(self._template.escape(messages[-1]["content"].strip())))
         cut = self._tokenizer.last_special_token_end(text, max(0, at - 200), at)
         if cut is None or _MARK in text[cut:]:
             return 0
