@@ -164,10 +164,9 @@ def read_json_file(path: Path, most: int = MAX_FILE) -> Any:
 def read_file(path: Path, most: int = MAX_FILE) -> bytes:
     """A file of at most so many bytes. Raises OSError, and ValueError for one that is larger."""
     with path.open("rb") as stream:
-        content = stream.read(most + 1)
-    if len(content) > most:
-        raise ValueError(f"{path.name} is too large")
-    return content
+        if os.fstat(stream.fileno()).st_size > most:
+            raise ValueError(f"{path.name} is too large")
+        return stream.read()
 
 
 def _read_optional(path: Path, files: Container[str], name: str) -> dict[str, Any]:
@@ -195,7 +194,9 @@ def _quantization_recipe(config: dict[str, Any]) -> dict[str, Any]:
     it has not."""
     for key in ("quantization", "quantization_config"):
         recipe = config.get(key) or {}
-        if isinstance(recipe, dict) and isinstance(recipe.get("bits"), (int, float)):
+        if not isinstance(recipe, dict):
+            raise ValueError(f"{key} is no object")
+        if isinstance(recipe.get("bits"), (int, float)):
             return recipe
     return {}
 
