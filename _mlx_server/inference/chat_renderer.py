@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from _mlx_server.inference.bounded import BoundedMap
-from _mlx_server.inference.control_tokens import alternatives
+from _mlx_server.inference.control_tokens import alternatives, unescape
 from _mlx_server.inference.conversations import (
     Call,
     ConversationMemory,
