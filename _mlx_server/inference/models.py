@@ -127,7 +127,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError("config.json holds no object")
     family = config.get("model_type")
-    if not isinstance(family, str) or not family or not family[:100].isprintable():
+    if not isinstance(family, str) or not family:
         raise ModelLoadError(f"{path} is not an MLX model: its config.json names no model_type")
     return config
 
@@ -256,14 +256,10 @@ def _parameter_size(parameters: int) -> str:
 
 def read_chat_template(path: Path, files: Container[str]) -> str:
     """The text of the chat template in a folder with these files; "" if there is none. Where there
-    are several with names, all of them as JSON. Raises OSError and ValueError, the latter also for
-    a link that leads elsewhere: the text is shown to clients."""
+    are several with names, all of them as JSON. Raises OSError and ValueError."""
     if "chat_template.jinja" in files:
-        _check_inside(path, "chat_template.jinja")
         return read_file(path / "chat_template.jinja").decode("utf-8")
     for file in ("chat_template.json", "tokenizer_config.json"):
-        if file in files:
-            _check_inside(path, file)
         if template := _read_optional(path, files, file).get("chat_template"):
             return template if isinstance(template, str) else json.dumps(template)
     return ""
@@ -333,9 +329,11 @@ def generation_defaults(path: Path) -> Sampling:
 
 
 def read_shown_files(local: LocalModel) -> tuple[str, dict[str, Any]]:
-    """A model's chat template and its generation_config.json. Raises ModelLoadError."""
+    """A model's chat template and its generation_config.json, for clients. Raises ModelLoadError,
+    also for a template that is a link to a file elsewhere, which may be no template."""
     try:
         files = os.listdir(local.path)
+        _check_inside(local.path, "chat_template.jinja")
         generation = _read_optional(local.path, files, "generation_config.json")
         return read_chat_template(local.path, files), generation
     except (OSError, ValueError) as error:
