@@ -399,15 +399,11 @@ def test_a_low_key_does_not_change_which_models_there_are(
 def test_a_low_key_does_not_say_how_long_a_model_stays(engine: Engine, serve: Callable):
     server = serve(engine, api_keys=KEYS)
     body = {"model": "demo", "messages": HI, "keep_alive": -1, "stream": False}
-    seen = []
-    submit = engine.submit
-    engine.submit = lambda request: seen.append(request.keep_alive) or submit(request)
-    try:
-        for key in ("guest", "agent"):
-            assert call(server, key, "/api/chat", body)[0].status == 200
-    finally:
-        del engine.submit
-    assert seen == [None, -1]
+    engine.unload("demo")
+    for key, stays in (("guest", None), ("agent", -1)):
+        assert call(server, key, "/api/chat", body)[0].status == 200
+        assert engine.pool.runners["demo"].keep_alive == stays
+    engine.unload("demo")
 
 
 @pytest.mark.parametrize(
