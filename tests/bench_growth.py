@@ -71,7 +71,7 @@ def segments(folder: Path, count: int) -> Callable[[], object]:
 
 def write_segment(folder: Path, parent: str, tokens: list[int]) -> str:
     """A file of the disk cache without layers; returns its node."""
-    notes = {"parent": parent, "tokens": json.dumps(tokens), "answers": "{}", "trimmable": "true"}
+    notes = {"parent": parent, "tokens": json.dumps(tokens), "readings": "{}", "trimmable": "true"}
     header = json.dumps({"__metadata__": {f"0.{key}": text for key, text in notes.items()}})
     data = len(header).to_bytes(8, "little") + header.encode()
     node = segment_node(parent, tokens)

@@ -189,7 +189,7 @@ def test_a_prompt_costs_the_same_beside_three_conversations_and_beside_five_hund
 
 def segment_file(folder: Path, parent: str, tokens: Any, **notes: Any) -> str:
     """A file like those of the disk cache, without layers; returns its node."""
-    notes = {"parent": parent, "tokens": tokens, "answers": {}, "trimmable": True, **notes}
+    notes = {"parent": parent, "tokens": tokens, "readings": {}, "trimmable": True, **notes}
     texts = {f"0.{key}": json.dumps(value) for key, value in notes.items()}
     header = json.dumps({"__metadata__": {**texts, "0.parent": parent}}).encode()
     return raw_file(folder, segment_node(parent, tokens), header)
@@ -209,13 +209,13 @@ def forgotten(key: str) -> None:
 def test_a_long_chain_of_segments_is_found_continued_and_removed(many: int, tmp_path: Path):
     node, count = "model", 200 * many
     for number in range(count):
-        answers = {f"answer {number}": [[number], "", ""]}
-        node = segment_file(tmp_path, node, [number, 1], answers=answers)
+        readings = {f"answer {number}": ["", [number], {}, False]}
+        node = segment_file(tmp_path, node, [number, 1], readings=readings)
     disk = DiskCache(tmp_path, 1 << 30)
     tokens = [token for number in range(count) for token in (number, 1)]
     chain, length = disk.find("model", [*tokens, 7, 7])
     assert (len(chain), length) == (count, 2 * count)
-    assert len(disk.answers("model")) == count
+    assert len(disk.readings("model")) == count
     half = work(lambda: disk.find("model", tokens[:count]))
     assert work(lambda: disk.find("model", tokens)) < 2.1 * half
     assert not disk.write("model", plain([*tokens, 7, 8, 9], []), forgotten, [len(tokens) + 2])
@@ -269,7 +269,10 @@ def test_nothing_in_its_folder_stops_the_start(tmp_path: Path):
     (folder / name("4" * 32)).write_bytes(b"\xff" * 8 + b"{}")
     for tokens in ([], ["a"], [1.5], [[1]], [True], {"0": 1}, 7, None):
         segment_file(folder, "model", tokens)
-    segment_file(folder, "model", [1], answers={"key": [1, 2, 3, 4, 5]})
+    segment_file(folder, "model", [1], readings={"key": [1, 2, 3, 4, 5]})
+    segment_file(folder, "model", [1], readings={"key": ["", ["x"], {}, False]})
+    segment_file(folder, "model", [1], readings={"key": ["", [1 << 40], {}, False]})
+    segment_file(folder, "model", [1], readings={"key": ["", [1], {"a": 1}, False]})
     for pid in ("", "x", "0", "-1", "9" * 99):
         (folder / f"writing-{pid}.safetensors").write_text("left")
     (folder / f"writing-{os.getpid()}.safetensors").symlink_to(tmp_path / "precious")

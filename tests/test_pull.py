@@ -295,7 +295,7 @@ def test_at_the_keyboard_a_pull_draws_a_bar_and_what_fails_is_a_sentence(hub: Fa
 
 
 def test_at_the_keyboard_ctrl_c_ends_a_pull(hub: FakeHub, cache: Path):
-    hub.pause = 0.1
+    hub.pause = 0.5
     program = pull(hub, cache, "pull", "org/own", stderr=subprocess.PIPE)
     wait_until(lambda: bool(list(cache.glob("*/blobs/*.incomplete"))))
     program.send_signal(signal.SIGINT)

@@ -177,7 +177,11 @@ def test_anthropics_client_gets_from_the_relay_what_it_gets_from_the_upstream(
     assert here.messages.count_tokens(model="far", messages=USER) == there.messages.count_tokens(
         model="far", messages=USER
     )
-    assert [model.id for model in here.models.list()] == ["demo", "far:latest"]
+    assert [model.id for model in here.models.list()] == [
+        "demo",
+        "anthropic/demo",
+        "far:latest",
+    ]
     assert (
         here.models.retrieve("far").id == "far:latest" and here.models.retrieve("demo").id == "demo"
     )

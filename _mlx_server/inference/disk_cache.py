@@ -356,7 +356,7 @@ def _read_segment(path: Path, node: str) -> Segment:
         header = json.loads(file.read(length))
     notes = {key.removeprefix("0."): value for key, value in header["__metadata__"].items()}
     tokens, readings = json.loads(notes["tokens"]), json.loads(notes["readings"])
-    if not tokens or not all(type(token) is int for token in tokens):
+    if not tokens or not _are_tokens(tokens):
         raise ValueError("its tokens are none")
     if segment_node(notes["parent"], tokens) != node:
         raise ValueError("the name belongs to other tokens")
@@ -367,9 +367,23 @@ def _read_segment(path: Path, node: str) -> Segment:
         tokens,
         bool(json.loads(notes["trimmable"])),
         found.st_size,
-        {key: Reading(*fields) for key, fields in readings.items()},
+        {key: _reading(*fields) for key, fields in readings.items()},
         found.st_mtime_ns,
     )
+
+
+def _are_tokens(values: Any) -> bool:
+    return isinstance(values, list) and all(
+        type(value) is int and 0 <= value < 2**32 for value in values
+    )
+
+
+def _reading(before: Any, tokens: Any, names: Any, thoughtful: Any) -> Reading:
+    """What a file says was read. Raises ValueError if it is none."""
+    texts = [before, *names, *names.values()]
+    if not _are_tokens(tokens) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("what was read is none")
+    return Reading(before, tokens, names, bool(thoughtful))
 
 
 def _load_layers(path: Path) -> list[Any]:

@@ -179,13 +179,20 @@ class Library:
             look = Look(self.models())
             model = among(look)
         if model is None and by_owner:
-            self._explain(target)
+            self._explain(target, trusted)
         if model is None:
             raise ModelNotFound(name, [model.name for model in look.models])
         return model
 
     def _is_current(self, model: LocalModel) -> bool:
-        """Whether a model is still there as it was found."""
+        """Whether a model is still there as it was found, and in a hub cache still the revision
+        that is listed first."""
+        folder = model.path
+        if (
+            folder.parent.name == "snapshots"
+            and next(_snapshots(folder.parents[1]), folder) != folder
+        ):
+            return False
         return self._describe(model.name, model.path) == model
 
     def _at_path(
@@ -289,16 +296,19 @@ class Library:
             self._explicit.append(path)
         return known
 
-    def _explain(self, name: str) -> None:
-        """Raises ModelLoadError if there is a folder of this name that cannot be served."""
+    def _explain(self, name: str, trusted: bool) -> None:
+        """Raises ModelLoadError if there is a folder of this name that cannot be served. Clients,
+        who are not `trusted`, are told no path."""
         plain = plain_name(name)
         for folder, path in self._folders():
             if folder.lower() == plain:
                 try:
                     describe(name, path)
                 except ModelLoadError as error:
+                    if trusted:
+                        raise
                     log.warning("%s", error)
-                    said = str(error).replace(str(path), f"model '{name}'")  # clients see no paths
+                    said = str(error).replace(str(path), f"model '{name}'")
                     raise ModelLoadError(said) from error.__cause__
 
     def _describe(self, name: str, path: Path) -> LocalModel | None:

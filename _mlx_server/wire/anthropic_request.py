@@ -87,7 +87,8 @@ def _keep_thinking(body: Object) -> bool | None:
     edits = management.get("edits") if isinstance(management, dict) else None
     for edit in edits if isinstance(edits, list) else []:
         if isinstance(edit, dict) and edit.get("type") == "clear_thinking_20251015":
-            return edit.get("keep") == "all"
+            keep = edit.get("keep")
+            return None if keep is None else keep == "all"
     return None
 
 
