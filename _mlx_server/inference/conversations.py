@@ -65,11 +65,11 @@ class ConversationMemory:
 
     def tokens(self, key: str) -> list[int] | None:
         """All tokens of a reading; None if it, or one that it goes on from, is not there."""
-        parts = []
+        parts: list[Sequence[int]] = []
         with self._lock:
             while key:
                 reading = self._readings.pop(key, None)
-                if reading is None:
+                if reading is None or len(parts) > len(self._readings):  # or it goes in a circle
                     return None
                 self._readings[key] = reading
                 parts.append(reading.tokens)
