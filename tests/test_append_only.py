@@ -100,7 +100,15 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(params=FAMILIES)
+FAST = ("json", "stripped", "nine")
+
+
+@pytest.fixture(
+    params=[
+        family if family in FAST else pytest.param(family, marks=pytest.mark.slow)
+        for family in FAMILIES
+    ]
+)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 

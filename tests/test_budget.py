@@ -78,6 +78,7 @@ def test_a_format_is_kept_behind_thinking_that_was_ended(engine: Engine):
         Draft202012Validator(SCHEMA).validate(json.loads(said))
 
 
+@pytest.mark.slow
 def test_a_model_that_has_learnt_to_think_answers_all_the_same():
     with Engine("demo") as engine:
 

@@ -159,6 +159,7 @@ def test_what_is_written_survives_a_kill(folder: Path, tmp_path: Path):
     assert not left.exists() and shelf.nbytes == 0
 
 
+@pytest.mark.slow
 def test_an_edit_deep_in_history_restarts_near_it(options: dict):
     with Engine(**options) as engine:
         messages = turns(engine, [SYSTEM, user("begin " * 500)], 6)
@@ -300,6 +301,7 @@ def test_a_miss_explains_itself(folder: Path):
         assert engine.chat(messages, max_tokens=1).miss is None
 
 
+@pytest.mark.slow
 def test_the_flags_the_header_and_the_log_of_a_restarted_server(tmp_path: Path):
     def ask(server: Server, words: str) -> str:
         body = {

@@ -172,6 +172,7 @@ def test_a_short_request_is_answered_while_a_long_prompt_is_prefilled(engine: En
     assert list(long)[-1].reason == "length"
 
 
+@pytest.mark.slow
 def test_an_important_request_overtakes_and_the_other_keeps_what_it_has(engine: Engine):
     low = engine.chat("low " * 600, max_tokens=2, priority=Priority.LOW)
     until(low, State.PREFILL)
@@ -225,6 +226,7 @@ def test_more_than_may_wait_are_refused_and_the_others_are_answered(folder: Path
         assert answer(engine, "again")[0]
 
 
+@pytest.mark.slow
 def test_less_important_requests_leave_places_to_others(folder: Path):
     with Engine(str(folder / "qwen2"), max_queue=2) as engine:
         begun = [engine.chat("long " * 600, max_tokens=1)]
@@ -250,6 +252,7 @@ def test_the_state_of_a_conversation_is_measured_right(engine: Engine):
     assert 0.8 * held < expected < 1.3 * held  # layers grow in steps
 
 
+@pytest.mark.slow
 def test_requests_that_do_not_fit_together_take_turns(folder: Path):
     with Engine(str(folder / "qwen2")) as engine:
         expected = [answer(engine, f"number {n} " * 100)[0] for n in range(3)]

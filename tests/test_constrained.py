@@ -369,6 +369,7 @@ def test_calls_of_strict_tools_match_their_schemas_and_what_is_said_beside_them_
     )
 
 
+@pytest.mark.slow
 def test_free_strings_stay_free_in_tags_of_their_own(engine: Engine):
     schema = obj(
         ["number"],
@@ -603,6 +604,7 @@ with Engine("demo") as engine:
 """
 
 
+@pytest.mark.slow
 def test_without_the_package_a_format_is_refused_and_a_forced_call_still_begun():
     run = subprocess.run(
         [sys.executable, "-c", WITHOUT],

@@ -119,6 +119,7 @@ def test_every_word_of_many_answers_arrives(family: str, defect: str):
         check(DEFECTS[defect](writer), writer.format)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_word_of_an_answer_that_is_cut_arrives(family: str):
     """Also what was written of a call, whose end says that it was cut."""

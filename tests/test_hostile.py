@@ -145,6 +145,7 @@ def test_a_format_that_takes_too_long_to_compile_is_refused(demo, schema):
         demo.chat("hello", format=schema)
 
 
+@pytest.mark.slow
 def test_a_tool_with_such_a_schema_is_not_held_to_it(demo, caplog):
     tools = [tool("Good"), tool("Bad", a=COSTLY["patterns"], b=doubling("allOf"))]
     list(demo.chat("hello", tools=tools, strict=True, max_tokens=2))

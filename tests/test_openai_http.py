@@ -165,6 +165,7 @@ def test_frames(server: Server):
         assert name.removeprefix("event: ") == json.loads(data.removeprefix("data: "))["type"]
 
 
+@pytest.mark.slow
 def test_a_silent_stream_says_that_it_is_alive(server: Server):
     since = len(server.lines)
     for path, body, sign in [

@@ -128,6 +128,7 @@ def test_what_is_logged_in_with_is_used(hub: FakeHub, cache: Path):
     assert {token for _, _, _, token in hub.asked} == {None, "Bearer stored"}
 
 
+@pytest.mark.slow
 def test_a_connection_that_ends_early_is_made_again(
     hub: FakeHub, puller: ollama.Client, cache: Path
 ):
@@ -135,6 +136,7 @@ def test_a_connection_that_ends_early_is_made_again(
     assert puller.pull("org/own").status == "success" and "org/own:latest" in names(puller)
 
 
+@pytest.mark.slow
 def test_a_pull_that_broke_off_goes_on_with_the_files_that_are_missing(
     hub: FakeHub, puller: ollama.Client, cache: Path
 ):
@@ -151,6 +153,7 @@ def test_a_pull_that_broke_off_goes_on_with_the_files_that_are_missing(
     assert hub.fetched() == ["model.safetensors", "config.json"]
 
 
+@pytest.mark.slow
 def test_a_newer_revision_replaces_the_older_one_when_it_is_whole(
     hub: FakeHub, puller: ollama.Client, cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -207,6 +210,7 @@ def wait_until(done: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_damaged_files_are_not_kept(hub: FakeHub, puller: ollama.Client, cache: Path):
     for damaged in ("model.safetensors", "tokenizer.json"):
         hub.damage = lambda name, content, bad=damaged: (
@@ -244,6 +248,7 @@ def test_the_readmes_pull(hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyP
     assert "pulled mlx-community/Qwen3-8B-8bit" in program.communicate(timeout=30)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "memory, name, repo, why",
     [
@@ -294,6 +299,7 @@ def test_at_the_keyboard_a_pull_draws_a_bar_and_what_fails_is_a_sentence(hub: Fa
         os.close(file)
 
 
+@pytest.mark.slow
 def test_at_the_keyboard_ctrl_c_ends_a_pull(hub: FakeHub, cache: Path):
     hub.pause = 0.5
     program = pull(hub, cache, "pull", "org/own", stderr=subprocess.PIPE)
@@ -340,6 +346,7 @@ def test_a_hub_that_refuses_is_quoted(
     assert failure.value.status_code == status
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "env, said",
     [

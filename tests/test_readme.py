@@ -59,6 +59,7 @@ def test_the_example_for_many_clients():
     assert server.stop() == 0
 
 
+@pytest.mark.slow
 def test_the_example_for_several_macs_with_this_machine_as_both(tmp_path: Path):
     code = next(code for name, _, code in BLOCKS if name == "Several Macs")
     code = re.sub(r"mac\d\.local|10\.0\.0\.\d", "127.0.0.1", code)

@@ -408,7 +408,7 @@ def test_while_a_local_model_answers_nobody_asks_the_upstream(engine: Engine, re
     "method, path",
     [
         ("DELETE", "/api/delete"),
-        ("POST", "/api/pull"),
+        pytest.param("POST", "/api/pull", marks=pytest.mark.slow),
         ("POST", "/api/push"),
         ("POST", "/api/copy"),
         ("POST", "/api/create"),
