@@ -12,7 +12,7 @@ from _mlx_server.inference.families import HERMES, detect_format
 from _mlx_server.inference.models import LocalModel, generation_defaults
 from _mlx_server.inference.output_rules import OutputRules
 from _mlx_server.inference.prompt import Prompt
-from _mlx_server.inference.protocol import Request
+from _mlx_server.inference.protocol import InvalidRequest, Request
 from _mlx_server.inference.template import Template, plain_text
 from _mlx_server.inference.tokenizer import TextTokenizer
 
@@ -49,7 +49,11 @@ class PromptRenderer:
         """Renders and tokenises a request. `window` is how many tokens prompt and answer may have.
         Raises InvalidRequest when the template refuses it."""
         if request.prompt is None and self._chat is not None:
-            return self._chat.prompt(request, window)
+            try:
+                return self._chat.prompt(request, window)
+            except RecursionError:
+                message = "the messages or the tools are nested too deeply"
+                raise InvalidRequest(message) from None
         raw = plain_text(request.messages) if request.prompt is None else request.prompt
         if not isinstance(raw, str):
             return Prompt(request.context + raw)
