@@ -54,6 +54,7 @@ from _mlx_server.front.welcome import welcome
 from _mlx_server.inference.generation import Generation
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.hub import Hub
+from _mlx_server.inference.library import MAX_NAME
 from _mlx_server.inference.names import VENDOR_NAME, plain_name
 from _mlx_server.inference.presets import Preset
 from _mlx_server.inference.protocol import (
@@ -82,7 +83,6 @@ STOPPING = 20.0  # seconds within which everything ends once the running answers
 # The API level of Ollama's that is spoken; clients parse it and refuse what is too old
 OLLAMA_VERSION = "0.35.0"
 
-MAX_NAME = 512  # characters of a model's name
 # Organisations whose models clients ask for, though they are never installed
 VENDORS = ("anthropic", "openai")
 
