@@ -76,6 +76,14 @@ class ModelPool:
         weights, state_size = self._sizes[name]
         return state_size.tokens(self.memory - weights)
 
+    def weights(self) -> int:
+        """Bytes of the weights in memory."""
+        return sum(runner.size for runner in self.runners.values())
+
+    def states(self) -> int:
+        """Bytes of what the running requests have read and written."""
+        return sum(runner.held() for runner in self.runners.values())
+
     def _cache_room(self) -> int:
         """Bytes that the prefix cache may take at the moment."""
         return min(self._cache_limit, self.memory - self._committed())
@@ -237,5 +245,5 @@ class ModelPool:
         import mlx.core as mx
 
         if mx.metal.is_available():
-            weights = coming + sum(runner.size for runner in self.runners.values())
+            weights = coming + self.weights()
             mx.set_wired_limit(min(usable_memory(), weights))
