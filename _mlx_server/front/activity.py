@@ -17,10 +17,11 @@
 generated, prefilled, reused], the latter three in tokens/s |
 | `warnings` | the log's last fifty, without paths: `time`, `level`, `message`, the latest first |
 
-A request in work has an `id`, by which `DELETE /activity/ID` cancels it, and
+A request in work; where its prompt is still rendered, only what does not come from the model:
 
 | field | is |
 |---|---|
+| `id` | by which `DELETE /activity/ID` cancels it |
 | `route`, `dialect`, `model`, `priority` | what was asked for, and how |
 | `phase` | "preparing" (its prompt is rendered), "loading" (its model is not in memory yet), \
 "waiting", "prefill" or "decode" |

@@ -239,7 +239,7 @@ async function listModels() {
 
 function modelRow({ name, size, details, capabilities = [] }) {
   const context = details?.context_length;
-  const about = [bytes(size), details?.quantization_level, context && `${count(context)} tokens`, ...capabilities.filter((one) => one !== "completion")];
+  const about = [size && bytes(size), details?.quantization_level, context && `${count(context)} tokens`, ...capabilities.filter((one) => one !== "completion")];
   const load = make("button", { type: "button", className: "load" }, "Load");
   const remove = make("button", { type: "button", className: "quiet danger" }, "Delete");
   remove.setAttribute("aria-label", `Delete ${name}`);
@@ -248,12 +248,12 @@ function modelRow({ name, size, details, capabilities = [] }) {
     await (await post("api/generate", { model: name, ...(unload ? { keep_alive: 0 } : {}) })).arrayBuffer();
   });
   remove.onclick = async () => {
-    if (!(await sure(`Delete ${name} (${bytes(size)}) from this machine's disk?`, "Delete it"))) return;
+    if (!(await sure(`Delete ${name} (${bytes(size ?? 0)}) from this machine's disk?`, "Delete it"))) return;
     if (!(await sure(`Really delete ${name}? Only another download brings it back.`, "Really delete it"))) return;
     await during(remove, () => call("api/delete", { method: "DELETE", body: { model: name } }));
     await listModels();
   };
-  return make("li", {}, make("div", {}, make("b", {}, name), make("small", { className: "state" })), make("p", { className: "figures" }, about.filter(Boolean).join(" · ")), make("div", { className: "buttons" }, load, remove));
+  return make("li", {}, make("div", {}, make("b", {}, name), " ", make("small", { className: "state" })), make("p", { className: "figures" }, about.filter(Boolean).join(" · ")), make("div", { className: "buttons" }, load, remove));
 }
 
 /** Runs something that a button has begun; what fails is shown. */
