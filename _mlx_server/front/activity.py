@@ -55,6 +55,7 @@ from _mlx_server.wire.fields import Object
 RECENT = 50  # requests, and warnings
 INTERVAL = 5.0  # seconds between two samples
 SAMPLES = 120  # ten minutes of them
+MEASURABLE = 64  # tokens of a prefill below which its speed says nothing
 
 
 class Activity(logging.Handler):
@@ -198,7 +199,7 @@ def _progress(generation: Generation, loaded: bool) -> Object:
     phase, rate, left = state.name.lower(), None, None
     if state is State.WAITING and not loaded:
         phase = "loading"
-    elif state is State.PREFILL and usage.prefilled_tokens:
+    elif state is State.PREFILL and usage.prefilled_tokens >= MEASURABLE:
         rate = usage.prefilled_tokens / (usage.prefill_seconds + lap)
         left = (sequence.prompt_tokens - read) / rate
     elif state is State.DECODE and usage.completion_tokens:
@@ -213,5 +214,5 @@ def _progress(generation: Generation, loaded: bool) -> Object:
         "completion_tokens": usage.completion_tokens,
         "thinking_tokens": usage.thinking_tokens,
         "tokens_per_second": rate,
-        "tokens_per_pass": usage.completion_tokens / usage.passes if usage.passes else None,
+        "tokens_per_pass": usage.completion_tokens / usage.decode_passes if usage.decode_passes else None,
     }

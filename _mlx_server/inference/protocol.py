@@ -169,15 +169,15 @@ class Tick:
 class Usage:
     """Token counts and seconds. `prompt_tokens` is the whole prompt, `cached_tokens` the part that
     was not prefilled again, `prefilled_tokens` what was read, also again after a pause,
-    `completion_tokens` everything generated, thinking included, `passes` how often the model ran
-    for it."""
+    `completion_tokens` everything generated, thinking included, `decode_passes` how often the model
+    ran for it."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     prefilled_tokens: int = 0
     completion_tokens: int = 0
     thinking_tokens: int = 0
-    passes: int = 0
+    decode_passes: int = 0
     load_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0

@@ -357,7 +357,7 @@ class ModelRunner:
         if constraint is not None and constraint.observe(response.token, usage.completion_tokens):
             parser.verbatim()
         usage.completion_tokens += 1
-        usage.passes += 1
+        usage.decode_passes += 1
         usage.thinking_tokens += parser.state == "thinking"
         if response.finish_reason != "stop":
             detokenizer.add_token(response.token)
