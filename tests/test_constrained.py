@@ -223,7 +223,7 @@ def test_an_answer_that_waits_for_memory_goes_on_where_it_was(
     with Engine(str(folder / "hermes")) as engine:
         alone = [said(ask(engine, seed, format=long)) for seed in range(4)]
         runtime = engine.pool.runners[engine.default.name]
-        memory = runtime.size + runtime.state_size.nbytes(500)
+        memory = runtime.size + runtime.state_size.nbytes(700)
     with Engine(str(folder / "hermes"), memory=memory) as engine:
         said(ask(engine, max_tokens=1))  # loads the model
         assert answers(engine) == alone
