@@ -30,6 +30,7 @@ from schemas import (
     tool,
 )
 
+from _mlx_server.inference.memory import StateSize
 from _mlx_server.inference.runner import ModelRunner
 from _mlx_server.wire.anthropic import AnthropicMessages
 from _mlx_server.wire.ollama import OllamaChat
@@ -213,6 +214,7 @@ def test_an_answer_that_waits_for_memory_goes_on_where_it_was(
 ):
     caplog.set_level("INFO")
     monkeypatch.setattr(ModelRunner, "EXPECTED", 8)
+    monkeypatch.setattr(StateSize, "STEP", 1)  # or memory would be full before
     long = rows(text(8, minLength=8), 20, minItems=20)
 
     def answers(engine: Engine) -> list[tuple[str, str]]:
@@ -223,7 +225,7 @@ def test_an_answer_that_waits_for_memory_goes_on_where_it_was(
     with Engine(str(folder / "hermes")) as engine:
         alone = [said(ask(engine, seed, format=long)) for seed in range(4)]
         runtime = engine.pool.runners[engine.default.name]
-        memory = runtime.size + runtime.state_size.nbytes(700)
+        memory = runtime.size + runtime.state_size.nbytes(500)
     with Engine(str(folder / "hermes"), memory=memory) as engine:
         said(ask(engine, max_tokens=1))  # loads the model
         assert answers(engine) == alone
