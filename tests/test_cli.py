@@ -94,6 +94,7 @@ def test_a_signal_ends_running_work_with_an_error_and_the_program_with_0(number:
     assert server.process.wait(60) == 0
 
 
+@pytest.mark.slow
 def test_aliases_models_dir_and_a_random_model_by_path(tmp_path: Path):
     path = build_model("qwen2", tmp_path / "Tiny-Qwen2")
     server = Server(

@@ -29,7 +29,7 @@ from engine import (
 )
 
 
-@pytest.fixture(scope="module", params=kinds("hybrid"))
+@pytest.fixture(scope="module", params=kinds("qwen2"))
 def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
     with Engine(str(folder / request.param)) as engine:
         yield engine
@@ -212,6 +212,7 @@ def test_a_full_batch_keeps_nobody_waiting_who_is_more_important(
         running[1].cancel()
 
 
+@pytest.mark.slow
 def test_more_than_may_wait_are_refused_and_the_others_are_answered(folder: Path):
     with Engine(str(folder / "qwen2"), max_queue=3) as engine:
         first = engine.chat("long " * 600, max_tokens=1)
@@ -331,6 +332,7 @@ def test_answers_that_outgrow_memory_wait_for_each_other_and_stay_right(
     assert "one waits after" in caplog.text
 
 
+@pytest.mark.slow
 def test_idle_models_make_room_the_least_recently_used_first(folder: Path):
     import gc
 
@@ -358,6 +360,7 @@ def test_idle_models_make_room_the_least_recently_used_first(folder: Path):
         assert mx.get_active_memory() - empty < min(sizes.values()) / 10
 
 
+@pytest.mark.slow
 def test_weights_are_wired_and_nothing_else_is(folder: Path, monkeypatch: pytest.MonkeyPatch):
     import mlx.core as mx
 
@@ -415,6 +418,7 @@ def test_a_step_that_fails_for_one_request_fails_no_other(engine: Engine):
     assert answer(engine, "number 0", max_tokens=60)[0] == expected[0]
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_while_it_is_computed_is_not_blamed_on_what_comes_next(folder: Path):
     import mlx.core as mx
 
