@@ -55,6 +55,7 @@ def parts(generation: Generation) -> tuple[str, str, int]:
     return thought, said, events[-1].usage.thinking_tokens
 
 
+@pytest.mark.slow
 def test_thinking_ends_when_its_tokens_are_spent_and_begins_as_it_would_have(engine: Engine):
     free, said, _ = parts(ask(engine, None))
     assert free and not said

@@ -403,6 +403,7 @@ def beside_a_failure(
     return [guest.sequence.visible for guest in guests]
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_for_one_request_fails_no_other(engine: Engine):
     expected = [answer(engine, f"number {n}", max_tokens=60)[0] for n in range(3)]
 

@@ -99,6 +99,7 @@ def engine(folder: Path) -> Iterator[Engine]:
 # ------------------------------------------------------------------ the vectors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["hi", "word " * 180, LONG])
 def test_an_embedding_model_gives_its_state_at_the_end_token(
     engine: Engine, folder: Path, text: str

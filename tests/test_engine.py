@@ -268,6 +268,7 @@ def test_models_are_swapped_in_the_order_of_requests_when_one_may_be_loaded(fold
         assert [loaded.model.name for loaded in engine.loaded()] == ["llama_sliding"]
 
 
+@pytest.mark.slow
 def test_keep_alive_zero_unloads_after_the_answer(folder: Path):
     with Engine(models_dirs=[folder]) as engine:
         list(engine.submit(Request("qwen2", [user("hi")], max_tokens=2, keep_alive=0)))
@@ -275,6 +276,7 @@ def test_keep_alive_zero_unloads_after_the_answer(folder: Path):
         assert engine.loaded() == []
 
 
+@pytest.mark.slow
 def test_a_broken_model_fails_its_own_requests_and_can_be_tried_again(folder: Path, tmp_path: Path):
     broken = build_model("qwen2", tmp_path / "broken")
     weights = (broken / "model.safetensors").read_bytes()

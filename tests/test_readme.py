@@ -114,6 +114,7 @@ def test_the_file_of_a_service_is_made(tmp_path: Path, title: str):
     assert str(ROOT / "mlx_server.py") in file.read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_the_example_for_many_clients():
     server = Server(*shlex.split(EXAMPLES["Priorities"])[2:])
     assert server.stop() == 0
