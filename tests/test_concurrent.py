@@ -31,7 +31,7 @@ from engine import (
 )
 
 
-@pytest.fixture(scope="module", params=kinds("hybrid"))
+@pytest.fixture(scope="module", params=kinds("qwen2"))
 def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
     with Engine(str(folder / request.param)) as engine:
         yield engine
@@ -259,6 +259,7 @@ def test_a_full_batch_keeps_nobody_waiting_who_is_more_important(
         running[1].cancel()
 
 
+@pytest.mark.slow
 def test_more_than_may_wait_are_refused_and_the_others_are_answered(folder: Path):
     with Engine(str(folder / "qwen2"), max_queue=3) as engine:
         first = engine.chat("long " * 600, max_tokens=1)
@@ -403,6 +404,7 @@ def test_an_important_request_does_not_wait_for_memory_that_others_use(
         assert low.usage.cached_tokens < 10
 
 
+@pytest.mark.slow
 def test_idle_models_make_room_the_least_recently_used_first(folder: Path):
     import gc
 
@@ -430,6 +432,7 @@ def test_idle_models_make_room_the_least_recently_used_first(folder: Path):
         assert mx.get_active_memory() - empty < min(sizes.values()) / 10
 
 
+@pytest.mark.slow
 def test_weights_are_wired_and_nothing_else_is(folder: Path, monkeypatch: pytest.MonkeyPatch):
     import mlx.core as mx
 
@@ -472,6 +475,7 @@ def beside_a_failure(
     return [guest.sequence.visible for guest in guests]
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_for_one_request_fails_no_other(engine: Engine):
     expected = [answer(engine, f"number {n}", max_tokens=60)[0] for n in range(3)]
 
@@ -487,6 +491,7 @@ def test_a_step_that_fails_for_one_request_fails_no_other(engine: Engine):
     assert answer(engine, "number 0", max_tokens=60)[0] == expected[0]
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_while_it_is_computed_is_not_blamed_on_what_comes_next(folder: Path):
     import mlx.core as mx
 

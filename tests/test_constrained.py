@@ -539,6 +539,7 @@ def test_what_is_streamed_is_the_whole_answer(engine: Engine, make):
     check(whole, TITLE)
 
 
+@pytest.mark.slow
 def test_the_official_clients_get_what_they_ask_for(server: Server):
     claude = anthropic.Anthropic(
         base_url=server.url, api_key="any", max_retries=0, _strict_response_validation=True
