@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, Server
+from conftest import PATIENCE, ROOT, Server
 from test_http import LONG, ask
 
 from _mlx_server.front import activity
@@ -59,6 +59,9 @@ def long_request(pool: ThreadPoolExecutor, server: Server, path: str, **more) ->
 
 
 def test_what_is_documented_is_told(server: Server):
+    page = (ROOT / "docs" / "page.md").read_text("utf-8")
+    tables = activity.__doc__.split("| field | is |")[1:]
+    assert all(table.split("\n\n")[0].strip() in page for table in tables)
     assert ask(server, "POST", "/v1/messages", SHORT)[0].status == 200
     server.wait_for("/v1/messages demo")
     report = look(server)

@@ -214,5 +214,7 @@ def _progress(generation: Generation, loaded: bool) -> Object:
         "completion_tokens": usage.completion_tokens,
         "thinking_tokens": usage.thinking_tokens,
         "tokens_per_second": rate,
-        "tokens_per_pass": usage.completion_tokens / usage.decode_passes if usage.decode_passes else None,
+        "tokens_per_pass": usage.completion_tokens / usage.decode_passes
+        if usage.decode_passes
+        else None,
     }
