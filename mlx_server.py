@@ -300,6 +300,7 @@ class Handler(HTTPHandler):
             record.embeddings(model.name, reply)
 
     def record(self, reply: Reply, model: LocalModel) -> RequestLog:
+        """What is noted of this request."""
         return RequestLog(self.exchange.route, self.exchange.id, reply.dialect, model.name)
 
     def ignore_keep_alive(self, reply: Reply) -> None:
