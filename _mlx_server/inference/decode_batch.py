@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any
 
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.prefix_cache import CacheEntry
+from _mlx_server.inference.vision import ImageRows
 
 
 class DecodeBatch:
@@ -15,15 +17,19 @@ class DecodeBatch:
 
     A request alone decodes on its own caches in place, so that its state is moved in and out and
     never copied, and every cache class works. When another one joins, both are merged into batch
-    caches. `batch` is mlx-lm's object, None before the first request."""
+    caches. `batch` is mlx-lm's object, None before the first request. `images` is for a model
+    that sees."""
 
-    def __init__(self, model: Any, end_tokens: Iterable[int], group: Group):
+    def __init__(
+        self, model: Any, end_tokens: Iterable[int], group: Group, images: ImageRows | None = None
+    ):
         from mlx_lm.generate import StopSequences
 
         self.model = model
         self.batch: Any = None
         self._ends, self._group = StopSequences([[token] for token in end_tokens]), group
         self._count = 0
+        self._images = images
 
     def __len__(self) -> int:
         return len(self.batch.uids) if self.batch is not None else 0
@@ -36,27 +42,37 @@ class DecodeBatch:
         return not len(self) or all(hasattr(layer, "merge") for layer in cache)
 
     def insert(
-        self, entry: CacheEntry, token: int, limit: int, sampler: Any, processors: list[Any]
+        self,
+        entry: CacheEntry,
+        token: int,
+        limit: int,
+        sampler: Any,
+        processors: list[Any],
+        shift: int = 0,
     ) -> int:
         """Starts a request that has read `entry` and reads `token` next, for at most `limit`
         tokens; returns its number. The entry's caches are the batch's from here on. `processors`
-        are mlx-lm's logits processors."""
+        are mlx-lm's logits processors. `shift` is what images have added to the positions."""
         import mlx.core as mx
         from mlx_lm.generate import GenerationBatch
 
         self._count += 1
-        batch: Any = GenerationBatch(
-            self.model,
-            [self._count],
-            mx.array([token]),
-            entry.cache,
-            [list(entry.tokens)],
-            [sampler],
-            sampler,
-            [list(processors)],
-            [self._ends],
-            [limit],
-        )
+        tokens = list(entry.tokens)
+        if self._images:
+            tokens = self._images.add(self._count, tokens, shift)
+        with self._step_of([self._count]):
+            batch: Any = GenerationBatch(
+                self.model,
+                [self._count],
+                mx.array([token]),
+                entry.cache,
+                [tokens],
+                [sampler],
+                sampler,
+                [list(processors)],
+                [self._ends],
+                [limit],
+            )
         # No other request's rows are in there: there is nothing to extract them from.
         batch.extract_cache = lambda _: list(batch.prompt_cache)
         batch._next_tokens = self._group.sync_tokens(batch._next_tokens)
@@ -71,13 +87,23 @@ class DecodeBatch:
     def step(self) -> list[Any]:
         """One token for each request: mlx-lm's responses, the last one of a request with its caches
         and all its tokens."""
-        responses: list[Any] = self.batch.next() if len(self) else []
+        if not len(self):
+            return []
+        with self._step_of(self.batch.uids):
+            responses: list[Any] = self.batch.next()
+        for response in responses:
+            if self._images and response.finish_reason:
+                self._images.remove(response.uid)
         if len(self):
             self.batch._next_tokens = self._group.sync_tokens(self.batch._next_tokens)
         return responses
 
+    def _step_of(self, numbers: list[int]) -> contextlib.AbstractContextManager[None]:
+        return self._images.step(numbers) if self._images else contextlib.nullcontext()
+
     def peek(self, number: int) -> tuple[list[int], list[Any]]:
-        """The tokens a request has read, and its caches; it uses these on if it decodes alone."""
+        """The tokens a request has read, those of images as the model knows them, and its caches;
+        it uses these on if it decodes alone."""
         at = self.batch.uids.index(number)
         return list(self.batch.tokens[at]), self.batch.extract_cache(at)
 
@@ -101,6 +127,8 @@ class DecodeBatch:
 
     def discard(self, number: int) -> None:
         """Takes a request out, if it is still there, with all that it has computed."""
+        if self._images:
+            self._images.remove(number)
         if number in self:
             self.batch.filter([at for at, uid in enumerate(self.batch.uids) if uid != number])
 

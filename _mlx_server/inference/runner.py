@@ -21,6 +21,7 @@ from _mlx_server.inference.protocol import Embedding, EngineError, InvalidReques
 from _mlx_server.inference.renderer import PromptRenderer
 from _mlx_server.inference.sampling import make_penalties, make_sampler, token_logprobs
 from _mlx_server.inference.sequence import Sequence, State
+from _mlx_server.inference.vision import ImageRows, Vision
 from _mlx_server.inference.weights import Weights
 
 log = logging.getLogger("mlx_server")
@@ -64,6 +65,10 @@ class ModelRunner:
         self.fingerprint = fingerprint(local, kv_bits)
         self.weights = Weights(local, kv_bits, group)
         self.model, self.size = self.weights.model, self.weights.size
+        self.vision: Vision | None = None
+        if renderer.image_layout is not None:
+            self.vision = Vision(local, self.model, renderer.image_layout)
+            self.size += self.vision.size
         self.state_size = self.weights.state_size
         self.sequences: tuple[Sequence, ...] = ()
         self.keep_alive: float | None = None  # seconds that the idle model stays
@@ -76,7 +81,8 @@ class ModelRunner:
         log.info("loaded %s in %.1f s", local.name, time.perf_counter() - started)
 
     def _new_decode_batch(self) -> DecodeBatch:
-        return DecodeBatch(self.model, self.renderer.tokenizer.eos_token_ids, self._group)
+        images = ImageRows(self.vision) if self.vision else None
+        return DecodeBatch(self.model, self.renderer.tokenizer.eos_token_ids, self._group, images)
 
     @property
     def expires(self) -> float | None:
@@ -88,7 +94,8 @@ class ModelRunner:
     def reserve(self, sequence: Sequence) -> int:
         """Bytes of KV to expect of a request."""
         answer = max(sequence.usage.completion_tokens, min(sequence.limit, self.EXPECTED))
-        return self.state_size.nbytes(sequence.prompt_tokens + answer)
+        tower = self.vision.reserve(sequence.prompt) if self.vision else 0
+        return self.state_size.nbytes(sequence.prompt_tokens + answer) + tower
 
     def admit(self, sequence: Sequence) -> None:
         """Takes a request in, with the state that it goes on from, before room is made for it by
@@ -208,7 +215,7 @@ class ModelRunner:
         if not sequence.decoding:
             return sequence.entry
         tokens, cache = self.decode_batch.peek(sequence.number)
-        return dataclasses.replace(sequence.entry, tokens=tokens, cache=cache)
+        return dataclasses.replace(sequence.entry, tokens=_read(sequence, tokens), cache=cache)
 
     def _most_like(self, sequence: Sequence) -> tuple[int, Sequence | None]:
         """The running request that has read the most of a request's prompt, and how much that
@@ -235,7 +242,11 @@ class ModelRunner:
         marks = sorted({prompt.root, prompt.turn, prompt.body or end, sparse, end})
         most = max(self._chunk, self._chunk_alone if undisturbed and start < self.DEEP else 0)
         stop = min(next(at for at in marks if at > start), start + most)
-        self.model(mx.array(prompt.tokens[start:stop])[None], cache=entry.cache)
+        if self.vision is not None and prompt.images:
+            stop = self.vision.reach(prompt, start, stop)
+            self.vision.read(prompt, start, stop, entry.cache)
+        else:
+            self.model(mx.array(prompt.tokens[start:stop])[None], cache=entry.cache)
         mx.eval([layer.state for layer in entry.cache])
         mx.clear_cache()
         entry.tokens = prompt.tokens[:stop]
@@ -299,7 +310,8 @@ class ModelRunner:
             processors.append(budget)
         left = sequence.limit - sequence.usage.completion_tokens
         last = prompt.tokens[-1]
-        sequence.number = self.decode_batch.insert(entry, last, left, sampler, processors)
+        shift = self.vision.shift(prompt, len(prompt.tokens)) if self.vision else 0
+        sequence.number = self.decode_batch.insert(entry, last, left, sampler, processors, shift)
         sequence.sampler = sampler
         entry.cache = []  # the batch returns it at the end
         sequence.enter(State.DECODE)
@@ -361,7 +373,7 @@ class ModelRunner:
         sequence.emit(*sequence.parse(piece, response.token))
         if response.finish_reason:
             assert sequence.entry is not None
-            sequence.entry.tokens = response.all_tokens
+            sequence.entry.tokens = _read(sequence, response.all_tokens)
             sequence.entry.cache = response.prompt_cache
             if response.finish_reason != "stop" or not self._end_thinking(sequence):
                 self._end(sequence, response.finish_reason)
@@ -419,7 +431,7 @@ class ModelRunner:
         """Takes a request's state back from the decode batch."""
         assert sequence.entry is not None
         tokens, cache = self.decode_batch.remove(sequence.number)
-        sequence.entry.tokens, sequence.entry.cache = tokens, cache
+        sequence.entry.tokens, sequence.entry.cache = _read(sequence, tokens), cache
 
     def isolate_failed_batch(self, error: Exception) -> None:
         """A step of the decode batch has failed, and it cannot be told which request was the cause:
@@ -442,7 +454,7 @@ class ModelRunner:
                 self._drop(sequence, error)
                 continue
             written = sequence.prompt_tokens + sequence.usage.completion_tokens
-            self._begin_again(sequence, read[sequence.number][:written])
+            self._begin_again(sequence, _read(sequence, read[sequence.number])[:written])
             sequence.alone = True
 
     def pause(self, sequence: Sequence) -> bool:
@@ -575,6 +587,15 @@ class ModelRunner:
         marks = {entry.root, *entry.checkpoints, *sparse}
         reading = self.renderer.reading
         entry.written = self._disk_cache.write(self.fingerprint, entry, reading, marks)
+
+
+def _read(sequence: Sequence, tokens: list[int]) -> list[int]:
+    """The tokens that a request has read in the decode batch, which knows those of images in
+    another form."""
+    if not sequence.prompt.images:
+        return tokens
+    known = sequence.prompt.tokens[: len(tokens)]
+    return known + tokens[len(known) :]
 
 
 def _on_gpu(error: Exception) -> bool:
