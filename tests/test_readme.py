@@ -38,6 +38,7 @@ def test_every_example_is_known_here():
         "Many clients",
         "Performance",
         "Several Macs",
+        "Images",
         *ANSWERS,
     }
 

@@ -24,8 +24,9 @@ class Placement:
 
 
 class QwenLayout:
-    """Qwen3-VL and, with the same tower, Qwen3.5 and its successors: an image keeps its proportions,
-    and each square of `merge` by `merge` patches is one token. https://arxiv.org/abs/2511.21631
+    """Qwen3-VL and, with the same tower, Qwen3.5 and its successors: an image keeps its
+    proportions, and each square of `merge` by `merge` patches is one token.
+    https://arxiv.org/abs/2511.21631
 
     `config` is the model's config.json, `settings` its preprocessor_config.json; an image has at
     most `most` tokens. Raises KeyError, TypeError or ValueError if they do not fit together."""

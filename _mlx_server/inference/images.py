@@ -89,7 +89,7 @@ def read_pixels(
                 white = Image.new("RGBA", size, "white")
                 image = Image.alpha_composite(white, image)
             image = image.convert("RGB").resize(size, filter)
-            return numpy.asarray(image if turn is None else image.transpose(turn))
+            return numpy.asarray(image if turn is None else image.transpose(Image.Transpose(turn)))
         except Exception as error:  # a stranger's file can cause almost any
             raise InvalidRequest("an image cannot be read: the file is damaged") from error
 

@@ -37,7 +37,8 @@ class LocalModel:
     quantization: str  # "int4", "mxfp4", "BF16", ...
     context_length: int  # tokens
     embedding_length: int  # numbers in a hidden state, 0 if unknown
-    capabilities: list[str]  # some of "completion", "tools", "insert", "thinking", "vision"; or "embedding"
+    # Some of "completion", "tools", "insert", "thinking" and "vision"; or "embedding"
+    capabilities: list[str]
 
 
 Files = Mapping[str, os.stat_result]
@@ -260,8 +261,8 @@ def _sees(path: Path, weights: Files, config: dict[str, Any], index: dict[str, A
     """Whether images can be shown to a model, here and now."""
     if not isinstance(config.get("vision_config"), dict) or not has_pillow():
         return False
-    names = index.get("weight_map") or (name for file in weights for name in _read_header(path / file))
-    return has_tower(config, names)
+    named = (name for file in weights for name in _read_header(path / file))
+    return has_tower(config, index.get("weight_map") or named)
 
 
 def weight_files(local: LocalModel) -> list[Path]:

@@ -21,8 +21,9 @@ class TextTokenizer:
     Text is cut at special tokens, and the encodings of the pieces between them are remembered. This
     needs a tokenizer that encodes such pieces independently; for any other one the text is encoded
     as a whole. What ControlTokens has escaped becomes the tokens of plain text: it is encoded in
-    parts, of which none holds a special token. A mark that is PLACED becomes the tokens of an image,
-    by the model's `layout`. `wrapped` is mlx-lm's TokenizerWrapper. Safe to use from any thread."""
+    parts, of which none holds a special token. A mark that is PLACED becomes the tokens of an
+    image, by the model's `layout`. `wrapped` is mlx-lm's TokenizerWrapper. Safe to use from any
+    thread."""
 
     REMEMBERED = 2048  # pieces of text
     LEADS = ("", "\n", "<", ".")  # see _find_lead

@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy
+from mlx.utils import tree_flatten
 
 from _mlx_server.inference.image_layout import QwenLayout
 
@@ -55,14 +56,19 @@ class QwenTower(nn.Module):
         return self.merger(x), deep
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(array.nbytes for _, array in tree_flatten(self.parameters()))
+
+    @property
     def patch_nbytes(self) -> int:
         """About how many bytes a patch takes while it is read."""
         block = self.blocks[0]
         return 4 * (8 * block.norm1.weight.size + 2 * block.mlp.linear_fc1.bias.size)
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """The weights of a checkpoint as they are here: a patch is a flat list of numbers, channel by
-        channel. MLX's own checkpoints have the channels last."""
+        """The weights of a checkpoint as they are here: a patch is a flat list of numbers, channel
+        by channel. MLX's own checkpoints have the channels last."""
         kernel = weights["patch_embed.proj.weight"]
         if kernel.shape[-1] != kernel.shape[-2]:
             kernel = kernel.moveaxis(-1, 1)
@@ -120,7 +126,9 @@ class _Attention(nn.Module):
     def __call__(self, x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
         patches, size = x.shape
         head = size // self._heads
-        queries, keys, values = self.qkv(x).reshape(patches, 3, self._heads, head).transpose(1, 2, 0, 3)
+        queries, keys, values = (
+            self.qkv(x).reshape(patches, 3, self._heads, head).transpose(1, 2, 0, 3)
+        )
         parts = [rotate(queries, cos, sin), rotate(keys, cos, sin), values]
         # Zeros change no score
         more = next((fused for fused in _FUSED if fused >= head), head) - head
@@ -168,7 +176,9 @@ def _places(shape: tuple[int, ...], layout: QwenLayout) -> tuple[numpy.ndarray, 
     """The row and the column of each patch."""
     merge = layout.merge
     height, width = shape[0] // layout.patch, shape[1] // layout.patch
-    places = numpy.indices((height, width)).reshape(2, height // merge, merge, width // merge, merge)
+    places = numpy.indices((height, width)).reshape(
+        2, height // merge, merge, width // merge, merge
+    )
     rows, columns = places.swapaxes(2, 3).reshape(2, -1)
     return rows, columns
 

@@ -13,8 +13,8 @@ from _mlx_server.inference.prompt import ImageRun, Prompt
 if TYPE_CHECKING:
     import mlx.core as mx
 
-    from _mlx_server.inference.mrope import Positions
     from _mlx_server.inference.tower_qwen import QwenTower
+
 
 class Vision:
     """A model's tower, and how it reads prompts with images.
@@ -24,8 +24,6 @@ class Vision:
     counts the images that it has read. Raises ModelLoadError."""
 
     def __init__(self, local: LocalModel, model: Any, layout: QwenLayout):
-        from mlx.utils import tree_flatten
-
         from _mlx_server.inference.mrope import Positions, install
 
         self._model, self._layout, self.runs = model, layout, 0
@@ -40,7 +38,7 @@ class Vision:
             self._rope = install(self._body.layers, deep, self.positions)
         except Exception as error:
             raise load_error(local, f"the vision tower of model '{local.name}'", error) from error
-        self.size = sum(array.nbytes for _, array in tree_flatten(self._tower.parameters()))
+        self.size = self._tower.nbytes
 
     def reserve(self, prompt: Prompt) -> int:
         """Bytes that the tower takes while it reads the largest image of a prompt."""
@@ -63,8 +61,9 @@ class Vision:
                 self.runs += 1
         return end
 
-    def read(self, prompt: Prompt, start: int, end: int, cache: list[Any]) -> mx.array:
-        """Reads tokens of a prompt, as far as `reach` says; returns the logits."""
+    def read(self, prompt: Prompt, start: int, end: int, cache: list[Any]) -> Any:
+        """Reads tokens of a prompt, as far as `reach` says; returns the logits, (1, tokens,
+        vocabulary)."""
         import mlx.core as mx
 
         runs = _within(prompt, start, end)
@@ -102,7 +101,7 @@ class Vision:
             if run.end <= at
         )
 
-    def _rotation(self, prompt: Prompt, start: int, end: int) -> tuple[mx.array, mx.array]:
+    def _rotation(self, prompt: Prompt, start: int, end: int) -> Any:
         """Cosines and sines for tokens with images among them."""
         import numpy
 
@@ -162,14 +161,16 @@ def _within(prompt: Prompt, start: int, end: int) -> list[ImageRun]:
 def _load_tower(local: LocalModel, layout: QwenLayout) -> QwenTower:
     """The tower with its weights."""
     import mlx.core as mx
-    import mlx.nn as nn
+    from mlx import nn
 
     from _mlx_server.inference.tower_qwen import QwenTower
 
-    weights, recipes = {}, {}
+    weights: dict[str, mx.array] = {}
+    recipes: dict[str, Any] = {}
     recipe = local.config.get("quantization") or {}
     for file in weight_files(local):
-        for name, value in mx.load(str(file)).items():
+        held: Any = mx.load(str(file))
+        for name, value in held.items():
             if (inner := tower_name(name)) is not None:
                 weights[inner] = value
                 layer = inner.rpartition(".")[0]
@@ -177,11 +178,12 @@ def _load_tower(local: LocalModel, layout: QwenLayout) -> QwenTower:
     tower = QwenTower(local.config["vision_config"], layout)
     weights = tower.sanitize(weights)
 
-    def quantized(layer: str, _: nn.Module) -> bool | dict[str, Any]:
+    def quantized(layer: str, _: Any) -> bool | dict[str, Any]:
         return f"{layer}.scales" in weights and (recipes.get(layer) or True)
 
     if recipe:
-        nn.quantize(tower, recipe["group_size"], recipe["bits"], class_predicate=quantized)
+        layers: Any = nn
+        layers.quantize(tower, recipe["group_size"], recipe["bits"], class_predicate=quantized)
     tower.load_weights(list(weights.items()))
     mx.eval(tower.parameters())
     return tower

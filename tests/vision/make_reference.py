@@ -18,15 +18,15 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch  # noqa: E402
-from safetensors.numpy import load_file, save_file  # noqa: E402
-from transformers import (  # noqa: E402
+import torch
+from safetensors.numpy import load_file, save_file
+from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
 )
-from vision_models import CONFIGS, FOLDER, PAD, PICTURES, TEXT, make_weights, write_files  # noqa: E402
+from vision_models import CONFIGS, FOLDER, PAD, PICTURES, TEXT, make_weights, write_files
 
 POSITIONS, STEPS = 24, 24
 
