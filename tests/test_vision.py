@@ -173,6 +173,7 @@ def test_the_tower_reads_an_image_once(models: Path):
         assert again.cached_tokens == again.prompt_tokens - 1 and runs(engine) == 2
 
 
+@pytest.mark.slow
 def test_another_image_of_the_same_size_is_another_one(models: Path, engine: Engine):
     answer(engine, conversation(*FILES, text="Which one?"))
     other = engine.submit(conversation(FILES[0], OTHER, text="Which one?"))
@@ -210,6 +211,7 @@ def test_a_quantised_cache(models: Path, bits: int):
         assert runs(engine) == 2
 
 
+@pytest.mark.slow
 def test_a_request_that_is_cancelled_within_an_image_goes_on_later(models: Path, monkeypatch):
     monkeypatch.setattr(ModelRunner, "CHUNK", 20)
     with Engine(str(models / "qwen3_vl")) as engine:
@@ -224,6 +226,7 @@ def test_a_request_that_is_cancelled_within_an_image_goes_on_later(models: Path,
 # Weights
 
 
+@pytest.mark.slow
 def test_a_tower_in_mlx_form_that_is_quantised(models: Path, tmp_path: Path):
     """As mlx-vlm writes it: other names, channels last, and some layers quantised."""
     build_vision_model("qwen3_vl", tmp_path)
