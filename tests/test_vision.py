@@ -17,7 +17,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import PATIENCE, Server, fences
+from conftest import PATIENCE, Server, examples
 from PIL import Image
 from test_http import ask
 from vision_models import CONFIGS, FOLDER, PICTURES, TEXT, build_vision_model, picture, png
@@ -346,6 +346,7 @@ def in_tool_result(file: bytes) -> dict:
     }
 
 
+@pytest.mark.slow
 def test_every_api_means_the_same(engine: Engine):
     expected = reference("qwen3_vl")["answer"].tolist()
     for request in requests(*FILES):
@@ -446,12 +447,11 @@ def test_over_http_and_after_a_restart(models: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_the_example_of_the_readme(models: Path, tmp_path: Path):
-    code = next(block for block in fences("README.md") if "screenshot.png" in block)
-    code = code.removeprefix("```python\n").removesuffix("```")
+def test_the_example_of_the_documentation(models: Path, tmp_path: Path):
+    (shown,) = examples("docs/images.md")
     (tmp_path / "screenshot.png").write_bytes(FILES[0])
     server = Server("--model", str(models / "qwen3_vl"), "--max-tokens", "20")
-    command = [sys.executable, "-c", code.replace("http://localhost:11435", server.url)]
+    command = [sys.executable, "-c", shown.code.replace("http://localhost:11435", server.url)]
     out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert out.returncode == 0, out.stderr
     assert server.stop() == 0

@@ -130,13 +130,14 @@ class ImageRows:
         self._vision = vision
         self._shifts: dict[int, int] = {}
 
-    def add(self, number: int, tokens: list[int], shift: int) -> list[int]:
-        """Comes before a row's first step, with the tokens that it has read and what is added to
-        the indices of its tokens; returns the tokens as the model knows them."""
-        self._shifts[number] = shift
+    def add(self, number: int, tokens: list[int], shift: int, others: list[int]) -> list[int]:
+        """Comes before a row's first step, with the tokens that it has read, what is added to the
+        indices of its tokens, and the other rows that there are; returns the tokens as the model
+        knows them."""
+        self._shifts = {row: self._shifts[row] for row in others} | {number: shift}
         return self._vision.plain(tokens)
 
-    def step(self, numbers: list[int]) -> AbstractContextManager[None]:
+    def during(self, numbers: list[int]) -> AbstractContextManager[None]:
         """Sets the positions for a step of some rows."""
         import mlx.core as mx
 
@@ -144,10 +145,6 @@ class ImageRows:
         if not any(shifts):
             return self._vision.positions.during()
         return self._vision.positions.during(shifts[0] if len(shifts) == 1 else mx.array(shifts))
-
-    def remove(self, number: int) -> None:
-        """Forgets a row."""
-        self._shifts.pop(number, None)
 
 
 def _within(prompt: Prompt, start: int, end: int) -> list[ImageRun]:
