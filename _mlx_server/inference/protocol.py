@@ -62,6 +62,8 @@ class Request:
     `thinking_budget` is how many tokens the model may think for; then its thinking is ended for it.
     None leaves it the time.
 
+    `images` are files of images by the marks that stand for them in `messages`: see images.py.
+
     A conversation that only grew keeps the model's old thinking.
     `keep_thinking` True asks templates
     to show it also where the conversation is read for the first time, False wants it dropped.
@@ -95,6 +97,7 @@ class Request:
     priority: Priority = Priority.NORMAL
     embed: bool = False
     truncate: bool = False
+    images: dict[str, bytes] = field(default_factory=dict)
 
 
 @dataclass
