@@ -411,8 +411,11 @@ class Engine:
         pool = self.pool
         return Stats(
             waiting=self._waiting(),
+            max_waiting=self._max_queue,
             running=sum(one.state is not State.WAITING for one in pool.sequences()),
             loaded=len(pool.runners),
+            weights=pool.weights,
+            states=pool.states,
             prefix_cache_bytes=pool.prefixes.nbytes,
             prefix_cache_limit=pool.prefixes.limit,
             memory=get_active_memory(),
@@ -577,7 +580,8 @@ class Engine:
             self._queue[:0] = self.pool.take_paused()
         self._prefill()
         self._decode()
-        self._count(sequences)
+        for sequence in sequences:
+            sequence.count(self._totals)
 
     def _prefill(self) -> None:
         """Reads the next chunk of the prompt whose turn it is."""
@@ -640,16 +644,6 @@ class Engine:
     def _leave_queue(self, sequence: Sequence) -> None:
         with self._lock:
             self._queue.remove(sequence)
-
-    def _count(self, sequences: list[Sequence]) -> None:
-        """Adds those requests that have ended to the totals."""
-        totals = self._totals
-        for sequence in sequences:
-            if sequence.state is State.ENDED:
-                totals.endings[sequence.ending] += 1
-                totals.prompt_tokens += sequence.prompt_tokens
-                totals.cached_tokens += sequence.usage.cached_tokens
-                totals.completion_tokens += sequence.usage.completion_tokens
 
     def _tidy(self) -> None:
         """Unloads what is due and not in use, and writes to disk when there is nothing else to

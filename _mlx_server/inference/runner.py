@@ -106,6 +106,12 @@ class ModelRunner:
         tower = self.vision.reserve(sequence.prompt) if self.vision else 0
         return self.state_size.nbytes(sequence.prompt_tokens, answer) + tower
 
+    @property
+    def held(self) -> int:
+        """Bytes of KV that its requests have."""
+        lengths = [one.length for one in self.sequences]
+        return sum(self.state_size.nbytes(length) for length in lengths if length)
+
     def admit(self, sequence: Sequence) -> None:
         """Takes a request in, with the state that it goes on from, before room is made for it by
         dropping states."""
@@ -252,6 +258,7 @@ class ModelRunner:
         mx.eval([layer.state for layer in entry.cache])
         mx.clear_cache()
         entry.tokens = prompt.tokens[:stop]
+        sequence.usage.prefilled_tokens += stop - start
         if stop in marks and (stop < end or not prompt.body):
             entry.add_checkpoint()
 
@@ -288,6 +295,7 @@ class ModelRunner:
         tokens = sequence.prompt.tokens[pooler.length : stop]
         pooler.add(self.weights.body(mx.array(tokens)[None], cache=pooler.cache)[0])
         mx.clear_cache()
+        sequence.usage.prefilled_tokens += len(tokens)
         if sequence.left >= 0:
             return
         sequence.emit(Embedding(pooler.vector()))
@@ -366,6 +374,7 @@ class ModelRunner:
         if constraint is not None and constraint.observe(response.token, usage.completion_tokens):
             parser.verbatim()
         usage.completion_tokens += 1
+        usage.decode_passes += 1
         usage.thinking_tokens += parser.state == "thinking"
         if response.finish_reason != "stop":
             detokenizer.add_token(response.token)
