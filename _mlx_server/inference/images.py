@@ -84,11 +84,13 @@ def read_pixels(
             lies = turn in _SIDEWAYS
             width, height = fit(*(image.size[::-1] if lies else image.size))
             size = (height, width) if lies else (width, height)
-            if image.has_transparency_data:
-                image = image.convert("RGBA").resize(size, filter)
+            mode = "RGBA" if image.has_transparency_data else "RGB"
+            if image.mode != mode:  # otherwise it would be copied
+                image = image.convert(mode)
+            image = image.resize(size, filter)
+            if mode == "RGBA":
                 white = Image.new("RGBA", size, "white")
-                image = Image.alpha_composite(white, image)
-            image = image.convert("RGB").resize(size, filter)
+                image = Image.alpha_composite(white, image).convert("RGB")
             return numpy.asarray(image if turn is None else image.transpose(Image.Transpose(turn)))
         except Exception as error:  # a stranger's file can cause almost any
             raise InvalidRequest("an image cannot be read: the file is damaged") from error
@@ -104,6 +106,7 @@ def _open(content: bytes) -> Image:
     """A file whose header is fine; its pixels are not decoded yet."""
     from PIL import Image
 
+    Image.MAX_IMAGE_PIXELS = None  # it would warn of sizes that are refused below
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
     except Exception as error:
