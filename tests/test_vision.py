@@ -258,6 +258,12 @@ def test_who_sees(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "vision" in describe("m", models / "qwen3_5").capabilities
     build_vision_model("qwen3_vl", tmp_path, tower=False)
     assert "vision" not in describe("m", tmp_path).capabilities
+    build_vision_model("qwen3_vl", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["rope_scaling"] = {"type": "yarn", "factor": 4.0}
+    config["text_config"].pop("rope_parameters", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "vision" not in describe("m", tmp_path).capabilities
     monkeypatch.setattr("_mlx_server.inference.models.has_pillow", lambda: False)
     assert "vision" not in describe("m", models / "qwen3_vl").capabilities
 

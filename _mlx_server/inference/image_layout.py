@@ -85,9 +85,24 @@ def make_layout(config: dict[str, Any], settings: dict[str, Any], most: int) -> 
 
 def has_tower(config: dict[str, Any], weights: Iterable[str]) -> bool:
     """Whether a model of a family that is known here has what it sees with among its weights, whose
-    names are given: conversions for text alone keep the config and drop these."""
+    names are given: conversions for text alone keep the config and drop these. A model whose
+    positions are stretched (YaRN and the like) does not see: where they put an image is not known.
+    """
     known = config.get("model_type") in _LAYOUTS and isinstance(config.get("vision_config"), dict)
-    return known and any(name.startswith(_TOWER_NAMES) for name in weights)
+    return (
+        known
+        and not _stretches_positions(config)
+        and any(name.startswith(_TOWER_NAMES) for name in weights)
+    )
+
+
+def _stretches_positions(config: dict[str, Any]) -> bool:
+    text = config.get("text_config")
+    rope = (
+        text.get("rope_parameters") or text.get("rope_scaling") if isinstance(text, dict) else None
+    )
+    kind = rope.get("type") or rope.get("rope_type") if isinstance(rope, dict) else None
+    return kind not in (None, "default", "mrope")
 
 
 def tower_name(name: str) -> str | None:
