@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import ipaddress
 import logging
 import resource
@@ -64,7 +65,8 @@ class ConnectionServer(ThreadingHTTPServer):
     `handler`. Raises OSError when the address is taken.
 
     `api_keys` are the keys that clients may have, each with the highest priority it allows; without
-    any no key is demanded. `allowed_hosts` are names by which clients reach the server, beside
+    any no key is demanded. With several of them, `owners` has for each key what stands for it
+    wherever something is kept. `allowed_hosts` are names by which clients reach the server, beside
     those that it knows (`head.names_this_machine`). `metrics` counts the answers, `bodies` the
     bytes of requests.
 
@@ -84,6 +86,7 @@ class ConnectionServer(ThreadingHTTPServer):
     ):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.api_keys, self.metrics, self.bodies = api_keys or {}, Metrics(), BodyBudget()
+        self.owners = {key: _owner(key) for key in self.api_keys if len(self.api_keys) > 1}
         self._hosts = {host.lower() for host in (address[0], *allowed_hosts)}
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.max_connections = MAX_CONNECTIONS
@@ -103,11 +106,6 @@ class ConnectionServer(ThreadingHTTPServer):
     def loopback(self) -> bool:
         """Whether only this machine reaches the server."""
         return ipaddress.ip_address(self.server_address[0]).is_loopback
-
-    @property
-    def shared(self) -> bool:
-        """Whether there are several keys, whose holders may not trust each other."""
-        return len(self.api_keys) > 1
 
     def is_own_name(self, host: str) -> bool:
         """Whether a request with that name in its Host header is answered. Where other machines
@@ -183,6 +181,12 @@ class ConnectionServer(ThreadingHTTPServer):
         seconds."""
         for thread in list(self._answering):
             thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _owner(key: str) -> str:
+    """What stands for a key in memory and in the files of the prompt cache. Whoever sees it does
+    not learn the key: to try out even short ones takes long."""
+    return hashlib.pbkdf2_hmac("sha256", key.encode(), b"mlx-server", 10_000).hex()[:32]
 
 
 def network_of(address: str) -> str:

@@ -79,19 +79,14 @@ def names_this_machine(host: str, loopback: bool) -> bool:
     return not loopback or address.is_loopback or address.is_private or address.is_unspecified
 
 
-def check_key(headers: Message, keys: Mapping[str, Priority]) -> Priority:
-    """The highest priority that the request's API key allows; the key is the x-api-key header or a
-    bearer token. Raises WireError if it is none of `keys`."""
+def check_key(headers: Message, keys: Mapping[str, Priority]) -> str:
+    """The request's API key: the x-api-key header or a bearer token; of two that are valid the one
+    for the higher priority. Raises WireError if it is none of `keys`."""
     scheme, _, token = headers.get("Authorization", "").partition(" ")
     bearer = token.strip() if scheme.lower() == "bearer" else ""
     given = [text.encode("latin-1") for text in (headers.get("x-api-key", ""), bearer)]
     # Every key is compared, so that the time tells nothing
-    found = [
-        priority
-        for key, priority in keys.items()
-        for one in given
-        if hmac.compare_digest(one, key.encode())
-    ]
+    found = [key for key in keys for one in given if hmac.compare_digest(one, key.encode())]
     if not found:
         raise WireError(401, "invalid x-api-key", {"x-should-retry": "false"})
-    return min(found)
+    return min(found, key=lambda key: keys[key])

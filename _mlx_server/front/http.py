@@ -61,6 +61,7 @@ class Exchange:
     query: dict[str, str] = field(default_factory=dict)
     origin: str = ""  # the Origin header, once it is allowed
     highest_priority: Priority = Priority.HIGH  # that the request's API key allows
+    owner: str = ""  # what stands for that key, where there are several
     body: bytes = b""  # as it was sent, perhaps compressed
     body_read: bool = True  # whether the whole request has been read from the socket
     answered: bool = False  # whether an answer has begun
@@ -146,7 +147,9 @@ class HTTPHandler(BaseHTTPRequestHandler):
 
     def _check_key(self) -> None:
         if self.server.api_keys and self.exchange.route not in OPEN_ROUTES:
-            self.exchange.highest_priority = check_key(self.headers, self.server.api_keys)
+            key = check_key(self.headers, self.server.api_keys)
+            self.exchange.highest_priority = self.server.api_keys[key]
+            self.exchange.owner = self.server.owners.get(key, "")
         low = self.exchange.highest_priority is Priority.LOW
         self._claim = BodyClaim(self.server.bodies, BUDGET // 2 if low else BUDGET)
 

@@ -52,10 +52,11 @@ class DiskCache:
     common, and one that has grown adds only its growth.
 
     A segment's node is a hash of its parent's and of its tokens, the first parent being the model's
-    fingerprint; a file's name is node and checksum, given when it is complete. A file that is torn,
-    foreign or not what its name says is never used. All files together, the one being written
-    included, stay within `limit` bytes: the least recently used segment that no other one follows
-    goes first. A chain's files count as used together, by their modification times.
+    fingerprint or, for what was read for an owner, a hash of both (`first_node`); a file's name is
+    node and checksum, given when it is complete. A file that is torn, foreign or not what its name
+    says is never used. All files together, the one being written included, stay within `limit`
+    bytes: the least recently used segment that no other one follows goes first. A chain's files
+    count as used together, by their modification times.
 
     The files hold conversations: nobody else may open the folder, and none is written to through a
     link.
@@ -109,10 +110,11 @@ class DiskCache:
         if left and (path == self._writing or not _alive(left[1])):
             path.unlink(missing_ok=True)
 
-    def readings(self, model: str) -> dict[str, Reading]:
-        """What was read and generated in all that is kept of the model with this fingerprint."""
+    def readings(self, model: str, owner: str = "") -> dict[str, Reading]:
+        """What was read and generated for an owner in all that is kept of the model with this
+        fingerprint."""
         found: dict[str, Reading] = {}
-        nodes = [model]
+        nodes = [first_node(model, owner)]
         while nodes:
             for segment in self._followers_of(nodes.pop()).values():
                 found |= segment.readings
@@ -122,13 +124,13 @@ class DiskCache:
     def _followers_of(self, node: str) -> PrefixTree[Segment]:
         return self._followers.get(node, _EMPTY)
 
-    def find(self, model: str, tokens: list[int]) -> tuple[list[Segment], int]:
-        """The chain of segments that restores the longest prefix of `tokens`, and its length;
-        `model` is the fingerprint. From any thread."""
+    def find(self, model: str, tokens: list[int], owner: str = "") -> tuple[list[Segment], int]:
+        """The chain of segments that restores the longest prefix of an owner's `tokens`, and its
+        length; `model` is the fingerprint. From any thread."""
         # A link is a segment and the link before it.
         best: Any = None
         longest = 0
-        links: list[tuple[str, int, Any]] = [(model, 0, None)]
+        links: list[tuple[str, int, Any]] = [(first_node(model, owner), 0, None)]
         while links:
             node, start, before = links.pop()
             path, end, shared = self._followers_of(node).walk(tokens, start)
@@ -180,7 +182,7 @@ class DiskCache:
         """Writes the next segment of an entry, up to the next of the lengths `marks`; returns
         whether all of the entry is there, or cannot be. On the MLX thread."""
         total = len(entry.tokens)
-        chain, reached = self.find(model, entry.tokens)
+        chain, reached = self.find(model, entry.tokens, entry.owner)
         if reached == total:
             return True
         # An entry that parts inside the last segment has a segment of its own instead.
@@ -190,7 +192,7 @@ class DiskCache:
         ends = sorted({*marks, total})
         end = next(at for at in ends if at > start and entry.restorable(at) == at)
         tokens = entry.tokens[start:end]
-        parent = chain[-1].node if chain else model
+        parent = chain[-1].node if chain else first_node(model, entry.owner)
         known = {key: reading(key) for key, at in entry.answers.items() if start < at <= end}
         readings = {
             key: [one.before, list(one.tokens), one.names, one.thoughtful]
@@ -397,6 +399,11 @@ def _load_layers(path: Path) -> list[Any]:
     layers: list[Any] = load_prompt_cache(str(path))  # type: ignore[no-untyped-call]
     mx.eval([layer.state for layer in layers])
     return layers
+
+
+def first_node(model: str, owner: str) -> str:
+    """The name of the empty state of the model with this fingerprint, for an owner."""
+    return hashlib.sha256(f"{model}{owner}".encode()).hexdigest()[:32] if owner else model
 
 
 def segment_node(parent: str, tokens: list[int]) -> str:
