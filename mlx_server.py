@@ -241,7 +241,9 @@ class Handler(HTTPHandler):
     def post_generation(self) -> None:
         """Every route whose endpoint has a `reply`."""
         assert self.endpoint.reply is not None
-        reply = self.endpoint.reply(self.read_object(), self.exchange.id)
+        body = self.read_object()
+        with self.preparing():
+            reply = self.endpoint.reply(body, self.exchange.id)
         if isinstance(reply, Embeddings):
             self.embed(reply)
         else:
@@ -264,7 +266,8 @@ class Handler(HTTPHandler):
         try:
             with self.server.answering():
                 for request in reply.requests:
-                    generations.append(engine.submit(request, model))
+                    with self.preparing():
+                        generations.append(engine.submit(request, model))
                 send = send_stream if reply.stream else send_whole
                 send(self, reply, generations, record)
         except EngineError as error:
@@ -288,7 +291,8 @@ class Handler(HTTPHandler):
                 for request in reply.requests:
                     request.priority = self.priority(reply, model.name)
                     request.owner = self.exchange.owner
-                    generation = engine.submit(request, model)
+                    with self.preparing():
+                        generation = engine.submit(request, model)
                     for event in generation:
                         reply.event(event)
                         if self.is_client_gone():
@@ -356,9 +360,12 @@ class Handler(HTTPHandler):
         self.send(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def post_count_tokens(self) -> None:
-        request = count_request(self.read_object())
-        request.owner = self.exchange.owner
-        self.send_json({"input_tokens": self.engine.count_tokens(request)})
+        body = self.read_object()
+        with self.preparing():
+            request = count_request(body)
+            request.owner = self.exchange.owner
+            count = self.engine.count_tokens(request)
+        self.send_json({"input_tokens": count})
 
     def get_models(self) -> None:
         models, query = self.engine.models(), self.exchange.query

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_http import ask
 from test_limits import HI, KEYS, call
 
 import mlx_server
-from _mlx_server.inference.protocol import Priority
+from _mlx_server.front.sockets import ClientDisconnected
+from _mlx_server.front.turns import Turns
+from _mlx_server.inference.bounded import BoundedMap
+from _mlx_server.inference.protocol import EngineBusy, Priority
+from _mlx_server.inference.tokenizer import TextTokenizer
 from engine import Engine, Request
 
 FILLER = " ".join(f"word{n}" for n in range(40))
@@ -130,3 +136,77 @@ def test_keys_have_names_that_do_not_tell_them(serve: Callable):
     assert server.owners == serve(api_keys=KEYS).owners  # or a restart would lose the cache
     assert serve(api_keys={"one": Priority.HIGH}).owners == {}
     assert ask(server, "GET", "/api/tags")[0].status == 401
+
+
+# ------------------------------------------------------------------ turns
+
+
+def gone() -> bool:
+    return True
+
+
+def test_a_less_important_request_waits_for_its_turn_and_others_do_not():
+    turns = Turns()
+    with turns.take(Priority.LOW, gone):
+        with pytest.raises(ClientDisconnected), turns.take(Priority.LOW, gone):
+            pass
+        for priority in (Priority.NORMAL, Priority.HIGH):
+            with turns.take(priority, gone):
+                pass
+    with turns.take(Priority.LOW, gone):
+        pass
+
+
+def test_who_waits_for_a_turn_does_not_hold_all_connections(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("_mlx_server.front.turns.MAX_WAITING", 0)
+    turns = Turns()
+    with pytest.raises(EngineBusy), turns.take(Priority.LOW, gone):
+        pass
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/api/embed", "/v1/messages/count_tokens"])
+def test_nothing_that_costs_time_is_done_for_a_low_key_before_its_turn(
+    engine: Engine, serve: Callable, path: str
+):
+    server = serve(engine, api_keys=KEYS)
+    body = {"model": "demo", "messages": HI, "input": "hi", "options": {"num_predict": 1}}
+    with ThreadPoolExecutor() as pool, server.turns.take(Priority.LOW, gone):
+        waits = pool.submit(call, server, "guest", path, body)
+        assert call(server, "boss", path, body)[0].status == 200
+        assert not waits.done()
+    assert waits.result()[0].status == 200
+
+
+# ------------------------------------------------------------------ memory
+
+
+def test_the_tokens_of_a_long_text_are_not_kept(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    encoded = []
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(wrapped, name)
+
+        def encode(self, text: str, **options: Any) -> list[int]:
+            encoded.append(text)
+            return wrapped.encode(text, **options)
+
+    monkeypatch.setattr(TextTokenizer, "REMEMBERED", 5000)
+    wrapped = engine.renderer(engine.resolve("demo")).tokenizer
+    tokenizer = TextTokenizer(Counting())
+    short, long = "a short text", "a long text " * 200
+    encoded.clear()
+    for text in (short, long, short, long):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert encoded == [short, long, long]
+
+
+def test_a_map_of_bounded_size_keeps_the_latest_entries():
+    kept: BoundedMap[str] = BoundedMap(10, lambda key, value: len(value))
+    for key in "abcd":
+        kept.put(key, key * 4)
+    assert [kept.get(key) for key in "abcd"] == [None, None, "cccc", "dddd"]
+    kept.put("d", "d" * 6)
+    assert kept.get("c") == "cccc"
+    assert kept.get_or_make("e", lambda: "e" * 11) == "e" * 11
+    assert kept.get("e") is None and kept.get("d") == "d" * 6

@@ -18,6 +18,7 @@ from typing import Any
 from _mlx_server.front.budget import BodyBudget
 from _mlx_server.front.head import names_this_machine
 from _mlx_server.front.metrics import Metrics
+from _mlx_server.front.turns import Turns
 from _mlx_server.inference.protocol import Priority
 
 MAX_CONNECTIONS = 512  # fewer where the process may not open twice as many files
@@ -86,6 +87,7 @@ class ConnectionServer(ThreadingHTTPServer):
     ):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.api_keys, self.metrics, self.bodies = api_keys or {}, Metrics(), BodyBudget()
+        self.turns = Turns()
         self.owners = {key: _owner(key) for key in self.api_keys if len(self.api_keys) > 1}
         self._hosts = {host.lower() for host in (address[0], *allowed_hosts)}
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -14,6 +14,9 @@ from _mlx_server.inference.protocol import Priority
 from _mlx_server.wire.fields import WireError
 
 HOST = re.compile(r"([\w.-]*|\[[\da-f:.]+\])(:\d{1,5})?", re.I | re.A)
+# Other servers read other blanks and characters in their own ways (RFC 9112, 3; RFC 9110, 5.5)
+REQUEST_LINE = re.compile(r"[!#$%&'*+.^`|~\w-]+ [^\x00-\x20\x7f]+ HTTP/1\.\d", re.ASCII)
+CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 # By which containers reach the machine that they run on
 CONTAINER_NAMES = ("host.docker.internal", "gateway.docker.internal", "host.containers.internal")
 LOCAL_ORIGIN = re.compile(
@@ -23,14 +26,17 @@ LOCAL_ORIGIN = re.compile(
 )
 
 
-def framing_error(headers: Message, version: str) -> str | None:
+def framing_error(line: str, headers: Message, version: str) -> str | None:
     """What is wrong with a head, or None. What another server might read in another way is wrong
-    (RFC 9112, 3.2, 5 and 6.3). `version` is the request line's, such as "HTTP/1.1"."""
+    (RFC 9112, 3.2, 5 and 6.3). `line` is the request line, `version` what it says of that, such as
+    "HTTP/1.1"."""
+    if not REQUEST_LINE.fullmatch(line):
+        return "malformed request line"
     hosts, origins, lengths, codings = (
         headers.get_all(name, [])
         for name in ("Host", "Origin", "Content-Length", "Transfer-Encoding")
     )
-    if headers.defects or any("\n" in value for value in headers.values()):
+    if headers.defects or any(map(CONTROL.search, headers.values())):
         return "malformed header"
     if max(len(hosts), len(origins), len(lengths + codings)) > 1:
         return "Host, Origin and the body's length can be given only once"

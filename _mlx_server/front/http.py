@@ -137,7 +137,7 @@ class HTTPHandler(BaseHTTPRequestHandler):
         if not self._place.served:
             self.close_connection = True
             raise EngineBusy("there are too many connections")
-        wrong = framing_error(self.headers, self.request_version)
+        wrong = framing_error(self.requestline, self.headers, self.request_version)
         if self.rfile.bare_newline:
             wrong = "a line of the head does not end with CR LF"
         if wrong:
@@ -165,8 +165,9 @@ class HTTPHandler(BaseHTTPRequestHandler):
         """The JSON object in the request's body. Raises WireError if it is none."""
         raw = self._read_body()
         coding = self.headers.get("Content-Encoding", "identity")
-        data = body.decompress(raw, coding, self._claim)
-        value = body.parse_json(data, self.dialect.strict_json, self._claim)
+        with self.preparing():
+            data = body.decompress(raw, coding, self._claim)
+            value = body.parse_json(data, self.dialect.strict_json, self._claim)
         if data is not raw:
             self._claim.reduce(len(data))
         return value
@@ -195,6 +196,13 @@ class HTTPHandler(BaseHTTPRequestHandler):
     def is_client_gone(self) -> bool:
         """Whether the client has closed the connection."""
         return is_disconnected(self.connection)
+
+    def preparing(self) -> contextlib.AbstractContextManager[None]:
+        """Within it what costs time before an answer begins is done for the request, once it is its
+        turn among those of other keys. Entering raises EngineBusy and ClientDisconnected."""
+        if not self.server.owners:
+            return contextlib.nullcontext()
+        return self.server.turns.take(self.exchange.highest_priority, self.is_client_gone)
 
     # -- writing
 

@@ -44,6 +44,7 @@ class ConversationMemory:
 
     There is one for each model and owner of requests. At most `MOST` tokens are kept; the readings
     that were not used for the longest time go first.
+
     Thread-safe: every method holds the lock of this memory alone, and calls nothing outside."""
 
     MOST = 4_000_000  # tokens, four bytes each
