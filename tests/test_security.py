@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -390,6 +391,11 @@ def test_the_log_shows_no_key_and_who_can_read_their_file_is_told(guarded: Serve
     assert not [
         line for line in guarded.lines if "secret" in line or "guess" in line or "three" in line
     ]
+
+
+def test_the_list_of_processes_shows_no_key_of_a_file(guarded: Server):
+    listed = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True).stdout
+    assert f"{guarded.folder}/nothing/here" in listed and "secret-one" not in listed
 
 
 @pytest.mark.parametrize(

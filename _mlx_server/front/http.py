@@ -93,7 +93,7 @@ class HTTPHandler(BaseHTTPRequestHandler):
         super().setup()
         self._place = self.server.connection(self.request)
         self.wfile = AnswerWriter(self.connection, self._place.waits, self._place.works)
-        self._requests = RequestSocket(self.connection, "r")
+        self._requests = RequestSocket(self.connection)
         self.rfile = HeaderReader(self._requests)
 
     def handle_one_request(self) -> None:

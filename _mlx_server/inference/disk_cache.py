@@ -44,7 +44,8 @@ class Segment:
 
 
 class DiskCache:
-    """Prefix states on disk, where they outlive an unload and a restart.
+    """Prefix states on disk, where they outlive an unload and a restart. Several processes may have
+    the same folder.
 
     A state is a chain of segments. Each is one file of mlx-lm's `save_prompt_cache` with what its
     tokens add to the segment before: that part of the KV, and the whole state of layers that cannot
@@ -77,6 +78,7 @@ class DiskCache:
         self.folder, self._limit = folder, limit
         self.nbytes = 0  # of all files
         self._segments: dict[str, Segment] = {}  # by node
+        self._files: dict[str, Segment] = {}  # the same by the names of their files
         self._followers: dict[str, PrefixTree[Segment]] = {}  # by the parent's node
         # For the MLX thread: when each node was used last, in nanoseconds of unix time, and by that
         # time the nodes that no other one follows, some of them out of date.
@@ -86,11 +88,7 @@ class DiskCache:
         _make_private(folder)
         self._writing.unlink(missing_ok=True)
         _create(self._writing).close()
-        for path in list(folder.iterdir()):
-            try:
-                self._take_in(path)
-            except Exception as error:  # nothing that lies there may stop the start
-                self._discard(path, error)
+        self._look()
         self._make_room(0, set())
 
     @property
@@ -100,6 +98,18 @@ class DiskCache:
             return self._limit
         free = shutil.disk_usage(self.folder).free
         return min(self.MOST, (free + self.nbytes) // self.SHARE)
+
+    def _look(self) -> None:
+        """Takes note of what other processes have written and removed."""
+        names = set(os.listdir(self.folder))
+        for name in self._files.keys() - names:
+            self._remove(self._files[name])
+        for name in names - self._files.keys():
+            path = self.folder / name
+            try:
+                self._take_in(path)
+            except Exception as error:  # nothing that lies there may stop the start
+                self._discard(path, error)
 
     def _take_in(self, path: Path) -> None:
         """Adds the segment of a file, or removes what a process that has died has left."""
@@ -244,6 +254,8 @@ class DiskCache:
         os.replace(self._writing, path)
         self._add(_read_segment(path, node))
         self._touch(chain)
+        # Another process may have written at the same time
+        self._make_room(0, {segment.node for segment in chain})
         return True
 
     def _touch(self, chain: list[Segment]) -> None:
@@ -273,7 +285,7 @@ class DiskCache:
             self._remove(before)
             if before.path != segment.path:
                 before.path.unlink(missing_ok=True)
-        self._segments[segment.node] = segment
+        self._segments[segment.node] = self._files[segment.path.name] = segment
         followers = self._followers_of(segment.parent)
         self._followers[segment.parent] = followers.put(segment.tokens, segment)
         self.nbytes += segment.nbytes
@@ -282,7 +294,7 @@ class DiskCache:
     def _remove(self, segment: Segment) -> None:
         if self._segments.pop(segment.node, None) is None:
             return
-        del self._used[segment.node]
+        del self._used[segment.node], self._files[segment.path.name]
         followers = self._followers[segment.parent].remove(segment.tokens)
         self._followers[segment.parent] = followers
         self.nbytes -= segment.nbytes
@@ -300,6 +312,7 @@ class DiskCache:
     def _make_room(self, size: int, spared: set[str]) -> bool:
         """Removes segments until `size` bytes fit beside the spared ones, which are whole chains;
         returns whether they do. If not, none is removed."""
+        self._look()
         limit = self.limit
         if sum(self._segments[node].nbytes for node in spared) + size > limit:
             return False
