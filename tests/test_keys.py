@@ -17,6 +17,7 @@ import mlx_server
 from _mlx_server.front.sockets import ClientDisconnected
 from _mlx_server.front.turns import Turns
 from _mlx_server.inference.bounded import BoundedMap
+from _mlx_server.inference.prefix_cache import CacheEntry
 from _mlx_server.inference.protocol import EngineBusy, Priority
 from _mlx_server.inference.tokenizer import TextTokenizer
 from engine import Engine, Request
@@ -199,6 +200,11 @@ def test_the_tokens_of_a_long_text_are_not_kept(engine: Engine, monkeypatch: pyt
     for text in (short, long, short, long):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert encoded == [short, long, long]
+
+
+def test_the_tokens_of_a_state_count_where_its_layers_do_not_grow():
+    short, long = (CacheEntry([0] * count, []) for count in (10, 100_000))
+    assert long.nbytes - short.nbytes >= 16 * 99_990
 
 
 def test_a_map_of_bounded_size_keeps_the_latest_entries():

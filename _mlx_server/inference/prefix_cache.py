@@ -13,6 +13,8 @@ from _mlx_server.inference.group import Group
 from _mlx_server.inference.layers import copy_layer, is_trimmable, own_buffers
 from _mlx_server.inference.prefix_tree import PrefixTree
 
+TOKEN_BYTES = 48  # of a token id, in an entry's list and in a tree
+
 
 class Checkpoint:
     """The states of a model's layers at some length: of those that cannot be trimmed, None for the
@@ -64,7 +66,7 @@ class CacheEntry:
     @property
     def cache_nbytes(self) -> int:
         """Bytes without the checkpoints."""
-        return sum(int(layer.nbytes) for layer in self.cache)
+        return sum(int(layer.nbytes) for layer in self.cache) + TOKEN_BYTES * len(self.tokens)
 
     def restorable(self, length: int) -> int:
         """The longest prefix of at most `length` tokens that this entry can give."""
