@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from _mlx_server.front.activity import Activity
 from _mlx_server.front.budget import BodyBudget
 from _mlx_server.front.head import names_this_machine
 from _mlx_server.front.metrics import Metrics
@@ -69,7 +70,7 @@ class ConnectionServer(ThreadingHTTPServer):
     any no key is demanded. With several of them, `owners` has for each key what stands for it
     wherever something is kept. `allowed_hosts` are names by which clients reach the server, beside
     those that it knows (`head.names_this_machine`). `metrics` counts the answers, `bodies` the
-    bytes of requests.
+    bytes of requests, `activity` has those that are in work.
 
     When all connections are taken, the one whose client has been waited for longest is closed for a
     new one. If none waits, the new one's requests are refused."""
@@ -87,8 +88,8 @@ class ConnectionServer(ThreadingHTTPServer):
     ):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.api_keys, self.metrics, self.bodies = api_keys or {}, Metrics(), BodyBudget()
-        self.turns = Turns()
-        self.owners = {key: _owner(key) for key in self.api_keys if len(self.api_keys) > 1}
+        self.turns, self.activity = Turns(), Activity()
+        self.owners = {key: _owner(key) for key in self.api_keys if self.shared}
         self._hosts = {host.lower() for host in (address[0], *allowed_hosts)}
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.max_connections = MAX_CONNECTIONS
@@ -108,6 +109,11 @@ class ConnectionServer(ThreadingHTTPServer):
     def loopback(self) -> bool:
         """Whether only this machine reaches the server."""
         return ipaddress.ip_address(self.server_address[0]).is_loopback
+
+    @property
+    def shared(self) -> bool:
+        """Whether there are several keys, whose holders may not trust each other."""
+        return len(self.api_keys) > 1
 
     def is_own_name(self, host: str) -> bool:
         """Whether a request with that name in its Host header is answered. Where other machines

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any, Protocol
 from urllib.parse import parse_qsl, unquote
 
-from _mlx_server.front import body
+from _mlx_server.front import body, page
 from _mlx_server.front.budget import BUDGET, BodyClaim
 from _mlx_server.front.connections import ConnectionServer
 from _mlx_server.front.head import check_key, checked_origin, framing_error, has_body
@@ -33,7 +33,7 @@ from _mlx_server.inference.protocol import EngineBusy, EngineError, Priority
 from _mlx_server.wire.fields import Object, WireError
 
 LINGER = 2.0  # seconds for which a client may go on sending what is not read any more
-OPEN_ROUTES = ("/", "/health")  # need no API key
+OPEN_ROUTES = ("/", *page.ROUTES, "/health")  # need no API key
 
 log = logging.getLogger("mlx_server")
 
@@ -74,6 +74,7 @@ class HTTPHandler(BaseHTTPRequestHandler):
 
     server: ConnectionServer
     rfile: HeaderReader
+    wfile: AnswerWriter
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     timeout = CLIENT_TIMEOUT
@@ -217,9 +218,10 @@ class HTTPHandler(BaseHTTPRequestHandler):
         body was not read. Raises OSError."""
         self.close_connection |= not self.exchange.body_read
         own = {"Content-Type": kind, "Content-Length": str(len(data))} if status != 204 else {}
-        self._send_head(status, {**own, **(headers or {})})
-        if self.command != "HEAD":
-            self.wfile.write(data)
+        with self.wfile.together():
+            self._send_head(status, {**own, **(headers or {})})
+            if self.command != "HEAD":
+                self.wfile.write(data)
         if not self.exchange.body_read:
             self._discard_input()
 

@@ -8,6 +8,7 @@ import functools
 import logging
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 from _mlx_server.inference.decode_batch import DecodeBatch
@@ -22,6 +23,7 @@ from _mlx_server.inference.protocol import Embedding, EngineError, InvalidReques
 from _mlx_server.inference.renderer import PromptRenderer
 from _mlx_server.inference.sampling import make_penalties, make_sampler, token_logprobs
 from _mlx_server.inference.sequence import Sequence, State
+from _mlx_server.inference.vision import ImageRows, Vision
 from _mlx_server.inference.weights import Weights
 
 log = logging.getLogger("mlx_server")
@@ -43,7 +45,8 @@ class ModelRunner:
     # Tokens up to which a large chunk's attention takes no more memory than a small one's at 64k
     DEEP = 16384
     SPARSE = 4096  # tokens between two restore points inside a long prompt
-    BATCH = 32  # requests that decode side by side, lower priorities not counted
+    # Requests that decode side by side, lower priorities not counted; memory bounds them earlier
+    ROWS = 256
     # Tokens of an answer to keep memory free for; a longer one may have to wait in between
     EXPECTED = 4096
     INSPECTED = 32  # tokens between two checks that the model still computes numbers
@@ -57,27 +60,33 @@ class ModelRunner:
         kv_bits: int | None,
         disk_cache: DiskCache | None,
         group: Group,
+        room: Callable[[], int],
     ):
-        """Loads the model. Raises ModelLoadError."""
+        """Loads the model. `room` tells how many bytes there are beside the weights and what
+        running requests are expected to need. Raises ModelLoadError."""
         started = time.perf_counter()
         log.info("loading %s, %s", local.name, gigabytes(local.size))
         self.local, self.renderer, self.prefixes = local, renderer, prefixes
         self.fingerprint = fingerprint(local, kv_bits)
         self.weights = Weights(local, kv_bits, group)
-        self.model, self.size = self.weights.model, self.weights.size
+        self.model = self.weights.model
+        self.size: int = self.weights.size
+        self.vision: Vision | None = None
+        if renderer.image_layout is not None:
+            self.vision = Vision(local, self.model, renderer.image_layout)
+            self.size += self.vision.size
         self.state_size = self.weights.state_size
         self.sequences: tuple[Sequence, ...] = ()
         self.keep_alive: float | None = None  # seconds that the idle model stays
         self.used = time.monotonic()
-        self._disk_cache, self._group = disk_cache, group
-        self.decode_batch = self._new_decode_batch()
+        self._disk_cache, self._group, self._room = disk_cache, group, room
+        ends = renderer.tokenizer.eos_token_ids
+        images = ImageRows(self.vision) if self.vision else None
+        self.decode_batch = DecodeBatch(self.model, ends, self.size, self.state_size, group, images)
         self._chunk = self.CHUNK
         # With other processes waiting in a collective, no chunk may take long.
         self._chunk_alone = self.LARGE if self.weights.has_experts and group.size == 1 else 0
         log.info("loaded %s in %.1f s", local.name, time.perf_counter() - started)
-
-    def _new_decode_batch(self) -> DecodeBatch:
-        return DecodeBatch(self.model, self.renderer.tokenizer.eos_token_ids, self._group)
 
     @property
     def expires(self) -> float | None:
@@ -86,10 +95,23 @@ class ModelRunner:
             return None
         return (time.monotonic() if self.sequences else self.used) + self.keep_alive
 
+    @property
+    def committed(self) -> int:
+        """Bytes of the weights, and of what the running requests are expected to need."""
+        states = sum(map(self.reserve, self.sequences))
+        return self.size + states + self.decode_batch.padding
+
     def reserve(self, sequence: Sequence) -> int:
         """Bytes of KV to expect of a request."""
         answer = max(sequence.usage.completion_tokens, min(sequence.limit, self.EXPECTED))
-        return self.state_size.nbytes(sequence.prompt_tokens + answer)
+        tower = self.vision.reserve(sequence.prompt) if self.vision else 0
+        return self.state_size.nbytes(sequence.prompt_tokens, answer) + tower
+
+    @property
+    def held(self) -> int:
+        """Bytes of KV that its requests have."""
+        lengths = [one.length for one in self.sequences]
+        return sum(self.state_size.nbytes(length) for length in lengths if length)
 
     def admit(self, sequence: Sequence) -> None:
         """Takes a request in, with the state that it goes on from, before room is made for it by
@@ -118,16 +140,9 @@ class ModelRunner:
         """The requests that can use a chunk of prefill, or begin to decode. The bound of the batch
         counts requests of the same or a higher priority: none waits for the end of a lower one."""
         rows = [one.request.priority for one in self.decoding()]
-        served = [p for p in Priority if sum(row <= p for row in rows) < self.BATCH]
+        served = [p for p in Priority if sum(row <= p for row in rows) < self.ROWS]
         waiting = [one for one in self.sequences if one.state in (State.WAITING, State.PREFILL)]
-        waiting = [one for one in waiting if one.request.priority in served]
-        return [one for one in waiting if one.left > 0 or self._may_decode(one)]
-
-    def _may_decode(self, sequence: Sequence) -> bool:
-        if not len(self.decode_batch) or sequence.entry is None:
-            return True
-        alone = sequence.alone or any(other.alone for other in self.decoding())
-        return not alone and self.decode_batch.accepts(sequence.entry.cache)
+        return [one for one in waiting if one.request.priority in served]
 
     # -- prefill
 
@@ -142,7 +157,7 @@ class ModelRunner:
             if sequence.left > 0:
                 self._read_chunk(sequence, undisturbed)
                 self._log_progress(sequence)
-            if sequence.left <= 0 and self._may_decode(sequence):
+            if sequence.left <= 0:
                 self._start_decoding(sequence)
         except Exception as error:
             self._after_failure(error)
@@ -173,7 +188,7 @@ class ModelRunner:
             entry.turns = [at for at in entry.turns if at < prompt.body] + [prompt.body]
         if sequence.entry is not None:
             sequence.usage.cached_tokens += len(entry.tokens) - len(sequence.entry.tokens)
-        elif not sequence.usage.completion_tokens:
+        elif not sequence.usage.prefill_seconds:  # otherwise it finds what it has read itself
             sequence.usage.cached_tokens = len(entry.tokens)
         sequence.entry = entry
 
@@ -211,7 +226,7 @@ class ModelRunner:
         if not sequence.decoding:
             return sequence.entry
         tokens, cache = self.decode_batch.peek(sequence.number)
-        return dataclasses.replace(sequence.entry, tokens=tokens, cache=cache)
+        return dataclasses.replace(sequence.entry, tokens=_read(sequence, tokens), cache=cache)
 
     def _most_like(self, sequence: Sequence) -> tuple[int, Sequence | None]:
         """The running request of the same owner that has read the most of a request's prompt, and
@@ -240,10 +255,15 @@ class ModelRunner:
         marks = sorted({prompt.root, prompt.turn, prompt.body or end, sparse, end})
         most = max(self._chunk, self._chunk_alone if undisturbed and start < self.DEEP else 0)
         stop = min(next(at for at in marks if at > start), start + most)
-        self.model(mx.array(prompt.tokens[start:stop])[None], cache=entry.cache)
+        if self.vision is not None and prompt.images:
+            stop = self.vision.reach(prompt, start, stop)
+            self.vision.read(prompt, start, stop, entry.cache)
+        else:
+            self.model(mx.array(prompt.tokens[start:stop])[None], cache=entry.cache)
         mx.eval([layer.state for layer in entry.cache])
         mx.clear_cache()
         entry.tokens = prompt.tokens[:stop]
+        sequence.usage.prefilled_tokens += stop - start
         if stop in marks and (stop < end or not prompt.body):
             entry.add_checkpoint()
 
@@ -280,6 +300,7 @@ class ModelRunner:
         tokens = sequence.prompt.tokens[pooler.length : stop]
         pooler.add(self.weights.body(mx.array(tokens)[None], cache=pooler.cache)[0])
         mx.clear_cache()
+        sequence.usage.prefilled_tokens += len(tokens)
         if sequence.left >= 0:
             return
         sequence.emit(Embedding(pooler.vector()))
@@ -303,8 +324,11 @@ class ModelRunner:
         if budget := self.renderer.budget(request, prompt, sequence.prompt_tokens):
             processors.append(budget)
         left = sequence.limit - sequence.usage.completion_tokens
-        last = prompt.tokens[-1]
-        sequence.number = self.decode_batch.insert(entry, last, left, sampler, processors)
+        last, room = prompt.tokens[-1], None if sequence.alone else self._room()
+        shift = self.vision.shift(prompt, len(prompt.tokens)) if self.vision else 0
+        sequence.number = self.decode_batch.insert(
+            entry, last, left, sampler, processors, room, shift
+        )
         sequence.sampler = sampler
         entry.cache = []  # the batch returns it at the end
         sequence.enter(State.DECODE)
@@ -328,7 +352,7 @@ class ModelRunner:
     # -- decode
 
     def decode(self) -> None:
-        """One token for each request that decodes."""
+        """One token for each request of a group of those that decode."""
         by_number = {sequence.number: sequence for sequence in self.decoding()}
         if not by_number:
             return
@@ -355,6 +379,7 @@ class ModelRunner:
         if constraint is not None and constraint.observe(response.token, usage.completion_tokens):
             parser.verbatim()
         usage.completion_tokens += 1
+        usage.decode_passes += 1
         usage.thinking_tokens += parser.state == "thinking"
         if response.finish_reason != "stop":
             detokenizer.add_token(response.token)
@@ -366,7 +391,7 @@ class ModelRunner:
         sequence.emit(*sequence.parse(piece, response.token))
         if response.finish_reason:
             assert sequence.entry is not None
-            sequence.entry.tokens = response.all_tokens
+            sequence.entry.tokens = _read(sequence, response.all_tokens)
             sequence.entry.cache = response.prompt_cache
             if response.finish_reason != "stop" or not self._end_thinking(sequence):
                 self._end(sequence, response.finish_reason)
@@ -424,56 +449,58 @@ class ModelRunner:
         """Takes a request's state back from the decode batch."""
         assert sequence.entry is not None
         tokens, cache = self.decode_batch.remove(sequence.number)
-        sequence.entry.tokens, sequence.entry.cache = tokens, cache
+        sequence.entry.tokens, sequence.entry.cache = _read(sequence, tokens), cache
 
     def isolate_failed_batch(self, error: Exception) -> None:
-        """A step of the decode batch has failed, and it cannot be told which request was the cause:
-        each of them reads what it had once more and goes on alone, where only the one that causes
-        the failure fails again."""
-        sequences = self.decoding()
+        """A step of a group has failed, and it cannot be told which of its requests was the cause:
+        each of them reads what it had once more and goes on in a group of its own, where only the
+        one that causes the failure fails again. Requests of other groups just go on."""
         self._after_failure(error)
-        read = self.decode_batch.tokens_read()
-        self.decode_batch = self._new_decode_batch()
-        if len(sequences) == 1 or any(one.alone for one in sequences):
-            for sequence in sequences:
-                self._drop(sequence, error)
-            return
-        count = len(sequences)
-        log.warning(
-            "a step of %d requests has failed: they go on one by one", count, exc_info=error
-        )
+        read = self.decode_batch.drop_failed()
+        sequences = [one for one in self.decoding() if one.number in read]
+        if len(sequences) > 1:
+            count = len(sequences)
+            log.warning("a step of %d requests failed: they part", count, exc_info=error)
         for sequence in sequences:
-            if sequence.number not in read:  # it has ended meanwhile
+            tokens = read[sequence.number]
+            if len(sequences) == 1 or tokens is None:  # it is the cause, or has ended meanwhile
                 self._drop(sequence, error)
                 continue
             written = sequence.prompt_tokens + sequence.usage.completion_tokens
-            self._begin_again(sequence, read[sequence.number][:written])
+            self._begin_again(sequence, _read(sequence, tokens)[:written])
             sequence.alone = True
 
     def pause(self, sequence: Sequence) -> bool:
-        """Lets a decoding request wait for memory; returns whether it does. Its state goes to the
-        prefix cache, from where it goes on later. A request that ends with its next token is not
+        """Lets a request wait for memory; returns whether it does. Its state goes to the prefix
+        cache, from where it goes on later. A request that ends with its next token is not
         paused."""
-        response = self.decode_batch.upcoming(sequence.number)
-        if response.token in self.renderer.tokenizer.eos_token_ids:
-            return False
-        if sequence.usage.completion_tokens + 1 >= sequence.limit:
-            return False
-        self._take_token(sequence, response)  # it is picked already, and is not picked again
-        if sequence.state is State.ENDED:
-            return False
-        self._reclaim(sequence)
-        entry = sequence.entry
-        assert entry is not None
-        self._begin_again(sequence, [*entry.tokens, response.token])
+        tokens = sequence.prompt.tokens
+        if sequence.decoding:
+            response = self.decode_batch.upcoming(sequence.number)
+            if response.token in self.renderer.tokenizer.eos_token_ids:
+                return False
+            if sequence.usage.completion_tokens + 1 >= sequence.limit:
+                return False
+            self._take_token(sequence, response)  # it is picked already, and is not picked again
+            if sequence.state is State.ENDED:
+                return False
+            self._reclaim(sequence)
+            assert sequence.entry is not None
+            tokens = [*sequence.entry.tokens, response.token]
+        entry, sequence.pooler = sequence.entry, None
+        self._begin_again(sequence, tokens)
         self._remove(sequence)
-        self.prefixes.put(entry)
+        if entry is not None:
+            self.prefixes.put(entry)
         return True
 
     def _begin_again(self, sequence: Sequence, tokens: list[int]) -> None:
         """Sends a request back to the start, to go on behind these tokens later."""
         sequence.prompt = dataclasses.replace(sequence.prompt, tokens=tokens)
-        sequence.usage.decode_seconds += sequence.lap()
+        if sequence.decoding:
+            sequence.usage.decode_seconds += sequence.lap()
+        else:
+            sequence.usage.prefill_seconds += sequence.lap()
         sequence.entry, sequence.number = None, 0
         sequence.enter(State.WAITING)
 
@@ -580,6 +607,15 @@ class ModelRunner:
         marks = {entry.root, *entry.checkpoints, *sparse}
         reading = functools.partial(self.renderer.reading, entry.owner)
         entry.written = self._disk_cache.write(self.fingerprint, entry, reading, marks)
+
+
+def _read(sequence: Sequence, tokens: list[int]) -> list[int]:
+    """The tokens that a request has read in the decode batch, which knows those of images in
+    another form."""
+    if not sequence.prompt.images:
+        return tokens
+    known = sequence.prompt.tokens[: len(tokens)]
+    return known + tokens[len(known) :]
 
 
 def _on_gpu(error: Exception) -> bool:
