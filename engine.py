@@ -15,6 +15,7 @@ renderers) is replaced as a whole by the thread that changes it, and says so whe
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 import threading
@@ -31,7 +32,7 @@ from _mlx_server.inference.image_layout import DEFAULT_TOKENS
 from _mlx_server.inference.library import Library
 from _mlx_server.inference.lookup import Parting, describe_miss, look_up
 from _mlx_server.inference.memory import usable_memory
-from _mlx_server.inference.models import Loaded, LocalModel, fingerprint, read_shown_files
+from _mlx_server.inference.models import Loaded, LocalModel, fingerprint
 from _mlx_server.inference.names import plain_name
 from _mlx_server.inference.pool import ModelPool
 from _mlx_server.inference.presets import Preset
@@ -179,7 +180,7 @@ class Engine:
             self.pool.check_size(self.default, self._library.models)
         self._renderers = RendererTable(self._build_renderer)
         self._scheduler, self._totals = Scheduler(), Totals()
-        self._last_used: LocalModel | None = None
+        self._last_used: dict[str, LocalModel] = {}  # by owner
 
         self._mutex = threading.RLock()
         self._lock = threading.Condition(self._mutex)
@@ -233,18 +234,14 @@ class Engine:
             raise InvalidRequest(f"model '{local.name}' is not this server's to delete")
         self.unload(local.name)
         self._renderers.forget(local)
-        if self._last_used == local:
-            self._last_used = None
+        self._last_used = {owner: one for owner, one in self._last_used.items() if one != local}
 
-    def resolve(self, name: str) -> LocalModel:
-        """The local model that answers to `name`. Raises ModelNotFound."""
+    def resolve(self, name: str, owner: str = "") -> LocalModel:
+        """The local model that answers to `name` for an owner. Raises ModelNotFound."""
         if self.default is not None and name in (str(self.default.path), self.default.name):
             return self.default
-        return self._library.resolve(name, default=self.default, last_used=self._last_used)
-
-    def show(self, local: LocalModel) -> tuple[str, dict[str, Any]]:
-        """A model's chat template and its generation_config.json. Raises ModelLoadError."""
-        return read_shown_files(local)
+        used = self._last_used.get(owner)
+        return self._library.resolve(name, default=self.default, last_used=used)
 
     def context_length(self, local: LocalModel) -> int:
         """Tokens of prompt and answer together that a request may have: what the model, `context`
@@ -280,7 +277,8 @@ class Engine:
         wrong with it is raised here: ModelNotFound, ModelLoadError (no tokenizer), InvalidRequest
         (the template refuses it, its format cannot be enforced, or there is no such token),
         PromptTooLong, EngineBusy, EngineClosed."""
-        local, request = local or self.resolve(request.model), self._with_preset(request)
+        local = local or self.resolve(request.model, request.owner)
+        request = self._with_preset(request)
         self._check_open(request.priority)
         renderer = self.renderer(local)
         request.sampling = fill_sampling(request.sampling, renderer.defaults)
@@ -293,7 +291,7 @@ class Engine:
         generation = Generation(sequence, events)
         with self._lock:
             self._check_open(request.priority)
-            self._last_used = local
+            self._last_used = {**self._last_used, request.owner: local}
             self._queue.append(sequence)
             self._lock.notify_all()
         try:
@@ -306,7 +304,7 @@ class Engine:
     def count_tokens(self, request: Request) -> int:
         """Prompt tokens of a request, rendered just as `submit` does. Raises as `submit`, but never
         for length."""
-        local = self.resolve(request.model)
+        local = self.resolve(request.model, request.owner)
         renderer = self.renderer(local)
         window = self.context_length(local)
         return len(renderer.prompt(self._with_preset(request), window).tokens)
@@ -321,10 +319,10 @@ class Engine:
         return self._renderers.get(local)
 
     def _build_renderer(self, local: LocalModel) -> PromptRenderer:
-        renderer = PromptRenderer(local, self._image_tokens)
-        if self._disk_cache is not None:
-            renderer.learn(self._disk_cache.readings(fingerprint(local, self._kv_bits)))
-        return renderer
+        if self._disk_cache is None:
+            return PromptRenderer(local, self._image_tokens)
+        readings = functools.partial(self._disk_cache.readings, fingerprint(local, self._kv_bits))
+        return PromptRenderer(local, self._image_tokens, readings)
 
     def _with_preset(self, request: Request) -> Request:
         preset = self.preset(request.model)
@@ -562,8 +560,7 @@ class Engine:
             self._group.failed(error)
             log.critical("unexpected failure in the engine", exc_info=True)
             for sequence in self.pool.forget():
-                message = "the engine failed; it starts afresh, please try again"
-                sequence.fail(EngineError(message))
+                sequence.fail(EngineError("the engine failed; it starts afresh, please try again"))
 
     def _step(self, step: StepInput) -> None:
         """Ends what was cancelled, takes in what is new, reads a chunk of one prompt, adds a token

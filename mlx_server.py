@@ -46,7 +46,7 @@ from _mlx_server.front.http import HTTPHandler
 from _mlx_server.front.logs import shortened, start_logging
 from _mlx_server.front.options import api_keys, cache_folder, program, url_of
 from _mlx_server.front.relay import relay
-from _mlx_server.front.request_log import RequestLog, conceal_reuse
+from _mlx_server.front.request_log import RequestLog
 from _mlx_server.front.sockets import ClientDisconnected
 from _mlx_server.front.startup import is_taken, mlx_trouble, port_holder, raise_file_limit
 from _mlx_server.front.upstream import Upstream, is_relayed
@@ -55,7 +55,7 @@ from _mlx_server.front.welcome import welcome
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.hub import Hub
 from _mlx_server.inference.library import MAX_NAME
-from _mlx_server.inference.models import LocalModel
+from _mlx_server.inference.models import LocalModel, read_shown_files
 from _mlx_server.inference.names import VENDOR_NAME, plain_name
 from _mlx_server.inference.presets import Preset
 from _mlx_server.inference.protocol import (
@@ -161,6 +161,10 @@ class Handler(HTTPHandler):
             raise EngineClosed("the server has no engine")
         return self.server.engine
 
+    def resolve(self, name: str) -> LocalModel:
+        """The model that a name means to whoever asks. Raises ModelNotFound."""
+        return self.engine.resolve(name, self.exchange.owner)
+
     @property
     def endpoint(self) -> dialects.Endpoint:
         """What is known of the route that was asked for."""
@@ -239,7 +243,9 @@ class Handler(HTTPHandler):
     def post_generation(self) -> None:
         """Every route whose endpoint has a `reply`."""
         assert self.endpoint.reply is not None
-        reply = self.endpoint.reply(self.read_object(), self.exchange.id)
+        body = self.read_object()
+        with self.preparing():
+            reply = self.endpoint.reply(body, self.exchange.id)
         if isinstance(reply, Embeddings):
             self.embed(reply)
         else:
@@ -248,22 +254,22 @@ class Handler(HTTPHandler):
     def converse(self, reply: Reply) -> None:
         """Answers with what the engine generates, streamed or whole."""
         engine = self.engine
-        model = engine.resolve(reply.request.model)
+        model = self.resolve(reply.request.model)
         reply.check(model)
         reply.request.priority = self.priority(reply, model.name)
+        reply.request.owner = self.exchange.owner
         self.ignore_keep_alive(reply)
         if reply.unload:
             self.require_manager()
-            engine.unload(reply.request.model)
+            engine.unload(model.name)
             return self.send_json(reply.whole())
         record = self.record(reply, model)
         generations = record.generations
         try:
             with self.server.answering(), self.server.activity.working(record):
                 for request in reply.requests:
-                    generations.append(engine.submit(request, model))
-                    if self.server.shared:
-                        conceal_reuse(generations[-1])
+                    with self.preparing():
+                        generations.append(engine.submit(request, model))
                 send = send_stream if reply.stream else send_whole
                 send(self, reply, generations, record)
         except (WireError, EngineError) as error:
@@ -274,20 +280,22 @@ class Handler(HTTPHandler):
                 self.server.metrics.first_token(record.first_token_seconds)
             for generation in generations:
                 generation.cancel()
-                record.generation(generation, shared=self.server.shared)
+                record.generation(generation)
 
     def embed(self, reply: Embeddings) -> None:
         """Answers with the embeddings of texts. They are read one after the other, so that other
         requests get their turn between two."""
         engine = self.engine
-        model = engine.resolve(reply.request.model)
+        model = self.resolve(reply.request.model)
         self.ignore_keep_alive(reply)
         record = self.record(reply, model)
         try:
             with self.server.answering(), self.server.activity.working(record):
                 for request in reply.requests:
                     request.priority = self.priority(reply, model.name)
-                    generation = engine.submit(request, model)
+                    request.owner = self.exchange.owner
+                    with self.preparing():
+                        generation = engine.submit(request, model)
                     record.generations = [generation]
                     for event in generation:
                         reply.event(event)
@@ -335,7 +343,7 @@ class Handler(HTTPHandler):
             has_model = upstream.overflow and find_tag(upstream.tags(), model) is not None
             return upstream if has_model else None
         try:
-            self.engine.resolve(model)
+            self.resolve(model)
             return None
         except ModelNotFound:
             return upstream if upstream.find(model) is not None else None
@@ -385,8 +393,12 @@ class Handler(HTTPHandler):
         self.send(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def post_count_tokens(self) -> None:
-        request = count_request(self.read_object())
-        self.send_json({"input_tokens": self.engine.count_tokens(request)})
+        body = self.read_object()
+        with self.preparing():
+            request = count_request(body)
+            request.owner = self.exchange.owner
+            count = self.engine.count_tokens(request)
+        self.send_json({"input_tokens": count})
 
     def get_models(self) -> None:
         models, query = self.engine.models(), self.exchange.query
@@ -397,7 +409,7 @@ class Handler(HTTPHandler):
     def get_model(self) -> None:
         name = short_name(self.exchange.route.removeprefix("/v1/models/"))
         try:
-            model = dialects.model_object(self.engine.resolve(name))
+            model = dialects.model_object(self.resolve(name))
         except ModelNotFound:
             tag = self.upstream and self.upstream.find(name)
             if not tag:
@@ -411,9 +423,11 @@ class Handler(HTTPHandler):
     def post_show(self) -> None:
         name = self.read_model_name()
         engine = self.engine
-        local = engine.resolve(name)
-        template, generation = engine.show(local)
+        local = self.resolve(name)
+        template, generation = read_shown_files(local)
         context, preset = engine.context_length(local), engine.preset(name)
+        if preset is not None and self.exchange.highest_priority is Priority.LOW:
+            preset = dataclasses.replace(preset, system="", messages=[])
         self.send_json(ollama_show(local, context, template, generation, name, preset))
 
     def delete_model(self) -> None:
@@ -461,12 +475,12 @@ class Handler(HTTPHandler):
         if self.engine.preset(name) is not None:
             return
         with contextlib.suppress(ModelNotFound):
-            model = self.engine.resolve(name)
+            model = self.resolve(name)
             raise WireError(400, f"'{name}' is the name of an installed model, {model.name}")
 
     def base(self, source: str) -> Preset:
         """The preset that a name means, or an empty one of its model."""
-        local = self.engine.resolve(short_name(source))
+        local = self.resolve(short_name(source))
         return self.engine.preset(source) or Preset(local.name, local.name)
 
     def post_pull(self) -> None:

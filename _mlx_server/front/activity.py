@@ -45,7 +45,7 @@ from collections.abc import Callable, Iterator
 
 from _mlx_server import __version__
 from _mlx_server.front.logs import shortened
-from _mlx_server.front.request_log import RequestLog, coarse
+from _mlx_server.front.request_log import RequestLog
 from _mlx_server.inference.generation import Generation
 from _mlx_server.inference.models import Loaded
 from _mlx_server.inference.protocol import Stats, Totals, without_paths
@@ -55,6 +55,7 @@ from _mlx_server.wire.fields import Object
 RECENT = 50  # requests, and warnings
 INTERVAL = 5.0  # seconds between two samples
 SAMPLES = 120  # ten minutes of them
+SHARED_GRAIN = 256  # tokens, of which reused ones are told multiples where there are several keys
 MEASURABLE = 64  # tokens of a prefill below which its speed says nothing
 
 
@@ -172,7 +173,7 @@ class Activity(logging.Handler):
 def _concealed(row: Object) -> Object:
     kept = {key: value for key, value in row.items() if key != "miss"}
     if "cached_tokens" in kept:
-        kept["cached_tokens"] = coarse(kept["cached_tokens"])
+        kept["cached_tokens"] -= kept["cached_tokens"] % SHARED_GRAIN
     return kept
 
 

@@ -12,8 +12,6 @@ from _mlx_server.inference.protocol import Miss
 from _mlx_server.wire.embeddings import Embeddings
 from _mlx_server.wire.fields import WireError
 
-SHARED_GRAIN = 256  # tokens
-
 log = logging.getLogger("mlx_server")
 
 
@@ -53,12 +51,9 @@ class RequestLog:
         """Notes why the answer has ended."""
         self.ending = "cancelled" if self.cancelled else f"failed: {error}"
 
-    def generation(self, generation: Generation, shared: bool = False) -> None:
-        """Logs one generation of the answer. On a `shared` server, texts of prompts are logged only
-        with --verbose."""
+    def generation(self, generation: Generation) -> None:
+        """Logs one generation of the answer."""
         usage, miss, wait = generation.usage, generation.miss, self.first_token_seconds
-        if shared and not log.isEnabledFor(logging.DEBUG):
-            miss = None
         rate = usage.completion_tokens / usage.decode_seconds if usage.decode_seconds else None
         parted = ""
         if miss:
@@ -134,26 +129,12 @@ class RequestLog:
         )
 
 
-def conceal_reuse(generation: Generation) -> None:
-    """Makes what is told of the prompt cache so coarse that the prompts of other keys cannot be
-    found out token by token."""
-    generation.cached_tokens = coarse(generation.cached_tokens)
-
-
-def coarse(cached_tokens: int) -> int:
-    """Reused tokens as they are told where several keys share the cache."""
-    return cached_tokens - cached_tokens % SHARED_GRAIN
-
-
-def prompt_cache_header(
-    generation: Generation, shared: bool, cached_tokens: int | None = None
-) -> dict[str, str]:
+def prompt_cache_header(generation: Generation, cached_tokens: int | None = None) -> dict[str, str]:
     """The header x-prompt-cache: how many tokens of the prompt were reused and, if the prompt
-    differs from a cached one, where; that not on a `shared` server, as it may be the prompt of
-    another key. `cached_tokens` is by default what is known at the start."""
+    differs from a cached one, where. `cached_tokens` is by default what is known at the start."""
     cached = generation.cached_tokens if cached_tokens is None else cached_tokens
     value = f"reused={cached}; prompt={generation.prompt_tokens}"
-    if generation.miss and not shared:
+    if generation.miss:
         value += f"; parts-at={generation.miss.at}; in={_place(generation.miss)}"
     return {"x-prompt-cache": value}
 

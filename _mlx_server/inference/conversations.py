@@ -43,7 +43,9 @@ class ConversationMemory:
     on by several names, which are then one key: an answer with calls by their ids, since clients
     rewrite arguments, or by the calls themselves; with the model's thinking or without it.
 
-    At most `MOST` tokens are kept; the readings that were not used for the longest time go first.
+    There is one for each model and owner of requests. At most `MOST` tokens are kept; the readings
+    that were not used for the longest time go first.
+
     Thread-safe: every method holds the lock of this memory alone, and calls nothing outside."""
 
     MOST = 4_000_000  # tokens, eight bytes each

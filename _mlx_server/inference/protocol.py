@@ -68,6 +68,9 @@ class Request:
     `keep_thinking` True asks templates
     to show it also where the conversation is read for the first time, False wants it dropped.
 
+    `owner` says whose request it is: what was read and generated for one owner is never reused for
+    another one.
+
     `format` is what the visible answer must be: "json" (any JSON object) or a JSON schema, here the
     schema's dict; with `tools` the model may call one instead. Thinking stays free. A forced call
     (`tool_choice` "any" or a name) is held to the tools' names and, as far as the model's call
@@ -95,6 +98,7 @@ class Request:
     logprobs: int | None = None
     keep_alive: float | None = None
     priority: Priority = Priority.NORMAL
+    owner: str = ""
     embed: bool = False
     truncate: bool = False
     images: dict[str, bytes] = field(default_factory=dict)

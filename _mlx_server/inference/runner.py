@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import time
@@ -181,7 +182,8 @@ class ModelRunner:
                 return
             entry = CacheEntry([], self.weights.new_cache())
         prompt = sequence.prompt
-        entry.model, entry.root, entry.written = self.fingerprint, prompt.root, False
+        entry.model, entry.owner = self.fingerprint, sequence.request.owner
+        entry.root, entry.written = prompt.root, False
         if prompt.body and sequence.request.messages[-1]["role"] == "user":
             entry.turns = [at for at in entry.turns if at < prompt.body] + [prompt.body]
         if sequence.entry is not None:
@@ -192,7 +194,7 @@ class ModelRunner:
 
     def _longest_state(self, sequence: Sequence, have: int) -> CacheEntry | None:
         """The longest state that a request can go on from, if it is longer than `have` tokens."""
-        tokens, entry = sequence.prompt.tokens, None
+        tokens, owner, entry = sequence.prompt.tokens, sequence.request.owner, None
         match = self._find(sequence)
         cached = match.length
         shared, donor = self._most_like(sequence)
@@ -201,7 +203,7 @@ class ModelRunner:
             usable = running.restorable(min(shared, len(tokens) - 1))
             entry = running.branch(usable) if usable > max(cached, have) else None
         if self._disk_cache is not None and sequence.entry is None:
-            chain, kept = self._disk_cache.find(self.fingerprint, tokens[:-1])
+            chain, kept = self._disk_cache.find(self.fingerprint, tokens[:-1], owner)
             if kept > max(cached, len(entry.tokens) if entry else 0):
                 entry = self._disk_cache.load(chain, kept)
         if entry is None and cached > have:
@@ -215,7 +217,8 @@ class ModelRunner:
         if sequence.entry is not None and sequence.searched == self.prefixes.version:
             return Match(None, 0, [], 0)
         sequence.searched = self.prefixes.version
-        return self.prefixes.find(self.fingerprint, sequence.prompt.tokens)
+        tokens, owner = sequence.prompt.tokens, sequence.request.owner
+        return self.prefixes.find(self.fingerprint, tokens, owner)
 
     def _state_of(self, sequence: Sequence) -> CacheEntry:
         """The state of a running request, which goes on using it."""
@@ -226,11 +229,13 @@ class ModelRunner:
         return dataclasses.replace(sequence.entry, tokens=_read(sequence, tokens), cache=cache)
 
     def _most_like(self, sequence: Sequence) -> tuple[int, Sequence | None]:
-        """The running request that has read the most of a request's prompt, and how much that
-        is."""
+        """The running request of the same owner that has read the most of a request's prompt, and
+        how much that is."""
         most, donor = 0, None
         for other in self.sequences:
             if other is sequence or other.entry is None:
+                continue
+            if other.request.owner != sequence.request.owner:
                 continue
             shared = common_prefix(other.prompt.tokens, sequence.prompt.tokens)
             if not other.decoding:
@@ -600,7 +605,7 @@ class ModelRunner:
             return
         sparse = range(self.SPARSE, len(entry.tokens), self.SPARSE)
         marks = {entry.root, *entry.checkpoints, *sparse}
-        reading = self.renderer.reading
+        reading = functools.partial(self.renderer.reading, entry.owner)
         entry.written = self._disk_cache.write(self.fingerprint, entry, reading, marks)
 
 

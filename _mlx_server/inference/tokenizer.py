@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from _mlx_server.inference.bounded import BoundedMap
 from _mlx_server.inference.control_tokens import SPLIT, ControlTokens, alternatives
 from _mlx_server.inference.image_layout import QwenLayout
 from _mlx_server.inference.images import PLACED
@@ -25,14 +27,14 @@ class TextTokenizer:
     image, by the model's `layout`. `wrapped` is mlx-lm's TokenizerWrapper. Safe to use from any
     thread."""
 
-    REMEMBERED = 2048  # pieces of text
+    REMEMBERED = 32 * 2**20  # bytes of pieces of text and their tokens
     LEADS = ("", "\n", "<", ".")  # see _find_lead
 
     def __init__(self, wrapped: Any, layout: QwenLayout | None = None):
         self.wrapped, self._layout = wrapped, layout
         self.control_tokens = ControlTokens(wrapped)
         self._lead = self._find_lead()
-        self._encode_piece = functools.lru_cache(self.REMEMBERED)(self._encode_parts)
+        self._pieces: BoundedMap[array[int]] = BoundedMap(self.REMEMBERED, _remembered_bytes)
         self._special_tokens = self._find_special_tokens()
 
     @classmethod
@@ -74,6 +76,10 @@ class TextTokenizer:
             return self._encode_parts(text)
         pieces = filter(None, self._special_tokens.split(text))
         return list(itertools.chain.from_iterable(map(self._encode_piece, pieces)))
+
+    def _encode_piece(self, piece: str) -> Sequence[int]:
+        """`_encode_parts`, remembered."""
+        return self._pieces.get_or_make(piece, lambda: array("I", self._encode_parts(piece)))
 
     def _encode_parts(self, text: str) -> list[int]:
         """The token ids of a text that may hold SPLIT, at which it is cut."""
@@ -186,6 +192,10 @@ class TextTokenizer:
         tokenizer adds to it."""
         tokens: list[int] = self.wrapped.encode(text)
         return tokens
+
+
+def _remembered_bytes(text: str, tokens: array[int]) -> int:
+    return 4 * (len(text) + len(tokens)) + 256
 
 
 @functools.cache

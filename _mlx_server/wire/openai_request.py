@@ -108,10 +108,10 @@ def _tool_choice(body: Object, tools: list[Object]) -> tuple[str, list[Object]]:
     inner, path = nested(choice, mode, "tool_choice")
     name = None
     if mode == "allowed_tools":
-        allowed = [
-            nested(tool, "function", path)[0].get("name")
+        allowed = {
+            field(nested(tool, "function", path)[0], "name", str, f"{path}.tools")
             for tool in items(inner, "tools", dict, path, required=True)
-        ]
+        }
         tools = [tool for tool in tools if tool["function"]["name"] in allowed]
         mode = field(inner, "mode", str, path, default="auto")
     elif mode in ("function", "custom"):
