@@ -24,7 +24,6 @@ import argparse
 import contextlib
 import dataclasses
 import errno
-import fnmatch
 import json
 import logging
 import logging.handlers
@@ -38,14 +37,15 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 import dialects
 from _mlx_server import __version__
 from _mlx_server.front.answers import send_progress, send_stream, send_whole
-from _mlx_server.front.cli import parse_arguments, selected_command
+from _mlx_server.front.cli import is_for_eval, parse_arguments, selected_command
 from _mlx_server.front.commands import run_command
 from _mlx_server.front.connections import ConnectionServer
 from _mlx_server.front.http import HTTPHandler
 from _mlx_server.front.logs import shortened, start_logging
-from _mlx_server.front.options import api_keys, cache_folder, program, url_of
+from _mlx_server.front.options import ThinkingDefault, api_keys, cache_folder, program, url_of
 from _mlx_server.front.relay import relay
 from _mlx_server.front.request_log import RequestLog, conceal_reuse
+from _mlx_server.front.rules import apply_thinking, first_match
 from _mlx_server.front.sockets import ClientDisconnected
 from _mlx_server.front.startup import is_taken, mlx_trouble, port_holder, raise_file_limit
 from _mlx_server.front.upstream import Upstream, is_relayed
@@ -96,7 +96,8 @@ class MLXServer(ConnectionServer):
     With `api_keys` every route but `/` and `/health` wants one of them, as `x-api-key` or bearer
     token; the priority that belongs to a key is the highest its holder can have. `priorities` are
     pairs of a glob, for a model's name or a dialect, and the priority of the requests that it
-    matches, where they do not say themselves. `upstream` serves the models that are not here.
+    matches, where they do not say themselves; `thinking` are such pairs with what holds where a
+    request leaves its thinking open. `upstream` serves the models that are not here.
     `allowed_hosts` are further names by which clients reach the server."""
 
     def __init__(
@@ -106,10 +107,12 @@ class MLXServer(ConnectionServer):
         *,
         api_keys: Mapping[str, Priority] | None = None,
         priorities: Sequence[tuple[str, Priority]] = (),
+        thinking: Sequence[tuple[str, ThinkingDefault]] = (),
         upstream: Upstream | None = None,
         allowed_hosts: Sequence[str] = (),
     ):
-        self.engine, self.priorities, self.upstream = engine, priorities, upstream
+        self.engine, self.upstream = engine, upstream
+        self.priorities, self.thinking = priorities, thinking
         self._stopper: threading.Thread | None = None
         super().__init__(address, Handler, api_keys, allowed_hosts)
 
@@ -123,9 +126,14 @@ class MLXServer(ConnectionServer):
         """Calls `stop` in another thread and returns at once, for signal handlers. A second call
         ends the running answers without waiting for them any longer."""
         if self._stopper is None:
+            if running := self.answers:
+                plural = "s" * (running > 1)
+                message = "%d answer%s may take %.0f s to end; a second Ctrl-C or signal ends %s"
+                log.info(message, running, plural, drain, "it now" if running == 1 else "them now")
             self._stopper = threading.Thread(target=self.stop, args=(drain,))
             self._stopper.start()
         elif self.engine is not None:
+            log.info("%d of the answers end unfinished", self.answers)
             self.engine.close(0)
 
     def wait_stopped(self) -> None:
@@ -225,10 +233,9 @@ class Handler(HTTPHandler):
             if asked not in Priority.__members__:
                 raise WireError(400, "x-priority: Input should be 'high', 'normal' or 'low'")
             return max(highest, Priority[asked])
-        names = [reply.request.model.lower(), model.lower(), reply.dialect]
-        for pattern, priority in self.server.priorities:
-            if any(fnmatch.fnmatchcase(name, pattern.lower()) for name in names):
-                return max(highest, priority)
+        ruled = first_match(self.server.priorities, reply, model)
+        if ruled is not None:
+            return max(highest, ruled)
         return highest if self.server.api_keys else Priority.NORMAL
 
     # -- generations
@@ -248,6 +255,9 @@ class Handler(HTTPHandler):
         model = engine.resolve(reply.request.model)
         reply.check(model)
         reply.request.priority = self.priority(reply, model.name)
+        if thinking := first_match(self.server.thinking, reply, model.name):
+            for request in reply.requests:
+                apply_thinking(request, thinking)
         self.ignore_keep_alive(reply)
         if reply.unload:
             self.require_manager()
@@ -462,7 +472,7 @@ class Handler(HTTPHandler):
         self.send_json({"cloud": {"disabled": True, "source": "config"}})
 
     def get_version(self) -> None:
-        self.send_json({"version": OLLAMA_VERSION})
+        self.send_json({"version": OLLAMA_VERSION, "server": f"mlx-server {__version__}"})
 
 
 def short_name(name: str) -> str:
@@ -508,6 +518,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the server until SIGINT or SIGTERM, as a rank above 0 as long as rank 0 runs, or a
     command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
+    status = 1
+    try:
+        status = _main(argv)
+    finally:
+        if status and is_for_eval(argv):
+            print("false")  # what follows in the shell must not go to another server
+    return status
+
+
+def _main(argv: Sequence[str]) -> int:
     args = parse_arguments(argv)
     command = selected_command(args, argv)
     try:
@@ -599,6 +619,7 @@ def _listen(args: argparse.Namespace) -> MLXServer:
             (host, port),
             api_keys=api_keys(args),
             priorities=args.priority,
+            thinking=args.thinking,
             upstream=Upstream(args.upstream, args.overflow) if args.upstream else None,
             allowed_hosts=args.allow_host,
         )
@@ -632,6 +653,7 @@ def _serve(args: argparse.Namespace, server: MLXServer, engine: Engine, watchdog
     welcome(args, server.server_port, engine.models, engine.resolve)
     server.serve_forever(poll_interval=0.1)
     server.wait_stopped()
+    log.info("mlx-server has ended")
     try:
         sys.stderr.flush()
     except (OSError, AttributeError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,7 +173,7 @@ VENDOR_PREFIX = "anthropic/"
 """Before a model's name it means the same model. Claude Code offers no model whose name begins
 otherwise: https://code.claude.com/docs/en/llm-gateway-protocol"""
 
-VENDOR_NAME = re.compile(r"default|claude-.*|gpt-(?!oss).*|(?:opus|sonnet|haiku)(?:\[.*\])?")
+VENDOR_NAME = re.compile(r"default|claude-.*|gpt-(?!oss).*|(?:opus|sonnet|haiku|fable)(?:\[.*\])?")
 _REGISTRY = re.compile(r"^(?:(?:registry\.ollama\.ai|hf\.co|huggingface\.co)/)?(?:library/)?")
 _PREFERRED_BITS = ["4", "5", "6", "8", "3", "16"]  # where a name does not say, best first
 
@@ -194,6 +194,31 @@ def best_match(
     ]
     found = _best(plain, candidates, last_used.name if last_used else None)
     return by_name[found.name] if found else None
+
+
+def all_matches(plain: str, models: Iterable[LocalModel]) -> list[LocalModel]:
+    """Every model of exactly this name, which is a plain one, else of this name in any org, else
+    every one that answers to it."""
+    by_name = {model.name: model for model in models}
+    candidates = [
+        _Candidate(model.name, model.quantization, model.parameters) for model in by_name.values()
+    ]
+    return [by_name[one.name] for one in _called(plain, candidates, parse_name(plain))]
+
+
+def short_names(model: LocalModel) -> Iterator[str]:
+    """Names that are shorter than a model's own and may mean it, the shortest first: family and
+    size as in qwen3:8b, with the quantisation, with all else that the name says."""
+    bare = model.name.rpartition("/")[2].lower()
+    tokens = [token for token in re.split(r"[-_\s]+", bare) if token not in _SILENT]
+    size = next((at for at, token in enumerate(tokens) if _SIZE.fullmatch(token)), None)
+    if size:
+        family, rest = "-".join(tokens[:size]), tokens[size + 1 :]
+        yield f"{family}:{tokens[size]}"
+        yield f"{family}:{tokens[size]}-q{_bits(model.quantization)}"
+        words = [token for token in rest if not _QUANTISATION.fullmatch(token)]
+        yield "-".join([f"{family}:{tokens[size]}", *words])
+    yield bare
 
 
 def best_repo(name: str, repos: Iterable[str]) -> str | None:

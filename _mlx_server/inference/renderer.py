@@ -40,7 +40,8 @@ class PromptRenderer:
             )
         self.defaults = generation_defaults(local.path)
         self._memory = ConversationMemory()
-        self._rules = OutputRules(self._tokenizer, self.format)
+        efforts = self.template is not None and self.template.mentions("reasoning_effort")
+        self._rules = OutputRules(self._tokenizer, self.format, efforts)
         self._chat: ChatRenderer | None = None
         if self.template:
             self._chat = ChatRenderer(self.template, self._tokenizer, self.format, self._memory)

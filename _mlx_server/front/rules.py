@@ -1,0 +1,34 @@
+"""Rules of flags for the requests to some models, or in some dialects."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from typing import TypeVar
+
+from _mlx_server.front.options import ThinkingDefault
+from _mlx_server.inference.output_rules import EFFORT_BUDGETS
+from _mlx_server.inference.protocol import Request
+from _mlx_server.wire.reply import Reply
+
+Value = TypeVar("Value")
+
+
+def first_match(rules: Sequence[tuple[str, Value]], reply: Reply, model: str) -> Value | None:
+    """The value of the first rule whose glob matches the name that the client has asked for, that
+    of the model, or the dialect."""
+    names = [reply.request.model.lower(), model.lower(), reply.dialect]
+    for pattern, value in rules:
+        if any(fnmatch.fnmatchcase(name, pattern.lower()) for name in names):
+            return value
+    return None
+
+
+def apply_thinking(request: Request, default: ThinkingDefault) -> None:
+    """Fills in what a request leaves open of its thinking. A budget that it names itself stays; an
+    effort may only make the default's smaller."""
+    if request.thinking is None or request.adaptive:
+        request.thinking = default.on
+    if request.thinking and request.thinking_budget is None and default.budget is not None:
+        most = EFFORT_BUDGETS.get(request.effort or "", default.budget)
+        request.thinking_budget = min(default.budget, most)
