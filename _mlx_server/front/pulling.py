@@ -5,27 +5,84 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import os
 import shlex
 import sys
+import termios
 import time
+import tty
 
+from _mlx_server.front.client import ServerClient
+from _mlx_server.front.installed import print_table
 from _mlx_server.front.options import library_of, program
+from _mlx_server.inference.choices import offer
 from _mlx_server.inference.hub import Hub
 from _mlx_server.inference.memory import gigabytes, usable_memory
+from _mlx_server.inference.protocol import EngineError
 from _mlx_server.wire.ollama_models import checked_name
+
+MOST = 9  # models that are offered: each has a key
 
 
 def pull_model(args: argparse.Namespace) -> None:
-    """Downloads the model called `args.name`."""
-    name = checked_name(args.name.removeprefix("https://"), f"'{args.name}' is not a model's name")
-    hub = Hub(library_of(args).hub)
-    repo, size, why = hub.choose(name, args.memory or usable_memory())
+    """Downloads the model called `args.name`, or one that is chosen at the terminal."""
+    hub, memory = Hub(library_of(args).hub), args.memory or usable_memory()
+    if args.name is None:
+        repo, size, why = _chosen(hub, memory)
+    else:
+        said = f"'{args.name}' is not a model's name"
+        name = checked_name(args.name.removeprefix("https://"), said)
+        repo, size, why = hub.choose(name, memory)
     print(f"pulling {repo}, {gigabytes(size)}: {why}", flush=True)
     with contextlib.closing(hub.pull(repo)) as steps, ProgressBar(size) as bar:
         for step in steps:
             if step.file:
                 bar.show(step.file.digest, step.completed)
-    print(f"pulled {repo}; to serve it: {program()} --model {shlex.quote(repo)}")
+    print(f"pulled {repo}; {_next(args, repo)}")
+
+
+def _next(args: argparse.Namespace, repo: str) -> str:
+    """What to do with a model that has come."""
+    client = ServerClient.of(args)
+    with contextlib.suppress(EngineError):
+        if client.answers() and client.model("default").name == repo:
+            return f"the server at {client.url} takes it as its default model from now on"
+    return f"to serve it: {program()} --model {shlex.quote(repo)}"
+
+
+def _chosen(hub: Hub, memory: int) -> tuple[str, int, str]:
+    """Repo, size in bytes and reason of the model that one keystroke has taken. Raises EngineError
+    if none was."""
+    choices = offer(hub, memory)[:MOST]
+    if not choices:
+        raise EngineError(f"the hub lists no model for {gigabytes(memory)} of memory")
+    print(f"models with tools that suit the {gigabytes(memory)} of memory that can be used:\n")
+    rows = [("", "NAME", "SIZE", "CONTEXT", "SEES", "WHY")]
+    for number, choice in enumerate(choices, 1):
+        one = choice.candidate
+        window, sees = f"{choice.context_length:,}", "yes" if one.sees else "no"
+        rows.append((f"{number}", one.repo, gigabytes(one.size), window, sees, choice.why))
+    print_table(rows, right=(2, 3))
+    if not sys.stdin.isatty():
+        raise EngineError("say which: pull NAME")
+    key = _keystroke(f"\n1 to {len(choices)}, Enter for 1, any other key for none: ")
+    print(key if key.isprintable() else "")
+    number = 1 if key in ("\r", "\n") else int(key) if key.isdecimal() else 0
+    if not 1 <= number <= len(choices):
+        raise EngineError("nothing was pulled")
+    chosen = choices[number - 1].candidate
+    return chosen.repo, hub.size(chosen.repo), choices[number - 1].why
+
+
+def _keystroke(question: str) -> str:
+    """The key that answers a question at the terminal. Those typed before do not count."""
+    before = termios.tcgetattr(sys.stdin)
+    try:
+        tty.setcbreak(sys.stdin)
+        print(question, end="", flush=True)
+        return os.read(sys.stdin.fileno(), 8).decode("utf-8", "replace")
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 class ProgressBar:

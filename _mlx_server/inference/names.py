@@ -60,7 +60,7 @@ def parse_name(name: str) -> NameParts:
     for token in re.split(r"[-_:\s]+", bare):
         reader.read(token)
     reader.move_base()
-    sizes = sorted(reader.sizes, key=_billions)
+    sizes = sorted(reader.sizes, key=billions)
     return NameParts(
         frozenset(reader.words + sizes[:-1]),
         frozenset(reader.extras),
@@ -126,13 +126,20 @@ def _split_token(token: str) -> list[str]:
     return ["base" if word == "pt" else word.removesuffix(".0") for word in words]
 
 
-def _billions(size: str | None) -> float:
+def billions(size: str | None) -> float:
     """Parameters: 0.6 for "0.6b", 0.135 for "135m", 56 for "8x7b", 4 for "e4b"."""
     match = _SIZE.fullmatch(size or "")
     if not match:
         return 0.0
     times = float(match[1][:-1]) if match[1] and match[1] != "e" else 1.0
     return times * float(match[2]) * {"m": 1e-3, "b": 1, "t": 1e3}[match[3]]
+
+
+def active_billions(parts: NameParts) -> float | None:
+    """How many of the parameters work at a time, where the name of a model with experts says it: 3
+    for "a3b"."""
+    active = [word for word in parts.extras if re.fullmatch(r"a\d+(?:\.\d+)?b", word)]
+    return float(active[0][1:-1]) if active else None
 
 
 def _bits(quantization: str) -> str:
@@ -166,7 +173,7 @@ class _Candidate:
         """phi-4 has its size in no name, but phi4:14b means it."""
         if asked is None or asked == named:
             return True
-        return named is None and math.isclose(self.parameters / 1e9, _billions(asked), rel_tol=0.05)
+        return named is None and math.isclose(self.parameters / 1e9, billions(asked), rel_tol=0.05)
 
 
 VENDOR_PREFIX = "anthropic/"
@@ -243,7 +250,7 @@ def _best(plain: str, candidates: list[_Candidate], last_used: str | None) -> _C
             asked.size is not None or one.name != last_used,
             not parts.chat,
             habit,
-            _billions(parts.size) or one.parameters / 1e9,
+            billions(parts.size) or one.parameters / 1e9,
         )
 
     # Of those that rank equal, the later revision, then the plainer name
