@@ -133,7 +133,8 @@ class MLXServer(ConnectionServer):
             self._stopper = threading.Thread(target=self.stop, args=(drain,))
             self._stopper.start()
         elif self.engine is not None:
-            log.info("%d of the answers end unfinished", self.answers)
+            running = self.answers
+            log.info("%d answer%s unfinished", running, " ends" if running == 1 else "s end")
             self.engine.close(0)
 
     def wait_stopped(self) -> None:
