@@ -31,8 +31,8 @@ def doctor(*flags: str, **env: str) -> dict[str, list[str]]:
 
 def test_what_a_report_needs_is_on_one_screen(server: Server, tmp_path: Path):
     shutil.copytree(ROOT / "tests" / "demo", tmp_path / "Good-1B-4bit")
-    (tmp_path / "Gguf").mkdir()
-    (tmp_path / "Gguf" / "x.gguf").touch()
+    (tmp_path / "org" / "Gguf").mkdir(parents=True)
+    (tmp_path / "org" / "Gguf" / "x.gguf").touch()
     flags = ["--models-dir", str(tmp_path), "--models-dir", "/no/such"]
     said = doctor(*flags, "--port", str(server.port))
     assert said["mlx-server"][0].startswith("0.") and str(ROOT) in said["mlx-server"][0]
@@ -45,5 +45,5 @@ def test_what_a_report_needs_is_on_one_screen(server: Server, tmp_path: Path):
     port = said[f"port {server.port}"][0]
     assert port.startswith("a server runs, mlx-server 0.") and "in memory" in port
     assert said["models"][0].startswith("* Good-1B-4bit, 5 MB, in")
-    assert any("Gguf is not an MLX model: it holds GGUF" in line for line in said["skipped"])
+    assert any("org/Gguf is not an MLX model: it holds GGUF" in line for line in said["skipped"])
     assert "/no/such does not exist" in said["skipped"]

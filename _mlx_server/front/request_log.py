@@ -37,15 +37,17 @@ class RequestLog:
         return time.monotonic() - self.started
 
     def generation(self, generation: Generation, shared: bool = False) -> None:
-        """Logs one generation of the answer. On a `shared` server, texts of prompts are logged only
-        with --verbose."""
+        """Logs one generation of the answer. Texts of prompts are logged only with --verbose, or as
+        fields of a server that is not `shared`."""
         usage, miss, wait = generation.usage, generation.miss, self.first_token_seconds
-        if shared and not log.isEnabledFor(logging.DEBUG):
+        verbose = log.isEnabledFor(logging.DEBUG)
+        if shared and not verbose:
             miss = None
         rate = usage.completion_tokens / usage.decode_seconds if usage.decode_seconds else None
         parted = ""
         if miss:
-            parted = f" (parts at {miss.at} in {_place(miss)}: {miss.now!r} was {miss.was!r})"
+            texts = f": {miss.now!r} was {miss.was!r}" if verbose else ""
+            parted = f" (parts at {miss.at} in {_place(miss)}{texts})"
         figures = {
             "route": self.route,
             "model": generation.model.name,
