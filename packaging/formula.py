@@ -3,8 +3,8 @@
     python packaging/formula.py https://HOST/mlx-server-0.2.0.tar.gz > mlx-server.rb
 
 It follows https://docs.brew.sh/Language-Specific-Formulae: every Python package that the program
-needs is a resource with its checksum, as pip resolves them for macOS on Apple silicon, and goes into
-an environment of the formula's own. What MLX consists of cannot be built by Homebrew from the
+needs is a resource with its checksum, as pip resolves them for macOS on Apple silicon, and goes
+into an environment of the formula's own. What MLX consists of cannot be built by Homebrew from the
 archives on PyPI, so the resources are wheels, which a tap may have.
 """
 
