@@ -181,7 +181,7 @@ def test_a_key_and_the_servers_own_models_are_asked_of_the_server(machine: Machi
         out = machine.run("launch", "claude", *port, *key, "--model", "mute")
         assert out.returncode == 1 and "'Mute-1B-4bit' cannot use tools" in out.stderr
         out = machine.run("launch", "claude", *port, *key, "--model", "no-such:1b")
-        assert out.returncode == 1 and "'no-such:1b' not found" in out.stderr
+        assert out.returncode == 1 and "no-such:1b (installed: Mine" in out.stderr
         assert machine.started() is None
     finally:
         assert server.stop() == 0
