@@ -20,7 +20,6 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from _mlx_server.inference.disk_cache import DiskCache
 from _mlx_server.inference.event_queue import EventQueue
 from _mlx_server.inference.generation import Generation
 from _mlx_server.inference.group import Group, GroupLost
+from _mlx_server.inference.image_layout import DEFAULT_TOKENS
 from _mlx_server.inference.library import Library
 from _mlx_server.inference.lookup import Parting, describe_miss, look_up
 from _mlx_server.inference.memory import usable_memory
@@ -68,7 +68,7 @@ from _mlx_server.inference.ranks import Ranks
 from _mlx_server.inference.renderer import PromptRenderer
 from _mlx_server.inference.renderers import RendererTable
 from _mlx_server.inference.runner import ModelRunner
-from _mlx_server.inference.scheduler import Scheduler
+from _mlx_server.inference.scheduler import Scheduler, StepInput
 from _mlx_server.inference.sequence import Sequence, State
 
 __all__ = [
@@ -110,15 +110,6 @@ __all__ = [
 log = logging.getLogger("mlx_server")
 
 
-@dataclass
-class StepInput:
-    """What callers want of a step: the requests that wait, in the order they came, and those that
-    are cancelled."""
-
-    waiting: list[Sequence]
-    cancelled: list[Sequence]
-
-
 class Engine:
     """Local MLX models behind one thread.
 
@@ -136,10 +127,11 @@ class Engine:
     cache quantised. `memory` is the bytes that weights, KV and prefix cache may take together (by
     default nine tenths of what the GPU may use, the rest being for computing), `max_loaded` the
     number of models, `max_queue` the number of requests that may wait, `keep_alive` the seconds
-    that an idle model stays (None: until its memory is needed). `state` is the file where presets
-    are kept (None: nowhere, they end with the engine). With a `group` of several processes each
-    makes the same engine, with a `model`, the only one then, and without a `cache_dir`; those that
-    are not rank 0 `follow`. Raises ModelNotFound or ModelLoadError for a bad `model`, OSError for a
+    that an idle model stays (None: until its memory is needed). An image has at most `image_tokens`
+    tokens. `state` is the file where presets are kept (None: nowhere, they end with the engine).
+    With a `group` of several processes each makes the same engine, with a `model`, the only one
+    then, which sees no images, and without a `cache_dir`; those that are not rank 0 `follow`.
+    Raises ModelNotFound or ModelLoadError for a bad `model`, OSError for a
     `cache_dir` that cannot be written to."""
 
     LAST_WRITES = 2.5  # seconds that closing may spend on writing the prefix cache to disk
@@ -157,6 +149,7 @@ class Engine:
         cache_dir: str | Path | None = None,
         cache_dir_limit: int | None = None,
         kv_bits: int | None = None,
+        image_tokens: int = DEFAULT_TOKENS,
         memory: int | None = None,
         max_loaded: int | None = None,
         max_queue: int = 64,
@@ -169,8 +162,13 @@ class Engine:
         presets = Path(state).expanduser() if state else None
         self._library = Library(folders, list(aliases), presets)
         self.default = self._library.resolve(model, trusted=True) if model else None
-        self._library.only = self.default if self._group.size > 1 else None
+        if self.default is not None and self._group.size > 1:
+            self._library.only = self.default
+            self.default.capabilities = [
+                one for one in self.default.capabilities if one != "vision"
+            ]
         self._context, self._max_tokens, self._kv_bits = context, max_tokens, kv_bits
+        self._image_tokens = image_tokens
         self._max_queue, self._keep_alive = max_queue, keep_alive
         self._disk_cache = DiskCache(Path(cache_dir), cache_dir_limit) if cache_dir else None
         memory = memory or self._group.memory() * 9 // 10
@@ -291,6 +289,7 @@ class Engine:
         events = EventQueue(self._mutex)
         sequence = Sequence(request, local, renderer, prompt, limit, by_context, events)
         parting = self._look_up(sequence)
+        prompt.load_images(sequence.cached_tokens)
         generation = Generation(sequence, events)
         with self._lock:
             self._check_open(request.priority)
@@ -322,7 +321,7 @@ class Engine:
         return self._renderers.get(local)
 
     def _build_renderer(self, local: LocalModel) -> PromptRenderer:
-        renderer = PromptRenderer(local)
+        renderer = PromptRenderer(local, self._image_tokens)
         if self._disk_cache is not None:
             renderer.learn(self._disk_cache.readings(fingerprint(local, self._kv_bits)))
         return renderer
@@ -412,8 +411,11 @@ class Engine:
         pool = self.pool
         return Stats(
             waiting=self._waiting(),
+            max_waiting=self._max_queue,
             running=sum(one.state is not State.WAITING for one in pool.sequences()),
             loaded=len(pool.runners),
+            weights=pool.weights,
+            states=pool.states,
             prefix_cache_bytes=pool.prefixes.nbytes,
             prefix_cache_limit=pool.prefixes.limit,
             memory=get_active_memory(),
@@ -578,7 +580,8 @@ class Engine:
             self._queue[:0] = self.pool.take_paused()
         self._prefill()
         self._decode()
-        self._count(sequences)
+        for sequence in sequences:
+            sequence.count(self._totals)
 
     def _prefill(self) -> None:
         """Reads the next chunk of the prompt whose turn it is."""
@@ -641,16 +644,6 @@ class Engine:
     def _leave_queue(self, sequence: Sequence) -> None:
         with self._lock:
             self._queue.remove(sequence)
-
-    def _count(self, sequences: list[Sequence]) -> None:
-        """Adds those requests that have ended to the totals."""
-        totals = self._totals
-        for sequence in sequences:
-            if sequence.state is State.ENDED:
-                totals.endings[sequence.ending] += 1
-                totals.prompt_tokens += sequence.prompt_tokens
-                totals.cached_tokens += sequence.usage.cached_tokens
-                totals.completion_tokens += sequence.usage.completion_tokens
 
     def _tidy(self) -> None:
         """Unloads what is due and not in use, and writes to disk when there is nothing else to

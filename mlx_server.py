@@ -36,6 +36,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 
 import dialects
 from _mlx_server import __version__
+from _mlx_server.front import page
 from _mlx_server.front.answers import send_progress, send_stream, send_whole
 from _mlx_server.front.cli import is_for_eval, parse_arguments, selected_command
 from _mlx_server.front.commands import run_command
@@ -51,10 +52,9 @@ from _mlx_server.front.startup import is_taken, mlx_trouble, port_holder, raise_
 from _mlx_server.front.upstream import Upstream, is_relayed
 from _mlx_server.front.watchdog import Watchdog
 from _mlx_server.front.welcome import welcome
-from _mlx_server.inference.generation import Generation
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.hub import Hub
-from _mlx_server.inference.library import MAX_NAME
+from _mlx_server.inference.models import LocalModel
 from _mlx_server.inference.names import VENDOR_NAME, plain_name
 from _mlx_server.inference.presets import Preset
 from _mlx_server.inference.protocol import (
@@ -67,7 +67,7 @@ from _mlx_server.inference.protocol import (
 from _mlx_server.inference.ranks import Ranks
 from _mlx_server.wire.anthropic_request import count_request
 from _mlx_server.wire.embeddings import Embeddings
-from _mlx_server.wire.fields import Object, WireError, field
+from _mlx_server.wire.fields import Object, WireError, field, short_name
 from _mlx_server.wire.ollama_models import (
     checked_name,
     find_tag,
@@ -93,11 +93,11 @@ class MLXServer(ConnectionServer):
     """Serves `engine` at `address` (host, port), once `serve_forever` runs. Raises OSError when the
     address is taken. The engine may be set later; what needs it fails until then.
 
-    With `api_keys` every route but `/` and `/health` wants one of them, as `x-api-key` or bearer
-    token; the priority that belongs to a key is the highest its holder can have. `priorities` are
-    pairs of a glob, for a model's name or a dialect, and the priority of the requests that it
-    matches, where they do not say themselves; `thinking` are such pairs with what holds where a
-    request leaves its thinking open. `upstream` serves the models that are not here.
+    With `api_keys` every route but `/`, its page's files and `/health` wants one of them, as
+    `x-api-key` or bearer token; the priority that belongs to a key is the highest its holder can
+    have. `priorities` are pairs of a glob, for a model's name or a dialect, and the priority of the
+    requests that it matches, where they do not say themselves; `thinking` are such pairs with what
+    holds where a request leaves its thinking open. `upstream` serves the models that are not here.
     `allowed_hosts` are further names by which clients reach the server."""
 
     def __init__(
@@ -119,6 +119,8 @@ class MLXServer(ConnectionServer):
     def service_actions(self) -> None:
         """Called by `serve_forever` several times a second. An engine that has failed for good ends
         the server: what supervises the process can start it anew."""
+        if (engine := self.engine) is not None:
+            self.activity.sample(lambda: engine.stats().totals)
         if self.engine is not None and self.engine.broken and self._stopper is None:
             self.begin_stop()
 
@@ -127,14 +129,14 @@ class MLXServer(ConnectionServer):
         ends the running answers without waiting for them any longer."""
         if self._stopper is None:
             if running := self.answers:
-                plural = "s" * (running > 1)
-                message = "%d answer%s may take %.0f s to end; a second Ctrl-C or signal ends %s"
-                log.info(message, running, plural, drain, "it now" if running == 1 else "them now")
+                message = (
+                    "%d answer%s may take %.0f s to end; a second Ctrl-C or signal ends all now"
+                )
+                log.info(message, running, "s" * (running > 1), drain)
             self._stopper = threading.Thread(target=self.stop, args=(drain,))
             self._stopper.start()
         elif self.engine is not None:
-            running = self.answers
-            log.info("%d answer%s unfinished", running, " ends" if running == 1 else "s end")
+            log.info("unfinished answers: %d", self.answers)
             self.engine.close(0)
 
     def wait_stopped(self) -> None:
@@ -212,11 +214,11 @@ class Handler(HTTPHandler):
         self.exchange.model = short_name(name) if isinstance(name, str) else None
         return body
 
-    def require_manager(self) -> None:
+    def require_manager(self, to: str = "create, copy, pull, delete or unload models") -> None:
         """Raises WireError if the request's key is one for low priority: whoever holds it may use
-        the models and not change which there are."""
+        the models, but neither change which there are nor see or end what others do."""
         if self.exchange.highest_priority is Priority.LOW:
-            raise WireError(403, "this API key may not create, copy, pull, delete or unload models")
+            raise WireError(403, f"this API key may not {to}")
 
     def read_model_name(self) -> str:
         """The model that the body names. Raises WireError if it names none."""
@@ -264,18 +266,18 @@ class Handler(HTTPHandler):
             self.require_manager()
             engine.unload(reply.request.model)
             return self.send_json(reply.whole())
-        record = RequestLog(self.exchange.route)
-        generations: list[Generation] = []
+        record = self.record(reply, model)
+        generations = record.generations
         try:
-            with self.server.answering():
+            with self.server.answering(), self.server.activity.working(record):
                 for request in reply.requests:
                     generations.append(engine.submit(request, model))
                     if self.server.shared:
                         conceal_reuse(generations[-1])
                 send = send_stream if reply.stream else send_whole
                 send(self, reply, generations, record)
-        except EngineError as error:
-            record.ending = f"failed: {error}"
+        except (WireError, EngineError) as error:
+            record.fail(error)
             raise
         finally:
             if record.first_token_seconds is not None:
@@ -287,22 +289,29 @@ class Handler(HTTPHandler):
     def embed(self, reply: Embeddings) -> None:
         """Answers with the embeddings of texts. They are read one after the other, so that other
         requests get their turn between two."""
-        engine, record = self.engine, RequestLog(self.exchange.route)
+        engine = self.engine
         model = engine.resolve(reply.request.model)
         self.ignore_keep_alive(reply)
+        record = self.record(reply, model)
         try:
-            with self.server.answering():
+            with self.server.answering(), self.server.activity.working(record):
                 for request in reply.requests:
                     request.priority = self.priority(reply, model.name)
                     generation = engine.submit(request, model)
+                    record.generations = [generation]
                     for event in generation:
                         reply.event(event)
-                        if self.is_client_gone():
+                        if record.cancelled or self.is_client_gone():
                             generation.cancel()
+                            record.check()
                             raise ClientDisconnected
                 self.send_json(reply.whole())
         finally:
             record.embeddings(model.name, reply)
+
+    def record(self, reply: Reply, model: LocalModel) -> RequestLog:
+        """What is noted of this request."""
+        return RequestLog(self.exchange.route, self.exchange.id, reply.dialect, model.name)
 
     def ignore_keep_alive(self, reply: Reply) -> None:
         """Holders of a key for low priority do not say how long a model stays in memory."""
@@ -344,8 +353,32 @@ class Handler(HTTPHandler):
     # -- other routes
 
     def get_root(self) -> None:
-        # The words Ollama's clients look for
-        self.send(200, b"Ollama is running")
+        if page.wants_page(self.headers.get("Accept", "")):
+            self.send_page("index.html")
+        else:  # the words Ollama's clients look for
+            self.send(200, b"Ollama is running", headers={"Vary": "Accept"})
+
+    def get_page(self) -> None:
+        self.send_page(page.ROUTES[self.exchange.route])
+
+    def send_page(self, name: str) -> None:
+        data, kind = page.page_file(name)
+        self.send(200, data, kind, {**page.HEADERS, "Vary": "Accept"})
+
+    def get_activity(self) -> None:
+        self.require_manager("see what others do")
+        engine, default = self.engine, None
+        with contextlib.suppress(ModelNotFound):
+            default = engine.resolve("default").name
+        activity, shared = self.server.activity, self.server.shared
+        loaded = engine.loaded()
+        self.send_json(activity.report(engine.health(), default, engine.stats(), loaded, shared))
+
+    def delete_activity(self) -> None:
+        self.require_manager("cancel what others do")
+        if not self.server.activity.cancel(self.exchange.route.removeprefix("/activity/")):
+            raise WireError(404, "no request in work has this id")
+        self.send(204, b"")
 
     def get_hello(self) -> None:
         self.send(200, b"")
@@ -476,13 +509,6 @@ class Handler(HTTPHandler):
         self.send_json({"version": OLLAMA_VERSION, "server": f"mlx-server {__version__}"})
 
 
-def short_name(name: str) -> str:
-    """`name`, if it can be a model's. Raises WireError if it is too long."""
-    if len(name) > MAX_NAME:
-        raise WireError(400, f"model: String should have at most {MAX_NAME} characters")
-    return name
-
-
 Methods = dict[str, Callable[[Handler], None]]
 """By HTTP method, what answers it. A GET answers HEAD as well."""
 
@@ -497,6 +523,8 @@ ROUTES: dict[str, Methods] = {
     "/metrics": {"GET": Handler.get_metrics},
     "/v1/messages/count_tokens": {"POST": Handler.post_count_tokens},
     "/v1/models": {"GET": Handler.get_models},
+    "/activity": {"GET": Handler.get_activity},
+    **{route: {"GET": Handler.get_page} for route in page.ROUTES},
     "/api/hello": {"GET": Handler.get_hello},
     "/api/tags": {"GET": Handler.get_tags},
     "/api/show": {"POST": Handler.post_show},
@@ -511,6 +539,7 @@ ROUTES: dict[str, Methods] = {
 }
 ROUTES_BELOW: dict[str, Methods] = {
     "/v1/models/": {"GET": Handler.get_model},
+    "/activity/": {"DELETE": Handler.delete_activity},
     "/api/blobs/": {"GET": Handler.get_blob, "POST": Handler.post_blob},
 }
 
@@ -558,6 +587,7 @@ def _run(args: argparse.Namespace) -> int:
         with Watchdog(lambda: engine.hangs, engine.STUCK):
             return int(not engine.follow())
     server = _listen(args)
+    logging.getLogger().addHandler(server.activity)
     try:
         engine = server.engine = _make_engine(args, group)
     except EngineError:
@@ -598,6 +628,7 @@ def _engine(args: argparse.Namespace, group: Group, cache_folder: str | None) ->
             cache_dir=cache_folder,
             cache_dir_limit=args.cache_dir_size,
             kv_bits=args.kv_bits,
+            image_tokens=args.image_tokens,
             memory=args.memory,
             max_loaded=args.max_loaded,
             max_queue=args.max_queue,

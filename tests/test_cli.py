@@ -144,7 +144,7 @@ def test_a_signal_ends_running_work_with_an_error_and_the_program_with_0(number:
         f"{server.url}/api/generate", json.dumps(body).encode(), timeout=60
     )
     server.process.send_signal(number)
-    server.wait_for("1 answer may take 0 s to end; a second Ctrl-C or signal ends it now")
+    server.wait_for("1 answer may take 0 s to end; a second Ctrl-C or signal ends all now")
     last = json.loads(response.readlines()[-1])
     assert "shutting down" in last["error"]
     assert server.process.wait(60) == 0
@@ -160,7 +160,7 @@ def test_a_second_signal_ends_what_the_first_lets_run():
     server.process.send_signal(signal.SIGINT)
     server.wait_for("1 answer may take 1000 s to end")
     server.process.send_signal(signal.SIGINT)
-    server.wait_for("1 answer ends unfinished")
+    server.wait_for("unfinished answers: 1")
     assert "shutting down" in json.loads(response.readlines()[-1])["error"]
     assert server.process.wait(60) == 0
 

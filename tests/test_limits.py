@@ -34,9 +34,10 @@ from _mlx_server.inference.presets import Preset, PresetStore
 from _mlx_server.inference.protocol import EngineBusy, Priority
 from _mlx_server.wire.anthropic import AnthropicMessages
 from _mlx_server.wire.fields import WireError
+from _mlx_server.wire.images import Images
 from _mlx_server.wire.ollama_embeddings import OllamaEmbed
 from _mlx_server.wire.ollama_models import checked_name
-from _mlx_server.wire.ollama_request import image_notes, parse_keep_alive
+from _mlx_server.wire.ollama_request import image_texts, parse_keep_alive
 from engine import Engine
 
 HI = [{"role": "user", "content": "say hi"}]
@@ -108,7 +109,10 @@ PUMPED = {
     "parts": (refused(parse_keep_alive), lambda n: "1m" * n + "x"),
     "points": (refused(parse_keep_alive), lambda n: "1." * n),
     "name": (refused(lambda text: checked_name(text, "bad")), lambda n: "a/" * n),
-    "image": (refused(lambda text: image_notes({"images": [text]})), lambda n: "=" * n + "x"),
+    "image": (
+        refused(lambda text: image_texts({"images": [text]}, images=Images())),
+        lambda n: "=" * n + "x",
+    ),
     "host": (head.HOST.fullmatch, lambda n: "a." * n + "/"),
     "host:": (head.HOST.fullmatch, lambda n: "[" + ":" * n),
     "origin": (head.LOCAL_ORIGIN.fullmatch, lambda n: "http://localhost:" + "1" * n + "x"),

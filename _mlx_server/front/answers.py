@@ -36,8 +36,8 @@ def send_stream(
                 stream.write(reply.event(event))
             elif stream.silence >= PING_AFTER:
                 stream.write(reply.ping(stream.content_silence), keep_alive=True)
-    except EngineError as error:
-        record.ending = f"failed: {error}"
+    except (WireError, EngineError) as error:
+        record.fail(error)
         stream.write(reply.failure(error))
     stream.end()
 
@@ -45,8 +45,8 @@ def send_stream(
 def send_whole(
     client: HTTPHandler, reply: Reply, generations: list[Generation], record: RequestLog
 ) -> None:
-    """Collects the events of all generations and sends one answer. Raises EngineError, and OSError,
-    ClientDisconnected included."""
+    """Collects the events of all generations and sends one answer. Raises EngineError, WireError if
+    it was cancelled, and OSError, ClientDisconnected included."""
     first, shared = generations[0], client.server.shared
     reply.open(first)
     for event in _events(client, generations, record):
@@ -60,10 +60,11 @@ def send_whole(
 def _events(
     client: HTTPHandler, generations: list[Generation], record: RequestLog
 ) -> Iterator[Event]:
-    """The events of all generations, noted in `record`. Raises EngineError, and ClientDisconnected
-    when the client has gone."""
+    """The events of all generations, noted in `record`. Raises EngineError, WireError if `record`
+    is cancelled, and ClientDisconnected when the client has gone."""
     checked = 0.0  # when the connection was, in monotonic seconds
     for event in chain.from_iterable(generations):
+        record.check()
         now = time.monotonic()
         if record.first_event is None and not isinstance(event, (Tick, Done)):
             record.first_event = now

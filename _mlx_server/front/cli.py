@@ -14,6 +14,7 @@ from _mlx_server.front import options
 from _mlx_server.front.commands import COMMANDS, Run, commands_text
 from _mlx_server.front.launch import print_env
 from _mlx_server.front.service import launchd_job, service_mistake, start_command, systemd_unit
+from _mlx_server.inference.image_layout import DEFAULT_TOKENS
 
 
 class Parser(argparse.ArgumentParser):
@@ -134,6 +135,13 @@ def _add_models_in_memory(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=(4, 8),
         help="keep the KV cache quantised: half or a quarter of its size",
+    )
+    add(
+        "--image-tokens",
+        type=options.positive,
+        default=DEFAULT_TOKENS,
+        metavar="N",
+        help="most tokens of an image, which is made smaller for it (default: %(default)s)",
     )
     add(
         "--memory",

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from _mlx_server.front.activity import Activity
 from _mlx_server.front.budget import BodyBudget
 from _mlx_server.front.head import names_this_machine
 from _mlx_server.front.metrics import Metrics
@@ -66,7 +67,7 @@ class ConnectionServer(ThreadingHTTPServer):
     `api_keys` are the keys that clients may have, each with the highest priority it allows; without
     any no key is demanded. `allowed_hosts` are names by which clients reach the server, beside
     those that it knows (`head.names_this_machine`). `metrics` counts the answers, `bodies` the
-    bytes of requests.
+    bytes of requests, `activity` has those that are in work.
 
     When all connections are taken, the one whose client has been waited for longest is closed for a
     new one. If none waits, the new one's requests are refused."""
@@ -84,6 +85,7 @@ class ConnectionServer(ThreadingHTTPServer):
     ):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.api_keys, self.metrics, self.bodies = api_keys or {}, Metrics(), BodyBudget()
+        self.activity = Activity()
         self._hosts = {host.lower() for host in (address[0], *allowed_hosts)}
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.max_connections = MAX_CONNECTIONS

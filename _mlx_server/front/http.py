@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any, Protocol
 from urllib.parse import parse_qsl, unquote
 
-from _mlx_server.front import body
+from _mlx_server.front import body, page
 from _mlx_server.front.budget import BUDGET, BodyClaim
 from _mlx_server.front.connections import ConnectionServer
 from _mlx_server.front.head import check_key, checked_origin, framing_error, has_body
@@ -33,7 +33,7 @@ from _mlx_server.inference.protocol import EngineBusy, EngineError, Priority
 from _mlx_server.wire.fields import Object, WireError
 
 LINGER = 2.0  # seconds for which a client may go on sending what is not read any more
-OPEN_ROUTES = ("/", "/health")  # need no API key
+OPEN_ROUTES = ("/", *page.ROUTES, "/health")  # need no API key
 
 log = logging.getLogger("mlx_server")
 

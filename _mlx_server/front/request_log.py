@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from _mlx_server.inference.generation import Generation
 from _mlx_server.inference.protocol import Miss
 from _mlx_server.wire.embeddings import Embeddings
+from _mlx_server.wire.fields import WireError
 
 SHARED_GRAIN = 256  # tokens
 
@@ -18,10 +19,16 @@ log = logging.getLogger("mlx_server")
 
 @dataclass
 class RequestLog:
-    """Times of one request, in monotonic seconds, and how its answer ended. It is logged as one
-    line, and with `--log-json` as fields."""
+    """One request: the id that its answer has, its generations as soon as the engine has them,
+    times in monotonic seconds, and how its answer ended. It is logged as one line, and with
+    `--log-json` as fields. `cancelled` may be set by any thread."""
 
     route: str
+    id: str
+    dialect: str
+    model: str = ""
+    generations: list[Generation] = field(default_factory=list)
+    cancelled: bool = False
     started: float = field(default_factory=time.monotonic)
     first_event: float | None = None
     ending: str = "client went away"
@@ -35,6 +42,16 @@ class RequestLog:
     def seconds(self) -> float:
         """Seconds since the request."""
         return time.monotonic() - self.started
+
+    def check(self) -> None:
+        """Raises WireError if the request was cancelled."""
+        if self.cancelled:
+            # nginx's status for a request that nobody waits for; no client tries again
+            raise WireError(499, "the request was cancelled at the server")
+
+    def fail(self, error: Exception) -> None:
+        """Notes why the answer has ended."""
+        self.ending = "cancelled" if self.cancelled else f"failed: {error}"
 
     def generation(self, generation: Generation, shared: bool = False) -> None:
         """Logs one generation of the answer. Texts of prompts are logged only with --verbose, or as
@@ -50,6 +67,7 @@ class RequestLog:
             parted = f" (parts at {miss.at} in {_place(miss)}{texts})"
         figures = {
             "route": self.route,
+            "dialect": self.dialect,
             "model": generation.model.name,
             "prompt_tokens": usage.prompt_tokens,
             "cached_tokens": usage.cached_tokens,
@@ -78,6 +96,7 @@ class RequestLog:
         """Logs an answer that consists of embeddings."""
         figures = {
             "route": self.route,
+            "dialect": self.dialect,
             "model": model,
             "texts": len(reply.vectors),
             "prompt_tokens": reply.tokens,
@@ -98,6 +117,7 @@ class RequestLog:
         """Logs a relayed answer; `status` is 0 if there was none."""
         figures = {
             "route": self.route,
+            "dialect": self.dialect,
             "model": model,
             "upstream": upstream,
             "status": status,

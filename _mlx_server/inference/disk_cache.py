@@ -374,7 +374,7 @@ def _read_segment(path: Path, node: str) -> Segment:
 
 def _are_tokens(values: Any) -> bool:
     return isinstance(values, list) and all(
-        type(value) is int and 0 <= value < 2**32 for value in values
+        type(value) is int and -(2**63) <= value < 2**32 for value in values
     )
 
 

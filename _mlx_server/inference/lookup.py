@@ -41,6 +41,6 @@ def describe_miss(sequence: Sequence, parting: Parting) -> Miss:
     takes a while."""
     tokens, renderer = sequence.prompt.tokens[: sequence.prompt_tokens], sequence.renderer
     cached, at = parting.cached, parting.at
-    decode = renderer.tokenizer.decode
+    decode = renderer.decode
     index, role = renderer.locate(sequence.request, decode(tokens[:at])) or (None, "")
     return Miss(at, index, role, decode(cached[at : at + 8]), decode(tokens[at : at + 8]))

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from _mlx_server.inference.image_layout import has_tower
+from _mlx_server.inference.images import has_pillow
 from _mlx_server.inference.protocol import ModelLoadError, Sampling, first_line
 
 log = logging.getLogger("mlx_server")
@@ -35,7 +37,8 @@ class LocalModel:
     quantization: str  # "int4", "mxfp4", "BF16", ...
     context_length: int  # tokens
     embedding_length: int  # numbers in a hidden state, 0 if unknown
-    capabilities: list[str]  # some of "completion", "tools", "insert", "thinking"; or "embedding"
+    # Some of "completion", "tools", "insert", "thinking" and "vision"; or "embedding"
+    capabilities: list[str]
 
 
 Files = Mapping[str, os.stat_result]
@@ -100,7 +103,8 @@ def _describe(name: str, path: Path) -> LocalModel:
         quantization=_quantization(recipe, text),
         context_length=context_length(config),
         embedding_length=_amount(_first(text, _HIDDEN_SIZES)),
-        capabilities=_capabilities(name, path, files, config),
+        capabilities=_capabilities(name, path, files, config)
+        + (["vision"] if _sees(path, weights, config, index) else []),
     )
 
 
@@ -227,13 +231,8 @@ def _amount(value: Any) -> int:
 
 
 def _count_parameters(file: Path, recipe: dict[str, Any]) -> int:
-    """Weights in a safetensors file, from its header alone: 8 bytes of length, then JSON.
-
-    https://huggingface.co/docs/safetensors/index#format"""
-    with file.open("rb") as stream:
-        # Of a larger header, which no model has, the JSON is cut off
-        size = min(int.from_bytes(stream.read(8), "little"), MAX_FILE)
-        header = json.loads(stream.read(size) or "{}")
+    """Weights in a safetensors file, from its header alone."""
+    header = _read_header(file)
     total = 0
     for key, tensor in header.items():
         layer, _, kind = key.rpartition(".")
@@ -247,6 +246,30 @@ def _count_parameters(file: Path, recipe: dict[str, Any]) -> int:
             count = count * 32 // (own if isinstance(own, dict) else recipe).get("bits", 32)
         total += count
     return total
+
+
+def _read_header(file: Path) -> dict[str, Any]:
+    """What a safetensors file begins with: 8 bytes of length, then JSON.
+
+    https://huggingface.co/docs/safetensors/index#format"""
+    with file.open("rb") as stream:
+        # Of a larger header, which no model has, the JSON is cut off
+        size = min(int.from_bytes(stream.read(8), "little"), MAX_FILE)
+        header: dict[str, Any] = json.loads(stream.read(size) or "{}")
+    return header
+
+
+def _sees(path: Path, weights: Files, config: dict[str, Any], index: dict[str, Any]) -> bool:
+    """Whether images can be shown to a model, here and now."""
+    if not isinstance(config.get("vision_config"), dict) or not has_pillow():
+        return False
+    named = (name for file in weights for name in _read_header(path / file))
+    return has_tower(config, index.get("weight_map") or named)
+
+
+def weight_files(local: LocalModel) -> list[Path]:
+    """The files that hold a model's weights."""
+    return sorted(local.path.glob("model*.safetensors"))
 
 
 def _parameter_size(parameters: int) -> str:

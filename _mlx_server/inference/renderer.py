@@ -9,8 +9,10 @@ from _mlx_server.inference.chat_renderer import ChatRenderer
 from _mlx_server.inference.constraint import Constraint, ThinkingBudget
 from _mlx_server.inference.conversations import Call, ConversationMemory, Reading
 from _mlx_server.inference.families import HERMES, detect_format
+from _mlx_server.inference.image_layout import DEFAULT_TOKENS
 from _mlx_server.inference.models import LocalModel, generation_defaults
 from _mlx_server.inference.output_rules import OutputRules
+from _mlx_server.inference.pictures import PictureFinder
 from _mlx_server.inference.prompt import Prompt
 from _mlx_server.inference.protocol import InvalidRequest, Request
 from _mlx_server.inference.template import Template, plain_text
@@ -21,14 +23,18 @@ class PromptRenderer:
     """All that requests to a model need apart from its weights: tokenizer, chat template, output
     format, sampling defaults, and the memory of what was read and generated.
 
-    `tokenizer` is mlx-lm's TokenizerWrapper; `template` is None for models that have none.
+    `tokenizer` is mlx-lm's TokenizerWrapper; `template` is None for models that have none,
+    `image_layout` for those that do not see.
 
     Building one reads files but no weights and touches no MLX array, so it happens on the caller's
     thread, and whatever is wrong with a request is known before any work is queued. Safe to use
     from any thread."""
 
-    def __init__(self, local: LocalModel):
-        self._tokenizer = TextTokenizer.load(local)
+    def __init__(self, local: LocalModel, image_tokens: int = DEFAULT_TOKENS):
+        """`image_tokens` is the most that an image may have. Raises ModelLoadError."""
+        self._pictures = PictureFinder(local, image_tokens)
+        self.image_layout = self._pictures.layout
+        self._tokenizer = TextTokenizer.load(local, self.image_layout)
         self.tokenizer = self._tokenizer.wrapped
         self.template = Template(self.tokenizer) if self.tokenizer.has_chat_template else None
         self.format = detect_format(self.tokenizer)
@@ -48,7 +54,13 @@ class PromptRenderer:
 
     def prompt(self, request: Request, window: int | None = None) -> Prompt:
         """Renders and tokenises a request. `window` is how many tokens prompt and answer may have.
-        Raises InvalidRequest when the template refuses it."""
+        Raises InvalidRequest when the template refuses it, or an image is none."""
+        request, pictures = self._pictures.find(request)
+        prompt = self._prompt(request, window)
+        prompt.find_images(pictures)
+        return prompt
+
+    def _prompt(self, request: Request, window: int | None) -> Prompt:
         if request.prompt is None and self._chat is not None:
             try:
                 return self._chat.prompt(request, window)
@@ -73,6 +85,7 @@ class PromptRenderer:
     def locate(self, request: Request, before: str) -> tuple[int, str] | None:
         """The index and the role of the message in which the prompt's text goes beyond `before`;
         None where the template does not tell."""
+        request, _ = self._pictures.find(request)
         return self._chat.locate(request, before) if self._chat else None
 
     # What was read and generated
@@ -115,6 +128,10 @@ class PromptRenderer:
     def encode(self, text: str) -> list[int]:
         """The token ids of a text in which special tokens are recognised; none are added."""
         return self._tokenizer.encode(text)
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of some tokens, images left out."""
+        return self._tokenizer.decode(tokens)
 
     @property
     def control_tokens(self) -> dict[int, str]:

@@ -22,6 +22,7 @@ from _mlx_server.inference.protocol import Embedding, EngineError, InvalidReques
 from _mlx_server.inference.renderer import PromptRenderer
 from _mlx_server.inference.sampling import make_penalties, make_sampler, token_logprobs
 from _mlx_server.inference.sequence import Sequence, State
+from _mlx_server.inference.vision import ImageRows, Vision
 from _mlx_server.inference.weights import Weights
 
 log = logging.getLogger("mlx_server")
@@ -69,13 +70,18 @@ class ModelRunner:
         self.weights = Weights(local, kv_bits, group)
         self.model = self.weights.model
         self.size: int = self.weights.size
+        self.vision: Vision | None = None
+        if renderer.image_layout is not None:
+            self.vision = Vision(local, self.model, renderer.image_layout)
+            self.size += self.vision.size
         self.state_size = self.weights.state_size
         self.sequences: tuple[Sequence, ...] = ()
         self.keep_alive: float | None = None  # seconds that the idle model stays
         self.used = time.monotonic()
         self._disk_cache, self._group, self._room = disk_cache, group, room
         ends = renderer.tokenizer.eos_token_ids
-        self.decode_batch = DecodeBatch(self.model, ends, self.size, self.state_size, group)
+        images = ImageRows(self.vision) if self.vision else None
+        self.decode_batch = DecodeBatch(self.model, ends, self.size, self.state_size, group, images)
         self._chunk = self.CHUNK
         # With other processes waiting in a collective, no chunk may take long.
         self._chunk_alone = self.LARGE if self.weights.has_experts and group.size == 1 else 0
@@ -97,7 +103,14 @@ class ModelRunner:
     def reserve(self, sequence: Sequence) -> int:
         """Bytes of KV to expect of a request."""
         answer = max(sequence.usage.completion_tokens, min(sequence.limit, self.EXPECTED))
-        return self.state_size.nbytes(sequence.prompt_tokens, answer)
+        tower = self.vision.reserve(sequence.prompt) if self.vision else 0
+        return self.state_size.nbytes(sequence.prompt_tokens, answer) + tower
+
+    @property
+    def held(self) -> int:
+        """Bytes of KV that its requests have."""
+        lengths = [one.length for one in self.sequences]
+        return sum(self.state_size.nbytes(length) for length in lengths if length)
 
     def admit(self, sequence: Sequence) -> None:
         """Takes a request in, with the state that it goes on from, before room is made for it by
@@ -210,7 +223,7 @@ class ModelRunner:
         if not sequence.decoding:
             return sequence.entry
         tokens, cache = self.decode_batch.peek(sequence.number)
-        return dataclasses.replace(sequence.entry, tokens=tokens, cache=cache)
+        return dataclasses.replace(sequence.entry, tokens=_read(sequence, tokens), cache=cache)
 
     def _most_like(self, sequence: Sequence) -> tuple[int, Sequence | None]:
         """The running request that has read the most of a request's prompt, and how much that
@@ -237,10 +250,15 @@ class ModelRunner:
         marks = sorted({prompt.root, prompt.turn, prompt.body or end, sparse, end})
         most = max(self._chunk, self._chunk_alone if undisturbed and start < self.DEEP else 0)
         stop = min(next(at for at in marks if at > start), start + most)
-        self.model(mx.array(prompt.tokens[start:stop])[None], cache=entry.cache)
+        if self.vision is not None and prompt.images:
+            stop = self.vision.reach(prompt, start, stop)
+            self.vision.read(prompt, start, stop, entry.cache)
+        else:
+            self.model(mx.array(prompt.tokens[start:stop])[None], cache=entry.cache)
         mx.eval([layer.state for layer in entry.cache])
         mx.clear_cache()
         entry.tokens = prompt.tokens[:stop]
+        sequence.usage.prefilled_tokens += stop - start
         if stop in marks and (stop < end or not prompt.body):
             entry.add_checkpoint()
 
@@ -277,6 +295,7 @@ class ModelRunner:
         tokens = sequence.prompt.tokens[pooler.length : stop]
         pooler.add(self.weights.body(mx.array(tokens)[None], cache=pooler.cache)[0])
         mx.clear_cache()
+        sequence.usage.prefilled_tokens += len(tokens)
         if sequence.left >= 0:
             return
         sequence.emit(Embedding(pooler.vector()))
@@ -301,7 +320,10 @@ class ModelRunner:
             processors.append(budget)
         left = sequence.limit - sequence.usage.completion_tokens
         last, room = prompt.tokens[-1], None if sequence.alone else self._room()
-        sequence.number = self.decode_batch.insert(entry, last, left, sampler, processors, room)
+        shift = self.vision.shift(prompt, len(prompt.tokens)) if self.vision else 0
+        sequence.number = self.decode_batch.insert(
+            entry, last, left, sampler, processors, room, shift
+        )
         sequence.sampler = sampler
         entry.cache = []  # the batch returns it at the end
         sequence.enter(State.DECODE)
@@ -352,6 +374,7 @@ class ModelRunner:
         if constraint is not None and constraint.observe(response.token, usage.completion_tokens):
             parser.verbatim()
         usage.completion_tokens += 1
+        usage.decode_passes += 1
         usage.thinking_tokens += parser.state == "thinking"
         if response.finish_reason != "stop":
             detokenizer.add_token(response.token)
@@ -363,7 +386,7 @@ class ModelRunner:
         sequence.emit(*sequence.parse(piece, response.token))
         if response.finish_reason:
             assert sequence.entry is not None
-            sequence.entry.tokens = response.all_tokens
+            sequence.entry.tokens = _read(sequence, response.all_tokens)
             sequence.entry.cache = response.prompt_cache
             if response.finish_reason != "stop" or not self._end_thinking(sequence):
                 self._end(sequence, response.finish_reason)
@@ -421,7 +444,7 @@ class ModelRunner:
         """Takes a request's state back from the decode batch."""
         assert sequence.entry is not None
         tokens, cache = self.decode_batch.remove(sequence.number)
-        sequence.entry.tokens, sequence.entry.cache = tokens, cache
+        sequence.entry.tokens, sequence.entry.cache = _read(sequence, tokens), cache
 
     def isolate_failed_batch(self, error: Exception) -> None:
         """A step of a group has failed, and it cannot be told which of its requests was the cause:
@@ -439,7 +462,7 @@ class ModelRunner:
                 self._drop(sequence, error)
                 continue
             written = sequence.prompt_tokens + sequence.usage.completion_tokens
-            self._begin_again(sequence, tokens[:written])
+            self._begin_again(sequence, _read(sequence, tokens)[:written])
             sequence.alone = True
 
     def pause(self, sequence: Sequence) -> bool:
@@ -579,6 +602,15 @@ class ModelRunner:
         marks = {entry.root, *entry.checkpoints, *sparse}
         reading = self.renderer.reading
         entry.written = self._disk_cache.write(self.fingerprint, entry, reading, marks)
+
+
+def _read(sequence: Sequence, tokens: list[int]) -> list[int]:
+    """The tokens that a request has read in the decode batch, which knows those of images in
+    another form."""
+    if not sequence.prompt.images:
+        return tokens
+    known = sequence.prompt.tokens[: len(tokens)]
+    return known + tokens[len(known) :]
 
 
 def _on_gpu(error: Exception) -> bool:
