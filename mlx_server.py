@@ -24,7 +24,6 @@ import argparse
 import contextlib
 import dataclasses
 import errno
-import fnmatch
 import json
 import logging
 import logging.handlers
@@ -39,14 +38,15 @@ import dialects
 from _mlx_server import __version__
 from _mlx_server.front import page
 from _mlx_server.front.answers import send_progress, send_stream, send_whole
-from _mlx_server.front.cli import parse_arguments, selected_command
+from _mlx_server.front.cli import is_for_eval, parse_arguments, selected_command
 from _mlx_server.front.commands import run_command
 from _mlx_server.front.connections import ConnectionServer
 from _mlx_server.front.http import HTTPHandler
 from _mlx_server.front.logs import shortened, start_logging
-from _mlx_server.front.options import api_keys, cache_folder, program, url_of
+from _mlx_server.front.options import ThinkingDefault, api_keys, cache_folder, program, url_of
 from _mlx_server.front.relay import relay
 from _mlx_server.front.request_log import RequestLog
+from _mlx_server.front.rules import apply_thinking, chosen_priority, first_match
 from _mlx_server.front.sockets import ClientDisconnected
 from _mlx_server.front.startup import is_taken, mlx_trouble, port_holder, raise_file_limit
 from _mlx_server.front.upstream import Upstream, is_relayed
@@ -54,7 +54,6 @@ from _mlx_server.front.watchdog import Watchdog
 from _mlx_server.front.welcome import welcome
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.hub import Hub
-from _mlx_server.inference.library import MAX_NAME
 from _mlx_server.inference.models import LocalModel, read_shown_files
 from _mlx_server.inference.names import VENDOR_NAME, plain_name
 from _mlx_server.inference.presets import Preset
@@ -68,7 +67,7 @@ from _mlx_server.inference.protocol import (
 from _mlx_server.inference.ranks import Ranks
 from _mlx_server.wire.anthropic_request import count_request
 from _mlx_server.wire.embeddings import Embeddings
-from _mlx_server.wire.fields import Object, WireError, field
+from _mlx_server.wire.fields import Object, WireError, field, short_name
 from _mlx_server.wire.ollama_models import (
     checked_name,
     find_tag,
@@ -97,8 +96,9 @@ class MLXServer(ConnectionServer):
     With `api_keys` every route but `/`, its page's files and `/health` wants one of them, as
     `x-api-key` or bearer token; the priority that belongs to a key is the highest its holder can
     have. `priorities` are pairs of a glob, for a model's name or a dialect, and the priority of the
-    requests that it matches, where they do not say themselves. `upstream` serves the models that
-    are not here. `allowed_hosts` are further names by which clients reach the server."""
+    requests that it matches, where they do not say themselves; `thinking` are such pairs with what
+    holds where a request leaves its thinking open. `upstream` serves the models that are not here.
+    `allowed_hosts` are further names by which clients reach the server."""
 
     def __init__(
         self,
@@ -107,10 +107,12 @@ class MLXServer(ConnectionServer):
         *,
         api_keys: Mapping[str, Priority] | None = None,
         priorities: Sequence[tuple[str, Priority]] = (),
+        thinking: Sequence[tuple[str, ThinkingDefault]] = (),
         upstream: Upstream | None = None,
         allowed_hosts: Sequence[str] = (),
     ):
-        self.engine, self.priorities, self.upstream = engine, priorities, upstream
+        self.engine, self.upstream = engine, upstream
+        self.priorities, self.thinking = priorities, thinking
         self._stopper: threading.Thread | None = None
         super().__init__(address, Handler, api_keys, allowed_hosts)
 
@@ -126,9 +128,15 @@ class MLXServer(ConnectionServer):
         """Calls `stop` in another thread and returns at once, for signal handlers. A second call
         ends the running answers without waiting for them any longer."""
         if self._stopper is None:
+            if running := self.answers:
+                message = (
+                    "%d answer%s may take %.0f s to end; a second Ctrl-C or signal ends all now"
+                )
+                log.info(message, running, "s" * (running > 1), drain)
             self._stopper = threading.Thread(target=self.stop, args=(drain,))
             self._stopper.start()
         elif self.engine is not None:
+            log.info("unfinished answers: %d", self.answers)
             self.engine.close(0)
 
     def wait_stopped(self) -> None:
@@ -224,19 +232,12 @@ class Handler(HTTPHandler):
         return self.exchange.model
 
     def priority(self, reply: Reply, model: str) -> Priority:
-        """What the client asks for in `x-priority`, or what a rule says of its model or dialect, or
-        its key's; never more than its key allows."""
+        """How important a request is: see `chosen_priority`. Raises WireError."""
         highest = self.exchange.highest_priority
-        asked = self.headers.get("x-priority", "").strip().upper()
-        if asked:
-            if asked not in Priority.__members__:
-                raise WireError(400, "x-priority: Input should be 'high', 'normal' or 'low'")
-            return max(highest, Priority[asked])
-        names = [reply.request.model.lower(), model.lower(), reply.dialect]
-        for pattern, priority in self.server.priorities:
-            if any(fnmatch.fnmatchcase(name, pattern.lower()) for name in names):
-                return max(highest, priority)
-        return highest if self.server.api_keys else Priority.NORMAL
+        ruled = first_match(self.server.priorities, reply, model)
+        if ruled is None:
+            ruled = highest if self.server.api_keys else Priority.NORMAL
+        return chosen_priority(self.headers.get("x-priority", ""), ruled, highest)
 
     # -- generations
 
@@ -258,6 +259,9 @@ class Handler(HTTPHandler):
         reply.check(model)
         reply.request.priority = self.priority(reply, model.name)
         reply.request.owner = self.exchange.owner
+        if thinking := first_match(self.server.thinking, reply, model.name):
+            for request in reply.requests:
+                apply_thinking(request, thinking)
         self.ignore_keep_alive(reply)
         if reply.unload:
             self.require_manager()
@@ -510,14 +514,7 @@ class Handler(HTTPHandler):
         self.send_json({"cloud": {"disabled": True, "source": "config"}})
 
     def get_version(self) -> None:
-        self.send_json({"version": OLLAMA_VERSION})
-
-
-def short_name(name: str) -> str:
-    """`name`, if it can be a model's. Raises WireError if it is too long."""
-    if len(name) > MAX_NAME:
-        raise WireError(400, f"model: String should have at most {MAX_NAME} characters")
-    return name
+        self.send_json({"version": OLLAMA_VERSION, "server": f"mlx-server {__version__}"})
 
 
 Methods = dict[str, Callable[[Handler], None]]
@@ -559,6 +556,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the server until SIGINT or SIGTERM, as a rank above 0 as long as rank 0 runs, or a
     command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
+    status = 1
+    try:
+        status = _main(argv)
+    finally:
+        if status and is_for_eval(argv):
+            print("false")  # what follows in the shell must not go to another server
+    return status
+
+
+def _main(argv: Sequence[str]) -> int:
     args = parse_arguments(argv)
     command = selected_command(args, argv)
     try:
@@ -652,6 +659,7 @@ def _listen(args: argparse.Namespace) -> MLXServer:
             (host, port),
             api_keys=api_keys(args),
             priorities=args.priority,
+            thinking=args.thinking,
             upstream=Upstream(args.upstream, args.overflow) if args.upstream else None,
             allowed_hosts=args.allow_host,
         )
@@ -677,14 +685,11 @@ def _serve(args: argparse.Namespace, server: MLXServer, engine: Engine, watchdog
     if not sys.stderr or not sys.stderr.isatty():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     log.info("mlx-server %s is listening on %s", __version__, url_of(args.host, server.server_port))
-    if not server.loopback and not server.api_keys:
-        log.warning(
-            "whoever reaches this machine may use the server: "
-            "demand a key with --api-key-file, or leave out --host"
-        )
-    welcome(args, server.server_port, engine.models, engine.resolve)
+    open_to_all = not server.loopback and not server.api_keys
+    welcome(args, server.server_port, open_to_all, engine.models, engine.resolve)
     server.serve_forever(poll_interval=0.1)
     server.wait_stopped()
+    log.info("mlx-server has ended")
     try:
         sys.stderr.flush()
     except (OSError, AttributeError):

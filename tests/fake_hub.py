@@ -20,6 +20,8 @@ class FakeHub(ThreadingHTTPServer):
     """A hub of repos {name: {file: content}}: an API that lists them, and files behind a redirect
     to another host, as https://huggingface.co/docs/hub/api has it.
 
+    `listed` is what the list says of repos beside their names.
+
     `asked` are methods and paths, with their Range and Authorization. `cut` is how many bytes of a
     file arrive before the connection ends, `cuts` how often that happens. `pause` is in seconds,
     after every 100 kB. `status` is what the API says instead of an answer, `commit` every repo's
@@ -31,6 +33,7 @@ class FakeHub(ThreadingHTTPServer):
     def __init__(self, repos: dict[str, dict[str, bytes]]):
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.repos = repos
+        self.listed: dict[str, dict] = {}
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.storage = socket.create_server(("127.0.0.1", 0))
         self.reset()
@@ -87,7 +90,8 @@ class HubHandler(BaseHTTPRequestHandler):
             return self.send_error(hub.status)
         if url.path == "/api/models":
             search = dict(parse_qsl(url.query)).get("search", "").lower()
-            return self.send_json([{"id": repo} for repo in hub.repos if search in repo.lower()])
+            found = [{"id": repo, **hub.listed.get(repo, {})} for repo in hub.repos]
+            return self.send_json([model for model in found if search in model["id"].lower()])
         repo = "/".join(parts[3:5] if parts[1] == "api" else parts[1:3])
         if repo not in hub.repos:
             return self.send_error(401)

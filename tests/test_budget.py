@@ -6,12 +6,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import anthropic
 import mlx.core as mx
 import pytest
+from conftest import Server
 from jsonschema import Draft202012Validator
 from models import CHATML, build_model
 
 from _mlx_server.inference.constraint import ThinkingBudget
+from _mlx_server.inference.output_rules import EFFORT_BUDGETS
 from _mlx_server.wire.anthropic import AnthropicMessages
 from _mlx_server.wire.fields import WireError
 from engine import Engine, Generation, Sampling, Text, Thinking
@@ -63,6 +66,42 @@ def test_thinking_ends_when_its_tokens_are_spent_and_begins_as_it_would_have(eng
         thought, said, tokens = parts(ask(engine, budget))
         assert tokens == budget + 1 and said and free.startswith(thought.strip("\ufffd"))
     assert parts(ask(engine, 1000)) == parts(ask(engine, None))
+
+
+def test_an_effort_is_worth_a_budget_where_the_template_knows_no_efforts(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(EFFORT_BUDGETS, "low", 7)
+    few, free = parts(ask(engine, 7)), parts(ask(engine, None))
+    assert parts(ask(engine, None, effort="low")) == few != free
+    assert parts(ask(engine, 3, effort="low")) == parts(ask(engine, 3))
+    assert parts(ask(engine, None, effort="max")) == free
+    template = OPENS + "{# reasoning_effort #}"
+    build_model("qwen3", tmp_path / "knows", template=template)
+    with Engine(str(tmp_path / "knows")) as knows:
+        assert parts(ask(knows, None, effort="low")) == parts(ask(knows, None))
+
+
+@pytest.mark.slow
+def test_a_server_has_a_default_for_what_a_request_leaves_open(tmp_path: Path):
+    build_model("qwen3", tmp_path / "thinker", template=OPENS)
+    server = Server("--model", str(tmp_path / "thinker"), "--thinking", "anthropic=7")
+    client = anthropic.Anthropic(base_url=server.url, api_key="any")
+
+    def thought(**fields) -> int:
+        message = client.messages.create(
+            model="thinker",
+            max_tokens=30,
+            messages=[{"role": "user", "content": "hi"}],
+            **fields,
+        )
+        return message.usage.output_tokens_details.thinking_tokens
+
+    try:
+        assert thought() == thought(thinking={"type": "adaptive"}) == 8
+        assert thought(thinking={"type": "enabled", "budget_tokens": 12}) == 13
+    finally:
+        assert server.stop() == 0
 
 
 @pytest.mark.slow

@@ -330,7 +330,7 @@ def test_the_flags_the_header_and_the_log_of_a_restarted_server(tmp_path: Path):
     server = Server(*flags)
     assert ask(server, "say hello").startswith("reused=0; prompt=")
     assert server.stop() == 0
-    server = Server(*flags)
+    server = Server(*flags, "--verbose")
     try:
         again = re.fullmatch(r"reused=(\d+); prompt=(\d+)", ask(server, "say hello"))
         assert int(again[1]) >= int(again[2]) - REREAD

@@ -13,6 +13,8 @@ import pytest
 from conftest import ROOT, Server
 from models import build_model
 
+from _mlx_server.front.cli import parse_arguments
+
 
 def run(*flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(
@@ -36,7 +38,12 @@ def ask(server: Server, path: str, body: dict) -> dict:
         (["--port", "http"], "not a port"),
         (["--alias", "nonsense"], "PATTERN=NAME"),
         (["--context", "0"], "positive"),
+        (["--memory", "8"], "'8' is 8 bytes; say a size like 512MB or 8GB"),
         (["--frobnicate"], "frobnicate"),
+        (["frobnicate"], "there is no command 'frobnicate'"),
+        (["show"], "show: it takes a model's NAME"),
+        (["list", "qwen"], "nothing stands behind it, not 'qwen' either"),
+        (["list", "--", "-x"], "belong to launch"),
         (["--port", "0", "--model", "/no/such/folder"], "/no/such/folder"),
         (["--port", "0", "--model", "no-such-model:7b"], "not found"),
         (["--host", "no.such.host.invalid"], "cannot listen"),
@@ -46,6 +53,52 @@ def test_mistakes_are_told_in_a_line(flags: list[str], said: str):
     result = run(*flags)
     assert result.returncode != 0
     assert said in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "text, number", [("4096", 4096), ("128k", 131072), ("1K", 1024), ("40k", 40960)]
+)
+def test_tokens_may_be_thousands(text: str, number: int):
+    assert parse_arguments(["--context", text]).context == number
+
+
+def test_usage_errors_are_one_line_and_help_is_grouped():
+    out = run("--frobnicate")
+    assert (out.returncode, out.stderr.count("\n")) == (2, 1) and "see --help" in out.stderr
+    text = run("help").stdout
+    assert text == run("--help").stdout
+    for part in ("commands:", "  launch AGENT ", "memory:", "access:", "prompt cache:"):
+        assert part in text
+
+
+@pytest.mark.slow
+def test_the_servers_models_are_listed_and_unloaded_at_the_keyboard(server: Server):
+    port = ["--port", str(server.port)]
+    ask(server, "/api/generate", {"model": "demo", "stream": False})
+    lines = run("ps", *port).stdout.splitlines()
+    assert lines[0].split() == ["NAME", "SIZE", "CONTEXT", "UNTIL"]
+    assert lines[1].split(maxsplit=4)[0] == "demo" and "its memory is needed" in lines[1]
+    assert run("stop", "demo", *port).stdout == "unloaded demo\n"
+    assert len(run("ps", *port).stdout.splitlines()) == 1
+    out = run("ps", "--port", "1")
+    assert out.returncode == 1 and "http://127.0.0.1:1 cannot be asked: " in out.stderr
+
+
+def test_folders_without_models_are_told_at_the_start(tmp_path: Path):
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "gguf" / "org").mkdir(parents=True)
+    (tmp_path / "gguf" / "org" / "x.gguf").touch()
+    names = ("none", "file", "empty", "gguf")
+    server = Server(*(word for name in names for word in ("--models-dir", str(tmp_path / name))))
+    for said in (
+        "none does not exist",
+        "file is a file",
+        "empty is empty",
+        r"gguf holds GGUF weights \(x.gguf\)",
+    ):
+        server.wait_for(f"no model in --models-dir: .*{said}")
+    assert server.stop() == 0 and "has ended" in server.lines[-1]
 
 
 def test_version():
@@ -91,8 +144,24 @@ def test_a_signal_ends_running_work_with_an_error_and_the_program_with_0(number:
         f"{server.url}/api/generate", json.dumps(body).encode(), timeout=60
     )
     server.process.send_signal(number)
+    server.wait_for("1 answer may take 0 s to end; a second Ctrl-C or signal ends all now")
     last = json.loads(response.readlines()[-1])
     assert "shutting down" in last["error"]
+    assert server.process.wait(60) == 0
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_what_the_first_lets_run():
+    server = Server("--drain", "1000")
+    body = {"model": "demo", "prompt": "word " * 20000}
+    response = urllib.request.urlopen(
+        f"{server.url}/api/generate", json.dumps(body).encode(), timeout=60
+    )
+    server.process.send_signal(signal.SIGINT)
+    server.wait_for("1 answer may take 1000 s to end")
+    server.process.send_signal(signal.SIGINT)
+    server.wait_for("unfinished answers: 1")
+    assert "shutting down" in json.loads(response.readlines()[-1])["error"]
     assert server.process.wait(60) == 0
 
 

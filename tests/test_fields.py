@@ -245,7 +245,7 @@ HONOURED: list[tuple[type, dict, dict]] = [
         (
             AnthropicMessages,
             {"thinking": {"type": "adaptive", "display": display}},
-            {"thinking": True},
+            {"thinking": True, "adaptive": True},
         )
         for display in ("summarized", "updates", "omitted", None)
     ),

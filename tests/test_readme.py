@@ -46,6 +46,7 @@ def test_every_example_is_run():
             ("README.md", "Claude Code"),
             ("README.md", "curl"),
             ("docs/clients.md", "Claude Code"),
+            ("docs/clients.md", "Claude Code"),  # test_launch.py
             ("docs/many-clients.md", "Priorities"),
             ("docs/service.md", "Linux"),
             ("docs/service.md", "macOS"),
@@ -219,9 +220,8 @@ def test_claude_code(server: Server, claude: Callable[..., subprocess.CompletedP
     assert "The tool answered: second" in answer("run echo second", "--model", "demo", "--continue")
     prompt, reused = map(int, server.wait_for(r"prompt (\d+), reused (\d+),", since=seen).groups())
     assert reused > 0.9 * prompt
-    printed = example("--print-env").partition(" && ")[0]
     program = f"{shlex.join([sys.executable, str(ROOT / 'mlx_server.py')])} --port {server.port}"
-    exports = printed.replace("python mlx_server.py", program)
+    exports = f'eval "$({program} --print-env)"'
     assert said in answer("run echo hello-from-mlx", exports=exports)
 
 

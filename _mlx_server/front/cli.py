@@ -5,24 +5,34 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
 
 from _mlx_server import __version__
 from _mlx_server.front import options
-from _mlx_server.front.commands import COMMANDS, print_env
+from _mlx_server.front.commands import COMMANDS, Run, commands_text
+from _mlx_server.front.launch import print_env
 from _mlx_server.front.service import launchd_job, service_mistake, start_command, systemd_unit
 from _mlx_server.inference.image_layout import DEFAULT_TOKENS
 
-Command = Callable[[argparse.Namespace], None]
-"""What is carried out instead of serving."""
+
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
-def arguments() -> argparse.ArgumentParser:
+def arguments() -> Parser:
     """The parser of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx-server",
+        usage="%(prog)s [COMMAND] [FLAGS] [-- ARGS]",
         allow_abbrev=False,
-        description="Serves local MLX models to Claude Code, Ollama clients and scripts.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Serves local MLX models to Claude Code, Ollama clients and scripts.\n\n"
+        + commands_text(),
     )
     _add_models(parser)
     _add_prompt_cache(parser)
@@ -30,13 +40,14 @@ def arguments() -> argparse.ArgumentParser:
     _add_requests(parser)
     _add_access(parser)
     _add_running(parser)
-    _add_commands(parser)
+    _add_launch(parser)
+    _add_other(parser)
     return parser
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:
-    """Where the server listens, which models it has, and how long their answers may be."""
-    add = parser.add_argument
+    """Where the server listens, which models it has, and how their answers are."""
+    add = parser.add_argument_group("where it listens, and its models").add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add(
         "--port",
@@ -69,15 +80,24 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     add(
         "--context",
         metavar="N",
-        type=options.positive,
-        help="most tokens of prompt and answer together",
+        type=options.tokens,
+        help="most tokens of prompt and answer together, e.g. 128k",
     )
-    add("--max-tokens", metavar="N", type=options.positive, help="most tokens of an answer")
+    add("--max-tokens", metavar="N", type=options.tokens, help="most tokens of an answer")
+    add(
+        "--thinking",
+        metavar="[PATTERN=]on|off|N",
+        type=options.thinking_rule,
+        action="append",
+        default=[],
+        help="whether models think, or for at most N tokens, where a request leaves it open; for "
+        "requests to models, or in dialects, like PATTERN (repeatable)",
+    )
 
 
 def _add_prompt_cache(parser: argparse.ArgumentParser) -> None:
     """What is kept of earlier prompts, in memory and on disk."""
-    add = parser.add_argument
+    add = parser.add_argument_group("prompt cache").add_argument
     add(
         "--prompt-cache",
         metavar="SIZE",
@@ -109,7 +129,7 @@ def _add_prompt_cache(parser: argparse.ArgumentParser) -> None:
 
 def _add_models_in_memory(parser: argparse.ArgumentParser) -> None:
     """What models may take of memory, and for how long."""
-    add = parser.add_argument
+    add = parser.add_argument_group("memory").add_argument
     add(
         "--kv-bits",
         type=int,
@@ -152,7 +172,7 @@ def _add_models_in_memory(parser: argparse.ArgumentParser) -> None:
 
 def _add_requests(parser: argparse.ArgumentParser) -> None:
     """Which requests wait, which are refused, and which another server answers."""
-    add = parser.add_argument
+    add = parser.add_argument_group("many requests, and another server").add_argument
     add(
         "--max-queue",
         metavar="N",
@@ -184,7 +204,7 @@ def _add_requests(parser: argparse.ArgumentParser) -> None:
 
 def _add_access(parser: argparse.ArgumentParser) -> None:
     """Who may use the server."""
-    add = parser.add_argument
+    add = parser.add_argument_group("access").add_argument
     add(
         "--allow-host",
         metavar="NAME",
@@ -211,7 +231,7 @@ def _add_access(parser: argparse.ArgumentParser) -> None:
 
 def _add_running(parser: argparse.ArgumentParser) -> None:
     """How the server ends, what it logs, and what makes it run."""
-    add = parser.add_argument
+    add = parser.add_argument_group("log, end and service").add_argument
     add(
         "--drain",
         metavar="DURATION",
@@ -223,13 +243,6 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         "--log-file",
         metavar="FILE",
         help="log to FILE, anew after every 10 MB; three old ones are kept",
-    )
-    add(
-        "--print-env",
-        nargs="?",
-        const="claude",
-        choices=["claude"],
-        help="print the shell commands that make Claude Code use this server, and end",
     )
     add("--log-json", action="store_true", help="log JSON objects, one a line")
     add("--verbose", action="store_true", help="log every detail")
@@ -249,32 +262,51 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_commands(parser: argparse.ArgumentParser) -> None:
-    """What is done instead of serving."""
-    add = parser.add_argument
-    add("--version", action="version", version=f"mlx-server {__version__}")
+def _add_launch(parser: argparse.ArgumentParser) -> None:
+    """How an agent is started."""
+    add = parser.add_argument_group("launch").add_argument
+    add("--keep", action="store_true", help="let a server that was started run on")
+    add("--print", action="store_true", help="print the line that starts the agent, and end")
     add(
-        "command",
-        metavar="COMMAND",
+        "--print-env",
         nargs="?",
-        choices=COMMANDS,
-        help="instead of serving: pull NAME (download a model, by a name like qwen3:8b or as "
-        "ORG/NAME), list, show NAME, rm NAME (what is installed)",
+        const="claude",
+        choices=["claude"],
+        help="print the shell commands that make Claude Code use this server, and end",
     )
-    add("name", metavar="NAME", nargs="?")
+
+
+def _add_other(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--version", action="version", version=f"mlx-server {__version__}")
+    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("name", nargs="?", help=argparse.SUPPRESS)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The flags' values. Mistakes are told on stderr and end the program with status 2, as argparse
-    does it."""
+    does it. `agent_words` are those behind `--`, `server_words` the flags without command."""
     parser = arguments()
-    args = parser.parse_intermixed_args(argv)
+    words = list(argv)
+    end = words.index("--") if "--" in words else len(words)
+    args = parser.parse_intermixed_args(words[:end])
+    args.agent_words = words[end + 1 :]
+    args.server_words = _without(words[:end], args.command, args.name, "--keep")
+    args.help_text = parser.format_help()
     mistake = _mistake(args)
     if args.service and not mistake:
         mistake = service_mistake(start_command(argv))
     if mistake:
         parser.error(mistake)
     return args
+
+
+def _without(words: list[str], *dropped: str | None) -> list[str]:
+    """The words without the first of each of these."""
+    left = words.copy()
+    for word in dropped:
+        if word in left:
+            left.remove(word)
+    return left
 
 
 def _mistake(args: argparse.Namespace) -> str | None:
@@ -286,8 +318,14 @@ def _mistake(args: argparse.Namespace) -> str | None:
         return "--pipeline needs mlx.launch"
     if launched and (not args.model or args.cache_dir):
         return "with mlx.launch there is one model, named by --model, and no --cache-dir"
-    if bool(args.name) != (args.command in ("pull", "show", "rm")):
-        return "pull, show and rm take one NAME, and nothing else does"
+    if args.command and args.command not in COMMANDS:
+        return f"there is no command '{args.command}'"
+    if args.command and (mistake := COMMANDS[args.command].mistake(args.name)):
+        return f"{args.command}: {mistake}"
+    if args.command == "launch" and not args.port:
+        return "launch: the agent needs a --port that is known"
+    if args.command != "launch" and (args.agent_words or args.keep or args.print):
+        return "--keep, --print and -- ARGS belong to launch"
     if not args.command and options.has_blank_key(args):
         return "MLX_SERVER_API_KEY is set but blank: give it a key, or unset it to serve without"
     if args.service and options.api_keys(args) != dict(args.api_key_file):
@@ -295,15 +333,21 @@ def _mistake(args: argparse.Namespace) -> str | None:
     return None
 
 
-def selected_command(args: argparse.Namespace, argv: Sequence[str]) -> Command | None:
+def selected_command(args: argparse.Namespace, argv: Sequence[str]) -> Run | None:
     """What is to be done instead of serving, None for serving."""
     if args.print_env:
         return print_env
     if args.service:
         return functools.partial(_print_service, argv)
-    return COMMANDS.get(args.command)
+    return COMMANDS[args.command].run if args.command else None
 
 
 def _print_service(argv: Sequence[str], args: argparse.Namespace) -> None:
     """Prints what makes the system run the server with the flags in `argv`."""
     print(args.service(args, start_command(argv)), end="")
+
+
+def is_for_eval(argv: Sequence[str]) -> bool:
+    """Whether a shell may read the output as commands, also where the flag has a typo."""
+    printing = any(word.startswith("--print") or "env" in word for word in argv)
+    return printing and not sys.stdout.isatty()

@@ -184,6 +184,11 @@ class ConnectionServer(ThreadingHTTPServer):
         finally:
             self._answering.discard(thread)
 
+    @property
+    def answers(self) -> int:
+        """How many answers are being generated."""
+        return len(self._answering)
+
     def join_answers(self, deadline: float) -> None:
         """Waits for the threads that are answering, at most until `deadline` in monotonic
         seconds."""

@@ -6,16 +6,28 @@ prints."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from _mlx_server.inference.library import Library
 from _mlx_server.inference.protocol import Priority
 from _mlx_server.wire.fields import WireError
 from _mlx_server.wire.ollama_request import parse_keep_alive
+
+MIN_SIZE = 2**20  # bytes; less is a unit that was forgotten
+
+
+@dataclass(frozen=True)
+class ThinkingDefault:
+    """Whether a model thinks, and for at most how many tokens, where a request leaves it open."""
+
+    on: bool
+    budget: int | None = None
 
 
 def alias(text: str) -> tuple[str, str]:
@@ -82,13 +94,35 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def tokens(text: str) -> int:
+    """Tokens, such as 4096 or 128k."""
+    match = re.fullmatch(r"(\d+)(k?)", text.strip().lower(), re.A)
+    number = int(match[1]) * 1024 ** len(match[2]) if match else 0
+    if not number:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number like 4096 or 128k")
+    return number
+
+
 def size(text: str) -> int:
     """Bytes, from a size such as 512MB or 8GB, in powers of 1024."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", text.strip().lower())
     number = int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " ")) if match else 0
-    if not number:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a size like 512MB or 8GB")
+    if number < MIN_SIZE:
+        reason = f"is {number:,} bytes" if match else "is not a size"
+        raise argparse.ArgumentTypeError(f"'{text}' {reason}; say a size like 512MB or 8GB")
     return number
+
+
+def thinking_rule(text: str) -> tuple[str, ThinkingDefault]:
+    """A glob and what is the default for the requests it matches."""
+    pattern, separator, value = text.rpartition("=")
+    if separator and not pattern:
+        raise argparse.ArgumentTypeError(f"'{text}' is not of the form PATTERN=on|off|N")
+    if value in ("on", "off"):
+        return pattern or "*", ThinkingDefault(value == "on")
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        return pattern or "*", ThinkingDefault(True, tokens(value))
+    raise argparse.ArgumentTypeError(f"'{value}' is not on, off or a number of tokens")
 
 
 def url(text: str) -> str:
@@ -118,6 +152,15 @@ def user_cache_folder() -> str:
     system = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser(system)
     return os.path.join(cache, "mlx-server", "prompts")
+
+
+def log_folder() -> str:
+    """Where logs are kept if no flag says otherwise:
+    https://specifications.freedesktop.org/basedir-spec/latest/, and Apple's place on macOS."""
+    if sys.platform == "darwin":
+        return os.path.expanduser("~/Library/Logs/mlx-server")
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return os.path.join(state, "mlx-server")
 
 
 def cache_folder(args: argparse.Namespace) -> str | None:

@@ -52,12 +52,14 @@ class RequestLog:
         self.ending = "cancelled" if self.cancelled else f"failed: {error}"
 
     def generation(self, generation: Generation) -> None:
-        """Logs one generation of the answer."""
+        """Logs one generation of the answer; texts of prompts only with --verbose, or as fields."""
         usage, miss, wait = generation.usage, generation.miss, self.first_token_seconds
+        verbose = log.isEnabledFor(logging.DEBUG)
         rate = usage.completion_tokens / usage.decode_seconds if usage.decode_seconds else None
         parted = ""
         if miss:
-            parted = f" (parts at {miss.at} in {_place(miss)}: {miss.now!r} was {miss.was!r})"
+            texts = f": {miss.now!r} was {miss.was!r}" if verbose else ""
+            parted = f" (parts at {miss.at} in {_place(miss)}{texts})"
         figures = {
             "route": self.route,
             "dialect": self.dialect,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import importlib.util
 import os
 import re
@@ -12,13 +11,14 @@ import shlex
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from urllib.parse import urlsplit
 
+from _mlx_server.front.client import PROBE, ServerClient
 from _mlx_server.front.options import reached
 from _mlx_server.inference.memory import usable_memory
 
 OPEN_FILES = 4096  # wanted at the same time: a large model alone has hundreds
-PROBE_TIMEOUT = 2.0  # seconds that whoever listens on the port may take to answer
 
 
 def mlx_trouble() -> str | None:
@@ -46,7 +46,7 @@ def is_taken(host: str, port: int) -> bool:
     at all of them, and clients reach only the former: https://stackoverflow.com/a/14388707"""
     address = urlsplit(reached(host, port)).hostname, port
     try:
-        socket.create_connection(address, PROBE_TIMEOUT).close()
+        socket.create_connection(address, PROBE).close()
     except OSError:
         return False
     return True
@@ -54,10 +54,8 @@ def is_taken(host: str, port: int) -> bool:
 
 def port_holder(host: str, port: int) -> str:
     """Which program listens there, as far as that can be found out."""
-    netloc = urlsplit(reached(host, port)).netloc
-    with contextlib.suppress(OSError, http.client.HTTPException):
-        if _get(netloc, "/") == (200, b"Ollama is running"):
-            return "Ollama" if _get(netloc, "/health")[0] == 404 else "another mlx-server"
+    if holder := ServerClient(host, port).holder():
+        return holder
     command = ["lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fpc"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         listed = subprocess.run(
@@ -65,21 +63,36 @@ def port_holder(host: str, port: int) -> str:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            timeout=PROBE_TIMEOUT,
+            timeout=PROBE,
         )
         if found := re.search(r"^p(\d+)\nc(.+)", listed.stdout, re.M):
             return f"{found[2]} (process {found[1]})"
     return "another program"
 
 
-def _get(netloc: str, path: str) -> tuple[int, bytes]:
-    """Status and first bytes of an answer."""
-    with contextlib.closing(
-        http.client.HTTPConnection(netloc, timeout=PROBE_TIMEOUT)
-    ) as connection:
-        connection.request("GET", path)
-        answer = connection.getresponse()
-        return answer.status, answer.read(100)
+def folder_trouble(folder: str) -> str | None:
+    """Why no model is found in a folder that is to hold models, None if one may be. It looks as
+    deep as models are looked for: DIR, DIR/NAME, DIR/ORG/NAME."""
+    path = Path(folder).expanduser()
+    if not path.exists():
+        return f"{folder} does not exist"
+    if not path.is_dir():
+        return f"{folder} is a file, not a folder of models"
+    below = [path, *path.glob("*/"), *path.glob("*/*/"), *path.glob("*/snapshots/*/")]
+    names = [name for one in below for name in _names(one)]
+    if any(name == "config.json" for name in names):
+        return None
+    if gguf := next((name for name in names if name.endswith(".gguf")), None):
+        return f"{folder} holds GGUF weights ({gguf}), which MLX cannot load; get MLX versions"
+    return f"{folder} holds no model" if names else f"{folder} is empty"
+
+
+def _names(folder: Path) -> list[str]:
+    """What is in a folder, as far as it can be read."""
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
 
 
 def raise_file_limit() -> None:

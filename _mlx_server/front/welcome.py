@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import os
 import shlex
 from collections.abc import Callable
-from typing import Any
 
 from _mlx_server.front.cli import arguments
-from _mlx_server.front.commands import default_model
 from _mlx_server.front.options import api_keys, program
+from _mlx_server.front.startup import folder_trouble
 from _mlx_server.inference.memory import gigabytes
 from _mlx_server.inference.models import LocalModel
 from _mlx_server.inference.protocol import ModelNotFound
@@ -25,11 +23,20 @@ log = logging.getLogger("mlx_server")
 def welcome(
     args: argparse.Namespace,
     port: int,
+    open_to_all: bool,
     models: Callable[[], list[LocalModel]],
     resolve: Callable[[str], LocalModel],
 ) -> None:
-    """Logs which models there are and what to type next. `models` and `resolve` are the
-    engine's."""
+    """Logs which models there are and what to type next, and whether the server is `open_to_all`
+    without a key. `models` and `resolve` are the engine's."""
+    if open_to_all:
+        log.warning(
+            "whoever reaches this machine may use the server: "
+            "demand a key with --api-key-file, or leave out --host"
+        )
+    for folder in args.models_dir:
+        if trouble := folder_trouble(folder):
+            log.warning("no model in --models-dir: %s", trouble)
     if not args.model:
         newest = sorted(models(), key=lambda model: model.modified, reverse=True)
         names = [
@@ -40,25 +47,36 @@ def welcome(
         log.info("models: %s%s", listed, more)
         with contextlib.suppress(ModelNotFound):  # not even the demo is there
             default_model(resolve)
-    shell = f'eval "$({_env_command(args, port)})" && claude --permission-mode acceptEdits'
-    log.info("Claude Code, in another terminal: %s", shell)
+    log.info("Claude Code, in another terminal: %s", _launch_command(args, port))
 
 
-def _env_command(args: argparse.Namespace, port: int) -> str:
-    """The command that prints Claude Code's variables for this server, without its keys."""
-    words, parser = ["--print-env", "--port", str(port)], arguments()
-    for name in ("host", "model", "models_dir", "alias", "state", "context", "max_tokens"):
-        given = getattr(args, name)
-        if given == parser.get_default(name):
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        for value in given if isinstance(given, list) else [given]:
-            words += [flag, _flag_value(value)]
+def _launch_command(args: argparse.Namespace, port: int) -> str:
+    """The command that starts Claude Code with this server, without its keys."""
+    words = ["launch", "claude", "--port", str(port)]
+    if args.host != arguments().get_default("host"):
+        words += ["--host", args.host]
     keys = ["--api-key", "YOUR_KEY"] if api_keys(args) else []
     return f"{program()} {shlex.join(words + keys)}"
 
 
-def _flag_value(value: Any) -> str:
-    """A flag's value as it is typed; paths are valid in every folder."""
-    text = "=".join(value) if isinstance(value, tuple) else str(value)
-    return os.path.abspath(text) if os.path.exists(text) else text
+def default_model(resolve: Callable[[str], LocalModel]) -> LocalModel:
+    """The default model where no --model says it; logs why."""
+    model = resolve("default")
+    if model.name == "demo":
+        log.warning(
+            "DEFAULT: demo, A TOY that cannot program; get a model that fits this machine: %s pull",
+            program(),
+        )
+    else:
+        tools = (
+            "that can use tools"
+            if "tools" in model.capabilities
+            else "(NONE CAN USE TOOLS, which Claude Code needs)"
+        )
+        log.info(
+            "default: %s, the newest %s; others: --model NAME, or %s pull NAME",
+            model.name,
+            tools,
+            program(),
+        )
+    return model

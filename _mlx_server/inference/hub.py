@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from _mlx_server.inference.download import (
     HubError,
@@ -31,7 +31,7 @@ from _mlx_server.inference.names import best_repo, parse_name
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoSibling
+    from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 log = logging.getLogger("mlx_server")
 
@@ -147,6 +147,34 @@ class Hub:
         from huggingface_hub import HfApi  # takes most of a second
 
         return HfApi()
+
+    def listing(self, most: int) -> list[ModelInfo]:
+        """The `most` models of mlx-community that were downloaded most in the last 30 days, with
+        what their configs and weights are. Raises HubError."""
+        try:
+            found = self.api.list_models(
+                author="mlx-community",
+                sort="downloads",
+                limit=most,
+                expand=["config", "createdAt", "downloads", "pipeline_tag", "safetensors"],
+            )
+            return list(found)
+        except Exception as error:
+            raise hub_error(error, "the list of models") from error
+
+    def read_json(self, repo: str, name: str) -> Any:
+        """A JSON file of a repo, which does not get into the cache. Raises HubError."""
+        from huggingface_hub import get_session, get_token, hf_hub_url
+
+        token = get_token()
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        try:
+            url = hf_hub_url(repo, name, endpoint=self.api.endpoint)
+            answer = get_session().get(url, headers=headers, follow_redirects=True)
+            answer.raise_for_status()
+            return answer.json()
+        except Exception as error:
+            raise hub_error(error, repo) from error
 
     def _search(self, words: str) -> list[str]:
         """The ids of mlx-community's repos that have these words in their names."""

@@ -21,8 +21,10 @@ from _mlx_server.inference.models import LocalModel, describe
 from _mlx_server.inference.names import (
     VENDOR_NAME,
     VENDOR_PREFIX,
+    all_matches,
     best_match,
     plain_name,
+    short_names,
     stand_in,
 )
 from _mlx_server.inference.presets import Preset, PresetStore
@@ -170,7 +172,9 @@ class Library:
                 look.matches[key] = best_match(plain, look.models, last_used)
             model = look.matches[key]
             if model is None and VENDOR_NAME.fullmatch(plain):
-                model = default or last_used or look.stand_in
+                # The demo counts only where there is nothing else
+                used = last_used if last_used and last_used.name != "demo" else None
+                model = default or used or look.stand_in
             return model
 
         look = self._recent_look() if self.only is None else Look(self.models())
@@ -183,6 +187,30 @@ class Library:
         if model is None:
             raise ModelNotFound(name, [model.name for model in look.models])
         return model
+
+    def matches(self, name: str) -> list[LocalModel]:
+        """Every model that `name` may mean: those of exactly this name, else of this name in any
+        org, else those that answer to it."""
+        return all_matches(plain_name(name), self.models())
+
+    def short_name(self, model: LocalModel) -> str:
+        """The shortest name that this model answers to, by the rules of `resolve`."""
+        for name in short_names(model):
+            with contextlib.suppress(ModelNotFound):
+                if self.resolve(name).name == model.name:
+                    return name
+        return model.name
+
+    def shortcomings(self) -> list[tuple[str, str]]:
+        """The folders that are no models, by name, and why not."""
+        found: dict[str, str] = {}
+        for name, path in self._folders():
+            try:
+                describe(name, path)
+            except ModelLoadError as error:
+                found.setdefault(name, str(error).removeprefix(f"{path} "))
+        good = {model.name for model in self.models()}
+        return [(name, why) for name, why in found.items() if name not in good]
 
     def _is_current(self, model: LocalModel) -> bool:
         """Whether a model is still there as it was found, and in a hub cache still the revision

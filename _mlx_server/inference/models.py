@@ -101,7 +101,7 @@ def _describe(name: str, path: Path) -> LocalModel:
         parameters=parameters,
         parameter_size=_parameter_size(parameters),
         quantization=_quantization(recipe, text),
-        context_length=_context_length(text),
+        context_length=context_length(config),
         embedding_length=_amount(_first(text, _HIDDEN_SIZES)),
         capabilities=_capabilities(name, path, files, config)
         + (["vision"] if _sees(path, weights, config, index) else []),
@@ -214,8 +214,10 @@ def _quantization(recipe: dict[str, Any], text: dict[str, Any]) -> str:
     return f"int{recipe['bits']}" if mode == "affine" else str(mode)
 
 
-def _context_length(text: dict[str, Any]) -> int:
-    """Tokens; a yarn-like scaling counts where the config has not already counted it."""
+def context_length(config: dict[str, Any]) -> int:
+    """The tokens of a model's window, by its config.json; a yarn-like scaling counts where the
+    config has not already counted it."""
+    text = {**config, **(config.get("text_config") or {})}
     stated = _amount(_first(text, _CONTEXT_LENGTHS) or 4096)
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
     scaled = (rope.get("factor") or 0) * (rope.get("original_max_position_embeddings") or 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,7 @@ def parse_name(name: str) -> NameParts:
     for token in re.split(r"[-_:\s]+", bare):
         reader.read(token)
     reader.move_base()
-    sizes = sorted(reader.sizes, key=_billions)
+    sizes = sorted(reader.sizes, key=billions)
     return NameParts(
         frozenset(reader.words + sizes[:-1]),
         frozenset(reader.extras),
@@ -126,13 +126,20 @@ def _split_token(token: str) -> list[str]:
     return ["base" if word == "pt" else word.removesuffix(".0") for word in words]
 
 
-def _billions(size: str | None) -> float:
+def billions(size: str | None) -> float:
     """Parameters: 0.6 for "0.6b", 0.135 for "135m", 56 for "8x7b", 4 for "e4b"."""
     match = _SIZE.fullmatch(size or "")
     if not match:
         return 0.0
     times = float(match[1][:-1]) if match[1] and match[1] != "e" else 1.0
     return times * float(match[2]) * {"m": 1e-3, "b": 1, "t": 1e3}[match[3]]
+
+
+def active_billions(parts: NameParts) -> float | None:
+    """How many of the parameters work at a time, where the name of a model with experts says it: 3
+    for "a3b"."""
+    active = [word for word in parts.extras if re.fullmatch(r"a\d+(?:\.\d+)?b", word)]
+    return float(active[0][1:-1]) if active else None
 
 
 def _bits(quantization: str) -> str:
@@ -166,14 +173,14 @@ class _Candidate:
         """phi-4 has its size in no name, but phi4:14b means it."""
         if asked is None or asked == named:
             return True
-        return named is None and math.isclose(self.parameters / 1e9, _billions(asked), rel_tol=0.05)
+        return named is None and math.isclose(self.parameters / 1e9, billions(asked), rel_tol=0.05)
 
 
 VENDOR_PREFIX = "anthropic/"
 """Before a model's name it means the same model. Claude Code offers no model whose name begins
 otherwise: https://code.claude.com/docs/en/llm-gateway-protocol"""
 
-VENDOR_NAME = re.compile(r"default|claude-.*|gpt-(?!oss).*|(?:opus|sonnet|haiku)(?:\[.*\])?")
+VENDOR_NAME = re.compile(r"default|claude-.*|gpt-(?!oss).*|(?:opus|sonnet|haiku|fable)(?:\[.*\])?")
 _REGISTRY = re.compile(r"^(?:(?:registry\.ollama\.ai|hf\.co|huggingface\.co)/)?(?:library/)?")
 _PREFERRED_BITS = ["4", "5", "6", "8", "3", "16"]  # where a name does not say, best first
 
@@ -194,6 +201,31 @@ def best_match(
     ]
     found = _best(plain, candidates, last_used.name if last_used else None)
     return by_name[found.name] if found else None
+
+
+def all_matches(plain: str, models: Iterable[LocalModel]) -> list[LocalModel]:
+    """Every model of exactly this name, which is a plain one, else of this name in any org, else
+    every one that answers to it."""
+    by_name = {model.name: model for model in models}
+    candidates = [
+        _Candidate(model.name, model.quantization, model.parameters) for model in by_name.values()
+    ]
+    return [by_name[one.name] for one in _called(plain, candidates, parse_name(plain))]
+
+
+def short_names(model: LocalModel) -> Iterator[str]:
+    """Names that are shorter than a model's own and may mean it, the shortest first: family and
+    size as in qwen3:8b, with the quantisation, with all else that the name says."""
+    bare = model.name.rpartition("/")[2].lower()
+    tokens = [token for token in re.split(r"[-_\s]+", bare) if token not in _SILENT]
+    size = next((at for at, token in enumerate(tokens) if _SIZE.fullmatch(token)), None)
+    if size:
+        family, rest = "-".join(tokens[:size]), tokens[size + 1 :]
+        yield f"{family}:{tokens[size]}"
+        yield f"{family}:{tokens[size]}-q{_bits(model.quantization)}"
+        words = [token for token in rest if not _QUANTISATION.fullmatch(token)]
+        yield "-".join([f"{family}:{tokens[size]}", *words])
+    yield bare
 
 
 def best_repo(name: str, repos: Iterable[str]) -> str | None:
@@ -218,7 +250,7 @@ def _best(plain: str, candidates: list[_Candidate], last_used: str | None) -> _C
             asked.size is not None or one.name != last_used,
             not parts.chat,
             habit,
-            _billions(parts.size) or one.parameters / 1e9,
+            billions(parts.size) or one.parameters / 1e9,
         )
 
     # Of those that rank equal, the later revision, then the plainer name

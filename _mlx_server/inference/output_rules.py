@@ -21,13 +21,18 @@ from _mlx_server.inference.tokenizer import TextTokenizer
 log = logging.getLogger("mlx_server")
 
 
+# Tokens of thinking by a request's effort, for templates that know no efforts; "max" has no bound
+EFFORT_BUDGETS = {"minimal": 512, "low": 1024, "medium": 4096, "high": 8192, "xhigh": 16384}
+
+
 class OutputRules:
-    """Makes the logits processors that a request needs, for one model."""
+    """Makes the logits processors that a request needs, for one model. `efforts` is whether its
+    template makes something of a request's effort."""
 
     MAX_TESTED = 32  # patterns of a request's tools
 
-    def __init__(self, tokenizer: TextTokenizer, format: OutputFormat):
-        self._tokenizer, self._format = tokenizer, format
+    def __init__(self, tokenizer: TextTokenizer, format: OutputFormat, efforts: bool):
+        self._tokenizer, self._format, self._efforts = tokenizer, format, efforts
         self._grammars = GrammarCompiler(tokenizer)
 
     def constraint(self, request: Request, prompt: Prompt) -> Constraint | None:
@@ -45,17 +50,19 @@ class OutputRules:
         return None
 
     def budget(self, request: Request, prompt: Prompt, begins: int) -> ThinkingBudget | None:
-        """What ends the thinking when the request's budget is spent; None if the request has none,
-        or the answer no thinking. The answer begins behind `begins` tokens."""
-        thinking = self._format.thinking
-        if request.thinking_budget is None or not thinking:
+        """What ends the thinking when the budget of the request, or of its effort, is spent; None
+        if it has none, or the answer no thinking. The answer begins behind `begins` tokens."""
+        thinking, budget = self._format.thinking, request.thinking_budget
+        if budget is None and not self._efforts:
+            budget = EFFORT_BUDGETS.get(request.effort or "")
+        if budget is None or not thinking:
             return None
         if request.prompt is not None or prompt.opening:
             return None
         start, end = map(self._tokenizer.encode, thinking)
         call = self._tokenizer.encode(self._format.call[0]) if self._format.call else end
         start = [] if prompt.in_thinking else start
-        return ThinkingBudget(request.thinking_budget, begins, start, end, call)
+        return ThinkingBudget(budget, begins, start, end, call)
 
     def _call_constraint(self, request: Request, opening: str) -> Constraint | None:
         """Holds the call that the prompt has opened or, without `opening`, each call from its tag

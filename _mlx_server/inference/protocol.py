@@ -60,7 +60,9 @@ class Request:
     its beginning where it is too long.
 
     `thinking_budget` is how many tokens the model may think for; then its thinking is ended for it.
-    None leaves it the time.
+    None leaves it the time, or as much as its `effort` is worth where the template knows no
+    efforts. `adaptive` says that the client leaves it to this side whether and for how long the
+    model thinks, though it can show it.
 
     `images` are files of images by the marks that stand for them in `messages`: see images.py.
 
@@ -92,6 +94,7 @@ class Request:
     max_tokens: int | None = None
     thinking: bool | None = None
     thinking_budget: int | None = None
+    adaptive: bool = False
     keep_thinking: bool | None = None
     effort: str | None = None
     format: dict[str, Any] | str | None = None

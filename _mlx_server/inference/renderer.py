@@ -51,7 +51,8 @@ class PromptRenderer:
                 structural_markers=self.format.structural_markers,
             )
         self.defaults = generation_defaults(local.path)
-        self._rules = OutputRules(self._tokenizer, self.format)
+        efforts = self.template is not None and self.template.mentions("reasoning_effort")
+        self._rules = OutputRules(self._tokenizer, self.format, efforts)
         self._readings = readings
         self._memories: dict[str, ConversationMemory] = {}  # by owner
         self._chats: dict[str, ChatRenderer] = {}  # by owner

@@ -62,6 +62,7 @@ def _request(body: Object, counting: bool) -> Request:
         max_tokens=max_tokens,
         thinking=thinking,
         thinking_budget=budget,
+        adaptive=field(body, "thinking", dict, default={}).get("type") == "adaptive",
         keep_thinking=_keep_thinking(body),
         effort=field(output, "effort", str, "output_config"),
         images=images.files,

@@ -10,6 +10,8 @@ import math
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeVar, overload
 
+from _mlx_server.inference.library import MAX_NAME
+
 Object = dict[str, Any]
 """A JSON object."""
 
@@ -129,6 +131,13 @@ def items(
 def join_path(path: str, key: str) -> str:
     """The path of `key` in the value at `path`."""
     return f"{path}.{key}" if path else key
+
+
+def short_name(name: str) -> str:
+    """`name`, if it can be a model's. Raises WireError if it is too long."""
+    if len(name) > MAX_NAME:
+        raise WireError(400, f"model: String should have at most {MAX_NAME} characters")
+    return name
 
 
 def model_name(body: Any) -> str:
