@@ -125,15 +125,15 @@ class Engine:
     tokens, `cache_limit` the prefix cache's bytes (by default a quarter of `memory`). `cache_dir`
     is a folder where the prefix cache outlives the process, `cache_dir_limit` the most bytes of
     files in it (by default 16 GiB or a tenth of the free disk). `kv_bits` (4 or 8) keeps the KV
-    cache quantised. `memory` is the bytes that weights, KV and prefix cache may take together (by
-    default nine tenths of what the GPU may use, the rest being for computing), `max_loaded` the
-    number of models, `max_queue` the number of requests that may wait, `keep_alive` the seconds
-    that an idle model stays (None: until its memory is needed). An image has at most `image_tokens`
-    tokens. `state` is the file where presets are kept (None: nowhere, they end with the engine).
-    With a `group` of several processes each makes the same engine, with a `model`, the only one
-    then, which sees no images, and without a `cache_dir`; those that are not rank 0 `follow`.
-    Raises ModelNotFound or ModelLoadError for a bad `model`, OSError for a
-    `cache_dir` that cannot be written to."""
+    cache quantised; without `speculation` each pass of a model gives an answer one token. `memory`
+    is the bytes that weights, KV and prefix cache may take together (by default nine tenths of what
+    the GPU may use, the rest being for computing), `max_loaded` the number of models, `max_queue`
+    the number of requests that may wait, `keep_alive` the seconds that an idle model stays (None:
+    until its memory is needed). An image has at most `image_tokens` tokens. `state` is the file
+    where presets are kept (None: nowhere, they end with the engine). With a `group` of several
+    processes each makes the same engine, with a `model`, the only one then, which sees no images,
+    and without a `cache_dir`; those that are not rank 0 `follow`. Raises ModelNotFound or
+    ModelLoadError for a bad `model`, OSError for a `cache_dir` that cannot be written to."""
 
     LAST_WRITES = 2.5  # seconds that closing may spend on writing the prefix cache to disk
     STUCK = 120.0  # seconds after which a step counts as hanging, the loading of models apart
@@ -150,6 +150,7 @@ class Engine:
         cache_dir: str | Path | None = None,
         cache_dir_limit: int | None = None,
         kv_bits: int | None = None,
+        speculation: bool = True,
         image_tokens: int = DEFAULT_TOKENS,
         memory: int | None = None,
         max_loaded: int | None = None,
@@ -173,9 +174,8 @@ class Engine:
         self._max_queue, self._keep_alive = max_queue, keep_alive
         self._disk_cache = DiskCache(Path(cache_dir), cache_dir_limit) if cache_dir else None
         memory = memory or self._group.memory() * 9 // 10
-        self.pool = ModelPool(
-            memory, cache_limit or memory // 4, max_loaded, kv_bits, self._disk_cache, self._group
-        )
+        bounds = memory, cache_limit or memory // 4, max_loaded
+        self.pool = ModelPool(*bounds, kv_bits, self._disk_cache, self._group, speculation)
         if self.default is not None:
             self.pool.check_size(self.default, self._library.models)
         self._renderers = RendererTable(self._build_renderer)
@@ -282,6 +282,7 @@ class Engine:
         self._check_open(request.priority)
         renderer = self.renderer(local)
         request.sampling = fill_sampling(request.sampling, renderer.defaults)
+        request.speculate = request.speculate and self.pool.speculates
         prompt = self._prompt(local, renderer, request)
         limit, by_context = self._answer_limit(local, request, len(prompt.tokens))
         events = EventQueue(self._mutex)
@@ -597,10 +598,11 @@ class Engine:
     def _decode(self) -> None:
         """Adds a token to each answer."""
         started, runners = time.perf_counter(), self.pool.runners.values()
+        alone = len(self.pool.sequences()) == 1 and not self._queue
         for runner in runners:
             if len(runners) > 1 or runner.decode_batch.groups > 1:
                 self._synchronize()
-            runner.decode()
+            runner.decode(alone)
         self._scheduler.decoded(time.perf_counter() - started)
 
     def _synchronize(self) -> None:

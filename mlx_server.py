@@ -636,6 +636,7 @@ def _engine(args: argparse.Namespace, group: Group, cache_folder: str | None) ->
             cache_dir=cache_folder,
             cache_dir_limit=args.cache_dir_size,
             kv_bits=args.kv_bits,
+            speculation=args.speculation,
             image_tokens=args.image_tokens,
             memory=args.memory,
             max_loaded=args.max_loaded,

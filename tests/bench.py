@@ -17,6 +17,8 @@ to measure nothing else: `loop`, `prefill`, `decode`, `concurrent`, `contended`.
         a prompt's look-up beside few and many conversations, files and models
     python tests/bench.py beside
         a long conversation and short ones beside it: memory, and what they cost each other
+    python tests/bench.py copy
+        answers that copy from what was read: how many tokens a pass of the model brings
     python tests/bench.py soak
         64 clients that hang up and come back: what goes wrong, and memory
 
@@ -41,6 +43,7 @@ from urllib.parse import urlsplit
 
 from bench_api import APIS, as_ollama
 from bench_batch import beside
+from bench_copy import copy
 from bench_growth import growth
 from bench_parts import PARTS, calibrate, measure, progress
 from bench_prompts import made_up_trace, pieces
@@ -236,7 +239,7 @@ def soak(args: argparse.Namespace) -> None:
     )
 
 
-COMMANDS = {command.__name__: command for command in (reuse, render, growth, beside, soak)}
+COMMANDS = {command.__name__: command for command in (reuse, render, growth, copy, beside, soak)}
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -258,6 +261,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--trace", metavar="FILE", help="a recorded session; without it one is made up")
     add("--turns", type=int, default=20, help="turns of a made-up session to render")
     add("--max-tokens", type=int, default=8, help="length of the answers to a trace")
+    add("--seeds", type=int, default=4, help="cases of each kind of answer that is replayed")
     kinds = "a model of random weights with plain, sliding or recurrent layers"
     add("--kind", choices=("qwen3", "llama_sliding", "hybrid"), help=kinds)
     return parser

@@ -288,6 +288,10 @@ HONOURED: list[tuple[type, dict, dict]] = [
         for ask in (OllamaChat, OllamaGenerate)
     ),
     *(
+        (ask, {"options": {"draft_num_predict": 0}}, {"speculate": False})
+        for ask in (OllamaChat, OllamaGenerate)
+    ),
+    *(
         (ask, {"options": {"num_predict": 4, "stop": "x"}}, {"max_tokens": 4, "stop": ["x"]})
         for ask in (OllamaChat, OllamaGenerate)
     ),

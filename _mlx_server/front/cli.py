@@ -137,6 +137,12 @@ def _add_models_in_memory(parser: argparse.ArgumentParser) -> None:
         help="keep the KV cache quantised: half or a quarter of its size",
     )
     add(
+        "--no-speculation",
+        dest="speculation",
+        action="store_false",
+        help="generate one token a pass, to compare: answers are the same",
+    )
+    add(
         "--image-tokens",
         type=options.positive,
         default=DEFAULT_TOKENS,

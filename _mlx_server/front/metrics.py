@@ -64,8 +64,18 @@ def _engine_metrics(stats: Stats) -> list[str]:
         ),
         ("prefilled_tokens_total", "Tokens of prompts that were read.", totals.prefilled_tokens),
         ("completion_tokens_total", "Generated tokens.", totals.completion_tokens),
+        ("decode_passes_total", "Passes that generated them.", totals.decode_passes),
+    ]
+    drafts = [
+        ("draft_tokens_total", "Drafted tokens.", totals.draft_tokens),
+        ("accepted_tokens_total", "Drafted tokens that were right.", totals.accepted_tokens),
     ]
     gauges = [
+        (
+            "tokens_per_pass",
+            "Generated tokens by the passes that generated them.",
+            round(totals.completion_tokens / max(1, totals.decode_passes), 2),
+        ),
         ("waiting_requests", "Requests that wait.", stats.waiting),
         ("running_requests", "Requests that are prefilled or decoded.", stats.running),
         ("loaded_models", "Models in memory.", stats.loaded),
@@ -77,8 +87,13 @@ def _engine_metrics(stats: Stats) -> list[str]:
     return [
         _metric("generations_total", "counter", "Generations by how they ended.", *endings),
         *(_metric(name, "counter", about, ("", n)) for name, about, n in counters),
+        *(_metric(name, "counter", about, *_by_drafter(n)) for name, about, n in drafts),
         *(_metric(name, "gauge", about, ("", n)) for name, about, n in gauges),
     ]
+
+
+def _by_drafter(counts: collections.Counter[str]) -> list[tuple[str, float]]:
+    return [(f'{{drafter="{name}"}}', n) for name, n in sorted(counts.copy().items())]
 
 
 def _histogram(counts: list[int], seconds: float) -> str:

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 
 from _mlx_server.inference.generation import Generation
-from _mlx_server.inference.protocol import Miss
+from _mlx_server.inference.protocol import Miss, Usage
 from _mlx_server.wire.embeddings import Embeddings
 from _mlx_server.wire.fields import WireError
 
@@ -60,6 +60,7 @@ class RequestLog:
         if miss:
             texts = f": {miss.now!r} was {miss.was!r}" if verbose else ""
             parted = f" (parts at {miss.at} in {_place(miss)}{texts})"
+        drafted = {name: [usage.accepted_tokens[name], n] for name, n in usage.draft_tokens.items()}
         figures = {
             "route": self.route,
             "dialect": self.dialect,
@@ -67,6 +68,8 @@ class RequestLog:
             "prompt_tokens": usage.prompt_tokens,
             "cached_tokens": usage.cached_tokens,
             "completion_tokens": usage.completion_tokens,
+            "decode_passes": usage.decode_passes,
+            "drafted": drafted,
             "first_token_seconds": wait,
             "tokens_per_second": rate,
             "seconds": self.seconds,
@@ -74,13 +77,14 @@ class RequestLog:
             "miss": miss and dataclasses.asdict(miss),
         }
         log.info(
-            "%s %s: prompt %d, reused %d%s, generated %d, %s, %s, %s",
+            "%s %s: prompt %d, reused %d%s, generated %d%s, %s, %s, %s",
             self.route,
             generation.model.name,
             usage.prompt_tokens,
             usage.cached_tokens,
             parted,
             usage.completion_tokens,
+            _speculated(usage, drafted),
             "no token" if wait is None else f"first token {wait:.2f} s",
             f"{rate:.1f} tokens/s" if rate else "- tokens/s",
             self.ending,
@@ -129,6 +133,14 @@ class RequestLog:
             self.ending,
             extra={"figures": figures},
         )
+
+
+def _speculated(usage: Usage, drafted: dict[str, list[int]]) -> str:
+    """What speculation has brought: nothing, where nothing was drafted."""
+    if not drafted:
+        return ""
+    who = ", ".join(f"{name} {right} of {all}" for name, (right, all) in drafted.items())
+    return f" ({usage.completion_tokens / max(1, usage.decode_passes):.2f} a pass, {who} right)"
 
 
 def prompt_cache_header(generation: Generation, cached_tokens: int | None = None) -> dict[str, str]:

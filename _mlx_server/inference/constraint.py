@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Sequence
@@ -78,6 +79,24 @@ class Constraint:
             self._read(token)
         is_first = self._start == position
         return is_first and token not in self._exits and token not in self._blanks
+
+    def ahead(self, tokens: Sequence[int]) -> list[Constraint]:
+        """A constraint for what comes behind each of some tokens that may come next, up to the
+        first of them that may not. This one stays where it is."""
+        constraints: list[Constraint] = []
+        for token in tokens:
+            latest = (constraints or [self])[-1].behind(token)
+            if latest.error:
+                break
+            constraints.append(latest)
+        return constraints
+
+    def behind(self, token: int) -> Constraint:
+        """A constraint for what comes behind the answer's next token."""
+        new = copy.copy(self)
+        vars(new).update(_matcher=self._matcher.deep_copy(), _called=False)
+        new.observe(token, self._length)
+        return new
 
     def __call__(self, context: mx.array, logits: mx.array) -> mx.array:
         """The logits (1, vocabulary) with all tokens ruled out that may not follow the tokens
@@ -176,6 +195,11 @@ class ThinkingBudget:
         self._budget, self._prompt = budget, prompt
         self._start, self._end, self._call = list(start), list(end), list(call)
         self._over = False  # whether the thinking has ended, or never began
+
+    def ahead(self, tokens: Sequence[int]) -> list[ThinkingBudget]:
+        """A budget for what comes behind each of some tokens that may come next. This one learns
+        nothing from them."""
+        return [copy.copy(self) for _ in tokens]
 
     def __call__(self, context: mx.array, logits: mx.array) -> mx.array:
         """The logits (1, vocabulary) behind the tokens `context` (length). Reads those, which makes

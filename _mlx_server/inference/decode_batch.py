@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.memory import StateSize
 from _mlx_server.inference.prefix_cache import CacheEntry
 from _mlx_server.inference.row_group import row_group_class
+from _mlx_server.inference.speculation import Drafter, Speculation
 from _mlx_server.inference.vision import ImageRows
 
 
@@ -35,11 +36,13 @@ class DecodeBatch:
         state_size: StateSize,
         group: Group,
         images: ImageRows | None = None,
+        speculation: Speculation | None = None,
     ):
-        """`size` is the bytes of the weights; `images` is for a model that sees."""
+        """`size` is the bytes of the weights; `images` is for a model that sees. Without
+        `speculation` a step brings each request one token."""
         from mlx_lm.generate import StopSequences
 
-        self.model = model
+        self.model, self.speculation = model, speculation
         self._ends, self._group = StopSequences([[token] for token in end_tokens]), group
         self._size, self._state_size, self._images = size, state_size, images
         self._count = 0
@@ -81,6 +84,7 @@ class DecodeBatch:
         the positions."""
         import mlx.core as mx
 
+        self.settle()
         self._count += 1
         tokens = list(entry.tokens)
         if self._images:
@@ -139,9 +143,11 @@ class DecodeBatch:
         padded = len(lengths) * max(lengths) - sum(lengths)
         return int(self._state_size.token * padded)
 
-    def step(self) -> list[Any]:
+    def step(self, drafters: Sequence[Drafter] = ()) -> list[Any]:
         """One token for each request of the group whose turn it is: mlx-lm's responses, the last
-        one of a request with its caches and all its tokens."""
+        one of a request with its caches and all its tokens. With `drafters`, those of the only
+        request, it may be several tokens: each is to be taken, as long as the request goes on."""
+        self.settle()
         if not self._groups:
             return []
         group = self._groups.pop(0)
@@ -149,11 +155,30 @@ class DecodeBatch:
         self._last = self._begun = group
         self._stepped = list(group.uids)
         with self._positions(self._stepped):
-            responses: list[Any] = group.next()
+            responses = self._read(group, drafters)
         group.sync_tokens(self._group)
         if not len(group):
             self._groups.remove(group)
         return responses
+
+    def _read(self, group: Any, drafters: Sequence[Drafter]) -> list[Any]:
+        """The responses of a step of a group."""
+        if self.speculation is not None:
+            if drafters and len(self) == 1 and group.in_place:
+                return self.speculation.step(group, drafters)
+            self.speculation.drop()
+        responses: list[Any] = group.next()
+        return responses
+
+    def take(self) -> None:
+        """The next token of the last step was taken."""
+        if self.speculation is not None:
+            self.speculation.take()
+
+    def settle(self) -> None:
+        """Forgets the tokens of the last step that were not taken, before anyone sees them."""
+        if self.speculation is not None:
+            self.speculation.settle()
 
     def peek(self, number: int) -> tuple[list[int], list[Any]]:
         """The tokens a request has read, those of images as the model knows them, and its caches;
@@ -169,6 +194,7 @@ class DecodeBatch:
 
     def find(self, number: int) -> tuple[Any, int]:
         """The group of a request, a `RowGroup`, and the request's row in it."""
+        self.settle()
         group = next(group for group in self._groups if number in group.uids)
         return group, group.uids.index(number)
 
@@ -180,15 +206,24 @@ class DecodeBatch:
 
     def discard(self, number: int) -> None:
         """Takes a request out, if it is still there, with all that it has computed."""
+        if self.speculation is not None:
+            self.speculation.drop()
         for group in self._groups:
             if number in group.uids:
                 group.filter([at for at, uid in enumerate(group.uids) if uid != number])
         self._groups = [group for group in self._groups if len(group)]
 
+    @property
+    def drafting(self) -> bool:
+        """Whether the last step has read a draft, or has failed to."""
+        return self.speculation is not None and self.speculation.drafting
+
     def drop_failed(self) -> dict[int, list[int] | None]:
         """Drops the group that has failed, which is the last one that has begun to compute
         something: the tokens that each of its requests has read, by number, or None for one that
         has ended."""
+        if self.speculation is not None:
+            self.speculation.drop()
         failed = self._begun
         self._groups = [group for group in self._groups if group is not failed]
         read = dict(zip(failed.uids, failed.tokens, strict=False)) if failed else {}

@@ -44,10 +44,12 @@ class ModelPool:
         kv_bits: int | None,
         disk_cache: DiskCache | None,
         group: Group,
+        speculates: bool = False,
     ):
         self.memory, self._group = memory, group
         self._cache_limit, self._max_loaded = cache_limit, max_loaded
         self._kv_bits, self._disk_cache = kv_bits, disk_cache
+        self.speculates = speculates and group.size == 1
         self.prefixes = PrefixCache(self._cache_room, group)
         self.runners: dict[str, ModelRunner] = {}  # by the model's name
         self._paused: list[Sequence] = []  # of which the engine does not know yet
@@ -120,6 +122,7 @@ class ModelPool:
                 self._disk_cache,
                 self._group,
                 self._room,
+                self.speculates,
             )
             self.runners = {**self.runners, local.name: runner}
         finally:

@@ -57,7 +57,8 @@ class Request:
     `context` are tokens that the model reads before all that, an earlier answer's `Done.tokens`.
     `suffix` is raw text that the answer leads from `prompt` to, for models whose capabilities have
     "insert". `embed` asks for the prompt's `Embedding` instead of an answer, `truncate` for that of
-    its beginning where it is too long.
+    its beginning where it is too long. Without `speculate` the answer, which is the same, comes a
+    token a pass.
 
     `thinking_budget` is how many tokens the model may think for; then its thinking is ended for it.
     None leaves it the time, or as much as its `effort` is worth where the template knows no
@@ -104,6 +105,7 @@ class Request:
     owner: str = ""
     embed: bool = False
     truncate: bool = False
+    speculate: bool = True
     images: dict[str, bytes] = field(default_factory=dict)
 
 
@@ -180,7 +182,8 @@ class Usage:
     """Token counts and seconds. `prompt_tokens` is the whole prompt, `cached_tokens` the part that
     was not prefilled again, `prefilled_tokens` what was read, also again after a pause,
     `completion_tokens` everything generated, thinking included, `decode_passes` how often the model
-    ran for it."""
+    ran for it. `draft_tokens` counts by drafter what was drafted of it, `accepted_tokens` what of
+    that was right."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -188,6 +191,8 @@ class Usage:
     completion_tokens: int = 0
     thinking_tokens: int = 0
     decode_passes: int = 0
+    draft_tokens: collections.Counter[str] = field(default_factory=collections.Counter)
+    accepted_tokens: collections.Counter[str] = field(default_factory=collections.Counter)
     load_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -281,6 +286,9 @@ class Totals:
     cached_tokens: int = 0
     prefilled_tokens: int = 0
     completion_tokens: int = 0
+    decode_passes: int = 0  # of each request
+    draft_tokens: collections.Counter[str] = field(default_factory=collections.Counter)
+    accepted_tokens: collections.Counter[str] = field(default_factory=collections.Counter)
 
 
 @dataclass

@@ -14,7 +14,10 @@ from _mlx_server.inference.models import LocalModel, generation_defaults
 from _mlx_server.inference.output_rules import OutputRules
 from _mlx_server.inference.pictures import PictureFinder
 from _mlx_server.inference.prompt import Prompt
+from _mlx_server.inference.prompt_lookup import PromptLookup
 from _mlx_server.inference.protocol import InvalidRequest, Request
+from _mlx_server.inference.quotable import Quotable
+from _mlx_server.inference.speculation import Drafter
 from _mlx_server.inference.template import Template, plain_text
 from _mlx_server.inference.tokenizer import TextTokenizer
 
@@ -53,6 +56,7 @@ class PromptRenderer:
         self.defaults = generation_defaults(local.path)
         efforts = self.template is not None and self.template.mentions("reasoning_effort")
         self._rules = OutputRules(self._tokenizer, self.format, efforts)
+        self._quotable = Quotable(self._tokenizer, self.format)
         self._readings = readings
         self._memories: dict[str, ConversationMemory] = {}  # by owner
         self._chats: dict[str, ChatRenderer] = {}  # by owner
@@ -138,6 +142,12 @@ class PromptRenderer:
     def budget(self, request: Request, prompt: Prompt, begins: int) -> ThinkingBudget | None:
         """What ends the thinking of an answer behind `begins` tokens: see OutputRules."""
         return self._rules.budget(request, prompt, begins)
+
+    def drafters(self, request: Request, prompt: Prompt) -> list[Drafter]:
+        """What guesses the answer's next tokens, the best first."""
+        if not request.speculate or request.embed or not prompt.tokens or prompt.images:
+            return []
+        return [PromptLookup(prompt.tokens, self._quotable.tokens(request.messages))]
 
     # Tokens
 

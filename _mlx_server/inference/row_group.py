@@ -3,9 +3,44 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from _mlx_server.inference.group import Group
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+
+class OnlyRow:
+    """What is done with the only row of a group: it may read several tokens at once."""
+
+    tokens: list[list[int]]
+    max_tokens: list[int]
+    logits_processors: Any
+    _num_tokens: list[int]
+    _token_context: list[Any]
+    _next_tokens: mx.array
+    _next_logprobs: list[mx.array]
+
+    def left(self) -> int:
+        """How many tokens it may still get."""
+        return self.max_tokens[0] - self._num_tokens[0]
+
+    def context(self) -> mx.array:
+        """The tokens that it has read, for logits processors."""
+        context: mx.array = self._token_context[0].tokens
+        return context
+
+    def advance(self, tokens: list[int], pending: int, logprobs: mx.array) -> None:
+        """Takes note that it has read more tokens, and has picked `pending` behind them, which has
+        these log-probabilities (vocabulary)."""
+        import mlx.core as mx
+
+        self.tokens[0].extend(tokens)
+        if self.logits_processors[0]:
+            self._token_context[0].update_and_fetch(mx.array(tokens))
+        self._num_tokens[0] += len(tokens)
+        self._next_tokens, self._next_logprobs = mx.array([pending], mx.uint32), [logprobs]
 
 
 @functools.cache
@@ -15,7 +50,7 @@ def row_group_class() -> Any:
     longest. Made at the first call, since mlx-lm takes long to import."""
     from mlx_lm.generate import GenerationBatch
 
-    class RowGroup(GenerationBatch):
+    class RowGroup(OnlyRow, GenerationBatch):
         in_place = True  # its only row uses the caches that it came with
         closed = False  # no other row joins
 

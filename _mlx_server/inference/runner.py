@@ -61,6 +61,7 @@ class ModelRunner:
         disk_cache: DiskCache | None,
         group: Group,
         room: Callable[[], int],
+        speculates: bool = False,
     ):
         """Loads the model. `room` tells how many bytes there are beside the weights and what
         running requests are expected to need. Raises ModelLoadError."""
@@ -82,7 +83,10 @@ class ModelRunner:
         self._disk_cache, self._group, self._room = disk_cache, group, room
         ends = renderer.tokenizer.eos_token_ids
         images = ImageRows(self.vision) if self.vision else None
-        self.decode_batch = DecodeBatch(self.model, ends, self.size, self.state_size, group, images)
+        self.speculation = self.weights.speculation(ends) if speculates else None
+        self.decode_batch = DecodeBatch(
+            self.model, ends, self.size, self.state_size, group, images, self.speculation
+        )
         self._chunk = self.CHUNK
         # With other processes waiting in a collective, no chunk may take long.
         self._chunk_alone = self.LARGE if self.weights.has_experts and group.size == 1 else 0
@@ -351,18 +355,25 @@ class ModelRunner:
 
     # -- decode
 
-    def decode(self) -> None:
-        """One token for each request of a group of those that decode."""
+    def decode(self, alone: bool) -> None:
+        """One token for each request of a group of those that decode; several for one that is
+        `alone` in the engine, if drafts of them are right."""
         by_number = {sequence.number: sequence for sequence in self.decoding()}
         if not by_number:
             return
+        only = next(iter(by_number.values()))
         try:
-            responses = self.decode_batch.step()
+            responses = self.decode_batch.step(only.drafters if alone and not only.alone else ())
         except Exception as error:
             return self.isolate_failed_batch(error)
+        for number in {response.uid for response in responses}:
+            by_number[number].usage.decode_passes += 1
         for response in responses:
             sequence = by_number[response.uid]
+            if not sequence.decoding:  # it has ended before the last of its tokens
+                continue
             try:
+                self.decode_batch.take()
                 self._take_token(sequence, response)
             except Exception as error:
                 self._after_failure(error)
@@ -370,6 +381,7 @@ class ModelRunner:
                 self._drop(sequence, error)
                 if _on_gpu(error) and self.decoding():
                     return self.isolate_failed_batch(error)
+        self.decode_batch.settle()
 
     def _take_token(self, sequence: Sequence, response: Any) -> None:
         """Turns a token into events; ends the request behind its last token."""
@@ -379,7 +391,6 @@ class ModelRunner:
         if constraint is not None and constraint.observe(response.token, usage.completion_tokens):
             parser.verbatim()
         usage.completion_tokens += 1
-        usage.decode_passes += 1
         usage.thinking_tokens += parser.state == "thinking"
         if response.finish_reason != "stop":
             detokenizer.add_token(response.token)
@@ -456,14 +467,15 @@ class ModelRunner:
         each of them reads what it had once more and goes on in a group of its own, where only the
         one that causes the failure fails again. Requests of other groups just go on."""
         self._after_failure(error)
-        read = self.decode_batch.drop_failed()
+        drafting, read = self.decode_batch.drafting, self.decode_batch.drop_failed()
         sequences = [one for one in self.decoding() if one.number in read]
         if len(sequences) > 1:
             count = len(sequences)
             log.warning("a step of %d requests failed: they part", count, exc_info=error)
         for sequence in sequences:
             tokens = read[sequence.number]
-            if len(sequences) == 1 or tokens is None:  # it is the cause, or has ended meanwhile
+            # It is the cause, unless a draft was, or has ended meanwhile.
+            if len(sequences) == 1 and not drafting or tokens is None:
                 self._drop(sequence, error)
                 continue
             written = sequence.prompt_tokens + sequence.usage.completion_tokens
@@ -481,6 +493,7 @@ class ModelRunner:
                 return False
             if sequence.usage.completion_tokens + 1 >= sequence.limit:
                 return False
+            sequence.usage.decode_passes += 1
             self._take_token(sequence, response)  # it is picked already, and is not picked again
             if sequence.state is State.ENDED:
                 return False
@@ -527,6 +540,8 @@ class ModelRunner:
             sequence.usage.decode_seconds += sequence.lap()
             # The next step has changed its state already: if that step fails, none is kept.
             mx.synchronize()
+        if self.speculation is not None:
+            self.speculation.costs.update()
         self._release(sequence)
         sequence.emit(*sequence.parser.finish(cut=reason == "length"))
         self._file(sequence)

@@ -16,32 +16,56 @@ MIN_LOGPROB = -9999.0  # of tokens that cannot be sampled at all: JSON has no in
 MAX_PENALTY_WINDOW = 1 << 30  # tokens: MLX counts in 32 bits
 
 
+class Sampler:
+    """Picks tokens at random. The draw for a token depends on the seed and on the token's place in
+    the answer alone, so that a seed gives the same text whatever else is computed beside it, and in
+    whatever portions. On the MLX thread.
+
+    `place` is that of the token to be picked next: how many tokens of the answer precede it."""
+
+    def __init__(self, sampling: Sampling, vocabulary: int):
+        self._temperature = 1.0 if sampling.temperature is None else sampling.temperature
+        self._top_k, self._vocabulary = sampling.top_k or 0, vocabulary
+        self._top_p, self._min_p = sampling.top_p or 1.0, sampling.min_p or 0.0
+        seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
+        self._seed = seed & 0xFFFFFFFF
+        self.place = 0
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        """The next token (1) from log-probabilities (1, vocabulary)."""
+        token = self.pick(logprobs, self.place)
+        self.place += 1
+        return token
+
+    def pick(self, logprobs: mx.array, place: int) -> mx.array:
+        """The tokens (length) from log-probabilities (length, vocabulary) of a place and of those
+        behind it."""
+        import mlx.core as mx
+        from mlx_lm import sample_utils
+
+        if 0 < self._top_p < 1:
+            logprobs = sample_utils.apply_top_p(logprobs, self._top_p)
+        if 0 < self._min_p <= 1:
+            logprobs = sample_utils.apply_min_p(logprobs, self._min_p)
+        if 0 < self._top_k < self._vocabulary:
+            logprobs = sample_utils.apply_top_k(logprobs, self._top_k)
+        logits = logprobs * (1 / self._temperature)
+        draws = []
+        for row in range(logits.shape[0]):
+            key = mx.array([self._seed, place + row], mx.uint32)
+            draws.append(mx.random.categorical(logits[row : row + 1], key=key))
+        return draws[0] if len(draws) == 1 else mx.concatenate(draws)
+
+
 def make_sampler(sampling: Sampling, vocabulary: int) -> Callable[[mx.array], mx.array]:
-    """A sampler from log-probabilities (batch, vocabulary) to tokens (batch). It has a random
-    stream of its own, so that a seed gives the same text whatever else runs in the batch. On the
-    MLX thread."""
-    import mlx.core as mx
+    """A sampler from log-probabilities (batch, vocabulary) to tokens (batch): mlx-lm's greedy one,
+    which requests share, or a `Sampler`, which is one request's own. On the MLX thread."""
     from mlx_lm import sample_utils
 
-    temperature = 1.0 if sampling.temperature is None else sampling.temperature
-    if temperature <= 0:
-        return sample_utils.greedy_sampler
-    top_k, top_p, min_p = sampling.top_k or 0, sampling.top_p or 1.0, sampling.min_p or 0.0
-    seed = secrets.randbits(32) if sampling.seed is None else sampling.seed & 0xFFFFFFFF
-    key = mx.random.key(seed)
-
-    def sample(logprobs: mx.array) -> mx.array:
-        nonlocal key
-        if 0 < top_p < 1:
-            logprobs = sample_utils.apply_top_p(logprobs, top_p)
-        if 0 < min_p <= 1:
-            logprobs = sample_utils.apply_min_p(logprobs, min_p)
-        if 0 < top_k < vocabulary:
-            logprobs = sample_utils.apply_top_k(logprobs, top_k)
-        key, step = mx.random.split(key)
-        return mx.random.categorical(logprobs * (1 / temperature), key=step)
-
-    return sample
+    if sampling.temperature is not None and sampling.temperature <= 0:
+        greedy: Callable[[mx.array], mx.array] = sample_utils.greedy_sampler
+        return greedy
+    return Sampler(sampling, vocabulary)
 
 
 LogitsProcessor = Callable[["mx.array", "mx.array"], "mx.array"]  # of context and logits

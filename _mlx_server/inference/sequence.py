@@ -98,6 +98,7 @@ class Sequence:
         self.sampler: Callable[[mx.array], mx.array] | None = None
         self.grammar = renderer.constraint(request, prompt) if prompt.tokens else None
         self.constraint: Constraint | None = None  # the grammar, applied to this answer
+        self.drafters = renderer.drafters(request, prompt)
 
         # Output
         self.detokenizer: Any = None
@@ -108,7 +109,7 @@ class Sequence:
         self._events = events
         self._pending_logprobs: list[Token] = []  # of tokens that may turn out to be visible
         self._lap_start = self.submitted
-        self._counted = (0, 0, 0)  # the tokens of `usage` that are in the engine's totals
+        self._counted = (0, 0, 0, 0)  # what of `usage` is in the engine's totals
 
     def _new_parser(self) -> OutputParser:
         request, stop = self.request, self.request.stop
@@ -169,15 +170,22 @@ class Sequence:
 
     def count(self, totals: Totals) -> None:
         """Adds to the totals what was done since the last time, and its end if it has ended."""
-        usage, (cached, prefilled, completion) = self.usage, self._counted
-        now = usage.cached_tokens, usage.prefilled_tokens, usage.completion_tokens
-        totals.cached_tokens += now[0] - cached
-        totals.prefilled_tokens += now[1] - prefilled
-        totals.completion_tokens += now[2] - completion
-        self._counted = now
+        usage, (cached, prefilled, completion, passes) = self.usage, self._counted
+        self._counted = (
+            usage.cached_tokens,
+            usage.prefilled_tokens,
+            usage.completion_tokens,
+            usage.decode_passes,
+        )
+        totals.cached_tokens += usage.cached_tokens - cached
+        totals.prefilled_tokens += usage.prefilled_tokens - prefilled
+        totals.completion_tokens += usage.completion_tokens - completion
+        totals.decode_passes += usage.decode_passes - passes
         if self.state is State.ENDED:
             totals.endings[self.ending] += 1
             totals.prompt_tokens += self.prompt_tokens
+            totals.draft_tokens.update(usage.draft_tokens)
+            totals.accepted_tokens.update(usage.accepted_tokens)
 
     def enter(self, state: State) -> None:
         """The one place where the state changes."""
@@ -237,6 +245,10 @@ class Sequence:
         """Ends well. `reason` is "stop", "length" or "load"; what the output parser and the context
         window know makes it more precise."""
         self.usage.total_seconds = time.perf_counter() - self.submitted
+        for drafter in self.drafters:
+            if drafter.drafted:
+                self.usage.draft_tokens[drafter.name] = drafter.drafted
+                self.usage.accepted_tokens[drafter.name] = drafter.accepted
         if reason == "stop" and self.parser.stop_sequence is not None:
             reason = "stop_sequence"
         elif reason == "stop" and self.parser.called:

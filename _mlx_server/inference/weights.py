@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from _mlx_server.inference.embedding import pooling_mode
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.memory import StateSize
 from _mlx_server.inference.models import LocalModel, load_error
+from _mlx_server.inference.speculation import Speculation
 
 
 class Weights:
@@ -36,6 +38,14 @@ class Weights:
         parameters: Any = tree_flatten(self.model.parameters())
         size = sum(array.nbytes for _, array in parameters)
         self.size, self.state_size = group.broadcast(lambda: (size, StateSize.of(cache)))
+        self._name = local.name
+
+    def speculation(self, ends: Iterable[int]) -> Speculation | None:
+        """What decodes several tokens a pass, up to one of the tokens `ends`; None for a model that
+        cannot, with a line in the log."""
+        if self.pooling:
+            return None
+        return Speculation.of(self._name, self.model, self.new_cache, ends)
 
     @property
     def has_experts(self) -> bool:

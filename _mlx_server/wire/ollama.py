@@ -77,6 +77,7 @@ class _OllamaReply(Reply):
             effort=effort,
             logprobs=top_logprobs if field(body, "logprobs", bool, default=False) else None,
             keep_alive=parse_keep_alive(body.get("keep_alive")),
+            speculate=options.get("draft_num_predict") != 0,
         )
         self._format = _checked_format(body)
         self._text = self._thoughts = ""

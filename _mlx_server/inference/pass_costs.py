@@ -1,0 +1,90 @@
+"""What a pass of the model costs, by how many tokens it reads."""
+
+from __future__ import annotations
+
+import collections
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+ROWS = (1, 2, 3, 4, 8, 16, 32)  # tokens of the passes that are told apart
+WIDEST = ROWS[-1] - 1  # tokens of a draft
+
+
+class PassCosts:
+    """How long passes of one model take on this machine, measured when it is loaded, and corrected
+    by the passes of real requests between requests: within one, what is decided depends on tokens
+    alone. On the MLX thread."""
+
+    GAIN = 1.05  # tokens in the time of one, below which a draft is not worth it
+    RUNS = 6  # of which the fastest counts
+    SLOW = 0.1  # seconds behind which no further one begins
+    SAMPLES = 64  # passes of a kind that are kept
+    FEW = 5  # passes of a kind that say nothing yet
+
+    def __init__(self, seconds: Mapping[int, float]):
+        """`seconds` that passes take which read as many tokens as some of `ROWS` say, the first and
+        the last of which must be there, in a short context."""
+        self._loaded = dict(seconds)
+        self._table: dict[tuple[int, int], float] = {}
+        self._noted: dict[tuple[int, int], collections.deque[float]] = {}
+
+    @classmethod
+    def measure(cls, model: Any, new_cache: Callable[[], list[Any]]) -> PassCosts:
+        """Measures a model that has just been loaded."""
+        return cls({rows: cls._time(model, new_cache, rows) for rows in ROWS if rows != 3})
+
+    @classmethod
+    def _time(cls, model: Any, new_cache: Callable[[], list[Any]], rows: int) -> float:
+        import mlx.core as mx
+
+        tokens = mx.zeros((1, rows), mx.int32)
+        seconds: list[float] = []
+        while len(seconds) < cls.RUNS and sum(seconds) < cls.SLOW:  # the first compiles kernels
+            started = time.perf_counter()
+            mx.eval(model(tokens, cache=new_cache()))
+            seconds.append(time.perf_counter() - started)
+        return min(seconds)
+
+    def cost(self, rows: int, context: int) -> float:
+        """What a pass that reads so many tokens behind `context` others costs, as a multiple of one
+        that reads a single token."""
+        depth = _depth(context)
+        one = self._table.get((1, depth))
+        wider = [known for known in ROWS if known >= rows]  # no pass costs more than a wider one
+        real = [self._table[known, depth] for known in wider if (known, depth) in self._table]
+        if one and real:
+            return max(1.0, min(real) / one)
+        seconds = min(self._loaded[known] for known in wider if known in self._loaded)
+        return max(1.0, seconds / self._loaded[1])
+
+    def best_length(self, chances: Sequence[float], context: int) -> int:
+        """How many tokens of a draft are worth reading with the next pass, 0 for none. `chances`
+        are those of each of its tokens to be right if all before it are."""
+        best, gain = 0, self.GAIN
+        expected, chance = 1.0, 1.0
+        lengths = {*(rows - 1 for rows in ROWS), len(chances)}
+        for length, next_chance in enumerate(chances[:WIDEST], 1):
+            chance *= next_chance
+            expected += chance
+            if length in lengths and expected / self.cost(length + 1, context) > gain:
+                best, gain = length, expected / self.cost(length + 1, context)
+        return best
+
+    def note(self, rows: int, context: int, seconds: float) -> None:
+        """A pass of a request has taken so long, with all that belongs to its tokens."""
+        if rows in ROWS:
+            kind = rows, _depth(context)
+            self._noted.setdefault(kind, collections.deque(maxlen=self.SAMPLES)).append(seconds)
+
+    def update(self) -> None:
+        """Takes what was noted into account. Comes between requests."""
+        for kind, seconds in self._noted.items():
+            if len(seconds) >= self.FEW:
+                self._table[kind] = statistics.median(seconds)
+
+
+def _depth(context: int) -> int:
+    """Contexts of about the same length, from 2048 tokens on by powers of two."""
+    return (context >> 11).bit_length()

@@ -1,0 +1,228 @@
+"""Several tokens a pass: speculative decoding.
+
+The model reads the pending token together with a draft of what follows it. A token of the draft
+counts only if plain decoding would have picked it at its place, so the answer is the one without
+speculation, whether it is greedy, sampled, penalised or held to a grammar."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from _mlx_server.inference.pass_costs import PassCosts
+from _mlx_server.inference.rollback import Rollback, Unsupported
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+log = logging.getLogger("mlx_server")
+
+
+class Drafter(Protocol):
+    """Guesses the next tokens of one request, from whatever it keeps of the request for itself.
+    `drafted` and `accepted` count tokens, `name` says in figures who has drafted them."""
+
+    name: str
+    drafted: int
+    accepted: int
+
+    def follow(self, tokens: Sequence[int], pending: int | None = None) -> None:
+        """Takes note of all tokens that were read so far, the prompt's first, and of the one that
+        was picked behind them, if it is known."""
+
+    def propose(self) -> tuple[list[int], list[float]]:
+        """The tokens that may come next, and each one's chance to be right if all before are."""
+
+
+@dataclass
+class _Draft:
+    """The pending token and a draft of those behind it, and for each of them the logits processors
+    of what comes next."""
+
+    drafter: Drafter
+    tokens: list[int]
+    processors: list[tuple[Any, ...]]
+
+
+@dataclass
+class _Block:
+    """What a pass has brought: the tokens it has read that count, what was picked behind each of
+    them, and the log-probabilities (vocabulary) of that. `taken` tokens were handed out."""
+
+    row: Any
+    drafter: Drafter
+    tokens: list[int]
+    picks: list[int]
+    logprobs: list[mx.array]
+    taken: int = 0
+
+
+class Speculation:
+    """Speculative decoding of one request at a time, which decodes on its own caches in a
+    `RowGroup`, its `row`. On the MLX thread.
+
+    The caches hold more than what counts between `step` and `settle`: that takes them back to the
+    tokens that were taken. Nobody may look at the row in between."""
+
+    def __init__(self, model: Any, rollback: Rollback, costs: PassCosts, ends: Iterable[int]):
+        self._model, self.rollback, self.costs = model, rollback, costs
+        self._ends = frozenset(ends)
+        self._block: _Block | None = None
+        self._known: Any = None  # the row whose pending token is known without waiting for it
+        self._began = 0.0  # when the last step began, if its time says something
+        self._rows = 0  # tokens that it has read
+
+    @classmethod
+    def of(
+        cls, name: str, model: Any, new_cache: Callable[[], list[Any]], ends: Iterable[int]
+    ) -> Speculation | None:
+        """Speculation for a model that has just been loaded, or None, with a line in the log, if
+        its caches cannot be taken back."""
+        try:
+            rollback = Rollback(model, new_cache())
+        except Unsupported as reason:
+            log.info("%s decodes without speculation: %s", name, reason)
+            return None
+        return cls(model, rollback, PassCosts.measure(model, new_cache), ends)
+
+    def step(self, row: Any, drafters: Sequence[Drafter]) -> list[Any]:
+        """The row's next tokens, one or several, as mlx-lm's responses. The last token of an answer
+        comes alone. Each is to be taken, as long as the answer goes on, and then settled."""
+        now, follows = time.perf_counter(), self._known is not row
+        if self._began:
+            self.costs.note(self._rows, len(row.tokens[0]), now - self._began)
+        self._began, self._rows = now if follows else 0.0, 1
+        draft = self._draft(row, drafters)
+        if draft is not None:
+            return self._verify(row, draft)
+        self._known = None
+        responses: list[Any] = row.next()
+        return responses
+
+    def take(self) -> None:
+        """The next token of the last step was taken."""
+        if self._block is not None:
+            self._block.taken += 1
+
+    def settle(self) -> None:
+        """Takes the row back to the tokens that were taken."""
+        import mlx.core as mx
+
+        block, self._block = self._block, None
+        if block is None:
+            return
+        row, taken = block.row, max(1, block.taken)
+        self.rollback.keep(taken)
+        tokens = block.tokens[:taken]
+        block.drafter.accepted += taken - 1
+        row.advance(tokens, block.picks[taken - 1], block.logprobs[taken - 1])
+        if hasattr(row.samplers[0], "place"):
+            row.samplers[0].place += taken
+        async_eval: Any = mx.async_eval
+        async_eval([layer.state for layer in row.prompt_cache])
+        self._known = row
+
+    def drop(self) -> None:
+        """Forgets the row, which is in use no more."""
+        self._block = self._known = None
+        self._began, self._rows = 0.0, 1
+
+    @property
+    def drafting(self) -> bool:
+        """Whether the last step has read a draft, or has failed to."""
+        return self._rows > 1
+
+    # -- drafting
+
+    def _draft(self, row: Any, drafters: Sequence[Drafter]) -> _Draft | None:
+        """The row's pending token with a draft of what follows it; None to decode plainly. As long
+        as no draft is worth it, the pending token is not waited for: meanwhile the model computes
+        the next one."""
+        tokens, sampler = row.tokens[0], row.samplers[0]
+        if not hasattr(sampler, "pick") and not _is_greedy(sampler):
+            return None
+        for drafter in drafters:
+            drafter.follow(tokens)
+        if self._known is not row and not any(self._worth(one, len(tokens)) for one in drafters):
+            return None
+        pending = row.upcoming(0).token
+        for drafter in drafters:
+            drafter.follow(tokens, pending)
+        for drafter in drafters:
+            if proposed := self._worth(drafter, len(tokens)):
+                return self._allowed(row, drafter, [pending, *proposed])
+        return None
+
+    def _worth(self, drafter: Drafter, context: int) -> list[int]:
+        """What of a drafter's proposal is worth being read."""
+        tokens, chances = drafter.propose()
+        return tokens[: self.costs.best_length(chances, context)] if tokens else []
+
+    def _allowed(self, row: Any, drafter: Drafter, tokens: list[int]) -> _Draft | None:
+        """The pending token and what of the proposed ones may follow it. An answer's last token is
+        left to a step of its own."""
+        ends = (at for at, token in enumerate(tokens) if token in self._ends)
+        left = row.left() - 1
+        tokens = tokens[: max(0, min(left, next(ends, left)))]
+        processors = []
+        for processor in row.logits_processors[0]:
+            behind = getattr(processor, "ahead", None)
+            processors.append(behind(tokens) if behind else [processor] * len(tokens))
+        length = min(map(len, processors), default=len(tokens))
+        if length < 2:
+            return None
+        return _Draft(drafter, tokens[:length], list(zip(*processors, strict=False)))
+
+    # -- a pass
+
+    def _verify(self, row: Any, draft: _Draft) -> list[Any]:
+        """Reads a draft. Behind each of its tokens the model picks as if it had decoded plainly up
+        to there; the draft counts as far as it is what was picked."""
+        import mlx.core as mx
+
+        tokens = draft.tokens
+        self._began, self._rows = time.perf_counter(), len(tokens)
+        self.rollback.begin(row.prompt_cache, len(tokens))
+        logits = self._model(mx.array([tokens]), cache=row.prompt_cache)[0]
+        if draft.processors:
+            logits = _processed(row, draft, logits)
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        sampler = row.samplers[0]
+        pick = getattr(sampler, "pick", None)
+        picked = pick(logprobs, sampler.place) if pick else sampler(logprobs)
+        mx.eval(picked, logprobs)
+        picks: list[int] = picked.tolist()
+        count = 1
+        while count < len(tokens) and tokens[count] == picks[count - 1]:
+            count += 1
+        draft.drafter.drafted += len(tokens) - 1
+        rows = [row.upcoming(0).logprobs, *(logprobs[at] for at in range(count))]
+        self._block = _Block(row, draft.drafter, tokens[:count], picks[:count], rows[1:])
+        return [
+            row.Response(row.uids[0], token, rows[at], None, None, None)
+            for at, token in enumerate(tokens[:count])
+        ]
+
+
+def _processed(row: Any, draft: _Draft, logits: mx.array) -> mx.array:
+    """The logits (length, vocabulary) as the row's processors change those of each token."""
+    import mlx.core as mx
+
+    before = row.context()
+    context = mx.concatenate([before, mx.array(draft.tokens, before.dtype)])
+    rows = []
+    for at, processors in enumerate(draft.processors):
+        changed = logits[at : at + 1]
+        for processor in processors:
+            changed = processor(context[: before.size + at + 1], changed)
+        rows.append(changed)
+    return mx.concatenate(rows)
+
+
+def _is_greedy(sampler: Any) -> bool:
+    from mlx_lm.sample_utils import greedy_sampler
+
+    return sampler is greedy_sampler
