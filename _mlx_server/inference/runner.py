@@ -12,13 +12,12 @@ from typing import Any
 
 from _mlx_server.inference.decode_batch import DecodeBatch
 from _mlx_server.inference.disk_cache import DiskCache
-from _mlx_server.inference.embedding import Pooler
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.memory import gigabytes
 from _mlx_server.inference.models import LocalModel, fingerprint
-from _mlx_server.inference.prefix_cache import CacheEntry, Match, PrefixCache
-from _mlx_server.inference.prefix_tree import common_prefix
-from _mlx_server.inference.protocol import Embedding, EngineError, InvalidRequest, Priority
+from _mlx_server.inference.prefill import PromptReader
+from _mlx_server.inference.prefix_cache import PrefixCache
+from _mlx_server.inference.protocol import EngineError, InvalidRequest, Priority
 from _mlx_server.inference.renderer import PromptRenderer
 from _mlx_server.inference.sampling import make_penalties, make_sampler, token_logprobs
 from _mlx_server.inference.sequence import Sequence, State
@@ -31,24 +30,14 @@ class ModelRunner:
     """A model's weights and its running requests. Every method runs on the MLX thread; other
     threads may read `sequences`, `used` and `keep_alive`, which are replaced as a whole.
 
-    Prefill is done here, a chunk at a time, since checkpoints have to be taken inside it and other
-    requests get their turn between two chunks; the decode batch then takes over. A failure fails
-    the request it belongs to and no other."""
+    The `PromptReader` reads the prompts, the decode batch then takes over. A failure fails the
+    request it belongs to and no other."""
 
-    CHUNK = 512  # tokens; larger ones gain no speed but memory peaks and waiting time
-    # With experts a chunk reads the weights of all of them, and larger ones gain up to a fifth:
-    # https://github.com/ml-explore/mlx-lm/pull/406
-    LARGE = 2048
-    LEAST = 64  # tokens that a chunk has after failures
-    # Tokens up to which a large chunk's attention takes no more memory than a small one's at 64k
-    DEEP = 16384
-    SPARSE = 4096  # tokens between two restore points inside a long prompt
     # Requests that decode side by side, lower priorities not counted; memory bounds them earlier
     ROWS = 256
     # Tokens of an answer to keep memory free for; a longer one may have to wait in between
     EXPECTED = 4096
     INSPECTED = 32  # tokens between two checks that the model still computes numbers
-    PROGRESS = 4.0  # seconds between two log lines on the progress of a long prompt
 
     def __init__(
         self,
@@ -76,9 +65,15 @@ class ModelRunner:
         self._disk_cache, self._group, self._room = disk_cache, group, room
         ends = renderer.tokenizer.eos_token_ids
         self.decode_batch = DecodeBatch(self.model, ends, self.size, self.state_size, group)
-        self._chunk = self.CHUNK
-        # With other processes waiting in a collective, no chunk may take long.
-        self._chunk_alone = self.LARGE if self.weights.has_experts and group.size == 1 else 0
+        self._reader = PromptReader(
+            local.name,
+            self.fingerprint,
+            self.weights,
+            prefixes,
+            disk_cache,
+            self.decode_batch,
+            group,
+        )
         log.info("loaded %s in %.1f s", local.name, time.perf_counter() - started)
 
     @property
@@ -113,7 +108,7 @@ class ModelRunner:
             sequence.detokenizer = self.renderer.tokenizer.detokenizer
             sequence.parser.feed(sequence.prompt.opening, markup=True)
         try:
-            self._restore(sequence)
+            self._reader.restore(sequence, self.sequences)
         except Exception as error:
             self._after_failure(error)
             self._drop(sequence, error)
@@ -138,151 +133,22 @@ class ModelRunner:
         sequence.enter(State.PREFILL)
         try:
             if sequence.request.embed:
-                return self._embed(sequence)
-            self._restore(sequence)
+                if self._reader.embed(sequence):
+                    sequence.usage.prefill_seconds += sequence.lap()
+                    self._end(sequence, "stop")
+                return
+            self._reader.restore(sequence, self.sequences)
             if sequence.left > 0:
-                self._read_chunk(sequence, undisturbed)
-                self._log_progress(sequence)
+                self._reader.read(sequence, undisturbed)
             if sequence.left <= 0:
                 self._start_decoding(sequence)
         except Exception as error:
             self._after_failure(error)
             if _on_gpu(error):  # it took too long, or had no room: smaller chunks may do
-                self._chunk, self._chunk_alone = max(self._chunk // 2, self.LEAST), 0
+                self._reader.halve()
             else:
-                self._salvage(sequence)
+                self._reader.salvage(sequence)
             self._drop(sequence, error)
-
-    def _restore(self, sequence: Sequence) -> None:
-        """Gives a request the longest beginning of its prompt that was read before: an entry of the
-        prefix cache or the disk cache, or a copy from a running request, so that a twin or a
-        sub-agent of that one does not prefill twice. A request that has begun changes over when
-        others have come a chunk further."""
-        begun = sequence.entry is not None
-        if begun and len(self.sequences) == 1 or sequence.request.embed:
-            return
-        have = len(sequence.entry.tokens) + self._chunk if sequence.entry is not None else 0
-        entry = self._longest_state(sequence, have)
-        if entry is None:
-            if begun:
-                return
-            entry = CacheEntry([], self.weights.new_cache())
-        prompt = sequence.prompt
-        entry.model, entry.root, entry.written = self.fingerprint, prompt.root, False
-        if prompt.body and sequence.request.messages[-1]["role"] == "user":
-            entry.turns = [at for at in entry.turns if at < prompt.body] + [prompt.body]
-        if sequence.entry is not None:
-            sequence.usage.cached_tokens += len(entry.tokens) - len(sequence.entry.tokens)
-        elif not sequence.usage.prefill_seconds:  # otherwise it finds what it has read itself
-            sequence.usage.cached_tokens = len(entry.tokens)
-        sequence.entry = entry
-
-    def _longest_state(self, sequence: Sequence, have: int) -> CacheEntry | None:
-        """The longest state that a request can go on from, if it is longer than `have` tokens."""
-        tokens, entry = sequence.prompt.tokens, None
-        match = self._find(sequence)
-        cached = match.length
-        shared, donor = self._most_like(sequence)
-        if donor is not None and shared > max(cached, have):
-            running = self._state_of(donor)
-            usable = running.restorable(min(shared, len(tokens) - 1))
-            entry = running.branch(usable) if usable > max(cached, have) else None
-        if self._disk_cache is not None and sequence.entry is None:
-            chain, kept = self._disk_cache.find(self.fingerprint, tokens[:-1])
-            if kept > max(cached, len(entry.tokens) if entry else 0):
-                entry = self._disk_cache.load(chain, kept)
-        if entry is None and cached > have:
-            entry = self.prefixes.take(match)
-            sequence.searched = self.prefixes.version
-        return entry
-
-    def _find(self, sequence: Sequence) -> Match:
-        """What the prefix cache has of a request's prompt. A request that has begun does not search
-        once more among the same entries."""
-        if sequence.entry is not None and sequence.searched == self.prefixes.version:
-            return Match(None, 0, [], 0)
-        sequence.searched = self.prefixes.version
-        return self.prefixes.find(self.fingerprint, sequence.prompt.tokens)
-
-    def _state_of(self, sequence: Sequence) -> CacheEntry:
-        """The state of a running request, which goes on using it."""
-        assert sequence.entry is not None
-        if not sequence.decoding:
-            return sequence.entry
-        tokens, cache = self.decode_batch.peek(sequence.number)
-        return dataclasses.replace(sequence.entry, tokens=tokens, cache=cache)
-
-    def _most_like(self, sequence: Sequence) -> tuple[int, Sequence | None]:
-        """The running request that has read the most of a request's prompt, and how much that
-        is."""
-        most, donor = 0, None
-        for other in self.sequences:
-            if other is sequence or other.entry is None:
-                continue
-            shared = common_prefix(other.prompt.tokens, sequence.prompt.tokens)
-            if not other.decoding:
-                shared = min(shared, len(other.entry.tokens))
-            if shared > most:
-                most, donor = shared, other
-        return most, donor
-
-    def _read_chunk(self, sequence: Sequence, undisturbed: bool) -> None:
-        """Reads up to the next length where a checkpoint belongs, or a chunk if that is less."""
-        import mlx.core as mx
-
-        entry, prompt = sequence.entry, sequence.prompt
-        assert entry is not None
-        start, end = len(entry.tokens), len(prompt.tokens) - 1
-        sparse = (start // self.SPARSE + 1) * self.SPARSE
-        marks = sorted({prompt.root, prompt.turn, prompt.body or end, sparse, end})
-        most = max(self._chunk, self._chunk_alone if undisturbed and start < self.DEEP else 0)
-        stop = min(next(at for at in marks if at > start), start + most)
-        self.model(mx.array(prompt.tokens[start:stop])[None], cache=entry.cache)
-        mx.eval([layer.state for layer in entry.cache])
-        mx.clear_cache()
-        entry.tokens = prompt.tokens[:stop]
-        if stop in marks and (stop < end or not prompt.body):
-            entry.add_checkpoint()
-
-    def _log_progress(self, sequence: Sequence) -> None:
-        """Logs, now and then, how far a prompt is."""
-        assert sequence.entry is not None
-        now, done, total = time.perf_counter(), len(sequence.entry.tokens), sequence.prompt_tokens
-        since = max(sequence.lap_start, sequence.progress_logged)
-        if now - since < self.PROGRESS or sequence.left <= 0:
-            return
-        sequence.progress_logged = now
-        speed = (done - sequence.usage.cached_tokens) / (now - sequence.lap_start)
-        log.info(
-            "%s: prompt %d %%, %s/%s tokens, %.0f tokens/s, %.0f s left",
-            self.local.name,
-            100 * done // total,
-            f"{done:,}",
-            f"{total:,}",
-            speed,
-            sequence.left / speed,
-        )
-
-    def _embed(self, sequence: Sequence) -> None:
-        """Reads a chunk of a text to embed; behind the last one there is its vector. The prefix
-        cache has no part in it."""
-        import mlx.core as mx
-
-        pooler = sequence.pooler
-        if pooler is None:
-            cache = self.weights.new_cache()
-            pooler = Pooler(self.weights.pooling or "mean", sequence.prompt_tokens, cache)
-            sequence.pooler = pooler
-        stop = pooler.length + self._chunk if sequence.left > self._chunk else None
-        tokens = sequence.prompt.tokens[pooler.length : stop]
-        pooler.add(self.weights.body(mx.array(tokens)[None], cache=pooler.cache)[0])
-        mx.clear_cache()
-        if sequence.left >= 0:
-            return
-        sequence.emit(Embedding(pooler.vector()))
-        sequence.pooler = None
-        sequence.usage.prefill_seconds += sequence.lap()
-        self._end(sequence, "stop")
 
     def _start_decoding(self, sequence: Sequence) -> None:
         sequence.usage.prefill_seconds += sequence.lap()
@@ -305,22 +171,6 @@ class ModelRunner:
         sequence.sampler = sampler
         entry.cache = []  # the batch returns it at the end
         sequence.enter(State.DECODE)
-
-    def _salvage(self, sequence: Sequence) -> None:
-        """Files the chunks that a failed prefill had finished. Its layers may or may not have read
-        more than those."""
-        import mlx.core as mx
-
-        if sequence.entry is None:
-            return
-        try:
-            done = len(sequence.entry.tokens)
-            torn = dataclasses.replace(sequence.entry, tokens=sequence.prompt.tokens[: done + 1])
-            entry = torn.branch(torn.restorable(done))
-            mx.eval([layer.state for layer in entry.cache])
-            self.prefixes.put(entry)
-        except Exception:
-            log.info("nothing of the failed prompt could be kept", exc_info=True)
 
     # -- decode
 
@@ -575,7 +425,7 @@ class ModelRunner:
         entry = self.prefixes.unwritten(self.fingerprint)
         if self._disk_cache is None or entry is None:
             return
-        sparse = range(self.SPARSE, len(entry.tokens), self.SPARSE)
+        sparse = range(PromptReader.SPARSE, len(entry.tokens), PromptReader.SPARSE)
         marks = {entry.root, *entry.checkpoints, *sparse}
         reading = self.renderer.reading
         entry.written = self._disk_cache.write(self.fingerprint, entry, reading, marks)

@@ -1,0 +1,206 @@
+"""Reading prompts, a chunk at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+
+from _mlx_server.inference.decode_batch import DecodeBatch
+from _mlx_server.inference.disk_cache import DiskCache
+from _mlx_server.inference.embedding import Pooler
+from _mlx_server.inference.group import Group
+from _mlx_server.inference.prefix_cache import CacheEntry, Match, PrefixCache
+from _mlx_server.inference.prefix_tree import common_prefix
+from _mlx_server.inference.protocol import Embedding
+from _mlx_server.inference.sequence import Sequence
+from _mlx_server.inference.weights import Weights
+
+log = logging.getLogger("mlx_server")
+
+
+class PromptReader:
+    """Reads the prompts of a model's requests, a chunk at a time, since checkpoints have to be
+    taken inside a prompt and other requests get their turn between two chunks. On the MLX
+    thread."""
+
+    CHUNK = 512  # tokens; larger ones gain no speed but memory peaks and waiting time
+    # With experts a chunk reads the weights of all of them, and larger ones gain up to a fifth:
+    # https://github.com/ml-explore/mlx-lm/pull/406
+    LARGE = 2048
+    LEAST = 64  # tokens that a chunk has after failures
+    # Tokens up to which a large chunk's attention takes no more memory than a small one's at 64k
+    DEEP = 16384
+    SPARSE = 4096  # tokens between two restore points inside a long prompt
+    PROGRESS = 4.0  # seconds between two log lines on the progress of a long prompt
+
+    def __init__(
+        self,
+        name: str,
+        fingerprint: str,
+        weights: Weights,
+        prefixes: PrefixCache,
+        disk_cache: DiskCache | None,
+        decode_batch: DecodeBatch,
+        group: Group,
+    ):
+        """`name` is the model's in the log."""
+        self._name, self._fingerprint, self._weights = name, fingerprint, weights
+        self._prefixes, self._disk_cache, self._decode_batch = prefixes, disk_cache, decode_batch
+        self._chunk = self.CHUNK
+        # With other processes waiting in a collective, no chunk may take long.
+        self._chunk_alone = self.LARGE if weights.has_experts and group.size == 1 else 0
+
+    def halve(self) -> None:
+        """Makes chunks smaller, after one that took too long or had no room."""
+        self._chunk, self._chunk_alone = max(self._chunk // 2, self.LEAST), 0
+
+    def restore(self, sequence: Sequence, running: tuple[Sequence, ...]) -> None:
+        """Gives a request the longest beginning of its prompt that was read before: an entry of the
+        prefix cache or the disk cache, or a copy from a running request, so that a twin or a
+        sub-agent of that one does not prefill twice. A request that has begun changes over when
+        others have come a chunk further."""
+        begun = sequence.entry is not None
+        if begun and len(running) == 1 or sequence.request.embed:
+            return
+        have = len(sequence.entry.tokens) + self._chunk if sequence.entry is not None else 0
+        entry = self._longest_state(sequence, running, have)
+        if entry is None:
+            if begun:
+                return
+            entry = CacheEntry([], self._weights.new_cache())
+        prompt = sequence.prompt
+        entry.model, entry.root, entry.written = self._fingerprint, prompt.root, False
+        if prompt.body and sequence.request.messages[-1]["role"] == "user":
+            entry.turns = [at for at in entry.turns if at < prompt.body] + [prompt.body]
+        if sequence.entry is not None:
+            sequence.usage.cached_tokens += len(entry.tokens) - len(sequence.entry.tokens)
+        elif not sequence.usage.prefill_seconds:  # otherwise it finds what it has read itself
+            sequence.usage.cached_tokens = len(entry.tokens)
+        sequence.entry = entry
+
+    def _longest_state(
+        self, sequence: Sequence, running: tuple[Sequence, ...], have: int
+    ) -> CacheEntry | None:
+        """The longest state that a request can go on from, if it is longer than `have` tokens."""
+        tokens, entry = sequence.prompt.tokens, None
+        match = self._find(sequence)
+        cached = match.length
+        shared, donor = _most_like(sequence, running)
+        if donor is not None and shared > max(cached, have):
+            state = self._state_of(donor)
+            usable = state.restorable(min(shared, len(tokens) - 1))
+            entry = state.branch(usable) if usable > max(cached, have) else None
+        if self._disk_cache is not None and sequence.entry is None:
+            chain, kept = self._disk_cache.find(self._fingerprint, tokens[:-1])
+            if kept > max(cached, len(entry.tokens) if entry else 0):
+                entry = self._disk_cache.load(chain, kept)
+        if entry is None and cached > have:
+            entry = self._prefixes.take(match)
+            sequence.searched = self._prefixes.version
+        return entry
+
+    def _find(self, sequence: Sequence) -> Match:
+        """What the prefix cache has of a request's prompt. A request that has begun does not search
+        once more among the same entries."""
+        if sequence.entry is not None and sequence.searched == self._prefixes.version:
+            return Match(None, 0, [], 0)
+        sequence.searched = self._prefixes.version
+        return self._prefixes.find(self._fingerprint, sequence.prompt.tokens)
+
+    def _state_of(self, sequence: Sequence) -> CacheEntry:
+        """The state of a running request, which goes on using it."""
+        assert sequence.entry is not None
+        if not sequence.decoding:
+            return sequence.entry
+        tokens, cache = self._decode_batch.peek(sequence.number)
+        return dataclasses.replace(sequence.entry, tokens=tokens, cache=cache)
+
+    def read(self, sequence: Sequence, undisturbed: bool) -> None:
+        """Reads up to the next length where a checkpoint belongs, or a chunk if that is less."""
+        import mlx.core as mx
+
+        entry, prompt = sequence.entry, sequence.prompt
+        assert entry is not None
+        start, end = len(entry.tokens), len(prompt.tokens) - 1
+        sparse = (start // self.SPARSE + 1) * self.SPARSE
+        marks = sorted({prompt.root, prompt.turn, prompt.body or end, sparse, end})
+        most = max(self._chunk, self._chunk_alone if undisturbed and start < self.DEEP else 0)
+        stop = min(next(at for at in marks if at > start), start + most)
+        self._weights.model(mx.array(prompt.tokens[start:stop])[None], cache=entry.cache)
+        mx.eval([layer.state for layer in entry.cache])
+        mx.clear_cache()
+        entry.tokens = prompt.tokens[:stop]
+        if stop in marks and (stop < end or not prompt.body):
+            entry.add_checkpoint()
+        self._log_progress(sequence)
+
+    def _log_progress(self, sequence: Sequence) -> None:
+        """Logs, now and then, how far a prompt is."""
+        assert sequence.entry is not None
+        now, done, total = time.perf_counter(), len(sequence.entry.tokens), sequence.prompt_tokens
+        since = max(sequence.lap_start, sequence.progress_logged)
+        if now - since < self.PROGRESS or sequence.left <= 0:
+            return
+        sequence.progress_logged = now
+        speed = (done - sequence.usage.cached_tokens) / (now - sequence.lap_start)
+        log.info(
+            "%s: prompt %d %%, %s/%s tokens, %.0f tokens/s, %.0f s left",
+            self._name,
+            100 * done // total,
+            f"{done:,}",
+            f"{total:,}",
+            speed,
+            sequence.left / speed,
+        )
+
+    def embed(self, sequence: Sequence) -> bool:
+        """Reads a chunk of a text to embed; behind the last one the caller gets its vector, and it
+        is True that all was read. The prefix cache has no part in it."""
+        import mlx.core as mx
+
+        pooler = sequence.pooler
+        if pooler is None:
+            cache = self._weights.new_cache()
+            pooler = Pooler(self._weights.pooling or "mean", sequence.prompt_tokens, cache)
+            sequence.pooler = pooler
+        stop = pooler.length + self._chunk if sequence.left > self._chunk else None
+        tokens = sequence.prompt.tokens[pooler.length : stop]
+        pooler.add(self._weights.body(mx.array(tokens)[None], cache=pooler.cache)[0])
+        mx.clear_cache()
+        if sequence.left >= 0:
+            return False
+        sequence.emit(Embedding(pooler.vector()))
+        sequence.pooler = None
+        return True
+
+    def salvage(self, sequence: Sequence) -> None:
+        """Files the chunks that a failed prefill had finished. Its layers may or may not have read
+        more than those."""
+        import mlx.core as mx
+
+        if sequence.entry is None:
+            return
+        try:
+            done = len(sequence.entry.tokens)
+            torn = dataclasses.replace(sequence.entry, tokens=sequence.prompt.tokens[: done + 1])
+            entry = torn.branch(torn.restorable(done))
+            mx.eval([layer.state for layer in entry.cache])
+            self._prefixes.put(entry)
+        except Exception:
+            log.info("nothing of the failed prompt could be kept", exc_info=True)
+
+
+def _most_like(sequence: Sequence, running: tuple[Sequence, ...]) -> tuple[int, Sequence | None]:
+    """The running request that has read the most of a request's prompt, and how much that
+    is."""
+    most, donor = 0, None
+    for other in running:
+        if other is sequence or other.entry is None:
+            continue
+        shared = common_prefix(other.prompt.tokens, sequence.prompt.tokens)
+        if not other.decoding:
+            shared = min(shared, len(other.entry.tokens))
+        if shared > most:
+            most, donor = shared, other
+    return most, donor
