@@ -204,7 +204,7 @@ def test_higher_priority_goes_first_and_lower_work_waits_for_it():
 )
 def test_answers_go_on_while_a_prompt_is_read(priority: Priority, steps: int):
     schedule, decoding, reader = Scheduler(), [Waiting(0, 0)], Waiting(9000, 1, priority)
-    schedule.prefilled(schedule.choose([reader], decoding), 1.0, decoding)
+    schedule.prefilled(schedule.choose([reader], decoding), [], 1.0, decoding)
     taken = 0
     while schedule.choose([reader], decoding) is None:
         schedule.decoded(0.25)

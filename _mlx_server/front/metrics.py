@@ -62,6 +62,11 @@ def _engine_metrics(stats: Stats) -> list[str]:
             "Tokens of prompts that were not prefilled again.",
             totals.cached_tokens,
         ),
+        (
+            "prefill_passes_total",
+            "Forward passes that have read prompts, one or several at once.",
+            totals.prefill_passes,
+        ),
         ("completion_tokens_total", "Generated tokens.", totals.completion_tokens),
     ]
     gauges = [

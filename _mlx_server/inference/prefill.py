@@ -10,6 +10,7 @@ from _mlx_server.inference.decode_batch import DecodeBatch
 from _mlx_server.inference.disk_cache import DiskCache
 from _mlx_server.inference.embedding import Pooler
 from _mlx_server.inference.group import Group
+from _mlx_server.inference.layers import can_merge, own_buffers
 from _mlx_server.inference.prefix_cache import CacheEntry, Match, PrefixCache
 from _mlx_server.inference.prefix_tree import common_prefix
 from _mlx_server.inference.protocol import Embedding
@@ -21,8 +22,13 @@ log = logging.getLogger("mlx_server")
 
 class PromptReader:
     """Reads the prompts of a model's requests, a chunk at a time, since checkpoints have to be
-    taken inside a prompt and other requests get their turn between two chunks. On the MLX
-    thread."""
+    taken inside a prompt and other requests get their turn between two chunks. On the MLX thread.
+
+    Policy. A forward pass reads the weights, however few tokens it takes. So the request whose
+    turn it is takes others along that are not less important and have about as much to read up to
+    their next checkpoint; with the padding they are at most a chunk. Copying their states into
+    shared caches and back must cost less than it saves (`_pays_off`). A request that can have a
+    chunk or more from another waits for that."""
 
     CHUNK = 512  # tokens; larger ones gain no speed but memory peaks and waiting time
     # With experts a chunk reads the weights of all of them, and larger ones gain up to a fifth:
@@ -32,6 +38,7 @@ class PromptReader:
     # Tokens up to which a large chunk's attention takes no more memory than a small one's at 64k
     DEEP = 16384
     SPARSE = 4096  # tokens between two restore points inside a long prompt
+    ROWS = 16  # requests that are read together
     PROGRESS = 4.0  # seconds between two log lines on the progress of a long prompt
 
     def __init__(
@@ -116,24 +123,136 @@ class PromptReader:
         tokens, cache = self._decode_batch.peek(sequence.number)
         return dataclasses.replace(sequence.entry, tokens=tokens, cache=cache)
 
-    def read(self, sequence: Sequence, undisturbed: bool) -> None:
-        """Reads up to the next length where a checkpoint belongs, or a chunk if that is less."""
+    def together(
+        self, waiting: list[Sequence], running: tuple[Sequence, ...], total: int, room: int
+    ) -> dict[Sequence, int]:
+        """Which of the waiting requests are read in the next pass, and up to which length each. The
+        first of them is one. `running` are the model's requests, `total` counts those of all
+        models. Copies of states may take `room` bytes."""
+        if self._chunk_alone and len(waiting) == total:  # nobody else waits meanwhile
+            rows = self._rows(waiting, running, self._chunk_alone, room)
+            if len(rows) == total and all(self._start(one) < self.DEEP for one in rows):
+                return rows
+        return self._rows(waiting, running, self._chunk, room)
+
+    def _rows(
+        self, waiting: list[Sequence], running: tuple[Sequence, ...], most: int, room: int
+    ) -> dict[Sequence, int]:
+        """As `together`, for a pass of at most so many tokens."""
+        chosen, others = waiting[0], waiting[1:]
+        rows = {chosen: self._stop(chosen, most)}
+        width = rows[chosen] - self._start(chosen)
+        if not self._may_share(chosen):
+            return rows
+        for other in others:
+            if (len(rows) + 1) * width > most:
+                break
+            if not self._may_share(other) or self._waits_for(other, rows):
+                continue
+            self.restore(other, running)
+            more = {**rows, other: self._stop(other, most)}
+            wide = max(width, more[other] - self._start(other))
+            if wide > 2 * max(width, self.LEAST) or wide * len(more) > most:
+                continue
+            if (other.left > 0) == (chosen.left > 0) and self._fits(more, room):
+                rows, width = more, wide
+        return rows if self._pays_off(list(rows.values())) else {chosen: rows[chosen]}
+
+    def _may_share(self, sequence: Sequence) -> bool:
+        """Whether a request can be read together with others at all."""
+        if sequence.alone or sequence.request.embed:
+            return False
+        return sequence.entry is None or can_merge(sequence.entry.cache)
+
+    def _waits_for(self, sequence: Sequence, rows: dict[Sequence, int]) -> bool:
+        """Whether a request is better off with a copy of what one of these is about to read."""
+        for one in rows:
+            shared = common_prefix(one.prompt.tokens, sequence.prompt.tokens)
+            changes_over = shared > self._start(sequence) + self._chunk
+            if changes_over and shared > self._start(one) + self.LEAST:
+                return True
+        return False
+
+    def _fits(self, rows: dict[Sequence, int], room: int) -> bool:
+        """Whether there is room for copies of these states, which have to be of like length."""
+        stops = list(rows.values())
+        return self._copies(stops) <= room and self._decode_batch.alike(stops, room)
+
+    def _pays_off(self, stops: list[int]) -> bool:
+        """Whether reading requests up to these lengths together costs fewer bytes than reading one
+        after the other: copying reads and writes each state twice, and each request but one would
+        read the weights once more."""
+        saved: int = (len(stops) - 1) * max(self._weights.size, DecodeBatch.LEAST)
+        return 2 * self._copies(stops) <= saved
+
+    def _copies(self, stops: list[int]) -> int:
+        """Bytes of shared caches for states of these lengths, and of the copies back."""
+        return 2 * len(stops) * self._weights.state_size.nbytes(max(stops))
+
+    def _start(self, sequence: Sequence) -> int:
+        return len(sequence.entry.tokens) if sequence.entry is not None else 0
+
+    def _marks(self, sequence: Sequence) -> list[int]:
+        """The lengths where a pass ends, most of them for a checkpoint."""
+        prompt, end = sequence.prompt, len(sequence.prompt.tokens) - 1
+        sparse = (self._start(sequence) // self.SPARSE + 1) * self.SPARSE
+        return sorted({prompt.root, prompt.turn, prompt.body or end, sparse, end})
+
+    def _stop(self, sequence: Sequence, most: int) -> int:
+        """Up to which length a request is read next: where a checkpoint belongs, or at most so many
+        tokens."""
+        start = self._start(sequence)
+        marks = (at for at in self._marks(sequence) if at > start)
+        return min(next(marks, start), start + most)
+
+    def read(self, rows: dict[Sequence, int]) -> None:
+        """Reads these requests up to these lengths, in one pass. If it fails, those of several keep
+        the states that they had."""
         import mlx.core as mx
 
-        entry, prompt = sequence.entry, sequence.prompt
-        assert entry is not None
-        start, end = len(entry.tokens), len(prompt.tokens) - 1
-        sparse = (start // self.SPARSE + 1) * self.SPARSE
-        marks = sorted({prompt.root, prompt.turn, prompt.body or end, sparse, end})
-        most = max(self._chunk, self._chunk_alone if undisturbed and start < self.DEEP else 0)
-        stop = min(next(at for at in marks if at > start), start + most)
-        self._weights.model(mx.array(prompt.tokens[start:stop])[None], cache=entry.cache)
-        mx.eval([layer.state for layer in entry.cache])
+        marked = [one for one, stop in rows.items() if stop in self._marks(one)]
+        if len(rows) == 1:
+            [(sequence, stop)] = rows.items()
+            entry = sequence.entry
+            assert entry is not None
+            tokens = sequence.prompt.tokens[len(entry.tokens) : stop]
+            self._weights.model(mx.array(tokens)[None], cache=entry.cache)
+            mx.eval([layer.state for layer in entry.cache])
+        else:
+            self._read_rows(rows)
         mx.clear_cache()
-        entry.tokens = prompt.tokens[:stop]
-        if stop in marks and (stop < end or not prompt.body):
-            entry.add_checkpoint()
-        self._log_progress(sequence)
+        for sequence, stop in rows.items():
+            entry, prompt = sequence.entry, sequence.prompt
+            assert entry is not None
+            entry.tokens = prompt.tokens[:stop]
+            if sequence in marked and (sequence.left > 0 or not prompt.body):
+                entry.add_checkpoint()
+            self._log_progress(sequence)
+
+    def _read_rows(self, rows: dict[Sequence, int]) -> None:
+        """Reads several requests in shared caches, as mlx-lm's `PromptProcessingBatch` does:
+        prompts are padded on the right, states on the left."""
+        import mlx.core as mx
+
+        entries = [sequence.entry for sequence in rows if sequence.entry is not None]
+        parts = [one.prompt.tokens[self._start(one) : stop] for one, stop in rows.items()]
+        lengths = [len(part) for part in parts]
+        padding = [max(lengths) - length for length in lengths]
+        tokens = [part + [0] * more for part, more in zip(parts, padding, strict=True)]
+        layers = zip(*(entry.cache for entry in entries), strict=True)
+        shared = [states[0].merge(list(states)) for states in layers]
+        if any(padding):
+            for layer in shared:
+                layer.prepare(lengths=lengths, right_padding=padding)
+        self._weights.model(mx.array(tokens), cache=shared)
+        if any(padding):
+            for layer in shared:
+                layer.finalize()
+        mx.eval([layer.state for layer in shared])
+        caches = [[own_buffers(layer.extract(at)) for layer in shared] for at in range(len(rows))]
+        mx.eval([layer.state for cache in caches for layer in cache])
+        for entry, cache in zip(entries, caches, strict=True):
+            entry.cache = cache
 
     def _log_progress(self, sequence: Sequence) -> None:
         """Logs, now and then, how far a prompt is."""

@@ -254,12 +254,14 @@ class Miss:
 
 @dataclass
 class Totals:
-    """What the engine has done since its start: requests by how they ended, and tokens."""
+    """What the engine has done since its start: requests by how they ended, tokens, and passes
+    that have read prompts, each of them some of the tokens of one or more prompts."""
 
     endings: collections.Counter[str] = field(default_factory=collections.Counter)
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    prefill_passes: int = 0
 
 
 @dataclass

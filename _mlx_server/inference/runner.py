@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from _mlx_server.inference.decode_batch import DecodeBatch
+from _mlx_server.inference.decode_batch import DecodeBatch, Row
 from _mlx_server.inference.disk_cache import DiskCache
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.memory import gigabytes
@@ -127,37 +127,82 @@ class ModelRunner:
 
     # -- prefill
 
-    def prefill(self, sequence: Sequence, undisturbed: bool) -> None:
-        """Reads one chunk of a request's prompt, a large one if no other request waits meanwhile.
-        Behind the last chunk the request begins to decode."""
-        sequence.enter(State.PREFILL)
+    def prefill(self, sequence: Sequence, total: int) -> list[Sequence]:
+        """Reads one chunk of a request's prompt, and of others that fit into the same pass; returns
+        those of which something was read. `total` counts the requests of all models. Behind its
+        last chunk a request begins to decode."""
+        read, rows = [], [sequence]
         try:
+            sequence.enter(State.PREFILL)
             if sequence.request.embed:
                 if self._reader.embed(sequence):
                     sequence.usage.prefill_seconds += sequence.lap()
                     self._end(sequence, "stop")
-                return
+                return rows
             self._reader.restore(sequence, self.sequences)
+            stops = self._reader.together(
+                self._companions(sequence), self.sequences, total, self._room()
+            )
+            rows = list(stops)
+            for one in rows:
+                one.enter(State.PREFILL)
             if sequence.left > 0:
-                self._reader.read(sequence, undisturbed)
-            if sequence.left <= 0:
-                self._start_decoding(sequence)
+                self._reader.read(stops)
+                read = rows
+            self._start_decoding([one for one in rows if one.left <= 0])
         except Exception as error:
-            self._after_failure(error)
-            if _on_gpu(error):  # it took too long, or had no room: smaller chunks may do
-                self._reader.halve()
-            else:
-                self._reader.salvage(sequence)
-            self._drop(sequence, error)
+            self._prefill_failed(rows, error)
+        return read
 
-    def _start_decoding(self, sequence: Sequence) -> None:
-        sequence.usage.prefill_seconds += sequence.lap()
-        if sequence.limit <= 0:
-            return self._end(sequence, "length")
+    def _companions(self, sequence: Sequence) -> list[Sequence]:
+        """A request whose turn it is and those that may be read with it, which may all decode
+        afterwards."""
+        priority = sequence.request.priority
+        taken = sum(one.request.priority <= priority for one in self.decoding())
+        others = [one for one in self.candidates() if one.request.priority <= priority]
+        others = [one for one in others if one is not sequence]
+        return [sequence, *others][: min(self._reader.ROWS, self.ROWS - taken)]
+
+    def _prefill_failed(self, rows: list[Sequence], error: Exception) -> None:
+        """A pass has failed. It cannot be told which of several requests was the cause: each of
+        them goes on alone, where only the one that causes the failure fails again."""
+        self._after_failure(error)
+        if len(rows) > 1:
+            log.warning("reading %d prompts together failed: they part", len(rows), exc_info=error)
+            for one in rows:
+                one.alone = True
+            return
+        if _on_gpu(error):  # it took too long, or had no room: smaller chunks may do
+            self._reader.halve()
+        else:
+            self._reader.salvage(rows[0])
+        self._drop(rows[0], error)
+
+    def _start_decoding(self, sequences: list[Sequence]) -> None:
+        """The requests have read their prompts."""
+        starting = []
+        for sequence in sequences:
+            sequence.usage.prefill_seconds += sequence.lap()
+            if sequence.limit <= 0:
+                self._end(sequence, "length")
+            else:
+                starting.append(sequence)
+        if not starting:
+            return
+        room = None if starting[0].alone else self._room()
+        numbers = self.decode_batch.insert([self._row(one) for one in starting], room)
+        for sequence, number in zip(starting, numbers, strict=True):
+            assert sequence.entry is not None
+            sequence.number = number
+            sequence.entry.cache = []  # the batch returns it at the end
+            sequence.enter(State.DECODE)
+
+    def _row(self, sequence: Sequence) -> Row:
+        """What the decode batch needs of a request."""
         request, prompt, entry = sequence.request, sequence.prompt, sequence.entry
         assert entry is not None
         vocabulary = len(self.renderer.tokenizer)
-        sampler = sequence.sampler or make_sampler(request.sampling, vocabulary)
+        sequence.sampler = sequence.sampler or make_sampler(request.sampling, vocabulary)
         processors: list[Any] = make_penalties(request.sampling)
         if sequence.grammar is not None:
             written = prompt.tokens[sequence.prompt_tokens :]
@@ -166,11 +211,7 @@ class ModelRunner:
         if budget := self.renderer.budget(request, prompt, sequence.prompt_tokens):
             processors.append(budget)
         left = sequence.limit - sequence.usage.completion_tokens
-        last, room = prompt.tokens[-1], None if sequence.alone else self._room()
-        sequence.number = self.decode_batch.insert(entry, last, left, sampler, processors, room)
-        sequence.sampler = sampler
-        entry.cache = []  # the batch returns it at the end
-        sequence.enter(State.DECODE)
+        return Row(entry, prompt.tokens[-1], left, sequence.sampler, processors)
 
     # -- decode
 
