@@ -592,8 +592,9 @@ class Engine:
         chosen = self._group.broadcast(lambda: self._scheduler.choose(list(owners), decoding))
         if chosen is not None:
             self._synchronize()
-            owners[chosen].prefill(chosen, undisturbed=len(self.pool.sequences()) == 1)
-            self._scheduler.prefilled(chosen, time.perf_counter() - started, decoding)
+            read = owners[chosen].prefill(chosen, total=len(self.pool.sequences()))
+            self._totals.prefill_passes += bool(read)
+            self._scheduler.prefilled(chosen, read, time.perf_counter() - started, decoding)
 
     def _decode(self) -> None:
         """Adds a token to each answer."""

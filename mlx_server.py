@@ -289,8 +289,7 @@ class Handler(HTTPHandler):
     def embed(self, reply: Embeddings) -> None:
         """Answers with the embeddings of texts. They are read one after the other, so that other
         requests get their turn between two."""
-        engine = self.engine
-        model = self.resolve(reply.request.model)
+        engine, model = self.engine, self.resolve(reply.request.model)
         self.ignore_keep_alive(reply)
         record = self.record(reply, model)
         try:
@@ -425,8 +424,7 @@ class Handler(HTTPHandler):
         self.send_json(dialects.tag_list(self.engine.models(), self.upstream_tags()))
 
     def post_show(self) -> None:
-        name = self.read_model_name()
-        engine = self.engine
+        engine, name = self.engine, self.read_model_name()
         local = self.resolve(name)
         template, generation = read_shown_files(local)
         context, preset = engine.context_length(local), engine.preset(name)

@@ -16,8 +16,8 @@ from conftest import Server, kinds
 from test_engine import REREAD, ROOT, SYSTEM, answer, cold, user
 
 from _mlx_server.inference.disk_cache import DiskCache
+from _mlx_server.inference.prefill import PromptReader
 from _mlx_server.inference.prefix_cache import CacheEntry
-from _mlx_server.inference.runner import ModelRunner
 from engine import Engine, EngineError, Request
 
 LONG = [SYSTEM, user("long " * 600)]
@@ -189,8 +189,8 @@ def test_a_failed_prefill_keeps_its_finished_chunks(options: dict, monkeypatch: 
         engine.unload(engine.default.name)
         answer(engine, "loads the model")
         runtime = engine.pool.runners[engine.default.name]
-        model = runtime.model
-        limit = 700 + 3 * ModelRunner.CHUNK  # tokens
+        model = runtime.weights.model
+        limit = 700 + 3 * PromptReader.CHUNK  # tokens
 
         def fails(tokens, cache):
             out = model(tokens, cache=cache)  # the layers have taken it up when it fails
@@ -198,14 +198,14 @@ def test_a_failed_prefill_keeps_its_finished_chunks(options: dict, monkeypatch: 
                 raise MemoryError("no more room")
             return out
 
-        monkeypatch.setattr(runtime, "model", fails)
+        monkeypatch.setattr(runtime.weights, "model", fails)
         with pytest.raises(EngineError, match="try again"):
             answer(engine, messages)
-        monkeypatch.setattr(runtime, "model", model)
+        monkeypatch.setattr(runtime.weights, "model", model)
         text, generation = answer(engine, messages)
         assert text == expected
         assert generation.usage.cached_tokens > (
-            limit - 2 * ModelRunner.CHUNK if lines(engine)[0].trimmable else 700
+            limit - 2 * PromptReader.CHUNK if lines(engine)[0].trimmable else 700
         )
 
 
@@ -278,7 +278,7 @@ def test_a_line_larger_than_the_bound_keeps_its_beginning(options: dict, tmp_pat
     with Engine(**options, cache_limit=size // 2) as engine:
         expected, _ = answer(engine, messages)
         text, generation = answer(engine, messages)
-        assert text == expected and generation.usage.cached_tokens > ModelRunner.CHUNK
+        assert text == expected and generation.usage.cached_tokens > PromptReader.CHUNK
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from test_engine import REREAD, SYSTEM, answer, cold, user
 
 from _mlx_server.inference.decode_batch import DecodeBatch
 from _mlx_server.inference.memory import StateSize
+from _mlx_server.inference.prefill import PromptReader
 from _mlx_server.inference.runner import ModelRunner
 from _mlx_server.inference.scheduler import Scheduler
 from _mlx_server.inference.sequence import State
@@ -169,7 +170,7 @@ class Waiting:
         self.request = Request("", priority=priority)
 
     def read(self) -> None:
-        self.left = max(0, self.left - ModelRunner.CHUNK)
+        self.left = max(0, self.left - PromptReader.CHUNK)
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one():
@@ -203,7 +204,7 @@ def test_higher_priority_goes_first_and_lower_work_waits_for_it():
 )
 def test_answers_go_on_while_a_prompt_is_read(priority: Priority, steps: int):
     schedule, decoding, reader = Scheduler(), [Waiting(0, 0)], Waiting(9000, 1, priority)
-    schedule.prefilled(schedule.choose([reader], decoding), 1.0, decoding)
+    schedule.prefilled(schedule.choose([reader], decoding), [], 1.0, decoding)
     taken = 0
     while schedule.choose([reader], decoding) is None:
         schedule.decoded(0.25)
@@ -386,7 +387,7 @@ def test_answers_that_outgrow_memory_wait_for_each_other_and_stay_right(
 def test_an_important_request_does_not_wait_for_memory_that_others_use(
     folder: Path, phase: State, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(ModelRunner, "CHUNK", 32)
+    monkeypatch.setattr(PromptReader, "CHUNK", 32)
     with Engine(str(folder / "qwen2")) as engine:
         low = engine.chat("low " * 100, max_tokens=100, priority=Priority.LOW)
         until(low, State.DECODE)
@@ -563,7 +564,7 @@ def test_logits_that_are_no_numbers_fail_the_request_and_leave_no_trace(engine: 
     engine.unload(engine.default.name)
     answer(engine, "loads the model")
     model = runtime(engine).model
-    runtime(engine).model = lambda *args, **kwargs: model(*args, **kwargs)
+    runtime(engine).weights.model = lambda *args, **kwargs: model(*args, **kwargs)
     runtime(engine).decode_batch.model = lambda *args, **kwargs: (
         model(*args, **kwargs) * mx.array(float("nan"))
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from _mlx_server.inference.decode_batch import DecodeBatch
+from _mlx_server.inference.decode_batch import DecodeBatch, Row
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.models import LocalModel
 from _mlx_server.inference.prefix_cache import CacheEntry
@@ -47,7 +47,7 @@ def entry(weights: Weights, length: int) -> CacheEntry:
 
 
 def insert(batch: DecodeBatch, one: CacheEntry, room: int | None = 1 << 40) -> int:
-    return batch.insert(one, 7, 1000, greedy, [], room)
+    return batch.insert([Row(one, 7, 1000, greedy, [])], room)[0]
 
 
 def greedy(logprobs: Any) -> Any:

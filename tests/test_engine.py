@@ -15,7 +15,7 @@ import pytest
 from conftest import kinds
 from models import CONFIGS, build_model
 
-from _mlx_server.inference.runner import ModelRunner
+from _mlx_server.inference.prefill import PromptReader
 from engine import (
     Done,
     Engine,
@@ -123,14 +123,14 @@ def test_a_cancelled_prefill_keeps_what_it_has_and_resuming_changes_nothing(engi
     generation.cancel()
     text, resumed = answer(engine, messages)
     assert text == expected
-    assert resumed.usage.cached_tokens >= ModelRunner.CHUNK
+    assert resumed.usage.cached_tokens >= PromptReader.CHUNK
 
 
 def test_a_model_with_experts_reads_large_chunks_while_nobody_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     for name, tokens in (("CHUNK", 32), ("LARGE", 128), ("DEEP", 256)):
-        monkeypatch.setattr(ModelRunner, name, tokens)
+        monkeypatch.setattr(PromptReader, name, tokens)
     experts = {
         "model_type": "qwen3_moe",
         "num_experts": 4,
@@ -145,13 +145,13 @@ def test_a_model_with_experts_reads_large_chunks_while_nobody_waits(
     ) as engine:
         answer(engine, "loads the model")
         runtime, sizes = engine.pool.runners["moe"], []
-        model = runtime.model
+        model = runtime.weights.model
 
         def measured(tokens, cache):
             sizes.append(tokens.shape[1])
             return model(tokens, cache=cache)
 
-        runtime.model, measured.layers = measured, model.layers
+        runtime.weights.model, measured.layers = measured, model.layers
         list(engine.submit(Request("moe", prompt=[5] * 300, max_tokens=1)))
         assert sizes == [128, 128, 32, 11]
         running = engine.submit(Request("moe", prompt=[6], max_tokens=4000))
@@ -168,7 +168,7 @@ def test_what_is_too_much_for_the_gpu_is_tried_in_smaller_chunks_and_leaves_noth
         engine.unload(engine.default.name)
         answer(engine, "loads the model")
         runtime = engine.pool.runners[engine.default.name]
-        model = runtime.model
+        model = runtime.weights.model
 
         def watched(tokens, cache):
             if cache[0].offset > 300 and tokens.shape[1] > 128:
@@ -177,7 +177,7 @@ def test_what_is_too_much_for_the_gpu_is_tried_in_smaller_chunks_and_leaves_noth
                 )
             return model(tokens, cache=cache)
 
-        runtime.model, watched.layers = watched, model.layers
+        runtime.weights.model, watched.layers = watched, model.layers
         for _ in range(2):
             with pytest.raises(EngineError, match="try again"):
                 answer(engine, "deep " * 250)
@@ -398,7 +398,7 @@ def test_a_gap_is_filled_with_the_tokenizers_own_tokens(tmp_path: Path):
 def test_a_long_prompt_tells_how_far_it_is(
     engine: Engine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(ModelRunner, "PROGRESS", 0.0)
+    monkeypatch.setattr(PromptReader, "PROGRESS", 0.0)
     with caplog.at_level(logging.INFO):
         _, generation = answer(engine, "how far " * 150, max_tokens=1)
     pattern = r"\w+: prompt (\d+) %, ([\d,]+)/([\d,]+) tokens, \d+ tokens/s, \d+ s left"

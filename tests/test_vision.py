@@ -27,8 +27,8 @@ from _mlx_server.inference.group import Group
 from _mlx_server.inference.image_layout import QwenLayout
 from _mlx_server.inference.images import image_mark, read_pixels
 from _mlx_server.inference.models import describe
+from _mlx_server.inference.prefill import PromptReader
 from _mlx_server.inference.renderer import PromptRenderer
-from _mlx_server.inference.runner import ModelRunner
 from _mlx_server.inference.sequence import State
 from _mlx_server.inference.vision import Vision
 from _mlx_server.inference.weights import Weights
@@ -132,7 +132,7 @@ def test_the_answer_is_that_of_transformers_and_nothing_is_read_twice(
     models: Path, kind: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Cold, once more, beside other requests, with more turns, and after a restart."""
-    monkeypatch.setattr(ModelRunner, "CHUNK", chunk)
+    monkeypatch.setattr(PromptReader, "CHUNK", chunk)
     expected = reference(kind)["answer"].tolist()
     with Engine(str(models / kind), cache_dir=tmp_path / "cache") as engine:
         others = [engine.chat(f"Count to {n}.", max_tokens=200) for n in (10, 100, 1000)]
@@ -213,7 +213,7 @@ def test_a_quantised_cache(models: Path, bits: int):
 
 @pytest.mark.slow
 def test_a_request_that_is_cancelled_within_an_image_goes_on_later(models: Path, monkeypatch):
-    monkeypatch.setattr(ModelRunner, "CHUNK", 20)
+    monkeypatch.setattr(PromptReader, "CHUNK", 20)
     with Engine(str(models / "qwen3_vl")) as engine:
         broken = engine.submit(conversation(*FILES))
         while runs(engine) == 0:

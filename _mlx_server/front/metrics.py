@@ -63,6 +63,11 @@ def _engine_metrics(stats: Stats) -> list[str]:
             totals.cached_tokens,
         ),
         ("prefilled_tokens_total", "Tokens of prompts that were read.", totals.prefilled_tokens),
+        (
+            "prefill_passes_total",
+            "Forward passes that have read prompts, one or several at once.",
+            totals.prefill_passes,
+        ),
         ("completion_tokens_total", "Generated tokens.", totals.completion_tokens),
         ("decode_passes_total", "Passes that generated them.", totals.decode_passes),
     ]

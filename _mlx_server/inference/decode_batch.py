@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from _mlx_server.inference.group import Group
+from _mlx_server.inference.layers import can_merge
 from _mlx_server.inference.memory import StateSize
 from _mlx_server.inference.prefix_cache import CacheEntry
 from _mlx_server.inference.row_group import row_group_class
 from _mlx_server.inference.speculation import Drafter, Speculation
 from _mlx_server.inference.vision import ImageRows
+
+
+@dataclass
+class Row:
+    """A request that has read `entry` and reads `token` next, for at most `limit` tokens.
+    `processors` are mlx-lm's logits processors, `shift` is what images have added to the
+    positions."""
+
+    entry: CacheEntry
+    token: int
+    limit: int
+    sampler: Any
+    processors: list[Any]
+    shift: int = 0
 
 
 class DecodeBatch:
@@ -67,45 +83,40 @@ class DecodeBatch:
         """Bytes of padding in all groups. It does not grow as long as no request joins."""
         return sum(self._padding(group.lengths()) for group in self._groups)
 
-    def insert(
-        self,
-        entry: CacheEntry,
-        token: int,
-        limit: int,
-        sampler: Any,
-        processors: list[Any],
-        room: int | None,
-        shift: int = 0,
-    ) -> int:
-        """Starts a request that has read `entry` and reads `token` next, for at most `limit`
-        tokens; returns its number. The entry's caches are the batch's from here on. `processors`
-        are mlx-lm's logits processors. There may be `room` more bytes of padding; with None the
-        request gets a group of its own, which no other joins. `shift` is what images have added to
-        the positions."""
+    def insert(self, rows: list[Row], room: int | None) -> list[int]:
+        """Starts requests in one pass, which have to be alike; returns their numbers. Their
+        entries' caches are the batch's from here on. There may be `room` more bytes of padding;
+        with None a request gets a group of its own, which no other joins."""
         import mlx.core as mx
 
         self.settle()
-        self._count += 1
-        tokens = list(entry.tokens)
+        numbers = list(range(self._count + 1, self._count + 1 + len(rows)))
+        self._count += len(rows)
+        cache = rows[0].entry.cache
+        if len(rows) > 1:
+            layers = zip(*(row.entry.cache for row in rows), strict=True)
+            cache = [states[0].merge(list(states)) for states in layers]
+        tokens = [list(row.entry.tokens) for row in rows]
         if self._images:
-            rows = [number for group in self._groups for number in group.uids]
-            tokens = self._images.add(self._count, tokens, shift, rows)
-        with self._positions([self._count]):
+            shifts = {number: row.shift for number, row in zip(numbers, rows, strict=True)}
+            others = [number for group in self._groups for number in group.uids]
+            tokens = self._images.add(shifts, tokens, others)
+        with self._positions(numbers):
             new: Any = row_group_class()(
                 self.model,
-                [self._count],
-                mx.array([token]),
-                entry.cache,
-                [tokens],
-                [sampler],
-                sampler,
-                [list(processors)],
-                [self._ends],
-                [limit],
+                numbers.copy(),
+                mx.array([row.token for row in rows]),
+                cache,
+                tokens,
+                [row.sampler for row in rows],
+                rows[0].sampler,
+                [row.processors for row in rows],
+                [self._ends] * len(rows),
+                [row.limit for row in rows],
             )
+        new.in_place = len(rows) == 1
         new.sync_tokens(self._group)
-        mergeable = all(hasattr(layer, "merge") for layer in entry.cache)
-        new.closed = room is None or not mergeable
+        new.closed = room is None or not can_merge(rows[0].entry.cache)
         joined = None if room is None or new.closed else self._like(new, room)
         if joined is None:
             joined = new
@@ -114,7 +125,12 @@ class DecodeBatch:
             self._groups.remove(joined)
         self._groups.insert(0 if joined is not self._last else len(self._groups), joined)
         self._begun, self._stepped = joined, list(joined.uids)
-        return self._count
+        return numbers
+
+    def alike(self, lengths: list[int], room: int) -> bool:
+        """Whether rows of these lengths can share a group whose padding has so many bytes."""
+        padding = self._padding(lengths)
+        return padding <= min(max(0, room), self._most(self._state_size.token * sum(lengths)))
 
     def _positions(self, numbers: list[int]) -> contextlib.AbstractContextManager[None]:
         """Sets the positions for a step of these rows."""
@@ -125,11 +141,10 @@ class DecodeBatch:
         best, least = None, 0
         for group in self._groups:
             lengths = group.lengths()
-            together = [*lengths, len(new.tokens[0])]
-            padding = self._padding(together)
-            added = padding - self._padding(lengths)
-            own = self._state_size.token * sum(together)
-            if group.closed or added > max(0, room) or padding > self._most(own):
+            together = [*lengths, *new.lengths()]
+            already = self._padding(lengths)
+            added = self._padding(together) - already
+            if group.closed or not self.alike(together, room + already):
                 continue
             if best is None or added < least:
                 best, least = group, added

@@ -14,6 +14,12 @@ def is_trimmable(layer: Any) -> bool:
     return type(layer).__name__ in ("KVCache", "QuantizedKVCache", "ConcatenateKVCache")
 
 
+def can_merge(cache: list[Any]) -> bool:
+    """Whether the caches of several requests can become shared ones."""
+    parts = [part for layer in cache for part in getattr(layer, "caches", [layer])]
+    return all(hasattr(part, "merge") for part in parts)
+
+
 def copy_layer(layer: Any, start: int = 0, end: int | None = None) -> Any:
     """A copy that shares no buffer with `layer`; of a trimmable one only the tokens from `start` to
     `end`."""

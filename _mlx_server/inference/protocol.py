@@ -279,13 +279,15 @@ class Miss:
 @dataclass
 class Totals:
     """What the engine has done since its start: requests by how they ended, tokens of the prompts
-    of those, and the tokens of `Usage`, counted as they come."""
+    of those, the tokens of `Usage`, counted as they come, and passes that have read prompts, each
+    of them some of the tokens of one or more."""
 
     endings: collections.Counter[str] = field(default_factory=collections.Counter)
     prompt_tokens: int = 0
     cached_tokens: int = 0
     prefilled_tokens: int = 0
     completion_tokens: int = 0
+    prefill_passes: int = 0
     decode_passes: int = 0  # of each request
     draft_tokens: collections.Counter[str] = field(default_factory=collections.Counter)
     accepted_tokens: collections.Counter[str] = field(default_factory=collections.Counter)

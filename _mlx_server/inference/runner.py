@@ -11,15 +11,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from _mlx_server.inference.decode_batch import DecodeBatch
+from _mlx_server.inference.decode_batch import DecodeBatch, Row
 from _mlx_server.inference.disk_cache import DiskCache
-from _mlx_server.inference.embedding import Pooler
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.memory import gigabytes
 from _mlx_server.inference.models import LocalModel, fingerprint
-from _mlx_server.inference.prefix_cache import CacheEntry, Match, PrefixCache
-from _mlx_server.inference.prefix_tree import common_prefix
-from _mlx_server.inference.protocol import Embedding, EngineError, InvalidRequest, Priority
+from _mlx_server.inference.prefill import PromptReader
+from _mlx_server.inference.prefix_cache import PrefixCache
+from _mlx_server.inference.protocol import EngineError, InvalidRequest, Priority
 from _mlx_server.inference.renderer import PromptRenderer
 from _mlx_server.inference.sampling import make_penalties, make_sampler, token_logprobs
 from _mlx_server.inference.sequence import Sequence, State
@@ -33,24 +32,14 @@ class ModelRunner:
     """A model's weights and its running requests. Every method runs on the MLX thread; other
     threads may read `sequences`, `used` and `keep_alive`, which are replaced as a whole.
 
-    Prefill is done here, a chunk at a time, since checkpoints have to be taken inside it and other
-    requests get their turn between two chunks; the decode batch then takes over. A failure fails
-    the request it belongs to and no other."""
+    The `PromptReader` reads the prompts, the decode batch then takes over. A failure fails the
+    request it belongs to and no other."""
 
-    CHUNK = 512  # tokens; larger ones gain no speed but memory peaks and waiting time
-    # With experts a chunk reads the weights of all of them, and larger ones gain up to a fifth:
-    # https://github.com/ml-explore/mlx-lm/pull/406
-    LARGE = 2048
-    LEAST = 64  # tokens that a chunk has after failures
-    # Tokens up to which a large chunk's attention takes no more memory than a small one's at 64k
-    DEEP = 16384
-    SPARSE = 4096  # tokens between two restore points inside a long prompt
     # Requests that decode side by side, lower priorities not counted; memory bounds them earlier
     ROWS = 256
     # Tokens of an answer to keep memory free for; a longer one may have to wait in between
     EXPECTED = 4096
     INSPECTED = 32  # tokens between two checks that the model still computes numbers
-    PROGRESS = 4.0  # seconds between two log lines on the progress of a long prompt
 
     def __init__(
         self,
@@ -87,9 +76,16 @@ class ModelRunner:
         self.decode_batch = DecodeBatch(
             self.model, ends, self.size, self.state_size, group, images, self.speculation
         )
-        self._chunk = self.CHUNK
-        # With other processes waiting in a collective, no chunk may take long.
-        self._chunk_alone = self.LARGE if self.weights.has_experts and group.size == 1 else 0
+        self._reader = PromptReader(
+            local.name,
+            self.fingerprint,
+            self.weights,
+            self.vision,
+            prefixes,
+            disk_cache,
+            self.decode_batch,
+            group,
+        )
         log.info("loaded %s in %.1f s", local.name, time.perf_counter() - started)
 
     @property
@@ -131,7 +127,7 @@ class ModelRunner:
             sequence.detokenizer = self.renderer.tokenizer.detokenizer
             sequence.parser.feed(sequence.prompt.opening, markup=True)
         try:
-            self._restore(sequence)
+            self._reader.restore(sequence, self.sequences)
         except Exception as error:
             self._after_failure(error)
             self._drop(sequence, error)
@@ -150,176 +146,82 @@ class ModelRunner:
 
     # -- prefill
 
-    def prefill(self, sequence: Sequence, undisturbed: bool) -> None:
-        """Reads one chunk of a request's prompt, a large one if no other request waits meanwhile.
-        Behind the last chunk the request begins to decode."""
-        sequence.enter(State.PREFILL)
+    def prefill(self, sequence: Sequence, total: int) -> list[Sequence]:
+        """Reads one chunk of a request's prompt, and of others that fit into the same pass; returns
+        those of which something was read. `total` counts the requests of all models. Behind its
+        last chunk a request begins to decode."""
+        read, rows = [], [sequence]
         try:
+            sequence.enter(State.PREFILL)
             if sequence.request.embed:
-                return self._embed(sequence)
-            self._restore(sequence)
+                if self._reader.embed(sequence):
+                    sequence.usage.prefill_seconds += sequence.lap()
+                    self._end(sequence, "stop")
+                return rows
+            self._reader.restore(sequence, self.sequences)
+            stops = self._reader.together(
+                self._companions(sequence), self.sequences, total, self._room()
+            )
+            rows = list(stops)
+            for one in rows:
+                one.enter(State.PREFILL)
             if sequence.left > 0:
-                self._read_chunk(sequence, undisturbed)
-                self._log_progress(sequence)
-            if sequence.left <= 0:
-                self._start_decoding(sequence)
+                self._reader.read(stops)
+                read = rows
+            self._start_decoding([one for one in rows if one.left <= 0])
         except Exception as error:
-            self._after_failure(error)
-            if _on_gpu(error):  # it took too long, or had no room: smaller chunks may do
-                self._chunk, self._chunk_alone = max(self._chunk // 2, self.LEAST), 0
-            else:
-                self._salvage(sequence)
-            self._drop(sequence, error)
+            self._prefill_failed(rows, error)
+        return read
 
-    def _restore(self, sequence: Sequence) -> None:
-        """Gives a request the longest beginning of its prompt that was read before: an entry of the
-        prefix cache or the disk cache, or a copy from a running request, so that a twin or a
-        sub-agent of that one does not prefill twice. A request that has begun changes over when
-        others have come a chunk further."""
-        begun = sequence.entry is not None
-        if begun and len(self.sequences) == 1 or sequence.request.embed:
+    def _companions(self, sequence: Sequence) -> list[Sequence]:
+        """A request whose turn it is and those that may be read with it, which may all decode
+        afterwards."""
+        priority = sequence.request.priority
+        taken = sum(one.request.priority <= priority for one in self.decoding())
+        others = [one for one in self.candidates() if one.request.priority <= priority]
+        others = [one for one in others if one is not sequence]
+        return [sequence, *others][: min(self._reader.ROWS, self.ROWS - taken)]
+
+    def _prefill_failed(self, rows: list[Sequence], error: Exception) -> None:
+        """A pass has failed. It cannot be told which of several requests was the cause: each of
+        them goes on alone, where only the one that causes the failure fails again."""
+        self._after_failure(error)
+        if len(rows) > 1:
+            log.warning("reading %d prompts together failed: they part", len(rows), exc_info=error)
+            for one in rows:
+                one.alone = True
             return
-        have = len(sequence.entry.tokens) + self._chunk if sequence.entry is not None else 0
-        entry = self._longest_state(sequence, have)
-        if entry is None:
-            if begun:
-                return
-            entry = CacheEntry([], self.weights.new_cache())
-        prompt = sequence.prompt
-        entry.model, entry.owner = self.fingerprint, sequence.request.owner
-        entry.root, entry.written = prompt.root, False
-        if prompt.body and sequence.request.messages[-1]["role"] == "user":
-            entry.turns = [at for at in entry.turns if at < prompt.body] + [prompt.body]
-        if sequence.entry is not None:
-            sequence.usage.cached_tokens += len(entry.tokens) - len(sequence.entry.tokens)
-        elif not sequence.usage.prefill_seconds:  # otherwise it finds what it has read itself
-            sequence.usage.cached_tokens = len(entry.tokens)
-        sequence.entry = entry
-
-    def _longest_state(self, sequence: Sequence, have: int) -> CacheEntry | None:
-        """The longest state that a request can go on from, if it is longer than `have` tokens."""
-        tokens, owner, entry = sequence.prompt.tokens, sequence.request.owner, None
-        match = self._find(sequence)
-        cached = match.length
-        shared, donor = self._most_like(sequence)
-        if donor is not None and shared > max(cached, have):
-            running = self._state_of(donor)
-            usable = running.restorable(min(shared, len(tokens) - 1))
-            entry = running.branch(usable) if usable > max(cached, have) else None
-        if self._disk_cache is not None and sequence.entry is None:
-            chain, kept = self._disk_cache.find(self.fingerprint, tokens[:-1], owner)
-            if kept > max(cached, len(entry.tokens) if entry else 0):
-                entry = self._disk_cache.load(chain, kept)
-        if entry is None and cached > have:
-            entry = self.prefixes.take(match)
-            sequence.searched = self.prefixes.version
-        return entry
-
-    def _find(self, sequence: Sequence) -> Match:
-        """What the prefix cache has of a request's prompt. A request that has begun does not search
-        once more among the same entries."""
-        if sequence.entry is not None and sequence.searched == self.prefixes.version:
-            return Match(None, 0, [], 0)
-        sequence.searched = self.prefixes.version
-        tokens, owner = sequence.prompt.tokens, sequence.request.owner
-        return self.prefixes.find(self.fingerprint, tokens, owner)
-
-    def _state_of(self, sequence: Sequence) -> CacheEntry:
-        """The state of a running request, which goes on using it."""
-        assert sequence.entry is not None
-        if not sequence.decoding:
-            return sequence.entry
-        tokens, cache = self.decode_batch.peek(sequence.number)
-        return dataclasses.replace(sequence.entry, tokens=_read(sequence, tokens), cache=cache)
-
-    def _most_like(self, sequence: Sequence) -> tuple[int, Sequence | None]:
-        """The running request of the same owner that has read the most of a request's prompt, and
-        how much that is."""
-        most, donor = 0, None
-        for other in self.sequences:
-            if other is sequence or other.entry is None:
-                continue
-            if other.request.owner != sequence.request.owner:
-                continue
-            shared = common_prefix(other.prompt.tokens, sequence.prompt.tokens)
-            if not other.decoding:
-                shared = min(shared, len(other.entry.tokens))
-            if shared > most:
-                most, donor = shared, other
-        return most, donor
-
-    def _read_chunk(self, sequence: Sequence, undisturbed: bool) -> None:
-        """Reads up to the next length where a checkpoint belongs, or a chunk if that is less."""
-        import mlx.core as mx
-
-        entry, prompt = sequence.entry, sequence.prompt
-        assert entry is not None
-        start, end = len(entry.tokens), len(prompt.tokens) - 1
-        sparse = (start // self.SPARSE + 1) * self.SPARSE
-        marks = sorted({prompt.root, prompt.turn, prompt.body or end, sparse, end})
-        most = max(self._chunk, self._chunk_alone if undisturbed and start < self.DEEP else 0)
-        stop = min(next(at for at in marks if at > start), start + most)
-        if self.vision is not None and prompt.images:
-            stop = self.vision.reach(prompt, start, stop)
-            self.vision.read(prompt, start, stop, entry.cache)
+        if _on_gpu(error):  # it took too long, or had no room: smaller chunks may do
+            self._reader.halve()
         else:
-            self.model(mx.array(prompt.tokens[start:stop])[None], cache=entry.cache)
-        mx.eval([layer.state for layer in entry.cache])
-        mx.clear_cache()
-        entry.tokens = prompt.tokens[:stop]
-        sequence.usage.prefilled_tokens += stop - start
-        if stop in marks and (stop < end or not prompt.body):
-            entry.add_checkpoint()
+            self._reader.salvage(rows[0])
+        self._drop(rows[0], error)
 
-    def _log_progress(self, sequence: Sequence) -> None:
-        """Logs, now and then, how far a prompt is."""
-        assert sequence.entry is not None
-        now, done, total = time.perf_counter(), len(sequence.entry.tokens), sequence.prompt_tokens
-        since = max(sequence.lap_start, sequence.progress_logged)
-        if now - since < self.PROGRESS or sequence.left <= 0:
+    def _start_decoding(self, sequences: list[Sequence]) -> None:
+        """The requests have read their prompts."""
+        starting = []
+        for sequence in sequences:
+            sequence.usage.prefill_seconds += sequence.lap()
+            if sequence.limit <= 0:
+                self._end(sequence, "length")
+            else:
+                starting.append(sequence)
+        if not starting:
             return
-        sequence.progress_logged = now
-        speed = (done - sequence.usage.cached_tokens) / (now - sequence.lap_start)
-        log.info(
-            "%s: prompt %d %%, %s/%s tokens, %.0f tokens/s, %.0f s left",
-            self.local.name,
-            100 * done // total,
-            f"{done:,}",
-            f"{total:,}",
-            speed,
-            sequence.left / speed,
-        )
+        room = None if starting[0].alone else self._room()
+        numbers = self.decode_batch.insert([self._row(one) for one in starting], room)
+        for sequence, number in zip(starting, numbers, strict=True):
+            assert sequence.entry is not None
+            sequence.number = number
+            sequence.entry.cache = []  # the batch returns it at the end
+            sequence.enter(State.DECODE)
 
-    def _embed(self, sequence: Sequence) -> None:
-        """Reads a chunk of a text to embed; behind the last one there is its vector. The prefix
-        cache has no part in it."""
-        import mlx.core as mx
-
-        pooler = sequence.pooler
-        if pooler is None:
-            cache = self.weights.new_cache()
-            pooler = Pooler(self.weights.pooling or "mean", sequence.prompt_tokens, cache)
-            sequence.pooler = pooler
-        stop = pooler.length + self._chunk if sequence.left > self._chunk else None
-        tokens = sequence.prompt.tokens[pooler.length : stop]
-        pooler.add(self.weights.body(mx.array(tokens)[None], cache=pooler.cache)[0])
-        mx.clear_cache()
-        sequence.usage.prefilled_tokens += len(tokens)
-        if sequence.left >= 0:
-            return
-        sequence.emit(Embedding(pooler.vector()))
-        sequence.pooler = None
-        sequence.usage.prefill_seconds += sequence.lap()
-        self._end(sequence, "stop")
-
-    def _start_decoding(self, sequence: Sequence) -> None:
-        sequence.usage.prefill_seconds += sequence.lap()
-        if sequence.limit <= 0:
-            return self._end(sequence, "length")
+    def _row(self, sequence: Sequence) -> Row:
+        """What the decode batch needs of a request."""
         request, prompt, entry = sequence.request, sequence.prompt, sequence.entry
         assert entry is not None
         vocabulary = len(self.renderer.tokenizer)
-        sampler = sequence.sampler or make_sampler(request.sampling, vocabulary)
+        sequence.sampler = sequence.sampler or make_sampler(request.sampling, vocabulary)
         processors: list[Any] = make_penalties(request.sampling)
         if sequence.grammar is not None:
             written = prompt.tokens[sequence.prompt_tokens :]
@@ -328,30 +230,8 @@ class ModelRunner:
         if budget := self.renderer.budget(request, prompt, sequence.prompt_tokens):
             processors.append(budget)
         left = sequence.limit - sequence.usage.completion_tokens
-        last, room = prompt.tokens[-1], None if sequence.alone else self._room()
         shift = self.vision.shift(prompt, len(prompt.tokens)) if self.vision else 0
-        sequence.number = self.decode_batch.insert(
-            entry, last, left, sampler, processors, room, shift
-        )
-        sequence.sampler = sampler
-        entry.cache = []  # the batch returns it at the end
-        sequence.enter(State.DECODE)
-
-    def _salvage(self, sequence: Sequence) -> None:
-        """Files the chunks that a failed prefill had finished. Its layers may or may not have read
-        more than those."""
-        import mlx.core as mx
-
-        if sequence.entry is None:
-            return
-        try:
-            done = len(sequence.entry.tokens)
-            torn = dataclasses.replace(sequence.entry, tokens=sequence.prompt.tokens[: done + 1])
-            entry = torn.branch(torn.restorable(done))
-            mx.eval([layer.state for layer in entry.cache])
-            self.prefixes.put(entry)
-        except Exception:
-            log.info("nothing of the failed prompt could be kept", exc_info=True)
+        return Row(entry, prompt.tokens[-1], left, sequence.sampler, processors, shift)
 
     # -- decode
 
@@ -402,7 +282,7 @@ class ModelRunner:
         sequence.emit(*sequence.parse(piece, response.token))
         if response.finish_reason:
             assert sequence.entry is not None
-            sequence.entry.tokens = _read(sequence, response.all_tokens)
+            sequence.entry.tokens = sequence.tokens_read(response.all_tokens)
             sequence.entry.cache = response.prompt_cache
             if response.finish_reason != "stop" or not self._end_thinking(sequence):
                 self._end(sequence, response.finish_reason)
@@ -460,7 +340,7 @@ class ModelRunner:
         """Takes a request's state back from the decode batch."""
         assert sequence.entry is not None
         tokens, cache = self.decode_batch.remove(sequence.number)
-        sequence.entry.tokens, sequence.entry.cache = _read(sequence, tokens), cache
+        sequence.entry.tokens, sequence.entry.cache = sequence.tokens_read(tokens), cache
 
     def isolate_failed_batch(self, error: Exception) -> None:
         """A step of a group has failed, and it cannot be told which of its requests was the cause:
@@ -479,7 +359,7 @@ class ModelRunner:
                 self._drop(sequence, error)
                 continue
             written = sequence.prompt_tokens + sequence.usage.completion_tokens
-            self._begin_again(sequence, _read(sequence, tokens)[:written])
+            self._begin_again(sequence, sequence.tokens_read(tokens)[:written])
             sequence.alone = True
 
     def pause(self, sequence: Sequence) -> bool:
@@ -618,19 +498,10 @@ class ModelRunner:
         entry = self.prefixes.unwritten(self.fingerprint)
         if self._disk_cache is None or entry is None:
             return
-        sparse = range(self.SPARSE, len(entry.tokens), self.SPARSE)
+        sparse = range(PromptReader.SPARSE, len(entry.tokens), PromptReader.SPARSE)
         marks = {entry.root, *entry.checkpoints, *sparse}
         reading = functools.partial(self.renderer.reading, entry.owner)
         entry.written = self._disk_cache.write(self.fingerprint, entry, reading, marks)
-
-
-def _read(sequence: Sequence, tokens: list[int]) -> list[int]:
-    """The tokens that a request has read in the decode batch, which knows those of images in
-    another form."""
-    if not sequence.prompt.images:
-        return tokens
-    known = sequence.prompt.tokens[: len(tokens)]
-    return known + tokens[len(known) :]
 
 
 def _on_gpu(error: Exception) -> bool:

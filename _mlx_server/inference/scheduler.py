@@ -46,8 +46,13 @@ class Scheduler:
             one.passed_over = 0 if one is chosen else one.passed_over + 1
         return chosen
 
-    def prefilled(self, sequence: Sequence, seconds: float, decoding: list[Sequence]) -> None:
-        """Takes note of how long a chunk has taken."""
+    def prefilled(
+        self, sequence: Sequence, read: list[Sequence], seconds: float, decoding: list[Sequence]
+    ) -> None:
+        """Takes note of how long the chunk of a request has taken, and whose were `read` with
+        it."""
+        for one in read:
+            one.passed_over = 0
         priorities = [other.request.priority for other in decoding]
         lower = bool(priorities) and sequence.request.priority > min(priorities)
         self._owed = seconds * (3 if lower else 1) if decoding else 0.0

@@ -168,6 +168,14 @@ class Sequence:
         length = usage.cached_tokens + usage.prefilled_tokens + usage.completion_tokens
         return min(length, self.prompt_tokens + usage.completion_tokens)
 
+    def tokens_read(self, tokens: list[int]) -> list[int]:
+        """The tokens that were read in the decode batch, which knows those of images in another
+        form."""
+        if not self.prompt.images:
+            return tokens
+        known = self.prompt.tokens[: len(tokens)]
+        return known + tokens[len(known) :]
+
     def count(self, totals: Totals) -> None:
         """Adds to the totals what was done since the last time, and its end if it has ended."""
         usage, (cached, prefilled, completion, passes) = self.usage, self._counted

@@ -130,12 +130,14 @@ class ImageRows:
         self._vision = vision
         self._shifts: dict[int, int] = {}
 
-    def add(self, number: int, tokens: list[int], shift: int, others: list[int]) -> list[int]:
-        """Comes before a row's first step, with the tokens that it has read, what is added to the
-        indices of its tokens, and the other rows that there are; returns the tokens as the model
-        knows them."""
-        self._shifts = {row: self._shifts[row] for row in others} | {number: shift}
-        return self._vision.plain(tokens)
+    def add(
+        self, shifts: dict[int, int], tokens: list[list[int]], others: list[int]
+    ) -> list[list[int]]:
+        """Comes before the first step of new rows, with what is added to the indices of their
+        tokens by their numbers, the tokens that they have read, and the other rows that there are;
+        returns the tokens as the model knows them."""
+        self._shifts = {row: self._shifts[row] for row in others} | shifts
+        return [self._vision.plain(row) for row in tokens]
 
     def during(self, numbers: list[int]) -> AbstractContextManager[None]:
         """Sets the positions for a step of some rows."""
