@@ -134,14 +134,17 @@ def printable(text: str) -> str:
 
 
 def list_models(args: argparse.Namespace) -> None:
-    """Prints a table of the installed models, the newest first."""
-    models = sorted(library_of(args).catalog(), key=lambda model: model.modified, reverse=True)
+    """Prints a table of the installed models, the newest first, and what cannot be loaded."""
+    library = library_of(args)
+    models = sorted(library.catalog(), key=lambda model: model.modified, reverse=True)
     names = [printable(model.name) for model in models]
     width = max(map(len, names), default=0)
     print(f"{'NAME':{width}}  {'SIZE':>8}  MODIFIED")
     for name, model in zip(names, models, strict=True):
         ago = _ago(time.time() - model.modified)
         print(f"{name:{width}}  {gigabytes(model.size):>8}  {ago}")
+    for error in library.unsupported():
+        print(printable(str(error)))
 
 
 def _ago(seconds: float) -> str:

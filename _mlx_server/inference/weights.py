@@ -6,6 +6,7 @@ from typing import Any
 
 from _mlx_server.inference.embedding import pooling_mode
 from _mlx_server.inference.group import Group
+from _mlx_server.inference.layers import is_opaque
 from _mlx_server.inference.memory import StateSize
 from _mlx_server.inference.models import LocalModel, load_error
 
@@ -16,6 +17,8 @@ class Weights:
     `model` is mlx-lm's, `body` the part of it before the head (None where mlx-lm has no name for
     it), `size` the bytes of the parameters, `state_size` what KV states take. `pooling` is set for
     embedding models. With `kv_bits` new caches keep plain KV quantised."""
+
+    STRETCH = 256  # tokens
 
     def __init__(self, local: LocalModel, kv_bits: int | None, group: Group):
         import mlx.core as mx
@@ -31,11 +34,26 @@ class Weights:
             cache = self.new_cache()
             # One token compiles the kernels, and shows what KV takes.
             mx.eval((self.body if embeds else self.model)(mx.array([[0]]), cache=cache))
+            growth = self._growth(cache)
         except Exception as error:
             raise load_error(local, f"model '{local.name}'", error) from error
         parameters: Any = tree_flatten(self.model.parameters())
         size = sum(array.nbytes for _, array in parameters)
-        self.size, self.state_size = group.broadcast(lambda: (size, StateSize.of(cache)))
+        self.size, self.state_size = group.broadcast(lambda: (size, StateSize.of(cache, growth)))
+
+    def _growth(self, cache: list[Any]) -> float:
+        """Bytes that layers whose classes are opaque take for each further token."""
+        import mlx.core as mx
+
+        opaque = [layer for layer in cache if is_opaque(layer)]
+        if not opaque:
+            return 0.0
+        sizes = []
+        for _ in range(2):  # after the first stretch sliding windows are full
+            self.model(mx.array([[0] * self.STRETCH]), cache=cache)
+            mx.eval([layer.state for layer in cache])
+            sizes.append(sum(layer.nbytes for layer in opaque))
+        return (sizes[1] - sizes[0]) / self.STRETCH
 
     @property
     def has_experts(self) -> bool:
