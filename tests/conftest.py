@@ -8,11 +8,15 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from models import CONFIGS, build_model
+
+import mlx_server
+from engine import Engine
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 240.0  # seconds after which something hangs, however busy the machine is
@@ -107,3 +111,20 @@ def server() -> Iterator[Server]:
     yield server
     assert server.stop() == 0
     assert not [line for line in server.lines if "Traceback" in line]
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., mlx_server.MLXServer]]:
+    """Starts servers within the test's own process."""
+    with ExitStack() as stack:
+
+        def serve(engine: Engine | None = None, host: str = "127.0.0.1", **options):
+            server = mlx_server.MLXServer((host, 0), engine, **options)
+            server.port = server.server_port
+            thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+            thread.start()
+            stack.callback(server.server_close)
+            stack.callback(server.shutdown)
+            return server
+
+        yield serve

@@ -49,22 +49,6 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         yield engine
 
 
-@pytest.fixture
-def serve() -> Iterator[Callable[..., mlx_server.MLXServer]]:
-    with ExitStack() as stack:
-
-        def serve(engine: Engine | None = None, host: str = "127.0.0.1", **options):
-            server = mlx_server.MLXServer((host, 0), engine, **options)
-            server.port = server.server_port
-            thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-            thread.start()
-            stack.callback(server.server_close)
-            stack.callback(server.shutdown)
-            return server
-
-        yield serve
-
-
 def until(condition: Callable[[], bool]) -> None:
     """Waits for what another thread does."""
     deadline = time.monotonic() + 60

@@ -15,10 +15,8 @@ from conftest import PATIENCE, kinds
 from models import CONFIGS, OPAQUE, build_model
 from schemas import obj, tool
 from test_engine import REREAD, SYSTEM, answer, cold, user
-from test_limits import serve  # noqa: F401  (a fixture)
 
 from _mlx_server.front import answers
-from _mlx_server.inference.runner import ModelRunner
 from _mlx_server.wire.anthropic import AnthropicMessages
 from engine import Engine, Generation, Request, Sampling, Thinking, Tick
 
@@ -47,8 +45,9 @@ def call(engine: Engine, messages: list[dict], **fields) -> tuple[dict, Generati
     list(generation)
     [(id, name, arguments)] = generation.sequence.calls
     function = {"name": name, "arguments": arguments}
-    said = {"role": "assistant", "content": generation.sequence.visible}
-    return {**said, "tool_calls": [{"id": id, "type": "function", "function": function}]}, generation
+    calls = [{"id": id, "type": "function", "function": function}]
+    said = {"role": "assistant", "content": generation.sequence.visible, "tool_calls": calls}
+    return said, generation
 
 
 def result(message: dict, text: str) -> dict:
@@ -141,13 +140,14 @@ def test_two_lists_of_tools_that_alternate_keep_a_state_each(folder: Path, kind:
         for turn in range(6):
             for tools, name in (([READ, WRITE], "Read"), ([WRITE], "Write")):
                 message, generation = call(engine, messages, tools=tools, tool_choice=name)
-                assert generation.usage.cached_tokens >= known[name] - REREAD
+                # The beginning of the forced call is no part of the conversation
+                assert generation.usage.cached_tokens >= known[name] - REREAD - 30
                 known[name] = generation.usage.prompt_tokens
             messages += [message, result(message, f"result {turn}")]
 
 
 @pytest.mark.slow
-def test_a_system_message_behind_each_result_stays_where_it_is(serve: Callable, folder: Path):  # noqa: F811
+def test_a_system_message_behind_each_result_stays_where_it_is(serve: Callable, folder: Path):
     reminder = {"role": "system", "content": "Remember to be brief."}
     name, schema = READ["function"]["name"], READ["function"]["parameters"]
     messages: list[dict] = [user("begin " * 200)]
@@ -207,7 +207,8 @@ def test_any_length_of_any_type_comes_back_from_the_disk(tmp_path: Path, kind: s
         again = [said(engine, [*tokens, 9, 8, 7]) for tokens in first]
     assert [read for _, read in again] == [len(tokens) for tokens in first]
     with Engine(str(path), kv_bits=bits) as engine:
-        assert [said(engine, [*tokens, 9, 8, 7])[0] for tokens in first] == [one for one, _ in again]
+        unread = [said(engine, [*tokens, 9, 8, 7])[0] for tokens in first]
+    assert unread == [tokens for tokens, _ in again]
 
 
 # ------------------------------------------------------------------ memory
@@ -355,7 +356,7 @@ def frames(port: int, **body: object) -> Iterator[dict]:
 
 @pytest.mark.slow
 def test_none_of_twenty_agents_and_a_session_waits_long_for_an_event_that_counts(
-    serve: Callable, folder: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    serve: Callable, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Claude Code gives up after 300 s in which only pings came. The server sends something else
     after half of that; here its clocks run a hundred times faster, and pings are counted."""
@@ -388,7 +389,7 @@ def test_none_of_twenty_agents_and_a_session_waits_long_for_an_event_that_counts
 
 
 def test_thinking_that_the_client_does_not_want_to_see_is_not_silence(
-    serve: Callable, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    serve: Callable, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(answers, "PING_AFTER", 0.0)
     body = {"max_tokens": 60, "messages": [user("think then say hello")]}

@@ -317,7 +317,7 @@ def test_at_the_keyboard_ctrl_c_ends_a_pull(hub: FakeHub, cache: Path):
         ("tiny:70b", "mlx-community has no model"),
         ("org/nope", "there is no such repo"),
         ("org/gguf", r"no MLX model: it holds GGUF weights \(x.gguf\)"),
-        ("org/new", r"org/new cannot be used: mlx-lm [\d.]+ does not know the model type 'qwen4_exp'"),
+        ("org/new", "cannot be used: mlx-lm .* does not know the model type 'qwen4_exp'"),
         ("org/evil", "makes no sense"),
         ("a b", "invalid model name"),
     ],

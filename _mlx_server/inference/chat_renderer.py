@@ -343,12 +343,12 @@ class ChatRenderer:
         head = [message for message in messages[:1] if message["role"] == "system"]
 
         def measure() -> _Root:
-            escaped = self._template.escape_messages(head)
+            begun = self._template.escape_messages(head)
             one, two = (
                 self._template.render(
-                    [*escaped, {"role": "user", "content": content}], tools, options, generation=False
+                    [*begun, {"role": "user", "content": text}], tools, options, generation=False
                 )
-                for content in "xy"
+                for text in "xy"
             )
             shared = os.path.commonprefix([one, two])
             key = hashlib.sha256(shared.encode("utf-8", "surrogatepass")).hexdigest()[:32]

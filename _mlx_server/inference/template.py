@@ -39,7 +39,7 @@ class Template:
         *,
         generation: bool,
     ) -> str:
-        """The prompt's text for an escaped conversation (tools are escaped here). With `generation` it ends
+        """The prompt's text for escaped messages; tools are escaped here. With `generation` it ends
         with the beginning of the assistant's turn, or inside it if the last message is the
         assistant's and has no calls. `options` are variables for the template. Raises
         InvalidRequest when the template refuses the conversation with any of them."""

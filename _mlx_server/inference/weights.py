@@ -24,16 +24,21 @@ class Weights:
         import mlx.core as mx
         from mlx.utils import tree_flatten
 
-        self._config, self._kv_bits = local.config, kv_bits
+        self._config, self._kv_bits, self._group_size = local.config, kv_bits, 0
         embeds = "embedding" in local.capabilities
         options = {"get_model_classes": _headless_classes} if embeds else {}
         try:
             self.model = group.load(local.path, **options)
             self.body = model_body(self.model)
             self.pooling = pooling_mode(local) if embeds else ""
+            read = self.body if embeds else self.model
             cache = self.new_cache()
             # One token compiles the kernels, and shows what KV takes.
-            mx.eval((self.body if embeds else self.model)(mx.array([[0]]), cache=cache))
+            mx.eval(read(mx.array([[0]]), cache=cache))
+            if kv_bits and (group_size := self._quantised_group(cache)):
+                self._group_size = group_size
+                cache = self.new_cache()
+                mx.eval(read(mx.array([[0]]), cache=cache))
             growth = self._growth(cache)
         except Exception as error:
             raise load_error(local, f"model '{local.name}'", error) from error
@@ -66,16 +71,25 @@ class Weights:
         from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 
         cache: list[Any] = make_prompt_cache(self.model)
-        config = self._config.get("text_config") or self._config
-        heads = config.get("num_attention_heads", 1)
-        head = config.get("head_dim") or config.get("hidden_size", 0) // heads
-        if not self._kv_bits or head % 32:
+        if not self._group_size:
             return cache
-        group_size = 64 if head % 64 == 0 else 32
         return [
-            QuantizedKVCache(group_size, self._kv_bits) if type(layer) is KVCache else layer
+            QuantizedKVCache(self._group_size, self._kv_bits) if type(layer) is KVCache else layer
             for layer in cache
         ]
+
+    def _quantised_group(self, cache: list[Any]) -> int:
+        """How many numbers can share a scale in plain KV caches like these, which have read
+        something; 0 if they cannot be quantised."""
+        from mlx_lm.models.cache import KVCache
+
+        config = self._config.get("text_config") or self._config
+        heads = config.get("num_attention_heads", 1)
+        sizes = {config.get("head_dim") or config.get("hidden_size", 0) // heads}
+        for layer in cache:
+            if type(layer) is KVCache:  # not every model goes by its config
+                sizes |= {layer.keys.shape[-1], layer.values.shape[-1]}
+        return next((size for size in (64, 32) if not any(one % size for one in sizes)), 0)
 
 
 def model_body(model: Any) -> Any:
