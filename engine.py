@@ -573,11 +573,9 @@ class Engine:
         for runner in self.pool.runners.values():
             runner.end_cancelled(step.cancelled)
         sequences += self._admit(step.waiting)
-        if paused := self.pool.rebalance():
-            written = paused.usage.completion_tokens
-            log.info("out of memory for all answers at once: one waits after %d tokens", written)
-            with self._lock:
-                self._queue.insert(0, paused)
+        self.pool.rebalance()
+        with self._lock:
+            self._queue[:0] = self.pool.take_paused()
         self._prefill()
         self._decode()
         self._count(sequences)
@@ -600,7 +598,7 @@ class Engine:
         """Adds a token to each answer."""
         started, runners = time.perf_counter(), self.pool.runners.values()
         for runner in runners:
-            if len(runners) > 1:
+            if len(runners) > 1 or runner.decode_batch.groups > 1:
                 self._synchronize()
             runner.decode()
         self._scheduler.decoded(time.perf_counter() - started)

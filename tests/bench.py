@@ -15,6 +15,8 @@ to measure nothing else: `loop`, `prefill`, `decode`, `concurrent`, `contended`.
         a prompt that has grown: rendering, tokenising, look-up, warm as a ratio to cold
     python tests/bench.py growth
         a prompt's look-up beside few and many conversations, files and models
+    python tests/bench.py beside
+        a long conversation and short ones beside it: memory, and what they cost each other
     python tests/bench.py soak
         64 clients that hang up and come back: what goes wrong, and memory
 
@@ -38,6 +40,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from bench_api import APIS, as_ollama
+from bench_batch import beside
 from bench_growth import growth
 from bench_parts import PARTS, calibrate, measure, progress
 from bench_prompts import made_up_trace, pieces
@@ -233,7 +236,7 @@ def soak(args: argparse.Namespace) -> None:
     )
 
 
-COMMANDS = {command.__name__: command for command in (reuse, render, growth, soak)}
+COMMANDS = {command.__name__: command for command in (reuse, render, growth, beside, soak)}
 
 
 def arguments() -> argparse.ArgumentParser:

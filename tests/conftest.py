@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -28,16 +29,31 @@ def kinds(*fast: str) -> list:
     return [kind if kind in fast else pytest.param(kind, marks=slow) for kind in CONFIGS]
 
 
-def fences(file: str) -> list[str]:
-    """A text's fenced examples, with the marks around them."""
-    return re.findall(r"```.*?```", (ROOT / file).read_text("utf-8"), re.DOTALL)
+@dataclass(frozen=True)
+class Example:
+    """A fenced block of a page. `title` is the heading above it."""
+
+    page: str
+    title: str
+    code: str
+
+
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
+
+
+def examples(*pages: str) -> Iterator[Example]:
+    """The examples of pages, of all if none is named."""
+    for page in pages or PAGES:
+        text = (ROOT / page).read_text("utf-8")
+        for block in re.finditer(r"^```\w+\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+            title = re.findall(r"^#+ (.+)$", text[: block.start()], re.MULTILINE)[-1]
+            yield Example(page, title, block[1])
 
 
 def example(part: str) -> str:
-    """The line of the README's fenced examples that holds `part`."""
-    return next(
-        line for block in fences("README.md") for line in block.splitlines() if part in line
-    )
+    """The first line of the examples that holds `part`."""
+    lines = (line for shown in examples() for line in shown.code.splitlines())
+    return next(line for line in lines if part in line)
 
 
 class Server:

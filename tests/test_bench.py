@@ -64,6 +64,7 @@ def test_a_grown_prompt_is_timed(capsys: pytest.CaptureFixture):
     assert len(growing) == 5 and re.match(rf"median ratios {NUMBER} and {NUMBER}$", last)
 
 
+@pytest.mark.slow
 def test_a_recorded_session_sent_again_is_reused(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture
 ):

@@ -55,6 +55,7 @@ def parts(generation: Generation) -> tuple[str, str, int]:
     return thought, said, events[-1].usage.thinking_tokens
 
 
+@pytest.mark.slow
 def test_thinking_ends_when_its_tokens_are_spent_and_begins_as_it_would_have(engine: Engine):
     free, said, _ = parts(ask(engine, None))
     assert free and not said
@@ -64,6 +65,7 @@ def test_thinking_ends_when_its_tokens_are_spent_and_begins_as_it_would_have(eng
     assert parts(ask(engine, 1000)) == parts(ask(engine, None))
 
 
+@pytest.mark.slow
 def test_each_request_of_a_batch_has_a_budget_of_its_own(engine: Engine):
     budgets = [None, 0, 3, 9, None, 5]
     alone = [parts(ask(engine, budget)) for budget in budgets]

@@ -23,7 +23,7 @@ from engine import Engine, EngineError, Request
 LONG = [SYSTEM, user("long " * 600)]
 
 
-@pytest.fixture(params=[*kinds("llama_sliding"), pytest.param("quantised", marks=pytest.mark.slow)])
+@pytest.fixture(params=[*kinds("qwen2"), pytest.param("quantised", marks=pytest.mark.slow)])
 def options(request: pytest.FixtureRequest, folder: Path) -> dict:
     """What to start an engine of each cache class with."""
     quantised = request.param == "quantised"
@@ -346,6 +346,7 @@ def test_the_flags_the_header_and_the_log_of_a_restarted_server(tmp_path: Path):
         server.stop()
 
 
+@pytest.mark.slow
 def test_a_server_that_is_started_again_goes_on_without_any_flag(tmp_path: Path):
     def reused() -> float:
         server = Server(cached=True, env={"XDG_CACHE_HOME": str(tmp_path)})
@@ -365,6 +366,7 @@ def test_a_server_that_is_started_again_goes_on_without_any_flag(tmp_path: Path)
     assert folder.stat().st_mode & 0o777 == 0o700 and list(folder.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--no-cache-dir",)])
 def test_a_server_starts_where_no_cache_can_be_kept(flags: tuple[str, ...], tmp_path: Path):
     (tmp_path / "mlx-server").write_text("in the way")

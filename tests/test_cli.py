@@ -68,6 +68,7 @@ Group.load = held_load
 """
 
 
+@pytest.mark.slow
 def test_the_socket_listens_long_before_the_model_is_there(tmp_path: Path):
     (tmp_path / "sitecustomize.py").write_text(HELD_LOADING)
     (tmp_path / "hold").touch()
@@ -81,6 +82,7 @@ def test_the_socket_listens_long_before_the_model_is_there(tmp_path: Path):
     assert server.stop() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_running_work_with_an_error_and_the_program_with_0(number: signal.Signals):
     server = Server("--drain", "0")
@@ -94,6 +96,7 @@ def test_a_signal_ends_running_work_with_an_error_and_the_program_with_0(number:
     assert server.process.wait(60) == 0
 
 
+@pytest.mark.slow
 def test_aliases_models_dir_and_a_random_model_by_path(tmp_path: Path):
     path = build_model("qwen2", tmp_path / "Tiny-Qwen2")
     server = Server(

@@ -16,7 +16,7 @@ from pathlib import Path
 import anthropic
 import ollama
 import pytest
-from conftest import PATIENCE, ROOT, Server
+from conftest import PATIENCE, ROOT, Server, example
 from test_content import pdf
 
 PRIVET = "Привет! Я встроенная демо-модель. Я умею говорить, считать, читать, писать и запускать."
@@ -366,9 +366,9 @@ def test_codex(server: Server, tmp_path: Path):
     cli = os.environ.get("CODEX_CLI")
     if not cli:
         pytest.skip("CODEX_CLI does not name Codex's program; .ci/run does")
-    fields = f'name="mlx", base_url="{server.url}/v1", wire_api="responses"'
-    command = [cli, "exec", "--skip-git-repo-check", "--model", "demo"]
-    command += ["-c", f"model_providers.mlx={{{fields}}}", "-c", 'model_provider="mlx"']
+    shown = example("codex ").replace("http://localhost:11435", server.url)
+    flags = shlex.split(shown.replace("qwen3:8b", "demo"))[1:]
+    command = [cli, "exec", "--skip-git-repo-check", *flags]
 
     def codex(*words: str) -> str:
         out = subprocess.run(

@@ -11,6 +11,8 @@ import pytest
 from conftest import kinds
 from test_engine import REREAD, SYSTEM, answer, cold, user
 
+from _mlx_server.inference.decode_batch import DecodeBatch
+from _mlx_server.inference.memory import StateSize
 from _mlx_server.inference.runner import ModelRunner
 from _mlx_server.inference.scheduler import Scheduler
 from _mlx_server.inference.sequence import State
@@ -29,7 +31,7 @@ from engine import (
 )
 
 
-@pytest.fixture(scope="module", params=kinds("hybrid"))
+@pytest.fixture(scope="module", params=kinds("qwen2"))
 def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
     with Engine(str(folder / request.param)) as engine:
         yield engine
@@ -83,11 +85,56 @@ def test_requests_with_other_limits_stops_and_sampling_run_side_by_side(engine: 
     assert one == same != other
 
 
-def test_kv_that_cannot_be_batched_is_used_by_one_request_after_the_other(folder: Path):
+def test_kv_that_cannot_be_batched_decodes_side_by_side_all_the_same(folder: Path):
     with Engine(str(folder / "qwen3"), kv_bits=8) as engine:
         expected = [answer(engine, f"number {n}")[0] for n in range(3)]
+        endless = Sampling(logit_bias={2: -100.0})
+        company = engine.chat("company", max_tokens=4000, sampling=endless)
+        until(company, State.DECODE)
         together = [engine.chat(f"number {n}", max_tokens=16) for n in range(3)]
         assert [text(generation) for generation in together] == expected
+        assert company.sequence.state is State.DECODE
+        company.cancel()
+
+
+@pytest.mark.slow
+def test_a_long_conversation_keeps_its_state_while_short_ones_come_and_go(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(DecodeBatch, "SPARE", 0)
+    monkeypatch.setattr(DecodeBatch, "LEAST", 0)
+    short = [answer(engine, f"number {n}", max_tokens=12)[0] for n in range(3)]
+    expected, _ = answer(engine, "long " * 400, max_tokens=60)
+    engine.unload(engine.default.name)
+    long = engine.chat("long " * 400, max_tokens=4000)
+    begin(long)
+    group, _ = runtime(engine).decode_batch.find(long.sequence.number)
+    layers = list(group.prompt_cache)
+    for _ in range(2):
+        together = [engine.chat(f"number {n}", max_tokens=12) for n in range(3)]
+        assert [text(generation) for generation in together] == short
+    assert group.in_place and all(map(lambda *pair: pair[0] is pair[1], layers, group.prompt_cache))
+    while long.usage.completion_tokens < 60:
+        next(long)
+    assert long.sequence.raw.startswith(expected)
+    long.cancel()
+
+
+@pytest.mark.slow
+def test_forty_requests_decode_side_by_side(folder: Path):
+    endless = Sampling(logit_bias={2: -100.0})
+    prompts = [f"number {n}" for n in range(40)]
+    with Engine(str(folder / "qwen2")) as engine:
+        expected = [answer(engine, one, max_tokens=8, sampling=endless)[0] for one in prompts]
+        running = [engine.chat(one, max_tokens=4000, sampling=endless) for one in prompts]
+        for generation in running:
+            until(generation, State.DECODE)
+        assert len(runtime(engine).decoding()) == 40
+        for generation, said in zip(running, expected, strict=True):
+            while generation.usage.completion_tokens < 8:
+                next(generation)
+            assert generation.sequence.raw.startswith(said)
+            generation.cancel()
 
 
 def test_two_models_answer_at_the_same_time(folder: Path):
@@ -197,7 +244,7 @@ def test_a_twin_that_comes_while_the_first_is_read_does_not_read_it_again(engine
 def test_a_full_batch_keeps_nobody_waiting_who_is_more_important(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(ModelRunner, "BATCH", 2)
+    monkeypatch.setattr(ModelRunner, "ROWS", 2)
     with Engine(str(folder / "qwen2")) as engine:
         running = [engine.chat(f"long {n}", max_tokens=4000, priority=Priority.LOW) for n in "ab"]
         for generation in running:
@@ -212,6 +259,7 @@ def test_a_full_batch_keeps_nobody_waiting_who_is_more_important(
         running[1].cancel()
 
 
+@pytest.mark.slow
 def test_more_than_may_wait_are_refused_and_the_others_are_answered(folder: Path):
     with Engine(str(folder / "qwen2"), max_queue=3) as engine:
         first = engine.chat("long " * 600, max_tokens=1)
@@ -258,7 +306,7 @@ def test_requests_that_do_not_fit_together_take_turns(folder: Path):
         expected = [answer(engine, f"number {n} " * 100)[0] for n in range(3)]
         size, state = runtime(engine).size, runtime(engine).state_size
         tokens = engine.count_tokens(Request(engine.default.name, [user("number 0 " * 100)]))
-    with Engine(str(folder / "qwen2"), memory=size + state.nbytes(2 * tokens + 40)) as engine:
+    with Engine(str(folder / "qwen2"), memory=size + 2 * state.nbytes(tokens + 10, 16)) as engine:
         answer(engine, "loads the model")
         generations = [engine.chat(f"number {n} " * 100, max_tokens=16) for n in range(3)]
         most = 0
@@ -315,6 +363,7 @@ def test_answers_that_outgrow_memory_wait_for_each_other_and_stay_right(
 ):
     caplog.set_level("INFO")
     monkeypatch.setattr(ModelRunner, "EXPECTED", 8)
+    monkeypatch.setattr(StateSize, "STEP", 1)  # or memory would be full before
     with Engine(str(folder / "qwen2")) as engine:
         runs = [(f"number {n}", Sampling(temperature=float(n % 2), seed=n)) for n in range(20)]
         answers = {
@@ -331,6 +380,31 @@ def test_answers_that_outgrow_memory_wait_for_each_other_and_stay_right(
     assert "one waits after" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "phase", [State.PREFILL, pytest.param(State.DECODE, marks=pytest.mark.slow)]
+)
+def test_an_important_request_does_not_wait_for_memory_that_others_use(
+    folder: Path, phase: State, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(ModelRunner, "CHUNK", 32)
+    with Engine(str(folder / "qwen2")) as engine:
+        low = engine.chat("low " * 100, max_tokens=100, priority=Priority.LOW)
+        until(low, State.DECODE)
+        size, reserve = runtime(engine).size, runtime(engine).reserve(low.sequence)
+        list(low)
+        expected = low.sequence.visible
+    with Engine(str(folder / "qwen2"), memory=size + reserve) as engine:
+        answer(engine, "loads the model", max_tokens=1)
+        low = engine.chat("low " * 100, max_tokens=100, priority=Priority.LOW)
+        until(low, phase)
+        assert answer(engine, "now", max_tokens=2, priority=Priority.HIGH)[0]
+        assert low.sequence.state is not State.ENDED
+        list(low)
+        assert low.sequence.visible == expected
+        assert low.usage.cached_tokens < 10
+
+
+@pytest.mark.slow
 def test_idle_models_make_room_the_least_recently_used_first(folder: Path):
     import gc
 
@@ -358,6 +432,7 @@ def test_idle_models_make_room_the_least_recently_used_first(folder: Path):
         assert mx.get_active_memory() - empty < min(sizes.values()) / 10
 
 
+@pytest.mark.slow
 def test_weights_are_wired_and_nothing_else_is(folder: Path, monkeypatch: pytest.MonkeyPatch):
     import mlx.core as mx
 
@@ -391,8 +466,8 @@ def beside_a_failure(
 ) -> list[str]:
     """What guests are told when a request that decodes with them gets a sampler that makes it
     fail."""
-    batch = runtime(engine).decode_batch.batch
-    batch.samplers[batch.uids.index(victim.sequence.number)] = victim.sequence.sampler = sampler
+    group, at = runtime(engine).decode_batch.find(victim.sequence.number)
+    group.samplers[at] = victim.sequence.sampler = sampler
     with pytest.raises(EngineError, match="try again"):
         list(victim)
     for guest in guests:
@@ -400,6 +475,7 @@ def beside_a_failure(
     return [guest.sequence.visible for guest in guests]
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_for_one_request_fails_no_other(engine: Engine):
     expected = [answer(engine, f"number {n}", max_tokens=60)[0] for n in range(3)]
 
@@ -415,6 +491,7 @@ def test_a_step_that_fails_for_one_request_fails_no_other(engine: Engine):
     assert answer(engine, "number 0", max_tokens=60)[0] == expected[0]
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_while_it_is_computed_is_not_blamed_on_what_comes_next(folder: Path):
     import mlx.core as mx
 

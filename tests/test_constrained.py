@@ -30,6 +30,7 @@ from schemas import (
     tool,
 )
 
+from _mlx_server.inference.memory import StateSize
 from _mlx_server.inference.runner import ModelRunner
 from _mlx_server.wire.anthropic import AnthropicMessages
 from _mlx_server.wire.ollama import OllamaChat
@@ -213,6 +214,7 @@ def test_an_answer_that_waits_for_memory_goes_on_where_it_was(
 ):
     caplog.set_level("INFO")
     monkeypatch.setattr(ModelRunner, "EXPECTED", 8)
+    monkeypatch.setattr(StateSize, "STEP", 1)  # or memory would be full before
     long = rows(text(8, minLength=8), 20, minItems=20)
 
     def answers(engine: Engine) -> list[tuple[str, str]]:
@@ -537,6 +539,7 @@ def test_what_is_streamed_is_the_whole_answer(engine: Engine, make):
     check(whole, TITLE)
 
 
+@pytest.mark.slow
 def test_the_official_clients_get_what_they_ask_for(server: Server):
     claude = anthropic.Anthropic(
         base_url=server.url, api_key="any", max_retries=0, _strict_response_validation=True

@@ -23,7 +23,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     "shape, count",
     [
-        ("bare", 6),
+        ("bare", 3),
         pytest.param("bare", 22, marks=SLOW),
         pytest.param("quiet", 22, marks=SLOW),
         pytest.param("chat", 22, marks=SLOW),

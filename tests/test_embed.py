@@ -99,6 +99,7 @@ def engine(folder: Path) -> Iterator[Engine]:
 # ------------------------------------------------------------------ the vectors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["hi", "word " * 180, LONG])
 def test_an_embedding_model_gives_its_state_at_the_end_token(
     engine: Engine, folder: Path, text: str
@@ -172,6 +173,7 @@ def test_a_model_that_reads_both_ways_is_refused(engine: Engine):
         embed(engine, "hi", "both-ways-embed")
 
 
+@pytest.mark.slow
 def test_answers_go_on_and_come_out_the_same_beside_embeddings(engine: Engine):
     fields = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 40}
     alone = "".join(engine.submit(Request("chat", **fields)).text())

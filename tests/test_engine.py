@@ -43,7 +43,7 @@ def user(text: str) -> dict:
     return {"role": "user", "content": text}
 
 
-@pytest.fixture(scope="module", params=kinds("llama_sliding", "hybrid"))
+@pytest.fixture(scope="module", params=kinds("llama_sliding"))
 def engine(request: pytest.FixtureRequest, folder: Path):
     with Engine(str(folder / request.param)) as engine:
         yield engine
@@ -259,6 +259,7 @@ def test_a_prompt_longer_than_the_context_is_refused_before_any_work(folder: Pat
         assert events[-1].usage.prompt_tokens + events[-1].usage.completion_tokens <= 64
 
 
+@pytest.mark.slow
 def test_models_are_swapped_in_the_order_of_requests_when_one_may_be_loaded(folder: Path):
     with Engine(models_dirs=[folder], max_loaded=1) as engine:
         names = ["qwen2", "hybrid", "qwen2", "llama_sliding"]
@@ -267,6 +268,7 @@ def test_models_are_swapped_in_the_order_of_requests_when_one_may_be_loaded(fold
         assert [loaded.model.name for loaded in engine.loaded()] == ["llama_sliding"]
 
 
+@pytest.mark.slow
 def test_keep_alive_zero_unloads_after_the_answer(folder: Path):
     with Engine(models_dirs=[folder]) as engine:
         list(engine.submit(Request("qwen2", [user("hi")], max_tokens=2, keep_alive=0)))
@@ -274,6 +276,7 @@ def test_keep_alive_zero_unloads_after_the_answer(folder: Path):
         assert engine.loaded() == []
 
 
+@pytest.mark.slow
 def test_a_broken_model_fails_its_own_requests_and_can_be_tried_again(folder: Path, tmp_path: Path):
     broken = build_model("qwen2", tmp_path / "broken")
     weights = (broken / "model.safetensors").read_bytes()
@@ -342,6 +345,7 @@ def test_importing_the_engine_is_cheap():
     assert json.loads(out.stdout.replace("'", '"')) == []
 
 
+@pytest.mark.slow
 def test_a_process_that_used_the_engine_exits_cleanly(folder: Path):
     script = f"""
 from engine import Engine, Sampling

@@ -251,6 +251,7 @@ def test_a_taken_port_is_told_with_its_holder_and_another_port(server: Server):
         ollama.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("lsof"), reason="there is no lsof on this machine")
 def test_the_holder_of_a_port_that_says_nothing_is_found_in_the_list_of_open_files():
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -401,6 +401,7 @@ def test_several_choices_stream_one_after_the_other(client: openai.OpenAI):
     )
 
 
+@pytest.mark.slow
 def test_responses_round_trip(client: openai.OpenAI):
     conversation = user("run echo hello-from-mlx")
     with client.responses.stream(model="demo", input=conversation, tools=[flat(BASH)]) as stream:

@@ -173,6 +173,7 @@ def test_a_newer_revision_replaces_the_older_one_when_it_is_whole(
     assert library.resolve("org/own").path == snapshots / hub.commit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("xet", [False, True])
 def test_hanging_up_ends_a_pull(
     hub: FakeHub, pulling, puller: ollama.Client, cache: Path, xet: bool
@@ -279,6 +280,7 @@ def test_at_the_keyboard_memory_decides_the_quantisation_that_is_left_open(
     assert re.fullmatch(r"100 %, 5\.20MB of 5\.20MB, [\d.]+[kM]B/s, 00:00 left\n", told)
 
 
+@pytest.mark.slow
 def test_at_the_keyboard_a_pull_draws_a_bar_and_what_fails_is_a_sentence(hub: FakeHub, cache: Path):
     leader, follower = os.openpty()
     hub.pause = 0.02

@@ -1,4 +1,5 @@
-"""Every example of the README runs as it is printed, except that the port is the test server's."""
+"""Every example of the README and of `docs/` runs as it is printed, except that the port is the
+test server's."""
 
 from __future__ import annotations
 
@@ -10,18 +11,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, ROOT, Server, example, fences
+from conftest import PAGES, PATIENCE, ROOT, Server, example, examples
 from models import build_model
 from test_distributed import CONFIG
 
 from _mlx_server.front.cli import arguments
 
-README = (ROOT / "README.md").read_text("utf-8")
-BLOCKS = re.findall(r"## ([^\n]+)\n(?:(?!## ).)*?```(\w+)\n(.*?)```", README, re.DOTALL)
+EXAMPLES = {shown.title: shown.code for shown in examples()}
 ANSWERS = {
     "Anthropic's client": "hello from the stream",
     "OpenAI's client": "one two three",
@@ -30,39 +31,98 @@ ANSWERS = {
 }
 
 
-def test_every_example_is_known_here():
-    assert {title for title, _, _ in BLOCKS} == {
-        "Start",
-        "Claude Code",
-        "curl",
-        "Many clients",
-        "Performance",
-        "Several Macs",
-        *ANSWERS,
+def test_every_example_is_run():
+    """Here, or where it says."""
+    elsewhere = {
+        ("README.md", "A model"),  # test_pull.py
+        ("README.md", "Development"),  # .ci/run
+        ("docs/clients.md", "Codex"),  # test_clients.py
+        ("docs/performance.md", "How to measure"),  # test_bench.py
     }
+    assert sorted((shown.page, shown.title) for shown in examples()) == sorted(
+        [
+            ("README.md", "Install"),
+            ("README.md", "Claude Code"),
+            ("README.md", "curl"),
+            ("docs/clients.md", "Claude Code"),
+            ("docs/many-clients.md", "Priorities"),
+            ("docs/service.md", "Linux"),
+            ("docs/service.md", "macOS"),
+            ("docs/several-macs.md", "Several Macs"),
+            *(("README.md", title) for title in ANSWERS),
+            *elsewhere,
+        ]
+    )
 
 
 def test_the_russian_quick_start_shows_the_same_examples():
-    russian = fences("README.ru.md")
-    assert russian and {*russian} <= {*fences("README.md")}
+    russian = {shown.code for shown in examples("README.ru.md")}
+    assert russian and russian <= {shown.code for shown in examples("README.md")}
 
 
 def test_every_flag_is_described():
     flags = {*re.findall(r"^  (--[\w-]+)", arguments().format_help(), re.M)}
-    described = set(re.findall(r"^\| `(--[\w-]+)", README, re.M))
-    assert described == flags
+    page = (ROOT / "docs" / "flags.md").read_text("utf-8")
+    assert {*re.findall(r"^\| `(--[\w-]+)", page, re.M)} == flags
 
 
+@pytest.mark.parametrize("page", ["README.ru.md", "CONTRIBUTING.md", "SECURITY.md", *PAGES])
+def test_every_link_within_the_tree_leads_somewhere(page: str):
+    """To a file that exists and, behind a `#`, a heading in it."""
+    for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text("utf-8")):
+        name, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        file = (ROOT / page).parent / name if name else ROOT / page
+        assert file.exists(), target
+        headings = re.findall(r"^#+ (.+)$", file.read_text("utf-8"), re.M) if anchor else []
+        anchors = [re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in headings]
+        assert not anchor or anchor in anchors, target
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) < 250
+
+
+def test_continuous_integration_runs_the_readmes_test_command():
+    run = (ROOT / ".ci" / "run").read_text("utf-8")
+    assert EXAMPLES["Development"] in run.replace(" -q ", " ")
+
+
+@pytest.mark.slow
+def test_the_installation_in_a_copy_of_the_tree(tmp_path: Path):
+    """Of the packages that pip finds, only the project itself is new: the others are this
+    environment's."""
+    hidden = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info")
+    tree = shutil.copytree(ROOT, tmp_path / "tree", ignore=hidden)
+    create, install = EXAMPLES["Install"].splitlines()
+    subprocess.run(["sh", "-ec", create], cwd=tree, check=True)
+    (packages,) = tree.glob(".venv/lib/python*/site-packages")
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib"))
+    script = f'. .venv/bin/activate && {install.replace("python", "exec python")} "$@"'
+    server = Server(command=["sh", "-ec", script, "sh"], folder=tree)
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("title", ["macOS", "Linux"])
+def test_the_file_of_a_service_is_made(tmp_path: Path, title: str):
+    code = EXAMPLES[title].replace("mlx_server.py", f"{ROOT}/mlx_server.py", 1)
+    code = code.replace("python", sys.executable, 1)
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    subprocess.run(["sh", "-ec", code], env=env, check=True, timeout=PATIENCE)
+    file = tmp_path / shlex.split(code)[-1].removeprefix("~/")
+    assert str(ROOT / "mlx_server.py") in file.read_text("utf-8")
+
+
+@pytest.mark.slow
 def test_the_example_for_many_clients():
-    code = next(code for name, _, code in BLOCKS if name == "Many clients")
-    server = Server(*shlex.split(code)[2:])
+    server = Server(*shlex.split(EXAMPLES["Priorities"])[2:])
     assert server.stop() == 0
 
 
 @pytest.mark.slow
 def test_the_example_for_several_macs_with_this_machine_as_both(tmp_path: Path):
-    code = next(code for name, _, code in BLOCKS if name == "Several Macs")
-    code = re.sub(r"mac\d\.local|10\.0\.0\.\d", "127.0.0.1", code)
+    code = re.sub(r"mac\d\.local|10\.0\.0\.\d", "127.0.0.1", EXAMPLES["Several Macs"])
     model = build_model("qwen2", tmp_path / "wide", config=CONFIG)
     code = code.replace("mlx_server.py", f"{ROOT}/mlx_server.py --port 0")
     process = subprocess.Popen(
@@ -82,8 +142,7 @@ def test_the_example_for_several_macs_with_this_machine_as_both(tmp_path: Path):
 
 @pytest.mark.parametrize("title", ANSWERS)
 def test_python_examples(server: Server, title: str):
-    code = next(code for name, kind, code in BLOCKS if name == title and kind == "python")
-    command = [sys.executable, "-c", code.replace("http://localhost:11435", server.url)]
+    command = [sys.executable, "-c", EXAMPLES[title].replace("http://localhost:11435", server.url)]
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert out.returncode == 0 and out.stdout.startswith(ANSWERS[title]), out.stderr
 
@@ -91,8 +150,7 @@ def test_python_examples(server: Server, title: str):
 def test_curl_examples(server: Server):
     if not shutil.which("curl"):
         pytest.skip("there is no curl on this machine")
-    code = next(code for name, _, code in BLOCKS if name == "curl")
-    command = ["sh", "-ec", code.replace("http://localhost:11435", server.url)]
+    command = ["sh", "-ec", EXAMPLES["curl"].replace("http://localhost:11435", server.url)]
     out = subprocess.run(command, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     for part in ('"text":"hello"', "демо", '"name":"demo:latest"'):
@@ -109,8 +167,8 @@ def test_the_installed_command_is_the_program():
 
 @pytest.fixture
 def claude(server: Server, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
-    """The real CLI with the README's variables, in an empty home. It works in the folder
-    `project`."""
+    """The real CLI with the variables that `docs/clients.md` shows, in an empty home. It works in
+    the folder `project`."""
     cli = os.environ.get("CLAUDE_CLI")
     if not cli:
         pytest.skip("CLAUDE_CLI does not name Claude Code's program; .ci/run does")

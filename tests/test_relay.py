@@ -161,6 +161,7 @@ def test_ollamas_client_gets_from_the_relay_what_it_gets_from_the_upstream(
     pair[1].wait_for(r"/api/chat far: relayed to http://\S+ -> 200, .* done")
 
 
+@pytest.mark.slow
 def test_anthropics_client_gets_from_the_relay_what_it_gets_from_the_upstream(
     pair: tuple[Server, Server],
 ):
@@ -469,6 +470,7 @@ def refused(front: MLXServer) -> dict[str, tuple[int, str]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reason", ["Connection refused", "timed out", "status 200 and no list"])
 def test_without_its_upstream_a_server_serves_its_own_models_and_says_why_not_others(
     engine: Engine, reason: str

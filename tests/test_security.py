@@ -233,7 +233,7 @@ def test_connections_beyond_what_there_is_room_for_are_told_so(brief: mlx_server
         held = [connect() for _ in range(4)]
         for connection in held:
             connection.sendall(b"GET /api/hello HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        until(lambda: brief.waiting == 0)
+        until(lambda: brief.connections == 4 and brief.waiting == 0)
         for path, expected in (
             ("/v1/messages", 529),
             ("/v1/chat/completions", 503),

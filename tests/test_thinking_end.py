@@ -11,7 +11,7 @@ from conftest import kinds
 from engine import Done, Engine, Text, Thinking
 
 
-@pytest.fixture(params=kinds("llama_sliding", "hybrid"))
+@pytest.fixture(params=kinds("llama_sliding"))
 def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
     with Engine(str(folder / request.param)) as engine:
         yield engine

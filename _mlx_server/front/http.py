@@ -73,6 +73,7 @@ class HTTPHandler(BaseHTTPRequestHandler):
 
     server: ConnectionServer
     rfile: HeaderReader
+    wfile: AnswerWriter
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     timeout = CLIENT_TIMEOUT
@@ -206,9 +207,10 @@ class HTTPHandler(BaseHTTPRequestHandler):
         body was not read. Raises OSError."""
         self.close_connection |= not self.exchange.body_read
         own = {"Content-Type": kind, "Content-Length": str(len(data))} if status != 204 else {}
-        self._send_head(status, {**own, **(headers or {})})
-        if self.command != "HEAD":
-            self.wfile.write(data)
+        with self.wfile.together():
+            self._send_head(status, {**own, **(headers or {})})
+            if self.command != "HEAD":
+                self.wfile.write(data)
         if not self.exchange.body_read:
             self._discard_input()
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # Seconds that a client may take to read some of an answer, or to send its next request
@@ -73,6 +74,8 @@ class AnswerWriter(io.BufferedIOBase):
     """Writes to a client; `waits` and `works` are called before and after each write, which takes
     until the client has read enough of what came before."""
 
+    _held: list[bytes] | None = None
+
     def __init__(
         self, connection: socket.socket, waits: Callable[[], None], works: Callable[[], None]
     ):
@@ -81,7 +84,21 @@ class AnswerWriter(io.BufferedIOBase):
     def writable(self) -> bool:
         return True
 
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Sends all that is written inside at once, behind the block's end; nothing if it fails."""
+        self._held = []
+        try:
+            yield
+            data = b"".join(self._held)
+        finally:
+            self._held = None
+        self.write(data)
+
     def write(self, data: Any, /) -> int:
+        if self._held is not None:
+            self._held.append(bytes(data))
+            return len(data)
         self._waits()
         try:
             self._connection.sendall(data)

@@ -1,4 +1,4 @@
-"""All requests of a model that decode now, as one batch."""
+"""All requests of a model that decode now, as rows of one or more groups."""
 
 from __future__ import annotations
 
@@ -6,46 +6,73 @@ from collections.abc import Iterable
 from typing import Any
 
 from _mlx_server.inference.group import Group
+from _mlx_server.inference.memory import StateSize
 from _mlx_server.inference.prefix_cache import CacheEntry
+from _mlx_server.inference.row_group import row_group_class
 
 
 class DecodeBatch:
-    """The requests that decode together, in mlx-lm's `GenerationBatch` (the second half of its
-    BatchGenerator). On the MLX thread.
+    """The requests that decode now. On the MLX thread.
 
-    A request alone decodes on its own caches in place, so that its state is moved in and out and
-    never copied, and every cache class works. When another one joins, both are merged into batch
-    caches. `batch` is mlx-lm's object, None before the first request."""
+    Policy. A group is read by one forward pass, and its rows are padded to the longest of them.
+    Each further group reads the weights once more, so requests of about the same length share one:
+    the padding takes at most `SLACK` of what the rows themselves take, or `SPARE` of the weights
+    (`LEAST` bytes where they are few). A long conversation beside short ones is a group of its own,
+    whose caches are neither copied nor padded when others come and go. The groups take turns, a
+    step each. One that a request has joined is the next, but not twice in a row."""
 
-    def __init__(self, model: Any, end_tokens: Iterable[int], group: Group):
+    SLACK = 0.25
+    SPARE = 0.125
+    LEAST = 8 << 20
+
+    def __init__(
+        self, model: Any, end_tokens: Iterable[int], size: int, state_size: StateSize, group: Group
+    ):
+        """`size` is the bytes of the weights."""
         from mlx_lm.generate import StopSequences
 
         self.model = model
-        self.batch: Any = None
         self._ends, self._group = StopSequences([[token] for token in end_tokens]), group
+        self._size, self._state_size = size, state_size
         self._count = 0
+        self._groups: list[Any] = []  # the next one first
+        self._last: Any = None  # the group that has had the latest turn
+        self._begun: Any = None  # the group of which something may still be computed
+        self._stepped: list[int] = []  # its rows, also those that have ended since
 
     def __len__(self) -> int:
-        return len(self.batch.uids) if self.batch is not None else 0
+        return sum(map(len, self._groups))
 
     def __contains__(self, number: int) -> bool:
-        return bool(len(self)) and number in self.batch.uids
+        return any(number in group.uids for group in self._groups)
 
-    def accepts(self, cache: list[Any]) -> bool:
-        """Whether a request with this cache can decode beside those that already do."""
-        return not len(self) or all(hasattr(layer, "merge") for layer in cache)
+    @property
+    def groups(self) -> int:
+        """How many forward passes it takes to give each request a token."""
+        return len(self._groups)
+
+    @property
+    def padding(self) -> int:
+        """Bytes of padding in all groups. It does not grow as long as no request joins."""
+        return sum(self._padding(group.lengths()) for group in self._groups)
 
     def insert(
-        self, entry: CacheEntry, token: int, limit: int, sampler: Any, processors: list[Any]
+        self,
+        entry: CacheEntry,
+        token: int,
+        limit: int,
+        sampler: Any,
+        processors: list[Any],
+        room: int | None,
     ) -> int:
         """Starts a request that has read `entry` and reads `token` next, for at most `limit`
         tokens; returns its number. The entry's caches are the batch's from here on. `processors`
-        are mlx-lm's logits processors."""
+        are mlx-lm's logits processors. There may be `room` more bytes of padding; with None the
+        request gets a group of its own, which no other joins."""
         import mlx.core as mx
-        from mlx_lm.generate import GenerationBatch
 
         self._count += 1
-        batch: Any = GenerationBatch(
+        new: Any = row_group_class()(
             self.model,
             [self._count],
             mx.array([token]),
@@ -57,41 +84,73 @@ class DecodeBatch:
             [self._ends],
             [limit],
         )
-        # No other request's rows are in there: there is nothing to extract them from.
-        batch.extract_cache = lambda _: list(batch.prompt_cache)
-        batch._next_tokens = self._group.sync_tokens(batch._next_tokens)
-        if len(self):
-            _make_mergeable(self.batch)
-            _make_mergeable(batch)
-            self.batch.extend(batch)
+        new.sync_tokens(self._group)
+        mergeable = all(hasattr(layer, "merge") for layer in entry.cache)
+        new.closed = room is None or not mergeable
+        joined = None if room is None or new.closed else self._like(new, room)
+        if joined is None:
+            joined = new
         else:
-            self.batch = batch
+            joined.extend(new)
+            self._groups.remove(joined)
+        self._groups.insert(0 if joined is not self._last else len(self._groups), joined)
+        self._begun, self._stepped = joined, list(joined.uids)
         return self._count
 
+    def _like(self, new: Any, room: int) -> Any:
+        """The group that a new one joins with the least padding; None if it stays alone."""
+        best, least = None, 0
+        for group in self._groups:
+            lengths = group.lengths()
+            together = [*lengths, len(new.tokens[0])]
+            padding = self._padding(together)
+            added = padding - self._padding(lengths)
+            own = self._state_size.token * sum(together)
+            if group.closed or added > max(0, room) or padding > self._most(own):
+                continue
+            if best is None or added < least:
+                best, least = group, added
+        return best
+
+    def _most(self, own: float) -> float:
+        """Bytes of padding that a group may have, of which the rows themselves take `own`."""
+        return max(self.SLACK * own, self.SPARE * self._size, self.LEAST)
+
+    def _padding(self, lengths: list[int]) -> int:
+        padded = len(lengths) * max(lengths) - sum(lengths)
+        return int(self._state_size.token * padded)
+
     def step(self) -> list[Any]:
-        """One token for each request: mlx-lm's responses, the last one of a request with its caches
-        and all its tokens."""
-        responses: list[Any] = self.batch.next() if len(self) else []
-        if len(self):
-            self.batch._next_tokens = self._group.sync_tokens(self.batch._next_tokens)
+        """One token for each request of the group whose turn it is: mlx-lm's responses, the last
+        one of a request with its caches and all its tokens."""
+        if not self._groups:
+            return []
+        group = self._groups.pop(0)
+        self._groups.append(group)
+        self._last = self._begun = group
+        self._stepped = list(group.uids)
+        responses: list[Any] = group.next()
+        group.sync_tokens(self._group)
+        if not len(group):
+            self._groups.remove(group)
         return responses
 
     def peek(self, number: int) -> tuple[list[int], list[Any]]:
-        """The tokens a request has read, and its caches; it uses these on if it decodes alone."""
-        at = self.batch.uids.index(number)
-        return list(self.batch.tokens[at]), self.batch.extract_cache(at)
-
-    def tokens_read(self) -> dict[int, list[int]]:
-        """The tokens that each request has read, by number."""
-        return dict(zip(self.batch.uids, self.batch.tokens, strict=False)) if len(self) else {}
+        """The tokens a request has read, and its caches; it uses these on if it is alone in its
+        group."""
+        group, at = self.find(number)
+        return list(group.tokens[at]), group.extract_cache(at)
 
     def upcoming(self, number: int) -> Any:
         """A response for the token that a request has picked but not read yet; the next step would
         return the same."""
-        batch = self.batch
-        at = batch.uids.index(number)
-        token, logprobs = int(batch._next_tokens[at].item()), batch._next_logprobs[at]
-        return batch.Response(number, token, logprobs, None, None, None)
+        group, at = self.find(number)
+        return group.upcoming(at)
+
+    def find(self, number: int) -> tuple[Any, int]:
+        """The group of a request, a `RowGroup`, and the request's row in it."""
+        group = next(group for group in self._groups if number in group.uids)
+        return group, group.uids.index(number)
 
     def remove(self, number: int) -> tuple[list[int], list[Any]]:
         """Takes a request out before its end: the tokens it has read and its caches."""
@@ -101,12 +160,17 @@ class DecodeBatch:
 
     def discard(self, number: int) -> None:
         """Takes a request out, if it is still there, with all that it has computed."""
-        if number in self:
-            self.batch.filter([at for at, uid in enumerate(self.batch.uids) if uid != number])
+        for group in self._groups:
+            if number in group.uids:
+                group.filter([at for at, uid in enumerate(group.uids) if uid != number])
+        self._groups = [group for group in self._groups if len(group)]
 
-
-def _make_mergeable(batch: Any) -> None:
-    """Gives a batch of one request, which decodes on its own caches, caches for several."""
-    if "extract_cache" in vars(batch):
-        del batch.extract_cache
-        batch.prompt_cache = [layer.merge([layer]) for layer in batch.prompt_cache]
+    def drop_failed(self) -> dict[int, list[int] | None]:
+        """Drops the group that has failed, which is the last one that has begun to compute
+        something: the tokens that each of its requests has read, by number, or None for one that
+        has ended."""
+        failed = self._begun
+        self._groups = [group for group in self._groups if group is not failed]
+        read = dict(zip(failed.uids, failed.tokens, strict=False)) if failed else {}
+        self._begun = None
+        return {number: read.get(number) for number in self._stepped}

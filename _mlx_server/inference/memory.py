@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
 class StateSize:
     """What the state of a conversation takes."""
+
+    STEP: ClassVar[int] = 256  # tokens by which mlx-lm's caches grow
 
     token: float  # bytes for each token
     fixed: int  # bytes that do not grow
@@ -34,9 +36,11 @@ class StateSize:
                 fixed += int(layer.nbytes / rows * window)
         return cls(token, fixed)
 
-    def nbytes(self, tokens: int) -> int:
-        """Bytes of a state of so many tokens."""
-        return int(self.token * tokens) + self.fixed
+    def nbytes(self, tokens: int, coming: int = 0) -> int:
+        """Bytes of a state of so many tokens, and of `coming` ones, for which mlx-lm's caches make
+        room in steps."""
+        room = -(-coming // self.STEP) * self.STEP
+        return int(self.token * (tokens + room)) + self.fixed
 
     def tokens(self, nbytes: int) -> int | None:
         """How many tokens' state fits into so many bytes; None for any number."""

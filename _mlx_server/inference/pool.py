@@ -26,9 +26,10 @@ class ModelPool:
 
     Policy. The weights, the KV that admitted requests are expected to need, and the prefix cache
     stay within `memory` bytes together. A request that needs room gets it from the prefix cache
-    first, then from idle models, the least recently used one going first, and otherwise waits until
-    others are through. When answers grow beyond what was expected, the latest request of the lowest
-    priority is paused. `max_loaded` bounds the number of models.
+    first, then from idle models, the least recently used one going first, then from requests of
+    lower priority, which are paused, and otherwise waits until others are through. When answers
+    grow beyond what was expected, the latest request of the lowest priority is paused.
+    `max_loaded` bounds the number of models.
 
     Only the MLX thread changes it. Any thread may read it: the dicts are replaced by every
     change."""
@@ -49,6 +50,7 @@ class ModelPool:
         self._kv_bits, self._disk_cache = kv_bits, disk_cache
         self.prefixes = PrefixCache(self._cache_room, group)
         self.runners: dict[str, ModelRunner] = {}  # by the model's name
+        self._paused: list[Sequence] = []  # of which the engine does not know yet
         # By name of each model that was loaded once: bytes of the weights and of a state
         self._sizes: dict[str, tuple[int, StateSize]] = {}
 
@@ -76,14 +78,18 @@ class ModelPool:
         weights, state_size = self._sizes[name]
         return state_size.tokens(self.memory - weights)
 
+    @property
+    def committed(self) -> int:
+        """Bytes of the weights and of what running requests are expected to need."""
+        return sum(runner.committed for runner in self.runners.values())
+
+    def _room(self) -> int:
+        """Bytes that are not committed."""
+        return self.memory - self.committed
+
     def _cache_room(self) -> int:
         """Bytes that the prefix cache may take at the moment."""
-        return min(self._cache_limit, self.memory - self._committed())
-
-    def _committed(self) -> int:
-        """Bytes of the weights and of what running requests are expected to need."""
-        runners = self.runners.values()
-        return sum(runner.size + sum(map(runner.reserve, runner.sequences)) for runner in runners)
+        return min(self._cache_limit, self._room())
 
     def open(self, local: LocalModel, renderer: PromptRenderer) -> ModelRunner | None:
         """The model, loaded if need be; None if it has to wait for room. Raises ModelLoadError."""
@@ -97,7 +103,13 @@ class ModelPool:
         self._wire(size)
         try:
             runner = ModelRunner(
-                local, renderer, self.prefixes, self._kv_bits, self._disk_cache, self._group
+                local,
+                renderer,
+                self.prefixes,
+                self._kv_bits,
+                self._disk_cache,
+                self._group,
+                self._room,
             )
             self.runners = {**self.runners, local.name: runner}
         finally:
@@ -107,14 +119,14 @@ class ModelPool:
 
     def _has_room_for(self, size: int) -> bool:
         full = self._max_loaded is not None and len(self.runners) >= self._max_loaded
-        return not full and self._committed() + size <= self.memory
+        return not full and self.committed + size <= self.memory
 
     def fits(self, runner: ModelRunner, sequence: Sequence) -> bool:
         """Whether a request can begin now, if the prefix cache makes room for it. Raises
         PromptTooLong if it never can."""
         need = runner.reserve(sequence)
-        while self._committed() + need > self.memory:
-            if self._unload_idle(runner):
+        while self.committed + need > self.memory:
+            if self._unload_idle(runner) or self._pause_lower(sequence, need):
                 continue
             if self.sequences():
                 return False
@@ -124,25 +136,44 @@ class ModelPool:
             break  # less is left for the answer than is usual
         return True
 
-    def rebalance(self) -> Sequence | None:
-        """Fits the prefix cache into the room that the requests leave. If they take too much
-        themselves, pauses one of them and returns it."""
-        paused = None
-        if self._committed() > self.memory and len(self.sequences()) > 1:
-            paused = self._pause_latest()
-        self.prefixes.evict()
-        return paused
+    def _pause_lower(self, sequence: Sequence, need: int) -> bool:
+        """Pauses a request of a lower priority, if it helps to pause all of them; returns whether
+        it has."""
+        priority = sequence.request.priority
+        lower = [pair for pair in self._running() if pair[0].request.priority > priority]
+        freed = sum(runner.reserve(one) for one, runner in lower)
+        return self.committed + need - freed <= self.memory and self._pause_latest(lower)
 
-    def _pause_latest(self) -> Sequence | None:
-        """Pauses the latest decoding request of the lowest priority; None if that is not
+    def rebalance(self) -> None:
+        """Fits the prefix cache into the room that the requests leave. If they take too much
+        themselves, pauses one of them."""
+        if self.committed > self.memory and len(self.sequences()) > 1:
+            self._pause_latest([pair for pair in self._running() if pair[0].decoding])
+        self.prefixes.evict()
+
+    def _running(self) -> list[tuple[Sequence, ModelRunner]]:
+        """All requests that were admitted and have not ended, with their models."""
+        return [(one, runner) for runner in self.runners.values() for one in runner.sequences]
+
+    def _pause_latest(self, running: list[tuple[Sequence, ModelRunner]]) -> bool:
+        """Pauses the latest of the lowest priority among these requests; returns whether that was
         possible."""
-        running = [(one, runner) for runner in self.runners.values() for one in runner.decoding()]
         if not running:
-            return None
+            return False
         latest, runner = max(
             running, key=lambda pair: (pair[0].request.priority, pair[0].submitted)
         )
-        return latest if runner.pause(latest) else None
+        if not runner.pause(latest):
+            return False
+        written = latest.usage.completion_tokens
+        log.info("out of memory for all answers at once: one waits after %d tokens", written)
+        self._paused.append(latest)
+        return True
+
+    def take_paused(self) -> list[Sequence]:
+        """The requests that were paused since the last call, to be admitted once more."""
+        paused, self._paused = self._paused, []
+        return paused
 
     def check_size(self, local: LocalModel, installed: Callable[[], list[LocalModel]]) -> None:
         """Raises ModelLoadError for a model that never fits into memory, with advice which of the
@@ -218,7 +249,7 @@ class ModelPool:
     def forget(self) -> list[Sequence]:
         """Drops everything, as after a failure that leaves nothing to rely on; returns the requests
         that ran."""
-        sequences = self.sequences()
+        sequences = [*self.take_paused(), *self.sequences()]
         self.runners, self.prefixes = {}, PrefixCache(self._cache_room, self._group)
         self._clean()
         return sequences

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 from _mlx_server.inference.decode_batch import DecodeBatch
@@ -42,7 +43,8 @@ class ModelRunner:
     # Tokens up to which a large chunk's attention takes no more memory than a small one's at 64k
     DEEP = 16384
     SPARSE = 4096  # tokens between two restore points inside a long prompt
-    BATCH = 32  # requests that decode side by side, lower priorities not counted
+    # Requests that decode side by side, lower priorities not counted; memory bounds them earlier
+    ROWS = 256
     # Tokens of an answer to keep memory free for; a longer one may have to wait in between
     EXPECTED = 4096
     INSPECTED = 32  # tokens between two checks that the model still computes numbers
@@ -56,27 +58,28 @@ class ModelRunner:
         kv_bits: int | None,
         disk_cache: DiskCache | None,
         group: Group,
+        room: Callable[[], int],
     ):
-        """Loads the model. Raises ModelLoadError."""
+        """Loads the model. `room` tells how many bytes there are beside the weights and what
+        running requests are expected to need. Raises ModelLoadError."""
         started = time.perf_counter()
         log.info("loading %s, %s", local.name, gigabytes(local.size))
         self.local, self.renderer, self.prefixes = local, renderer, prefixes
         self.fingerprint = fingerprint(local, kv_bits)
         self.weights = Weights(local, kv_bits, group)
-        self.model, self.size = self.weights.model, self.weights.size
+        self.model = self.weights.model
+        self.size: int = self.weights.size
         self.state_size = self.weights.state_size
         self.sequences: tuple[Sequence, ...] = ()
         self.keep_alive: float | None = None  # seconds that the idle model stays
         self.used = time.monotonic()
-        self._disk_cache, self._group = disk_cache, group
-        self.decode_batch = self._new_decode_batch()
+        self._disk_cache, self._group, self._room = disk_cache, group, room
+        ends = renderer.tokenizer.eos_token_ids
+        self.decode_batch = DecodeBatch(self.model, ends, self.size, self.state_size, group)
         self._chunk = self.CHUNK
         # With other processes waiting in a collective, no chunk may take long.
         self._chunk_alone = self.LARGE if self.weights.has_experts and group.size == 1 else 0
         log.info("loaded %s in %.1f s", local.name, time.perf_counter() - started)
-
-    def _new_decode_batch(self) -> DecodeBatch:
-        return DecodeBatch(self.model, self.renderer.tokenizer.eos_token_ids, self._group)
 
     @property
     def expires(self) -> float | None:
@@ -85,10 +88,16 @@ class ModelRunner:
             return None
         return (time.monotonic() if self.sequences else self.used) + self.keep_alive
 
+    @property
+    def committed(self) -> int:
+        """Bytes of the weights, and of what the running requests are expected to need."""
+        states = sum(map(self.reserve, self.sequences))
+        return self.size + states + self.decode_batch.padding
+
     def reserve(self, sequence: Sequence) -> int:
         """Bytes of KV to expect of a request."""
         answer = max(sequence.usage.completion_tokens, min(sequence.limit, self.EXPECTED))
-        return self.state_size.nbytes(sequence.prompt_tokens + answer)
+        return self.state_size.nbytes(sequence.prompt_tokens, answer)
 
     def admit(self, sequence: Sequence) -> None:
         """Takes a request in, with the state that it goes on from, before room is made for it by
@@ -117,16 +126,9 @@ class ModelRunner:
         """The requests that can use a chunk of prefill, or begin to decode. The bound of the batch
         counts requests of the same or a higher priority: none waits for the end of a lower one."""
         rows = [one.request.priority for one in self.decoding()]
-        served = [p for p in Priority if sum(row <= p for row in rows) < self.BATCH]
+        served = [p for p in Priority if sum(row <= p for row in rows) < self.ROWS]
         waiting = [one for one in self.sequences if one.state in (State.WAITING, State.PREFILL)]
-        waiting = [one for one in waiting if one.request.priority in served]
-        return [one for one in waiting if one.left > 0 or self._may_decode(one)]
-
-    def _may_decode(self, sequence: Sequence) -> bool:
-        if not len(self.decode_batch) or sequence.entry is None:
-            return True
-        alone = sequence.alone or any(other.alone for other in self.decoding())
-        return not alone and self.decode_batch.accepts(sequence.entry.cache)
+        return [one for one in waiting if one.request.priority in served]
 
     # -- prefill
 
@@ -141,7 +143,7 @@ class ModelRunner:
             if sequence.left > 0:
                 self._read_chunk(sequence, undisturbed)
                 self._log_progress(sequence)
-            if sequence.left <= 0 and self._may_decode(sequence):
+            if sequence.left <= 0:
                 self._start_decoding(sequence)
         except Exception as error:
             self._after_failure(error)
@@ -171,7 +173,7 @@ class ModelRunner:
             entry.turns = [at for at in entry.turns if at < prompt.body] + [prompt.body]
         if sequence.entry is not None:
             sequence.usage.cached_tokens += len(entry.tokens) - len(sequence.entry.tokens)
-        elif not sequence.usage.completion_tokens:
+        elif not sequence.usage.prefill_seconds:  # otherwise it finds what it has read itself
             sequence.usage.cached_tokens = len(entry.tokens)
         sequence.entry = entry
 
@@ -298,8 +300,8 @@ class ModelRunner:
         if budget := self.renderer.budget(request, prompt, sequence.prompt_tokens):
             processors.append(budget)
         left = sequence.limit - sequence.usage.completion_tokens
-        last = prompt.tokens[-1]
-        sequence.number = self.decode_batch.insert(entry, last, left, sampler, processors)
+        last, room = prompt.tokens[-1], None if sequence.alone else self._room()
+        sequence.number = self.decode_batch.insert(entry, last, left, sampler, processors, room)
         sequence.sampler = sampler
         entry.cache = []  # the batch returns it at the end
         sequence.enter(State.DECODE)
@@ -323,7 +325,7 @@ class ModelRunner:
     # -- decode
 
     def decode(self) -> None:
-        """One token for each request that decodes."""
+        """One token for each request of a group of those that decode."""
         by_number = {sequence.number: sequence for sequence in self.decoding()}
         if not by_number:
             return
@@ -422,53 +424,55 @@ class ModelRunner:
         sequence.entry.tokens, sequence.entry.cache = tokens, cache
 
     def isolate_failed_batch(self, error: Exception) -> None:
-        """A step of the decode batch has failed, and it cannot be told which request was the cause:
-        each of them reads what it had once more and goes on alone, where only the one that causes
-        the failure fails again."""
-        sequences = self.decoding()
+        """A step of a group has failed, and it cannot be told which of its requests was the cause:
+        each of them reads what it had once more and goes on in a group of its own, where only the
+        one that causes the failure fails again. Requests of other groups just go on."""
         self._after_failure(error)
-        read = self.decode_batch.tokens_read()
-        self.decode_batch = self._new_decode_batch()
-        if len(sequences) == 1 or any(one.alone for one in sequences):
-            for sequence in sequences:
-                self._drop(sequence, error)
-            return
-        count = len(sequences)
-        log.warning(
-            "a step of %d requests has failed: they go on one by one", count, exc_info=error
-        )
+        read = self.decode_batch.drop_failed()
+        sequences = [one for one in self.decoding() if one.number in read]
+        if len(sequences) > 1:
+            count = len(sequences)
+            log.warning("a step of %d requests failed: they part", count, exc_info=error)
         for sequence in sequences:
-            if sequence.number not in read:  # it has ended meanwhile
+            tokens = read[sequence.number]
+            if len(sequences) == 1 or tokens is None:  # it is the cause, or has ended meanwhile
                 self._drop(sequence, error)
                 continue
             written = sequence.prompt_tokens + sequence.usage.completion_tokens
-            self._begin_again(sequence, read[sequence.number][:written])
+            self._begin_again(sequence, tokens[:written])
             sequence.alone = True
 
     def pause(self, sequence: Sequence) -> bool:
-        """Lets a decoding request wait for memory; returns whether it does. Its state goes to the
-        prefix cache, from where it goes on later. A request that ends with its next token is not
+        """Lets a request wait for memory; returns whether it does. Its state goes to the prefix
+        cache, from where it goes on later. A request that ends with its next token is not
         paused."""
-        response = self.decode_batch.upcoming(sequence.number)
-        if response.token in self.renderer.tokenizer.eos_token_ids:
-            return False
-        if sequence.usage.completion_tokens + 1 >= sequence.limit:
-            return False
-        self._take_token(sequence, response)  # it is picked already, and is not picked again
-        if sequence.state is State.ENDED:
-            return False
-        self._reclaim(sequence)
-        entry = sequence.entry
-        assert entry is not None
-        self._begin_again(sequence, [*entry.tokens, response.token])
+        tokens = sequence.prompt.tokens
+        if sequence.decoding:
+            response = self.decode_batch.upcoming(sequence.number)
+            if response.token in self.renderer.tokenizer.eos_token_ids:
+                return False
+            if sequence.usage.completion_tokens + 1 >= sequence.limit:
+                return False
+            self._take_token(sequence, response)  # it is picked already, and is not picked again
+            if sequence.state is State.ENDED:
+                return False
+            self._reclaim(sequence)
+            assert sequence.entry is not None
+            tokens = [*sequence.entry.tokens, response.token]
+        entry, sequence.pooler = sequence.entry, None
+        self._begin_again(sequence, tokens)
         self._remove(sequence)
-        self.prefixes.put(entry)
+        if entry is not None:
+            self.prefixes.put(entry)
         return True
 
     def _begin_again(self, sequence: Sequence, tokens: list[int]) -> None:
         """Sends a request back to the start, to go on behind these tokens later."""
         sequence.prompt = dataclasses.replace(sequence.prompt, tokens=tokens)
-        sequence.usage.decode_seconds += sequence.lap()
+        if sequence.decoding:
+            sequence.usage.decode_seconds += sequence.lap()
+        else:
+            sequence.usage.prefill_seconds += sequence.lap()
         sequence.entry, sequence.number = None, 0
         sequence.enter(State.WAITING)
 
