@@ -323,7 +323,7 @@ class Library:
 
     def _explain_unsupported(self, name: str) -> None:
         """Raises UnsupportedModel if that is what a name means."""
-        errors = self.unsupported()
+        errors = self.unsupported() if self._unsupported else []
         meant = best_match(plain_name(name), [error.model for error in errors], None)
         for error in errors:
             if error.model is meant:
