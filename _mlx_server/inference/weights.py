@@ -24,7 +24,7 @@ class Weights:
         import mlx.core as mx
         from mlx.utils import tree_flatten
 
-        self._config, self._kv_bits, self._group_size = local.config, kv_bits, 0
+        self._config, self._kv_bits, self._group_size = local.config, kv_bits or 0, 0
         embeds = "embedding" in local.capabilities
         options = {"get_model_classes": _headless_classes} if embeds else {}
         try:
@@ -53,7 +53,7 @@ class Weights:
         opaque = [layer for layer in cache if is_opaque(layer)]
         if not opaque:
             return 0.0
-        sizes = []
+        sizes: list[int] = []
         for _ in range(2):  # after the first stretch sliding windows are full
             self.model(mx.array([[0] * self.STRETCH]), cache=cache)
             mx.eval([layer.state for layer in cache])
@@ -86,9 +86,9 @@ class Weights:
         config = self._config.get("text_config") or self._config
         heads = config.get("num_attention_heads", 1)
         sizes = {config.get("head_dim") or config.get("hidden_size", 0) // heads}
-        for layer in cache:
-            if type(layer) is KVCache:  # not every model goes by its config
-                sizes |= {layer.keys.shape[-1], layer.values.shape[-1]}
+        plain: list[Any] = [layer for layer in cache if type(layer) is KVCache]
+        for layer in plain:  # not every model goes by its config
+            sizes |= {layer.keys.shape[-1], layer.values.shape[-1]}
         return next((size for size in (64, 32) if not any(one % size for one in sizes)), 0)
 
 
