@@ -15,12 +15,12 @@ renderers) is replaced as a whole by the thread that changes it, and says so whe
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,11 @@ from _mlx_server.inference.disk_cache import DiskCache
 from _mlx_server.inference.event_queue import EventQueue
 from _mlx_server.inference.generation import Generation
 from _mlx_server.inference.group import Group, GroupLost
+from _mlx_server.inference.image_layout import DEFAULT_TOKENS
 from _mlx_server.inference.library import Library
 from _mlx_server.inference.lookup import Parting, describe_miss, look_up
 from _mlx_server.inference.memory import usable_memory
-from _mlx_server.inference.models import Loaded, LocalModel, fingerprint, read_shown_files
+from _mlx_server.inference.models import Loaded, LocalModel, fingerprint
 from _mlx_server.inference.names import plain_name
 from _mlx_server.inference.pool import ModelPool
 from _mlx_server.inference.presets import Preset
@@ -68,7 +69,7 @@ from _mlx_server.inference.ranks import Ranks
 from _mlx_server.inference.renderer import PromptRenderer
 from _mlx_server.inference.renderers import RendererTable
 from _mlx_server.inference.runner import ModelRunner
-from _mlx_server.inference.scheduler import Scheduler
+from _mlx_server.inference.scheduler import Scheduler, StepInput
 from _mlx_server.inference.sequence import Sequence, State
 
 __all__ = [
@@ -110,15 +111,6 @@ __all__ = [
 log = logging.getLogger("mlx_server")
 
 
-@dataclass
-class StepInput:
-    """What callers want of a step: the requests that wait, in the order they came, and those that
-    are cancelled."""
-
-    waiting: list[Sequence]
-    cancelled: list[Sequence]
-
-
 class Engine:
     """Local MLX models behind one thread.
 
@@ -136,10 +128,11 @@ class Engine:
     cache quantised. `memory` is the bytes that weights, KV and prefix cache may take together (by
     default nine tenths of what the GPU may use, the rest being for computing), `max_loaded` the
     number of models, `max_queue` the number of requests that may wait, `keep_alive` the seconds
-    that an idle model stays (None: until its memory is needed). `state` is the file where presets
-    are kept (None: nowhere, they end with the engine). With a `group` of several processes each
-    makes the same engine, with a `model`, the only one then, and without a `cache_dir`; those that
-    are not rank 0 `follow`. Raises ModelNotFound or ModelLoadError for a bad `model`, OSError for a
+    that an idle model stays (None: until its memory is needed). An image has at most `image_tokens`
+    tokens. `state` is the file where presets are kept (None: nowhere, they end with the engine).
+    With a `group` of several processes each makes the same engine, with a `model`, the only one
+    then, which sees no images, and without a `cache_dir`; those that are not rank 0 `follow`.
+    Raises ModelNotFound or ModelLoadError for a bad `model`, OSError for a
     `cache_dir` that cannot be written to."""
 
     LAST_WRITES = 2.5  # seconds that closing may spend on writing the prefix cache to disk
@@ -157,6 +150,7 @@ class Engine:
         cache_dir: str | Path | None = None,
         cache_dir_limit: int | None = None,
         kv_bits: int | None = None,
+        image_tokens: int = DEFAULT_TOKENS,
         memory: int | None = None,
         max_loaded: int | None = None,
         max_queue: int = 64,
@@ -169,8 +163,13 @@ class Engine:
         presets = Path(state).expanduser() if state else None
         self._library = Library(folders, list(aliases), presets)
         self.default = self._library.resolve(model, trusted=True) if model else None
-        self._library.only = self.default if self._group.size > 1 else None
+        if self.default is not None and self._group.size > 1:
+            self._library.only = self.default
+            self.default.capabilities = [
+                one for one in self.default.capabilities if one != "vision"
+            ]
         self._context, self._max_tokens, self._kv_bits = context, max_tokens, kv_bits
+        self._image_tokens = image_tokens
         self._max_queue, self._keep_alive = max_queue, keep_alive
         self._disk_cache = DiskCache(Path(cache_dir), cache_dir_limit) if cache_dir else None
         memory = memory or self._group.memory() * 9 // 10
@@ -181,7 +180,7 @@ class Engine:
             self.pool.check_size(self.default, self._library.models)
         self._renderers = RendererTable(self._build_renderer)
         self._scheduler, self._totals = Scheduler(), Totals()
-        self._last_used: LocalModel | None = None
+        self._last_used: dict[str, LocalModel] = {}  # by owner
 
         self._mutex = threading.RLock()
         self._lock = threading.Condition(self._mutex)
@@ -235,18 +234,14 @@ class Engine:
             raise InvalidRequest(f"model '{local.name}' is not this server's to delete")
         self.unload(local.name)
         self._renderers.forget(local)
-        if self._last_used == local:
-            self._last_used = None
+        self._last_used = {owner: one for owner, one in self._last_used.items() if one != local}
 
-    def resolve(self, name: str) -> LocalModel:
-        """The local model that answers to `name`. Raises ModelNotFound."""
+    def resolve(self, name: str, owner: str = "") -> LocalModel:
+        """The local model that answers to `name` for an owner. Raises ModelNotFound."""
         if self.default is not None and name in (str(self.default.path), self.default.name):
             return self.default
-        return self._library.resolve(name, default=self.default, last_used=self._last_used)
-
-    def show(self, local: LocalModel) -> tuple[str, dict[str, Any]]:
-        """A model's chat template and its generation_config.json. Raises ModelLoadError."""
-        return read_shown_files(local)
+        used = self._last_used.get(owner)
+        return self._library.resolve(name, default=self.default, last_used=used)
 
     def context_length(self, local: LocalModel) -> int:
         """Tokens of prompt and answer together that a request may have: what the model, `context`
@@ -282,7 +277,8 @@ class Engine:
         wrong with it is raised here: ModelNotFound, ModelLoadError (no tokenizer), InvalidRequest
         (the template refuses it, its format cannot be enforced, or there is no such token),
         PromptTooLong, EngineBusy, EngineClosed."""
-        local, request = local or self.resolve(request.model), self._with_preset(request)
+        local = local or self.resolve(request.model, request.owner)
+        request = self._with_preset(request)
         self._check_open(request.priority)
         renderer = self.renderer(local)
         request.sampling = fill_sampling(request.sampling, renderer.defaults)
@@ -291,10 +287,11 @@ class Engine:
         events = EventQueue(self._mutex)
         sequence = Sequence(request, local, renderer, prompt, limit, by_context, events)
         parting = self._look_up(sequence)
+        prompt.load_images(sequence.cached_tokens)
         generation = Generation(sequence, events)
         with self._lock:
             self._check_open(request.priority)
-            self._last_used = local
+            self._last_used = {**self._last_used, request.owner: local}
             self._queue.append(sequence)
             self._lock.notify_all()
         try:
@@ -307,7 +304,7 @@ class Engine:
     def count_tokens(self, request: Request) -> int:
         """Prompt tokens of a request, rendered just as `submit` does. Raises as `submit`, but never
         for length."""
-        local = self.resolve(request.model)
+        local = self.resolve(request.model, request.owner)
         renderer = self.renderer(local)
         window = self.context_length(local)
         return len(renderer.prompt(self._with_preset(request), window).tokens)
@@ -322,10 +319,10 @@ class Engine:
         return self._renderers.get(local)
 
     def _build_renderer(self, local: LocalModel) -> PromptRenderer:
-        renderer = PromptRenderer(local)
-        if self._disk_cache is not None:
-            renderer.learn(self._disk_cache.readings(fingerprint(local, self._kv_bits)))
-        return renderer
+        if self._disk_cache is None:
+            return PromptRenderer(local, self._image_tokens)
+        readings = functools.partial(self._disk_cache.readings, fingerprint(local, self._kv_bits))
+        return PromptRenderer(local, self._image_tokens, readings)
 
     def _with_preset(self, request: Request) -> Request:
         preset = self.preset(request.model)
@@ -412,8 +409,11 @@ class Engine:
         pool = self.pool
         return Stats(
             waiting=self._waiting(),
+            max_waiting=self._max_queue,
             running=sum(one.state is not State.WAITING for one in pool.sequences()),
             loaded=len(pool.runners),
+            weights=pool.weights,
+            states=pool.states,
             prefix_cache_bytes=pool.prefixes.nbytes,
             prefix_cache_limit=pool.prefixes.limit,
             memory=get_active_memory(),
@@ -560,8 +560,7 @@ class Engine:
             self._group.failed(error)
             log.critical("unexpected failure in the engine", exc_info=True)
             for sequence in self.pool.forget():
-                message = "the engine failed; it starts afresh, please try again"
-                sequence.fail(EngineError(message))
+                sequence.fail(EngineError("the engine failed; it starts afresh, please try again"))
 
     def _step(self, step: StepInput) -> None:
         """Ends what was cancelled, takes in what is new, reads a chunk of one prompt, adds a token
@@ -578,7 +577,8 @@ class Engine:
             self._queue[:0] = self.pool.take_paused()
         self._prefill()
         self._decode()
-        self._count(sequences)
+        for sequence in sequences:
+            sequence.count(self._totals)
 
     def _prefill(self) -> None:
         """Reads the next chunk of the prompt whose turn it is."""
@@ -641,16 +641,6 @@ class Engine:
     def _leave_queue(self, sequence: Sequence) -> None:
         with self._lock:
             self._queue.remove(sequence)
-
-    def _count(self, sequences: list[Sequence]) -> None:
-        """Adds those requests that have ended to the totals."""
-        totals = self._totals
-        for sequence in sequences:
-            if sequence.state is State.ENDED:
-                totals.endings[sequence.ending] += 1
-                totals.prompt_tokens += sequence.prompt_tokens
-                totals.cached_tokens += sequence.usage.cached_tokens
-                totals.completion_tokens += sequence.usage.completion_tokens
 
     def _tidy(self) -> None:
         """Unloads what is due and not in use, and writes to disk when there is nothing else to

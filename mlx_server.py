@@ -37,6 +37,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 
 import dialects
 from _mlx_server import __version__
+from _mlx_server.front import page
 from _mlx_server.front.answers import send_progress, send_stream, send_whole
 from _mlx_server.front.cli import parse_arguments, selected_command
 from _mlx_server.front.commands import run_command
@@ -45,16 +46,16 @@ from _mlx_server.front.http import HTTPHandler
 from _mlx_server.front.logs import shortened, start_logging
 from _mlx_server.front.options import api_keys, cache_folder, program, url_of
 from _mlx_server.front.relay import relay
-from _mlx_server.front.request_log import RequestLog, conceal_reuse
+from _mlx_server.front.request_log import RequestLog
 from _mlx_server.front.sockets import ClientDisconnected
 from _mlx_server.front.startup import is_taken, mlx_trouble, port_holder, raise_file_limit
 from _mlx_server.front.upstream import Upstream, is_relayed
 from _mlx_server.front.watchdog import Watchdog
 from _mlx_server.front.welcome import welcome
-from _mlx_server.inference.generation import Generation
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.hub import Hub
 from _mlx_server.inference.library import MAX_NAME
+from _mlx_server.inference.models import LocalModel, read_shown_files
 from _mlx_server.inference.names import VENDOR_NAME, plain_name
 from _mlx_server.inference.presets import Preset
 from _mlx_server.inference.protocol import (
@@ -93,11 +94,11 @@ class MLXServer(ConnectionServer):
     """Serves `engine` at `address` (host, port), once `serve_forever` runs. Raises OSError when the
     address is taken. The engine may be set later; what needs it fails until then.
 
-    With `api_keys` every route but `/` and `/health` wants one of them, as `x-api-key` or bearer
-    token; the priority that belongs to a key is the highest its holder can have. `priorities` are
-    pairs of a glob, for a model's name or a dialect, and the priority of the requests that it
-    matches, where they do not say themselves. `upstream` serves the models that are not here.
-    `allowed_hosts` are further names by which clients reach the server."""
+    With `api_keys` every route but `/`, its page's files and `/health` wants one of them, as
+    `x-api-key` or bearer token; the priority that belongs to a key is the highest its holder can
+    have. `priorities` are pairs of a glob, for a model's name or a dialect, and the priority of the
+    requests that it matches, where they do not say themselves. `upstream` serves the models that
+    are not here. `allowed_hosts` are further names by which clients reach the server."""
 
     def __init__(
         self,
@@ -116,6 +117,8 @@ class MLXServer(ConnectionServer):
     def service_actions(self) -> None:
         """Called by `serve_forever` several times a second. An engine that has failed for good ends
         the server: what supervises the process can start it anew."""
+        if (engine := self.engine) is not None:
+            self.activity.sample(lambda: engine.stats().totals)
         if self.engine is not None and self.engine.broken and self._stopper is None:
             self.begin_stop()
 
@@ -157,6 +160,10 @@ class Handler(HTTPHandler):
         if self.server.engine is None:
             raise EngineClosed("the server has no engine")
         return self.server.engine
+
+    def resolve(self, name: str) -> LocalModel:
+        """The model that a name means to whoever asks. Raises ModelNotFound."""
+        return self.engine.resolve(name, self.exchange.owner)
 
     @property
     def endpoint(self) -> dialects.Endpoint:
@@ -203,11 +210,11 @@ class Handler(HTTPHandler):
         self.exchange.model = short_name(name) if isinstance(name, str) else None
         return body
 
-    def require_manager(self) -> None:
+    def require_manager(self, to: str = "create, copy, pull, delete or unload models") -> None:
         """Raises WireError if the request's key is one for low priority: whoever holds it may use
-        the models and not change which there are."""
+        the models, but neither change which there are nor see or end what others do."""
         if self.exchange.highest_priority is Priority.LOW:
-            raise WireError(403, "this API key may not create, copy, pull, delete or unload models")
+            raise WireError(403, f"this API key may not {to}")
 
     def read_model_name(self) -> str:
         """The model that the body names. Raises WireError if it names none."""
@@ -236,7 +243,9 @@ class Handler(HTTPHandler):
     def post_generation(self) -> None:
         """Every route whose endpoint has a `reply`."""
         assert self.endpoint.reply is not None
-        reply = self.endpoint.reply(self.read_object(), self.exchange.id)
+        body = self.read_object()
+        with self.preparing():
+            reply = self.endpoint.reply(body, self.exchange.id)
         if isinstance(reply, Embeddings):
             self.embed(reply)
         else:
@@ -245,53 +254,62 @@ class Handler(HTTPHandler):
     def converse(self, reply: Reply) -> None:
         """Answers with what the engine generates, streamed or whole."""
         engine = self.engine
-        model = engine.resolve(reply.request.model)
+        model = self.resolve(reply.request.model)
         reply.check(model)
         reply.request.priority = self.priority(reply, model.name)
+        reply.request.owner = self.exchange.owner
         self.ignore_keep_alive(reply)
         if reply.unload:
             self.require_manager()
-            engine.unload(reply.request.model)
+            engine.unload(model.name)
             return self.send_json(reply.whole())
-        record = RequestLog(self.exchange.route)
-        generations: list[Generation] = []
+        record = self.record(reply, model)
+        generations = record.generations
         try:
-            with self.server.answering():
+            with self.server.answering(), self.server.activity.working(record):
                 for request in reply.requests:
-                    generations.append(engine.submit(request, model))
-                    if self.server.shared:
-                        conceal_reuse(generations[-1])
+                    with self.preparing():
+                        generations.append(engine.submit(request, model))
                 send = send_stream if reply.stream else send_whole
                 send(self, reply, generations, record)
-        except EngineError as error:
-            record.ending = f"failed: {error}"
+        except (WireError, EngineError) as error:
+            record.fail(error)
             raise
         finally:
             if record.first_token_seconds is not None:
                 self.server.metrics.first_token(record.first_token_seconds)
             for generation in generations:
                 generation.cancel()
-                record.generation(generation, shared=self.server.shared)
+                record.generation(generation)
 
     def embed(self, reply: Embeddings) -> None:
         """Answers with the embeddings of texts. They are read one after the other, so that other
         requests get their turn between two."""
-        engine, record = self.engine, RequestLog(self.exchange.route)
-        model = engine.resolve(reply.request.model)
+        engine = self.engine
+        model = self.resolve(reply.request.model)
         self.ignore_keep_alive(reply)
+        record = self.record(reply, model)
         try:
-            with self.server.answering():
+            with self.server.answering(), self.server.activity.working(record):
                 for request in reply.requests:
                     request.priority = self.priority(reply, model.name)
-                    generation = engine.submit(request, model)
+                    request.owner = self.exchange.owner
+                    with self.preparing():
+                        generation = engine.submit(request, model)
+                    record.generations = [generation]
                     for event in generation:
                         reply.event(event)
-                        if self.is_client_gone():
+                        if record.cancelled or self.is_client_gone():
                             generation.cancel()
+                            record.check()
                             raise ClientDisconnected
                 self.send_json(reply.whole())
         finally:
             record.embeddings(model.name, reply)
+
+    def record(self, reply: Reply, model: LocalModel) -> RequestLog:
+        """What is noted of this request."""
+        return RequestLog(self.exchange.route, self.exchange.id, reply.dialect, model.name)
 
     def ignore_keep_alive(self, reply: Reply) -> None:
         """Holders of a key for low priority do not say how long a model stays in memory."""
@@ -325,7 +343,7 @@ class Handler(HTTPHandler):
             has_model = upstream.overflow and find_tag(upstream.tags(), model) is not None
             return upstream if has_model else None
         try:
-            self.engine.resolve(model)
+            self.resolve(model)
             return None
         except ModelNotFound:
             return upstream if upstream.find(model) is not None else None
@@ -333,8 +351,32 @@ class Handler(HTTPHandler):
     # -- other routes
 
     def get_root(self) -> None:
-        # The words Ollama's clients look for
-        self.send(200, b"Ollama is running")
+        if page.wants_page(self.headers.get("Accept", "")):
+            self.send_page("index.html")
+        else:  # the words Ollama's clients look for
+            self.send(200, b"Ollama is running", headers={"Vary": "Accept"})
+
+    def get_page(self) -> None:
+        self.send_page(page.ROUTES[self.exchange.route])
+
+    def send_page(self, name: str) -> None:
+        data, kind = page.page_file(name)
+        self.send(200, data, kind, {**page.HEADERS, "Vary": "Accept"})
+
+    def get_activity(self) -> None:
+        self.require_manager("see what others do")
+        engine, default = self.engine, None
+        with contextlib.suppress(ModelNotFound):
+            default = engine.resolve("default").name
+        activity, shared = self.server.activity, self.server.shared
+        loaded = engine.loaded()
+        self.send_json(activity.report(engine.health(), default, engine.stats(), loaded, shared))
+
+    def delete_activity(self) -> None:
+        self.require_manager("cancel what others do")
+        if not self.server.activity.cancel(self.exchange.route.removeprefix("/activity/")):
+            raise WireError(404, "no request in work has this id")
+        self.send(204, b"")
 
     def get_hello(self) -> None:
         self.send(200, b"")
@@ -351,8 +393,12 @@ class Handler(HTTPHandler):
         self.send(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def post_count_tokens(self) -> None:
-        request = count_request(self.read_object())
-        self.send_json({"input_tokens": self.engine.count_tokens(request)})
+        body = self.read_object()
+        with self.preparing():
+            request = count_request(body)
+            request.owner = self.exchange.owner
+            count = self.engine.count_tokens(request)
+        self.send_json({"input_tokens": count})
 
     def get_models(self) -> None:
         models, query = self.engine.models(), self.exchange.query
@@ -363,7 +409,7 @@ class Handler(HTTPHandler):
     def get_model(self) -> None:
         name = short_name(self.exchange.route.removeprefix("/v1/models/"))
         try:
-            model = dialects.model_object(self.engine.resolve(name))
+            model = dialects.model_object(self.resolve(name))
         except ModelNotFound:
             tag = self.upstream and self.upstream.find(name)
             if not tag:
@@ -377,9 +423,11 @@ class Handler(HTTPHandler):
     def post_show(self) -> None:
         name = self.read_model_name()
         engine = self.engine
-        local = engine.resolve(name)
-        template, generation = engine.show(local)
+        local = self.resolve(name)
+        template, generation = read_shown_files(local)
         context, preset = engine.context_length(local), engine.preset(name)
+        if preset is not None and self.exchange.highest_priority is Priority.LOW:
+            preset = dataclasses.replace(preset, system="", messages=[])
         self.send_json(ollama_show(local, context, template, generation, name, preset))
 
     def delete_model(self) -> None:
@@ -427,12 +475,12 @@ class Handler(HTTPHandler):
         if self.engine.preset(name) is not None:
             return
         with contextlib.suppress(ModelNotFound):
-            model = self.engine.resolve(name)
+            model = self.resolve(name)
             raise WireError(400, f"'{name}' is the name of an installed model, {model.name}")
 
     def base(self, source: str) -> Preset:
         """The preset that a name means, or an empty one of its model."""
-        local = self.engine.resolve(short_name(source))
+        local = self.resolve(short_name(source))
         return self.engine.preset(source) or Preset(local.name, local.name)
 
     def post_pull(self) -> None:
@@ -486,6 +534,8 @@ ROUTES: dict[str, Methods] = {
     "/metrics": {"GET": Handler.get_metrics},
     "/v1/messages/count_tokens": {"POST": Handler.post_count_tokens},
     "/v1/models": {"GET": Handler.get_models},
+    "/activity": {"GET": Handler.get_activity},
+    **{route: {"GET": Handler.get_page} for route in page.ROUTES},
     "/api/hello": {"GET": Handler.get_hello},
     "/api/tags": {"GET": Handler.get_tags},
     "/api/show": {"POST": Handler.post_show},
@@ -500,6 +550,7 @@ ROUTES: dict[str, Methods] = {
 }
 ROUTES_BELOW: dict[str, Methods] = {
     "/v1/models/": {"GET": Handler.get_model},
+    "/activity/": {"DELETE": Handler.delete_activity},
     "/api/blobs/": {"GET": Handler.get_blob, "POST": Handler.post_blob},
 }
 
@@ -537,6 +588,7 @@ def _run(args: argparse.Namespace) -> int:
         with Watchdog(lambda: engine.hangs, engine.STUCK):
             return int(not engine.follow())
     server = _listen(args)
+    logging.getLogger().addHandler(server.activity)
     try:
         engine = server.engine = _make_engine(args, group)
     except EngineError:
@@ -577,6 +629,7 @@ def _engine(args: argparse.Namespace, group: Group, cache_folder: str | None) ->
             cache_dir=cache_folder,
             cache_dir_limit=args.cache_dir_size,
             kv_bits=args.kv_bits,
+            image_tokens=args.image_tokens,
             memory=args.memory,
             max_loaded=args.max_loaded,
             max_queue=args.max_queue,

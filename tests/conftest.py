@@ -131,7 +131,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., mlx_server.MLXServer]]:
-    """Starts servers within the test's own process."""
+    """Starts servers in this process; each knows its `port`."""
     with ExitStack() as stack:
 
         def serve(engine: Engine | None = None, host: str = "127.0.0.1", **options):

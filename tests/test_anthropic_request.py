@@ -8,7 +8,7 @@ import logging
 from typing import Any
 
 import pytest
-from wire_cases import HI, IMAGE_NOTE, brief
+from wire_cases import ELSEWHERE, HI, IMAGE_NOTE, brief
 
 from _mlx_server.wire.anthropic import AnthropicMessages
 from _mlx_server.wire.anthropic_request import count_request
@@ -163,7 +163,6 @@ def test_system(system: object, expected: str | None) -> None:
     assert brief(ask(system=system).messages) == [*expected_messages, ("user", "hi")]
 
 
-ELSEWHERE = "it is kept elsewhere, and this server does not fetch it"
 ENCRYPTED_SUMMARY = "[summary of the conversation so far omitted: it is encrypted]"
 
 
@@ -177,7 +176,7 @@ def source(kind: str, **fields) -> dict:
         ({"type": "text", "text": ""}, ""),
         ({"type": "text", "text": "x", "citations": None, "parsed_output": 1}, "x"),
         ({"type": "image", **source("base64", media_type="image/png", data="AAAA")}, IMAGE_NOTE),
-        ({"type": "image", **source("url", url="http://x/y.png")}, IMAGE_NOTE),
+        ({"type": "image", **source("url", url="x.png")}, f"[image omitted: x.png: {ELSEWHERE}]"),
         (
             {
                 "type": "document",
@@ -204,7 +203,7 @@ def source(kind: str, **fields) -> dict:
         ({"type": "compaction", "content": "summary"}, "summary"),
         ({"type": "compaction", "content": None, "encrypted_content": "x"}, ENCRYPTED_SUMMARY),
         ({"type": "tool_addition", "tool": {}}, ""),
-        ({"type": "image", **source("file", file_id="f")}, IMAGE_NOTE),
+        ({"type": "image", **source("file", file_id="f")}, f"[image omitted: f: {ELSEWHERE}]"),
         ({"type": "container_upload", "file_id": "f"}, f"[file omitted: f: {ELSEWHERE}]"),
         (
             {"type": "document", "title": "T", **source("url", url="http://x")},

@@ -286,6 +286,18 @@ def test_nothing_in_its_folder_stops_the_start(tmp_path: Path):
     assert left == {kept.path.name, name("2" * 32), "notes.txt"}
 
 
+def test_two_servers_with_one_folder_stay_within_the_limit_together(tmp_path: Path):
+    limit = 40_000
+    disks = [DiskCache(tmp_path, limit) for _ in range(2)]
+    for number in range(40):
+        disk, tokens = disks[number % 2], [number, *range(100)]
+        assert disk.write("model", plain(tokens, []), forgotten, [])
+        held = sum(path.stat().st_size for path in tmp_path.iterdir())
+        assert held <= limit and disk.nbytes == held
+    assert number > len(list(tmp_path.iterdir())) > 4
+    assert disk.find("model", [number - 1, *range(100)])[1] == 101  # which the other has written
+
+
 def test_nobody_else_reads_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = tmp_path / "new" / "kept"
     disk = DiskCache(folder)

@@ -28,15 +28,15 @@ from _mlx_server.front.body import decompress, parse_json
 from _mlx_server.front.budget import BodyBudget, BodyClaim
 from _mlx_server.front.connections import Connection
 from _mlx_server.front.logs import JSONLine, OneLine, log_file
-from _mlx_server.front.request_log import coarse
 from _mlx_server.front.upstream import CLOUD
 from _mlx_server.inference.presets import Preset, PresetStore
 from _mlx_server.inference.protocol import EngineBusy, Priority
 from _mlx_server.wire.anthropic import AnthropicMessages
 from _mlx_server.wire.fields import WireError
+from _mlx_server.wire.images import Images
 from _mlx_server.wire.ollama_embeddings import OllamaEmbed
 from _mlx_server.wire.ollama_models import checked_name
-from _mlx_server.wire.ollama_request import image_notes, parse_keep_alive
+from _mlx_server.wire.ollama_request import image_texts, parse_keep_alive
 from engine import Engine
 
 HI = [{"role": "user", "content": "say hi"}]
@@ -92,7 +92,10 @@ PUMPED = {
     "parts": (refused(parse_keep_alive), lambda n: "1m" * n + "x"),
     "points": (refused(parse_keep_alive), lambda n: "1." * n),
     "name": (refused(lambda text: checked_name(text, "bad")), lambda n: "a/" * n),
-    "image": (refused(lambda text: image_notes({"images": [text]})), lambda n: "=" * n + "x"),
+    "image": (
+        refused(lambda text: image_texts({"images": [text]}, images=Images())),
+        lambda n: "=" * n + "x",
+    ),
     "host": (head.HOST.fullmatch, lambda n: "a." * n + "/"),
     "host:": (head.HOST.fullmatch, lambda n: "[" + ":" * n),
     "origin": (head.LOCAL_ORIGIN.fullmatch, lambda n: "http://localhost:" + "1" * n + "x"),
@@ -419,44 +422,6 @@ def test_ones_own_names_may_be_made_again(engine: Engine, serve: Callable):
     assert engine.preset("again").system == "two"
     body = {"model": "gpt-oss-mine", "from": "demo"}
     assert ask(server, "POST", "/api/create", body)[0].status == 200
-
-
-def prompts(secret: str) -> dict:
-    filler = " ".join(f"word{n}" for n in range(40))
-    messages = [{"role": "user", "content": f"{filler} the code is {secret} and so on"}]
-    return {"model": "demo", "max_tokens": 2, "messages": messages}
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_keys_are_not_told_where_their_prompts_part_from_each_others(
-    engine: Engine, serve: Callable, stream: bool, caplog: pytest.LogCaptureFixture
-):
-    caplog.set_level(logging.INFO, "mlx_server")
-    server = serve(engine, api_keys=KEYS)
-    call(server, "boss", "/v1/messages", prompts(f"471{stream}"))
-    counts = set()
-    for guess in ("470", "4"):
-        body = {**prompts(guess + str(stream)), "stream": stream}
-        response, text = call(server, "guest", "/v1/messages", body)
-        told = response.headers["x-prompt-cache"]
-        assert response.status == 200 and "parts" not in told and "in=" not in told
-        reused = int(told.partition("reused=")[2].partition(";")[0])
-        counts.add(reused)
-        if not stream:
-            assert json.loads(text)["usage"]["cache_read_input_tokens"] == reused
-    assert counts == {0}
-    assert not [one for one in caplog.records if "parts at" in one.getMessage()]
-
-
-def test_what_is_told_of_reuse_is_coarse_where_several_keys_share_it():
-    assert [coarse(count) for count in (0, 255, 256, 706)] == [0, 0, 256, 512]
-
-
-def test_a_single_key_is_told_where_its_prompts_part(engine: Engine, serve: Callable):
-    server = serve(engine, api_keys={"one": Priority.NORMAL})
-    call(server, "one", "/v1/messages", prompts("first"))
-    response, _ = call(server, "one", "/v1/messages", prompts("second"))
-    assert "parts-at=" in response.headers["x-prompt-cache"]
 
 
 @pytest.mark.parametrize("given", ["", "secret-1", "secret-10", "other"])

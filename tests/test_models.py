@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from model_folders import empty_home, make_model, write_weights
 
-from _mlx_server.inference.models import gap_marks, read_shown_files
+from _mlx_server.inference.models import gap_marks, read_file, read_shown_files
 from engine import Library, LocalModel, ModelLoadError
 
 
@@ -264,3 +264,9 @@ def test_an_alias_of_a_broken_model_shows_no_path(home, tmp_path):
     with pytest.raises(ModelLoadError, match="'bad' is broken") as raised:
         library.resolve("claude-x")
     assert str(tmp_path) not in str(raised.value)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="there are no such files")
+def test_a_file_of_the_system_that_says_it_is_empty_is_not_read():
+    with pytest.raises(ValueError, match="too large"):
+        read_file(Path("/proc/self/status"))

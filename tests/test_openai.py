@@ -8,7 +8,7 @@ import logging
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai_cases import BASH, CALL, EVENTS, READ, answer, chat, flat
-from wire_cases import HI, IMAGE_NOTE
+from wire_cases import ELSEWHERE, HI
 
 from _mlx_server.wire.openai import OpenAIChat, OpenAICompletion
 from _mlx_server.wire.tools import call_arguments
@@ -39,7 +39,7 @@ from engine import Done, EngineError, Text, Usage
                     ],
                 }
             ],
-            [("user", f"{IMAGE_NOTE}\nsee")],
+            [("user", f"[image omitted: x: {ELSEWHERE}]\nsee")],
         ),
         (
             [*HI, {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, *HI],

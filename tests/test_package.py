@@ -52,6 +52,10 @@ def test_every_file_of_the_product_is_in_the_wheel(wheel: Path):
     expected = {path.relative_to(ROOT).as_posix() for path in product}
     names = zipfile.ZipFile(wheel).namelist()
     assert {name for name in names if name.endswith(".py")} == expected
+    page = {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "_mlx_server/front/page").iterdir()
+    }
+    assert page < {*names}
     assert any(name.endswith("share/mlx-server/demo/model.safetensors") for name in names)
 
 

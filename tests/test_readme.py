@@ -37,6 +37,7 @@ def test_every_example_is_run():
         ("README.md", "A model"),  # test_pull.py
         ("README.md", "Development"),  # .ci/run
         ("docs/clients.md", "Codex"),  # test_clients.py
+        ("docs/images.md", "Images"),  # test_vision.py
         ("docs/performance.md", "How to measure"),  # test_bench.py
     }
     assert sorted((shown.page, shown.title) for shown in examples()) == sorted(

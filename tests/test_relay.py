@@ -13,6 +13,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import anthropic
@@ -537,6 +538,34 @@ def test_a_stream_that_breaks_is_cut_and_not_ended(
         front, post("/api/chat", b'{"model":"far"}', "Content-Length: 15", "x-api-key: secret")
     )
     assert b"one\n" in answer and not answer.endswith(b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 999999\r\n\r\n"])
+def test_an_upstream_that_tells_its_models_byte_by_byte_is_given_up(
+    head: bytes, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("_mlx_server.front.upstream.CONNECT_TIMEOUT", 1.0)
+    left = threading.Event()
+
+    def drip(listener: socket.socket) -> None:
+        client, _ = listener.accept()
+        with client, contextlib.suppress(OSError):
+            client.sendall(head)
+            while not left.wait(0.05):
+                client.sendall(b" " if head else b"H")
+        left.set()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=drip, args=(listener,))
+        thread.start()
+        try:
+            upstream = Upstream(f"http://127.0.0.1:{listener.getsockname()[1]}")
+            with ThreadPoolExecutor() as pool:
+                tags = pool.submit(upstream.tags)
+                assert tags.result(60) == []
+        finally:
+            left.set()
+            thread.join()
 
 
 def test_a_query_that_is_no_uri_harms_nobody(foreign: Foreign, front: MLXServer):

@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -68,6 +69,9 @@ def status(answer: bytes) -> int:
         ((CODING,), CHUNKED.removesuffix(b"\r\n") + b"X: a\n\r\n"),
         ((CODING,), CHUNKED.removesuffix(b"\r\n") + b"X : a\r\n\r\n"),
         (("X: a\nY: b", LENGTH), BODY),
+        (("X: a\0b", LENGTH), BODY),
+        (("X: a\x0bb", LENGTH), BODY),
+        (("X: a\x1cContent-Length: 5", LENGTH), BODY),
     ],
 )
 def test_what_could_be_read_in_two_ways_is_refused_and_nothing_behind_it_is_served(
@@ -77,6 +81,16 @@ def test_what_could_be_read_in_two_ways_is_refused_and_nothing_behind_it_is_serv
     answer = raw(server, head + body + b"GET /api/version HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert status(answer) in (400, 411)
     assert answer.count(b"HTTP/1.1 ") == 1 and b"\r\nConnection: close\r\n" in answer
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["GET /", "GET\t/ HTTP/1.1", "GET  / HTTP/1.1", "GET / HTTP/1.1 ", "GET\x0b/ HTTP/1.1"]
+    + ["GET\x85/ HTTP/1.1", "GET / HTTP/1.10", "GET / HTTP/01.1", "GET /\0 HTTP/1.1"],
+)
+def test_a_request_line_has_one_form(server: Server, line: str):
+    answer = raw(server, f"{line}\r\nHost: localhost\r\n\r\n".encode("latin-1"))
+    assert b" 200 " not in answer and b"malformed request line" in answer
 
 
 def test_an_old_client_sends_no_chunks(server: Server):
@@ -346,11 +360,13 @@ def test_keys_of_a_file_open_every_route_and_others_none(guarded: Server):
         *routes,
         ("GET", "/v1/models/demo"),
         ("POST", "/api/blobs/sha256:0"),
+        ("DELETE", "/activity/1"),
         ("GET", "/nowhere"),
     ]:
         for key in ("", "secret", "secret-one ", "secret-two=low", "guess-4711"):
             response, text = ask(guarded, method, path, None, {"Authorization": f"Bearer {key}x"})
-            assert response.status == (200 if path in ("/", "/health") else 401), (method, path)
+            is_open = path in ("/", "/health") or path.startswith("/page/")
+            assert response.status == (200 if is_open else 401), (method, path)
             assert b"secret" not in text and b"guess" not in text
     for key in ("secret-one", "secret-two", "ключ-three".encode()):
         assert ask(guarded, "GET", "/api/tags", None, {"x-api-key": key})[0].status == 200
@@ -377,6 +393,11 @@ def test_the_log_shows_no_key_and_who_can_read_their_file_is_told(guarded: Serve
     assert not [
         line for line in guarded.lines if "secret" in line or "guess" in line or "three" in line
     ]
+
+
+def test_the_list_of_processes_shows_no_key_of_a_file(guarded: Server):
+    listed = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True).stdout
+    assert f"{guarded.folder}/nothing/here" in listed and "secret-one" not in listed
 
 
 @pytest.mark.parametrize(
@@ -448,6 +469,7 @@ def test_lists_and_descriptions_say_nothing_of_the_machine(guarded: Server):
         ("GET", "/api/ps", None),
         ("GET", "/v1/models", None),
         ("GET", "/metrics", None),
+        ("GET", "/activity", None),
         ("POST", "/api/show", {"model": "demo", "verbose": True}),
         ("POST", "/api/show", {"model": "mine"}),
         ("POST", "/api/show", {"model": "unknown"}),

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from engine import LocalModel
 
-IMAGE_NOTE = "[image omitted: this model cannot see images]"
+IMAGE_NOTE = "[image omitted: it is no PNG, JPEG, GIF or WebP file]"
+ELSEWHERE = "it is kept elsewhere, and this server does not fetch it"
 HI = [{"role": "user", "content": "hi"}]
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Generator, Iterator
 from itertools import chain
 
 from _mlx_server.front.http import HTTPHandler
-from _mlx_server.front.request_log import RequestLog, coarse, prompt_cache_header
+from _mlx_server.front.request_log import RequestLog, prompt_cache_header
 from _mlx_server.front.sockets import ClientDisconnected
 from _mlx_server.inference.generation import Generation
 from _mlx_server.inference.protocol import Done, EngineError, Event, Tick
@@ -27,8 +26,7 @@ def send_stream(
 ) -> None:
     """Sends the events of all generations as they come. A failure of the engine becomes the
     stream's last object. Raises OSError, ClientDisconnected included."""
-    shared = client.server.shared
-    stream = client.start_stream(reply.framing, prompt_cache_header(generations[0], shared))
+    stream = client.start_stream(reply.framing, prompt_cache_header(generations[0]))
     try:
         stream.write(reply.open(generations[0]))
         for event in _events(client, generations, record):
@@ -37,8 +35,8 @@ def send_stream(
             # An event that the client is not shown, such as hidden thinking, is silence as well
             if not frames and stream.silence >= PING_AFTER:
                 stream.write(reply.ping(stream.content_silence), keep_alive=True)
-    except EngineError as error:
-        record.ending = f"failed: {error}"
+    except (WireError, EngineError) as error:
+        record.fail(error)
         stream.write(reply.failure(error))
     stream.end()
 
@@ -46,25 +44,25 @@ def send_stream(
 def send_whole(
     client: HTTPHandler, reply: Reply, generations: list[Generation], record: RequestLog
 ) -> None:
-    """Collects the events of all generations and sends one answer. Raises EngineError, and OSError,
-    ClientDisconnected included."""
-    first, shared = generations[0], client.server.shared
+    """Collects the events of all generations and sends one answer. Raises EngineError, WireError if
+    it was cancelled, and OSError, ClientDisconnected included."""
+    first = generations[0]
     reply.open(first)
     for event in _events(client, generations, record):
         if not isinstance(event, Tick):
             reply.event(event)
-    cached = first.usage.cached_tokens
-    headers = prompt_cache_header(first, shared, coarse(cached) if shared else cached)
+    headers = prompt_cache_header(first, first.usage.cached_tokens)
     client.send_json(reply.whole(), headers=headers)
 
 
 def _events(
     client: HTTPHandler, generations: list[Generation], record: RequestLog
 ) -> Iterator[Event]:
-    """The events of all generations, noted in `record`. Raises EngineError, and ClientDisconnected
-    when the client has gone."""
+    """The events of all generations, noted in `record`. Raises EngineError, WireError if `record`
+    is cancelled, and ClientDisconnected when the client has gone."""
     checked = 0.0  # when the connection was, in monotonic seconds
     for event in chain.from_iterable(generations):
+        record.check()
         now = time.monotonic()
         if record.first_event is None and not isinstance(event, (Tick, Done)):
             record.first_event = now
@@ -72,9 +70,6 @@ def _events(
             if client.is_client_gone():
                 raise ClientDisconnected
             checked = now
-        if isinstance(event, Done) and client.server.shared:
-            cached = coarse(event.usage.cached_tokens)
-            event.usage = dataclasses.replace(event.usage, cached_tokens=cached)
         yield event
         if isinstance(event, Done):  # now that it has been sent
             record.ending = event.reason

@@ -11,6 +11,7 @@ from _mlx_server import __version__
 from _mlx_server.front import options
 from _mlx_server.front.commands import COMMANDS, print_env
 from _mlx_server.front.service import launchd_job, service_mistake, start_command, systemd_unit
+from _mlx_server.inference.image_layout import DEFAULT_TOKENS
 
 Command = Callable[[argparse.Namespace], None]
 """What is carried out instead of serving."""
@@ -114,6 +115,13 @@ def _add_models_in_memory(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=(4, 8),
         help="keep the KV cache quantised: half or a quarter of its size",
+    )
+    add(
+        "--image-tokens",
+        type=options.positive,
+        default=DEFAULT_TOKENS,
+        metavar="N",
+        help="most tokens of an image, which is made smaller for it (default: %(default)s)",
     )
     add(
         "--memory",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import ipaddress
 import logging
 import resource
@@ -14,9 +15,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from _mlx_server.front.activity import Activity
 from _mlx_server.front.budget import BodyBudget
 from _mlx_server.front.head import names_this_machine
 from _mlx_server.front.metrics import Metrics
+from _mlx_server.front.turns import Turns
 from _mlx_server.inference.protocol import Priority
 
 MAX_CONNECTIONS = 512  # fewer where the process may not open twice as many files
@@ -64,9 +67,10 @@ class ConnectionServer(ThreadingHTTPServer):
     `handler`. Raises OSError when the address is taken.
 
     `api_keys` are the keys that clients may have, each with the highest priority it allows; without
-    any no key is demanded. `allowed_hosts` are names by which clients reach the server, beside
+    any no key is demanded. With several of them, `owners` has for each key what stands for it
+    wherever something is kept. `allowed_hosts` are names by which clients reach the server, beside
     those that it knows (`head.names_this_machine`). `metrics` counts the answers, `bodies` the
-    bytes of requests.
+    bytes of requests, `activity` has those that are in work.
 
     When all connections are taken, the one whose client has been waited for longest is closed for a
     new one. If none waits, the new one's requests are refused."""
@@ -84,6 +88,8 @@ class ConnectionServer(ThreadingHTTPServer):
     ):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.api_keys, self.metrics, self.bodies = api_keys or {}, Metrics(), BodyBudget()
+        self.turns, self.activity = Turns(), Activity()
+        self.owners = {key: _owner(key) for key in self.api_keys if self.shared}
         self._hosts = {host.lower() for host in (address[0], *allowed_hosts)}
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.max_connections = MAX_CONNECTIONS
@@ -183,6 +189,12 @@ class ConnectionServer(ThreadingHTTPServer):
         seconds."""
         for thread in list(self._answering):
             thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _owner(key: str) -> str:
+    """What stands for a key in memory and in the files of the prompt cache. Whoever sees it does
+    not learn the key: to try out even short ones takes long."""
+    return hashlib.pbkdf2_hmac("sha256", key.encode(), b"mlx-server", 10_000).hex()[:32]
 
 
 def network_of(address: str) -> str:

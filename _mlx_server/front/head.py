@@ -14,6 +14,9 @@ from _mlx_server.inference.protocol import Priority
 from _mlx_server.wire.fields import WireError
 
 HOST = re.compile(r"([\w.-]*|\[[\da-f:.]+\])(:\d{1,5})?", re.I | re.A)
+# Other servers read other blanks and characters in their own ways (RFC 9112, 3; RFC 9110, 5.5)
+REQUEST_LINE = re.compile(r"[!#$%&'*+.^`|~\w-]+ [^\x00-\x20\x7f]+ HTTP/1\.\d", re.ASCII)
+CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 # By which containers reach the machine that they run on
 CONTAINER_NAMES = ("host.docker.internal", "gateway.docker.internal", "host.containers.internal")
 LOCAL_ORIGIN = re.compile(
@@ -23,14 +26,17 @@ LOCAL_ORIGIN = re.compile(
 )
 
 
-def framing_error(headers: Message, version: str) -> str | None:
+def framing_error(line: str, headers: Message, version: str) -> str | None:
     """What is wrong with a head, or None. What another server might read in another way is wrong
-    (RFC 9112, 3.2, 5 and 6.3). `version` is the request line's, such as "HTTP/1.1"."""
+    (RFC 9112, 3.2, 5 and 6.3). `line` is the request line, `version` what it says of that, such as
+    "HTTP/1.1"."""
+    if not REQUEST_LINE.fullmatch(line):
+        return "malformed request line"
     hosts, origins, lengths, codings = (
         headers.get_all(name, [])
         for name in ("Host", "Origin", "Content-Length", "Transfer-Encoding")
     )
-    if headers.defects or any("\n" in value for value in headers.values()):
+    if headers.defects or any(map(CONTROL.search, headers.values())):
         return "malformed header"
     if max(len(hosts), len(origins), len(lengths + codings)) > 1:
         return "Host, Origin and the body's length can be given only once"
@@ -79,19 +85,14 @@ def names_this_machine(host: str, loopback: bool) -> bool:
     return not loopback or address.is_loopback or address.is_private or address.is_unspecified
 
 
-def check_key(headers: Message, keys: Mapping[str, Priority]) -> Priority:
-    """The highest priority that the request's API key allows; the key is the x-api-key header or a
-    bearer token. Raises WireError if it is none of `keys`."""
+def check_key(headers: Message, keys: Mapping[str, Priority]) -> str:
+    """The request's API key: the x-api-key header or a bearer token; of two that are valid the one
+    for the higher priority. Raises WireError if it is none of `keys`."""
     scheme, _, token = headers.get("Authorization", "").partition(" ")
     bearer = token.strip() if scheme.lower() == "bearer" else ""
     given = [text.encode("latin-1") for text in (headers.get("x-api-key", ""), bearer)]
     # Every key is compared, so that the time tells nothing
-    found = [
-        priority
-        for key, priority in keys.items()
-        for one in given
-        if hmac.compare_digest(one, key.encode())
-    ]
+    found = [key for key in keys for one in given if hmac.compare_digest(one, key.encode())]
     if not found:
         raise WireError(401, "invalid x-api-key", {"x-should-retry": "false"})
-    return min(found)
+    return min(found, key=lambda key: keys[key])

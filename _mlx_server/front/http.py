@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any, Protocol
 from urllib.parse import parse_qsl, unquote
 
-from _mlx_server.front import body
+from _mlx_server.front import body, page
 from _mlx_server.front.budget import BUDGET, BodyClaim
 from _mlx_server.front.connections import ConnectionServer
 from _mlx_server.front.head import check_key, checked_origin, framing_error, has_body
@@ -33,7 +33,7 @@ from _mlx_server.inference.protocol import EngineBusy, EngineError, Priority
 from _mlx_server.wire.fields import Object, WireError
 
 LINGER = 2.0  # seconds for which a client may go on sending what is not read any more
-OPEN_ROUTES = ("/", "/health")  # need no API key
+OPEN_ROUTES = ("/", *page.ROUTES, "/health")  # need no API key
 
 log = logging.getLogger("mlx_server")
 
@@ -61,6 +61,7 @@ class Exchange:
     query: dict[str, str] = field(default_factory=dict)
     origin: str = ""  # the Origin header, once it is allowed
     highest_priority: Priority = Priority.HIGH  # that the request's API key allows
+    owner: str = ""  # what stands for that key, where there are several
     body: bytes = b""  # as it was sent, perhaps compressed
     body_read: bool = True  # whether the whole request has been read from the socket
     answered: bool = False  # whether an answer has begun
@@ -93,7 +94,7 @@ class HTTPHandler(BaseHTTPRequestHandler):
         super().setup()
         self._place = self.server.connection(self.request)
         self.wfile = AnswerWriter(self.connection, self._place.waits, self._place.works)
-        self._requests = RequestSocket(self.connection, "r")
+        self._requests = RequestSocket(self.connection)
         self.rfile = HeaderReader(self._requests)
 
     def handle_one_request(self) -> None:
@@ -137,7 +138,7 @@ class HTTPHandler(BaseHTTPRequestHandler):
         if not self._place.served:
             self.close_connection = True
             raise EngineBusy("there are too many connections")
-        wrong = framing_error(self.headers, self.request_version)
+        wrong = framing_error(self.requestline, self.headers, self.request_version)
         if self.rfile.bare_newline:
             wrong = "a line of the head does not end with CR LF"
         if wrong:
@@ -147,7 +148,9 @@ class HTTPHandler(BaseHTTPRequestHandler):
 
     def _check_key(self) -> None:
         if self.server.api_keys and self.exchange.route not in OPEN_ROUTES:
-            self.exchange.highest_priority = check_key(self.headers, self.server.api_keys)
+            key = check_key(self.headers, self.server.api_keys)
+            self.exchange.highest_priority = self.server.api_keys[key]
+            self.exchange.owner = self.server.owners.get(key, "")
         low = self.exchange.highest_priority is Priority.LOW
         self._claim = BodyClaim(self.server.bodies, BUDGET // 2 if low else BUDGET)
 
@@ -163,8 +166,9 @@ class HTTPHandler(BaseHTTPRequestHandler):
         """The JSON object in the request's body. Raises WireError if it is none."""
         raw = self._read_body()
         coding = self.headers.get("Content-Encoding", "identity")
-        data = body.decompress(raw, coding, self._claim)
-        value = body.parse_json(data, self.dialect.strict_json, self._claim)
+        with self.preparing():
+            data = body.decompress(raw, coding, self._claim)
+            value = body.parse_json(data, self.dialect.strict_json, self._claim)
         if data is not raw:
             self._claim.reduce(len(data))
         return value
@@ -193,6 +197,13 @@ class HTTPHandler(BaseHTTPRequestHandler):
     def is_client_gone(self) -> bool:
         """Whether the client has closed the connection."""
         return is_disconnected(self.connection)
+
+    def preparing(self) -> contextlib.AbstractContextManager[None]:
+        """Within it what costs time before an answer begins is done for the request, once it is its
+        turn among those of other keys. Entering raises EngineBusy and ClientDisconnected."""
+        if not self.server.owners:
+            return contextlib.nullcontext()
+        return self.server.turns.take(self.exchange.highest_priority, self.is_client_gone)
 
     # -- writing
 

@@ -62,6 +62,7 @@ def _engine_metrics(stats: Stats) -> list[str]:
             "Tokens of prompts that were not prefilled again.",
             totals.cached_tokens,
         ),
+        ("prefilled_tokens_total", "Tokens of prompts that were read.", totals.prefilled_tokens),
         ("completion_tokens_total", "Generated tokens.", totals.completion_tokens),
     ]
     gauges = [

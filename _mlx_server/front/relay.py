@@ -16,7 +16,8 @@ def relay(client: HTTPHandler, upstream: Upstream) -> None:
     """Sends the request that `client` has read, unchanged, and passes the answer on as it arrives.
     Raises WireError if the upstream fails before its answer begins; an answer that breaks off later
     is left without its end, so that the client sees it."""
-    record, status = RequestLog(client.exchange.route), 0
+    exchange, status = client.exchange, 0
+    record = RequestLog(exchange.route, exchange.id, client.dialect.name)
     try:
         with upstream.open(client) as answer:
             status = answer.status
@@ -26,7 +27,7 @@ def relay(client: HTTPHandler, upstream: Upstream) -> None:
         record.ending = f"failed: {error}"
         raise WireError(502, f"the upstream {upstream.url} failed: {error}") from None
     finally:
-        record.relay(client.exchange.model, upstream.url, status)
+        record.relay(exchange.model, upstream.url, status)
 
 
 def _pass_on(client: HTTPHandler, answer: http.client.HTTPResponse) -> None:

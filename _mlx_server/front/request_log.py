@@ -10,18 +10,23 @@ from dataclasses import dataclass, field
 from _mlx_server.inference.generation import Generation
 from _mlx_server.inference.protocol import Miss
 from _mlx_server.wire.embeddings import Embeddings
-
-SHARED_GRAIN = 256  # tokens
+from _mlx_server.wire.fields import WireError
 
 log = logging.getLogger("mlx_server")
 
 
 @dataclass
 class RequestLog:
-    """Times of one request, in monotonic seconds, and how its answer ended. It is logged as one
-    line, and with `--log-json` as fields."""
+    """One request: the id that its answer has, its generations as soon as the engine has them,
+    times in monotonic seconds, and how its answer ended. It is logged as one line, and with
+    `--log-json` as fields. `cancelled` may be set by any thread."""
 
     route: str
+    id: str
+    dialect: str
+    model: str = ""
+    generations: list[Generation] = field(default_factory=list)
+    cancelled: bool = False
     started: float = field(default_factory=time.monotonic)
     first_event: float | None = None
     ending: str = "client went away"
@@ -36,18 +41,26 @@ class RequestLog:
         """Seconds since the request."""
         return time.monotonic() - self.started
 
-    def generation(self, generation: Generation, shared: bool = False) -> None:
-        """Logs one generation of the answer. On a `shared` server, texts of prompts are logged only
-        with --verbose."""
+    def check(self) -> None:
+        """Raises WireError if the request was cancelled."""
+        if self.cancelled:
+            # nginx's status for a request that nobody waits for; no client tries again
+            raise WireError(499, "the request was cancelled at the server")
+
+    def fail(self, error: Exception) -> None:
+        """Notes why the answer has ended."""
+        self.ending = "cancelled" if self.cancelled else f"failed: {error}"
+
+    def generation(self, generation: Generation) -> None:
+        """Logs one generation of the answer."""
         usage, miss, wait = generation.usage, generation.miss, self.first_token_seconds
-        if shared and not log.isEnabledFor(logging.DEBUG):
-            miss = None
         rate = usage.completion_tokens / usage.decode_seconds if usage.decode_seconds else None
         parted = ""
         if miss:
             parted = f" (parts at {miss.at} in {_place(miss)}: {miss.now!r} was {miss.was!r})"
         figures = {
             "route": self.route,
+            "dialect": self.dialect,
             "model": generation.model.name,
             "prompt_tokens": usage.prompt_tokens,
             "cached_tokens": usage.cached_tokens,
@@ -76,6 +89,7 @@ class RequestLog:
         """Logs an answer that consists of embeddings."""
         figures = {
             "route": self.route,
+            "dialect": self.dialect,
             "model": model,
             "texts": len(reply.vectors),
             "prompt_tokens": reply.tokens,
@@ -96,6 +110,7 @@ class RequestLog:
         """Logs a relayed answer; `status` is 0 if there was none."""
         figures = {
             "route": self.route,
+            "dialect": self.dialect,
             "model": model,
             "upstream": upstream,
             "status": status,
@@ -114,26 +129,12 @@ class RequestLog:
         )
 
 
-def conceal_reuse(generation: Generation) -> None:
-    """Makes what is told of the prompt cache so coarse that the prompts of other keys cannot be
-    found out token by token."""
-    generation.cached_tokens = coarse(generation.cached_tokens)
-
-
-def coarse(cached_tokens: int) -> int:
-    """Reused tokens as they are told where several keys share the cache."""
-    return cached_tokens - cached_tokens % SHARED_GRAIN
-
-
-def prompt_cache_header(
-    generation: Generation, shared: bool, cached_tokens: int | None = None
-) -> dict[str, str]:
+def prompt_cache_header(generation: Generation, cached_tokens: int | None = None) -> dict[str, str]:
     """The header x-prompt-cache: how many tokens of the prompt were reused and, if the prompt
-    differs from a cached one, where; that not on a `shared` server, as it may be the prompt of
-    another key. `cached_tokens` is by default what is known at the start."""
+    differs from a cached one, where. `cached_tokens` is by default what is known at the start."""
     cached = generation.cached_tokens if cached_tokens is None else cached_tokens
     value = f"reused={cached}; prompt={generation.prompt_tokens}"
-    if generation.miss and not shared:
+    if generation.miss:
         value += f"; parts-at={generation.miss.at}; in={_place(generation.miss)}"
     return {"x-prompt-cache": value}
 

@@ -24,20 +24,22 @@ class ClientDisconnected(ConnectionError):
 
 
 class RequestSocket(socket.SocketIO):
-    """The bytes that a client sends.
+    """The bytes that a client or another server sends.
 
-    `deadline`, in monotonic seconds, is when the whole request has to be there. The first read of a
+    `deadline`, in monotonic seconds, is when the whole message has to be there. The first read of a
     request sets it, and None means that no request has begun. Reading raises TimeoutError after
     the deadline, and when no request begins within CLIENT_TIMEOUT."""
 
-    deadline: float | None = None
+    def __init__(self, connection: socket.socket, deadline: float | None = None):
+        super().__init__(connection, "r")
+        self.deadline = deadline
 
     def readinto(self, buffer: Any) -> int | None:
         seconds = CLIENT_TIMEOUT
         if self.deadline is not None:
             seconds = max(0.0, self.deadline - time.monotonic())
         if not is_readable(self, seconds):
-            raise TimeoutError
+            raise TimeoutError("timed out")
         if self.deadline is None:
             self.deadline = time.monotonic() + REQUEST_DEADLINE
         return super().readinto(buffer)

@@ -19,11 +19,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from _mlx_server.front.http import HTTPHandler
-from _mlx_server.front.sockets import CLIENT_TIMEOUT, ClientDisconnected
+from _mlx_server.front.sockets import CLIENT_TIMEOUT, ClientDisconnected, RequestSocket
 from _mlx_server.wire.fields import Object, WireError, is_type, items
 from _mlx_server.wire.ollama_models import find_tag
 
-CONNECT_TIMEOUT = 2.0  # seconds to accept a connection, or to say which models there are
+CONNECT_TIMEOUT = 2.0  # seconds to accept a connection, and to say which models there are
 MAX_TAGS = 16 * 2**20  # bytes of that list
 TAGS_LIFETIME = 5.0  # seconds for which the list of its models is used before it is asked again
 VIA_NAME = "mlx-server"  # our name in the Via header (RFC 9110, 7.6.3)
@@ -130,10 +130,14 @@ class Upstream:
             return self._tags, self._trouble
 
     def _fetch_tags(self) -> list[Object]:
+        deadline = time.monotonic() + CONNECT_TIMEOUT
         with contextlib.closing(self._connection()) as connection:
             connection.request("GET", "/api/tags", headers={"Via": f"1.1 {VIA_NAME}"})
-            answer = connection.getresponse()
-            body = json.loads(answer.read(MAX_TAGS)) if answer.status == 200 else None
+            with http.client.HTTPResponse(connection.sock, method="GET") as answer:
+                answer.fp.close()
+                answer.fp = io.BufferedReader(RequestSocket(connection.sock, deadline))
+                answer.begin()
+                body = json.loads(answer.read(MAX_TAGS)) if answer.status == 200 else None
         if not isinstance(body, dict):
             raise ValueError(f"GET /api/tags gave status {answer.status} and no list")
         return [tag for tag in items(body, "models", dict) if is_type(tag.get("name"), str)]

@@ -10,13 +10,15 @@ Value = TypeVar("Value")
 
 
 class BoundedMap(Generic[Value]):
-    """Maps strings to values and keeps the `most` latest entries.
+    """Maps strings to values and keeps the latest entries, at most `most` of them or, with `size`,
+    as many as have that size together.
 
     Thread-safe: each method holds a lock of this map alone, and runs nobody else's code meanwhile.
     """
 
-    def __init__(self, most: int):
-        self._most = most
+    def __init__(self, most: int, size: Callable[[str, Value], int] = lambda key, value: 1):
+        self._most, self._size = most, size
+        self._total = 0
         self._lock = threading.Lock()
         self._entries: dict[str, Value] = {}
 
@@ -40,10 +42,18 @@ class BoundedMap(Generic[Value]):
         with self._lock:
             if key not in self._entries:
                 self._put(key, value)
-            return self._entries[key]
+            return self._entries.get(key, value)
 
     def _put(self, key: str, value: Value) -> None:
-        self._entries.pop(key, None)
-        while len(self._entries) >= self._most:
-            del self._entries[next(iter(self._entries))]
+        if key in self._entries:
+            self._remove(key)
+        size = self._size(key, value)
+        if size > self._most:
+            return
+        while self._total + size > self._most:
+            self._remove(next(iter(self._entries)))
         self._entries[key] = value
+        self._total += size
+
+    def _remove(self, key: str) -> None:
+        self._total -= self._size(key, self._entries.pop(key))

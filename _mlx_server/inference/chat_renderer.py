@@ -279,7 +279,7 @@ class ChatRenderer:
         def goes_beyond(index: int) -> bool:
             begun = self._template.escape_messages(messages[: index + 1])
             text = self._template.render(begun, tools, options, generation=False)
-            return len(unescape(text)) > len(before)
+            return len(unescape(self._tokenizer.without_images(text))) > len(before)
 
         try:
             at = bisect.bisect_left(range(len(messages) - 1), True, key=goes_beyond)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from _mlx_server.inference.images import lasting
 from _mlx_server.inference.protocol import Message
 
 Call = tuple[str, str, dict[str, Any]]
@@ -42,10 +43,12 @@ class ConversationMemory:
     on by several names, which are then one key: an answer with calls by their ids, since clients
     rewrite arguments, or by the calls themselves; with the model's thinking or without it.
 
-    At most `MOST` tokens are kept; the readings that were not used for the longest time go first.
+    There is one for each model and owner of requests. At most `MOST` tokens are kept; the readings
+    that were not used for the longest time go first.
+
     Thread-safe: every method holds the lock of this memory alone, and calls nothing outside."""
 
-    MOST = 4_000_000  # tokens, four bytes each
+    MOST = 4_000_000  # tokens, eight bytes each
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -87,7 +90,7 @@ class ConversationMemory:
     def learn(self, readings: Mapping[str, Reading]) -> None:
         """Keeps readings by their keys."""
         for key, reading in readings.items():
-            compact = array("I", reading.tokens)
+            compact = array("q", reading.tokens)
             with self._lock:
                 self._forget(key)
                 self._readings[key] = Reading(
@@ -149,7 +152,7 @@ def _named(key: str, text: str, thinking: str, calls: list[Call], by_id: bool) -
 
 
 def _hashed(key: str, value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+    text = lasting(json.dumps(value, ensure_ascii=False, sort_keys=True))
     return hashlib.blake2b(
         text.encode("utf-8", "surrogatepass"), digest_size=16, key=key.encode()
     ).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,6 +10,7 @@ from _mlx_server.inference.group import Group
 from _mlx_server.inference.memory import StateSize
 from _mlx_server.inference.prefix_cache import CacheEntry
 from _mlx_server.inference.row_group import row_group_class
+from _mlx_server.inference.vision import ImageRows
 
 
 class DecodeBatch:
@@ -26,14 +28,20 @@ class DecodeBatch:
     LEAST = 8 << 20
 
     def __init__(
-        self, model: Any, end_tokens: Iterable[int], size: int, state_size: StateSize, group: Group
+        self,
+        model: Any,
+        end_tokens: Iterable[int],
+        size: int,
+        state_size: StateSize,
+        group: Group,
+        images: ImageRows | None = None,
     ):
-        """`size` is the bytes of the weights."""
+        """`size` is the bytes of the weights; `images` is for a model that sees."""
         from mlx_lm.generate import StopSequences
 
         self.model = model
         self._ends, self._group = StopSequences([[token] for token in end_tokens]), group
-        self._size, self._state_size = size, state_size
+        self._size, self._state_size, self._images = size, state_size, images
         self._count = 0
         self._groups: list[Any] = []  # the next one first
         self._last: Any = None  # the group that has had the latest turn
@@ -64,26 +72,33 @@ class DecodeBatch:
         sampler: Any,
         processors: list[Any],
         room: int | None,
+        shift: int = 0,
     ) -> int:
         """Starts a request that has read `entry` and reads `token` next, for at most `limit`
         tokens; returns its number. The entry's caches are the batch's from here on. `processors`
         are mlx-lm's logits processors. There may be `room` more bytes of padding; with None the
-        request gets a group of its own, which no other joins."""
+        request gets a group of its own, which no other joins. `shift` is what images have added to
+        the positions."""
         import mlx.core as mx
 
         self._count += 1
-        new: Any = row_group_class()(
-            self.model,
-            [self._count],
-            mx.array([token]),
-            entry.cache,
-            [list(entry.tokens)],
-            [sampler],
-            sampler,
-            [list(processors)],
-            [self._ends],
-            [limit],
-        )
+        tokens = list(entry.tokens)
+        if self._images:
+            rows = [number for group in self._groups for number in group.uids]
+            tokens = self._images.add(self._count, tokens, shift, rows)
+        with self._positions([self._count]):
+            new: Any = row_group_class()(
+                self.model,
+                [self._count],
+                mx.array([token]),
+                entry.cache,
+                [tokens],
+                [sampler],
+                sampler,
+                [list(processors)],
+                [self._ends],
+                [limit],
+            )
         new.sync_tokens(self._group)
         mergeable = all(hasattr(layer, "merge") for layer in entry.cache)
         new.closed = room is None or not mergeable
@@ -96,6 +111,10 @@ class DecodeBatch:
         self._groups.insert(0 if joined is not self._last else len(self._groups), joined)
         self._begun, self._stepped = joined, list(joined.uids)
         return self._count
+
+    def _positions(self, numbers: list[int]) -> contextlib.AbstractContextManager[None]:
+        """Sets the positions for a step of these rows."""
+        return self._images.during(numbers) if self._images else contextlib.nullcontext()
 
     def _like(self, new: Any, room: int) -> Any:
         """The group that a new one joins with the least padding; None if it stays alone."""
@@ -129,15 +148,16 @@ class DecodeBatch:
         self._groups.append(group)
         self._last = self._begun = group
         self._stepped = list(group.uids)
-        responses: list[Any] = group.next()
+        with self._positions(self._stepped):
+            responses: list[Any] = group.next()
         group.sync_tokens(self._group)
         if not len(group):
             self._groups.remove(group)
         return responses
 
     def peek(self, number: int) -> tuple[list[int], list[Any]]:
-        """The tokens a request has read, and its caches; it uses these on if it is alone in its
-        group."""
+        """The tokens a request has read, those of images as the model knows them, and its caches;
+        it uses these on if it is alone in its group."""
         group, at = self.find(number)
         return list(group.tokens[at]), group.extract_cache(at)
 

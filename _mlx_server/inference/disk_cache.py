@@ -49,7 +49,8 @@ class Segment:
 
 
 class DiskCache:
-    """Prefix states on disk, where they outlive an unload and a restart.
+    """Prefix states on disk, where they outlive an unload and a restart. Several processes may have
+    the same folder.
 
     A state is a chain of segments. Each is one file of mlx-lm's `save_prompt_cache` with what its
     tokens add to the segment before: that part of the KV, and the whole state of layers that cannot
@@ -57,10 +58,11 @@ class DiskCache:
     common, and one that has grown adds only its growth.
 
     A segment's node is a hash of its parent's and of its tokens, the first parent being the model's
-    fingerprint; a file's name is node and checksum, given when it is complete. A file that is torn,
-    foreign or not what its name says is never used. All files together, the one being written
-    included, stay within `limit` bytes: the least recently used segment that no other one follows
-    goes first. A chain's files count as used together, by their modification times.
+    fingerprint or, for what was read for an owner, a hash of both (`first_node`); a file's name is
+    node and checksum, given when it is complete. A file that is torn, foreign or not what its name
+    says is never used. All files together, the one being written included, stay within `limit`
+    bytes: the least recently used segment that no other one follows goes first. A chain's files
+    count as used together, by their modification times.
 
     The files hold conversations: nobody else may open the folder, and none is written to through a
     link.
@@ -81,6 +83,7 @@ class DiskCache:
         self.folder, self._limit = folder, limit
         self.nbytes = 0  # of all files
         self._segments: dict[str, Segment] = {}  # by node
+        self._files: dict[str, Segment] = {}  # the same by the names of their files
         self._followers: dict[str, PrefixTree[Segment]] = {}  # by the parent's node
         # For the MLX thread: when each node was used last, in nanoseconds of unix time, and by that
         # time the nodes that no other one follows, some of them out of date.
@@ -90,11 +93,7 @@ class DiskCache:
         _make_private(folder)
         self._writing.unlink(missing_ok=True)
         _create(self._writing).close()
-        for path in list(folder.iterdir()):
-            try:
-                self._take_in(path)
-            except Exception as error:  # nothing that lies there may stop the start
-                self._discard(path, error)
+        self._look()
         self._make_room(0, set())
 
     @property
@@ -105,6 +104,18 @@ class DiskCache:
         free = shutil.disk_usage(self.folder).free
         return min(self.MOST, (free + self.nbytes) // self.SHARE)
 
+    def _look(self) -> None:
+        """Takes note of what other processes have written and removed."""
+        names = set(os.listdir(self.folder))
+        for name in self._files.keys() - names:
+            self._remove(self._files[name])
+        for name in names - self._files.keys():
+            path = self.folder / name
+            try:
+                self._take_in(path)
+            except Exception as error:  # nothing that lies there may stop the start
+                self._discard(path, error)
+
     def _take_in(self, path: Path) -> None:
         """Adds the segment of a file, or removes what a process that has died has left."""
         if match := self.NAME.fullmatch(path.name):
@@ -114,10 +125,11 @@ class DiskCache:
         if left and (path == self._writing or not _alive(left[1])):
             path.unlink(missing_ok=True)
 
-    def readings(self, model: str) -> dict[str, Reading]:
-        """What was read and generated in all that is kept of the model with this fingerprint."""
+    def readings(self, model: str, owner: str = "") -> dict[str, Reading]:
+        """What was read and generated for an owner in all that is kept of the model with this
+        fingerprint."""
         found: dict[str, Reading] = {}
-        nodes = [model]
+        nodes = [first_node(model, owner)]
         while nodes:
             for segment in self._followers_of(nodes.pop()).values():
                 found |= segment.readings
@@ -127,13 +139,13 @@ class DiskCache:
     def _followers_of(self, node: str) -> PrefixTree[Segment]:
         return self._followers.get(node, _EMPTY)
 
-    def find(self, model: str, tokens: list[int]) -> tuple[list[Segment], int]:
-        """The chain of segments that restores the longest prefix of `tokens`, and its length;
-        `model` is the fingerprint. From any thread."""
+    def find(self, model: str, tokens: list[int], owner: str = "") -> tuple[list[Segment], int]:
+        """The chain of segments that restores the longest prefix of an owner's `tokens`, and its
+        length; `model` is the fingerprint. From any thread."""
         # A link is a segment and the link before it.
         best: Any = None
         longest = 0
-        links: list[tuple[str, int, Any]] = [(model, 0, None)]
+        links: list[tuple[str, int, Any]] = [(first_node(model, owner), 0, None)]
         while links:
             node, start, before = links.pop()
             path, end, shared = self._followers_of(node).walk(tokens, start)
@@ -185,7 +197,7 @@ class DiskCache:
         """Writes the next segment of an entry, up to the next of the lengths `marks`; returns
         whether all of the entry is there, or cannot be. On the MLX thread."""
         total = len(entry.tokens)
-        chain, reached = self.find(model, entry.tokens)
+        chain, reached = self.find(model, entry.tokens, entry.owner)
         if reached == total:
             return True
         # An entry that parts inside the last segment has a segment of its own instead.
@@ -195,7 +207,7 @@ class DiskCache:
         ends = sorted({*marks, total})
         end = next(at for at in ends if at > start and entry.restorable(at) == at)
         tokens = entry.tokens[start:end]
-        parent = chain[-1].node if chain else model
+        parent = chain[-1].node if chain else first_node(model, entry.owner)
         known = {key: reading(key) for key, at in entry.answers.items() if start < at <= end}
         readings = {
             key: [one.before, list(one.tokens), one.names, one.thoughtful]
@@ -248,6 +260,8 @@ class DiskCache:
         os.replace(self._writing, path)
         self._add(_read_segment(path, node))
         self._touch(chain)
+        # Another process may have written at the same time
+        self._make_room(0, {segment.node for segment in chain})
         return True
 
     def _touch(self, chain: list[Segment]) -> None:
@@ -277,7 +291,7 @@ class DiskCache:
             self._remove(before)
             if before.path != segment.path:
                 before.path.unlink(missing_ok=True)
-        self._segments[segment.node] = segment
+        self._segments[segment.node] = self._files[segment.path.name] = segment
         followers = self._followers_of(segment.parent)
         self._followers[segment.parent] = followers.put(segment.tokens, segment)
         self.nbytes += segment.nbytes
@@ -286,7 +300,7 @@ class DiskCache:
     def _remove(self, segment: Segment) -> None:
         if self._segments.pop(segment.node, None) is None:
             return
-        del self._used[segment.node]
+        del self._used[segment.node], self._files[segment.path.name]
         followers = self._followers[segment.parent].remove(segment.tokens)
         self._followers[segment.parent] = followers
         self.nbytes -= segment.nbytes
@@ -304,6 +318,7 @@ class DiskCache:
     def _make_room(self, size: int, spared: set[str]) -> bool:
         """Removes segments until `size` bytes fit beside the spared ones, which are whole chains;
         returns whether they do. If not, none is removed."""
+        self._look()
         limit = self.limit
         if sum(self._segments[node].nbytes for node in spared) + size > limit:
             return False
@@ -380,7 +395,7 @@ def _read_segment(path: Path, node: str) -> Segment:
 
 def _are_tokens(values: Any) -> bool:
     return isinstance(values, list) and all(
-        type(value) is int and 0 <= value < 2**32 for value in values
+        type(value) is int and -(2**63) <= value < 2**32 for value in values
     )
 
 
@@ -404,6 +419,11 @@ def _load_layers(path: Path) -> list[Any]:
     layers = list(map(unpack_layer, packed))
     mx.eval([layer.state for layer in layers])
     return layers
+
+
+def first_node(model: str, owner: str) -> str:
+    """The name of the empty state of the model with this fingerprint, for an owner."""
+    return hashlib.sha256(f"{model}{owner}".encode()).hexdigest()[:32] if owner else model
 
 
 def segment_node(parent: str, tokens: list[int]) -> str:

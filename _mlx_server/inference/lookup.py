@@ -25,10 +25,10 @@ def look_up(
     """Sets `sequence.cached_tokens`, and tells where the prompt parts from what is cached, if it
     does. `model` is the fingerprint. From any thread."""
     tokens = sequence.prompt.tokens
-    match = prefixes.find(model, tokens)
+    match = prefixes.find(model, tokens, sequence.request.owner)
     sequence.cached_tokens = match.length
     if disk_cache is not None:
-        kept = disk_cache.find(model, tokens[:-1])[1]
+        kept = disk_cache.find(model, tokens[:-1], sequence.request.owner)[1]
         if kept > match.length:
             sequence.cached_tokens = kept
             return None
@@ -41,6 +41,6 @@ def describe_miss(sequence: Sequence, parting: Parting) -> Miss:
     takes a while."""
     tokens, renderer = sequence.prompt.tokens[: sequence.prompt_tokens], sequence.renderer
     cached, at = parting.cached, parting.at
-    decode = renderer.tokenizer.decode
+    decode = renderer.decode
     index, role = renderer.locate(sequence.request, decode(tokens[:at])) or (None, "")
     return Miss(at, index, role, decode(cached[at : at + 8]), decode(tokens[at : at + 8]))

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from _mlx_server.inference.image_layout import has_tower
+from _mlx_server.inference.images import has_pillow
 from _mlx_server.inference.protocol import ModelLoadError, Sampling, first_line
 
 log = logging.getLogger("mlx_server")
@@ -39,7 +41,8 @@ class LocalModel:
     quantization: str  # "int4", "mxfp4", "BF16", ...
     context_length: int  # tokens
     embedding_length: int  # numbers in a hidden state, 0 if unknown
-    capabilities: list[str]  # some of "completion", "tools", "insert", "thinking"; or "embedding"
+    # Some of "completion", "tools", "insert", "thinking" and "vision"; or "embedding"
+    capabilities: list[str]
 
 
 Files = Mapping[str, os.stat_result]
@@ -115,7 +118,8 @@ def _describe(name: str, path: Path) -> LocalModel:
         quantization=_quantization(recipe, text),
         context_length=_context_length(text),
         embedding_length=_amount(_first(text, _HIDDEN_SIZES)),
-        capabilities=_capabilities(name, path, files, config),
+        capabilities=_capabilities(name, path, files, config)
+        + (["vision"] if _sees(path, weights, config, index) else []),
     )
 
 
@@ -208,9 +212,11 @@ def read_json_file(path: Path, most: int = MAX_FILE) -> Any:
 def read_file(path: Path, most: int = MAX_FILE) -> bytes:
     """A file of at most so many bytes. Raises OSError, and ValueError for one that is larger."""
     with path.open("rb") as stream:
-        if os.fstat(stream.fileno()).st_size > most:
-            raise ValueError(f"{path.name} is too large")
-        return stream.read()
+        size = os.fstat(stream.fileno()).st_size
+        content = stream.read(size + 1) if size <= most else b""
+    if len(content) > size or size > most:  # a file of the system may have more than its size
+        raise ValueError(f"{path.name} is too large")
+    return content
 
 
 def _read_optional(path: Path, files: Container[str], name: str) -> dict[str, Any]:
@@ -269,13 +275,8 @@ def _amount(value: Any) -> int:
 
 
 def _count_parameters(file: Path, recipe: dict[str, Any]) -> int:
-    """Weights in a safetensors file, from its header alone: 8 bytes of length, then JSON.
-
-    https://huggingface.co/docs/safetensors/index#format"""
-    with file.open("rb") as stream:
-        # Of a larger header, which no model has, the JSON is cut off
-        size = min(int.from_bytes(stream.read(8), "little"), MAX_FILE)
-        header = json.loads(stream.read(size) or "{}")
+    """Weights in a safetensors file, from its header alone."""
+    header = _read_header(file)
     total = 0
     for key, tensor in header.items():
         layer, _, kind = key.rpartition(".")
@@ -289,6 +290,30 @@ def _count_parameters(file: Path, recipe: dict[str, Any]) -> int:
             count = count * 32 // (own if isinstance(own, dict) else recipe).get("bits", 32)
         total += count
     return total
+
+
+def _read_header(file: Path) -> dict[str, Any]:
+    """What a safetensors file begins with: 8 bytes of length, then JSON.
+
+    https://huggingface.co/docs/safetensors/index#format"""
+    with file.open("rb") as stream:
+        # Of a larger header, which no model has, the JSON is cut off
+        size = min(int.from_bytes(stream.read(8), "little"), MAX_FILE)
+        header: dict[str, Any] = json.loads(stream.read(size) or "{}")
+    return header
+
+
+def _sees(path: Path, weights: Files, config: dict[str, Any], index: dict[str, Any]) -> bool:
+    """Whether images can be shown to a model, here and now."""
+    if not isinstance(config.get("vision_config"), dict) or not has_pillow():
+        return False
+    named = (name for file in weights for name in _read_header(path / file))
+    return has_tower(config, index.get("weight_map") or named)
+
+
+def weight_files(local: LocalModel) -> list[Path]:
+    """The files that hold a model's weights."""
+    return sorted(local.path.glob("model*.safetensors"))
 
 
 def _parameter_size(parameters: int) -> str:

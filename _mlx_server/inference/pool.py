@@ -79,6 +79,16 @@ class ModelPool:
         return state_size.tokens(self.memory - weights)
 
     @property
+    def weights(self) -> int:
+        """Bytes of the weights in memory."""
+        return sum(runner.size for runner in self.runners.values())
+
+    @property
+    def states(self) -> int:
+        """Bytes of what the running requests have read and written."""
+        return sum(runner.held for runner in self.runners.values())
+
+    @property
     def committed(self) -> int:
         """Bytes of the weights and of what running requests are expected to need."""
         return sum(runner.committed for runner in self.runners.values())
@@ -268,5 +278,5 @@ class ModelPool:
         import mlx.core as mx
 
         if mx.metal.is_available():
-            weights = coming + sum(runner.size for runner in self.runners.values())
+            weights = coming + self.weights
             mx.set_wired_limit(min(usable_memory(), weights))

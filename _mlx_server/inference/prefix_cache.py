@@ -17,6 +17,8 @@ from _mlx_server.inference.prefix_tree import PrefixTree
 
 log = logging.getLogger("mlx_server")
 
+TOKEN_BYTES = 48  # of a token id, in an entry's list and in a tree
+
 
 class Checkpoint:
     """The states of a model's layers at some length: of those that cannot be trimmed, None for the
@@ -34,9 +36,9 @@ class CacheEntry:
 
     Where not every layer is trimmable, `checkpoints` keeps the states of the others at chosen
     lengths; entries that have branched share them. `model` is the fingerprint of the model that has
-    read the tokens, `root` the length of system and tools, `turns` are the lengths at which the
-    user's latest turns ended: a template that drops old thinking goes back there. `answers` tells
-    at which length each remembered answer ends.
+    read the tokens, `owner` whose request it did so for, `root` the length of system and tools,
+    `turns` are the lengths at which the user's latest turns ended: a template that drops old
+    thinking goes back there. `answers` tells at which length each remembered answer ends.
 
     Any thread may read an entry while it is in the prefix cache and while the MLX thread works with
     it: lists and dicts are replaced, never changed."""
@@ -53,6 +55,7 @@ class CacheEntry:
     used: float = 0.0
     written: bool = False  # the disk cache has all of it, or cannot have it
     model: str = ""
+    owner: str = ""
     number: int = 0  # in the prefix cache, once it has been there
     trimmable: bool = field(init=False)  # all of its layers are
 
@@ -67,7 +70,7 @@ class CacheEntry:
     @property
     def cache_nbytes(self) -> int:
         """Bytes without the checkpoints."""
-        return sum(int(layer.nbytes) for layer in self.cache)
+        return sum(int(layer.nbytes) for layer in self.cache) + TOKEN_BYTES * len(self.tokens)
 
     def restorable(self, length: int) -> int:
         """The longest prefix of at most `length` tokens that this entry can give."""
@@ -121,7 +124,13 @@ class CacheEntry:
             [at for at in self.turns if at <= length],
             {key: at for key, at in self.answers.items() if at <= length},
             model=self.model,
+            owner=self.owner,
         )
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Whose states it is among."""
+        return self.model, self.owner
 
 
 class Match(NamedTuple):
@@ -144,11 +153,11 @@ class PrefixCache:
     entry goes first, where one that was never used again (a title, a sub-agent's only turn) counts
     as `ONE_OFF` seconds older, and the last thing kept of an entry is its root (system and tools),
     which every new conversation of that client shares. An entry larger than all the room there is
-    keeps its beginning. An entry is named by the model's fingerprint and its tokens, and no state
-    of one model is ever given to another.
+    keeps its beginning. An entry is named by the model's fingerprint, its owner and its tokens, and
+    no state of one model or owner is ever given to another.
 
     Cost. Looking up, filing and evicting take time that grows with the prompt, hardly with what is
-    kept: a model's entries are in a `PrefixTree`, in which their checkpoints are marked; bytes are
+    kept: an owner's entries are in a `PrefixTree`, in which their checkpoints are marked; bytes are
     counted as entries come and go; a heap knows which entry has to go.
 
     Only the MLX thread changes it. Any thread may read it: entries, trees and bytes are replaced by
@@ -162,7 +171,7 @@ class PrefixCache:
         self.version = 0
         self._count = 0  # entries that have ever been here, which numbers them
         self._entries: dict[int, CacheEntry] = {}  # by number
-        self._trees: dict[str, PrefixTree[CacheEntry]] = {}  # by model
+        self._trees: dict[tuple[str, str], PrefixTree[CacheEntry]] = {}  # by model and owner
         self._bytes: dict[str, int] = {}  # by model; what several entries share counts once
         # For the MLX thread: bytes without checkpoints by number, entries that hold a checkpoint,
         # and by age the numbers of all entries, some of them out of date.
@@ -184,9 +193,9 @@ class PrefixCache:
         """All entries, or those of one model."""
         return [entry for entry in self._entries.values() if model in (None, entry.model)]
 
-    def find(self, model: str, tokens: list[int]) -> Match:
-        """What there is of a prompt."""
-        tree = self._trees.get(model, _EMPTY)
+    def find(self, model: str, tokens: list[int], owner: str = "") -> Match:
+        """What there is of an owner's prompt."""
+        tree = self._trees.get((model, owner), _EMPTY)
         path, end, shared = tree.walk(tokens)
         sample = end.sample
         if sample is None:
@@ -230,7 +239,7 @@ class PrefixCache:
         if not entry.tokens or self._is_continued(entry):
             return
         entry.used = time.monotonic()
-        tree = self._trees.get(entry.model, _EMPTY)
+        tree = self._trees.get(entry.place, _EMPTY)
         for node, length in tree.walk(entry.tokens).path:
             if (old := node.value) is not None and entry.restorable(length) == length:
                 self._remove(old)
@@ -241,7 +250,7 @@ class PrefixCache:
     def _is_continued(self, entry: CacheEntry) -> bool:
         """Whether a longer entry can give all of this one."""
         total = len(entry.tokens)
-        path, end, shared = self._trees.get(entry.model, _EMPTY).walk(entry.tokens)
+        path, end, shared = self._trees.get(entry.place, _EMPTY).walk(entry.tokens)
         if shared < total:
             return False
         if entry.trimmable:
@@ -253,7 +262,7 @@ class PrefixCache:
         for entry in self.entries(model):
             self._forget(entry)
         self._entries = {at: one for at, one in self._entries.items() if one.model != model}
-        self._trees = {name: tree for name, tree in self._trees.items() if name != model}
+        self._trees = {place: tree for place, tree in self._trees.items() if place[0] != model}
         self._bytes = {name: size for name, size in self._bytes.items() if name != model}
         self.version += 1
 
@@ -277,7 +286,7 @@ class PrefixCache:
         root = entry.root
         if not 0 < root < len(entry.tokens) or entry.restorable(root) != root:
             return
-        tree = self._trees.get(entry.model, _EMPTY)
+        tree = self._trees.get(entry.place, _EMPTY)
         if tree.walk(entry.tokens[:root]).shared < root:
             kept = entry.branch(root)
             kept.hits, kept.used, kept.written = 1, entry.used, entry.written
@@ -331,24 +340,24 @@ class PrefixCache:
         self._count += 1
         entry.number = self._count
         size = self._sizes[entry.number] = entry.cache_nbytes
-        tree = self._trees.get(entry.model, _EMPTY).put(entry.tokens, entry)
+        tree = self._trees.get(entry.place, _EMPTY).put(entry.tokens, entry)
         for length, checkpoint in entry.checkpoints.items():
             tree = tree.mark(entry.tokens[:length], entry)
             holders = self._holders.get(checkpoint, 0)
             self._holders[checkpoint] = holders + 1
             size += 0 if holders else checkpoint.nbytes
         self._entries = {**self._entries, entry.number: entry}
-        self._set_tree(entry.model, tree, size)
+        self._set_tree(entry.place, tree, size)
         self._note_age(entry)
 
     def _remove(self, entry: CacheEntry) -> None:
-        tree = self._trees[entry.model].remove(entry.tokens)
+        tree = self._trees[entry.place].remove(entry.tokens)
         for length in entry.checkpoints:
             tree = tree.unmark(entry.tokens[:length], entry)
         entries = self._entries.copy()
         del entries[entry.number]
         self._entries = entries
-        self._set_tree(entry.model, tree, -self._forget(entry))
+        self._set_tree(entry.place, tree, -self._forget(entry))
 
     def _forget(self, entry: CacheEntry) -> int:
         """Takes an entry that goes out of the counts; returns the bytes that no other one holds."""
@@ -360,9 +369,10 @@ class PrefixCache:
                 size += checkpoint.nbytes
         return size
 
-    def _set_tree(self, model: str, tree: PrefixTree[CacheEntry], growth: int) -> None:
-        """Sets a model's tree, and its bytes to so many more."""
-        self._trees = {**self._trees, model: tree}
+    def _set_tree(self, place: tuple[str, str], tree: PrefixTree[CacheEntry], growth: int) -> None:
+        """Sets an owner's tree, and the model's bytes to so many more."""
+        model, _ = place
+        self._trees = {**self._trees, place: tree}
         self._bytes = {**self._bytes, model: self._bytes.get(model, 0) + growth}
         self.version += 1
 

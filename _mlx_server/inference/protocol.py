@@ -62,9 +62,14 @@ class Request:
     `thinking_budget` is how many tokens the model may think for; then its thinking is ended for it.
     None leaves it the time.
 
+    `images` are files of images by the marks that stand for them in `messages`: see images.py.
+
     A conversation that only grew keeps the model's old thinking.
     `keep_thinking` True asks templates
     to show it also where the conversation is read for the first time, False wants it dropped.
+
+    `owner` says whose request it is: what was read and generated for one owner is never reused for
+    another one.
 
     `format` is what the visible answer must be: "json" (any JSON object) or a JSON schema, here the
     schema's dict; with `tools` the model may call one instead. Thinking stays free. A forced call
@@ -93,8 +98,10 @@ class Request:
     logprobs: int | None = None
     keep_alive: float | None = None
     priority: Priority = Priority.NORMAL
+    owner: str = ""
     embed: bool = False
     truncate: bool = False
+    images: dict[str, bytes] = field(default_factory=dict)
 
 
 @dataclass
@@ -168,12 +175,16 @@ class Tick:
 @dataclass
 class Usage:
     """Token counts and seconds. `prompt_tokens` is the whole prompt, `cached_tokens` the part that
-    was not prefilled again, `completion_tokens` everything generated, thinking included."""
+    was not prefilled again, `prefilled_tokens` what was read, also again after a pause,
+    `completion_tokens` everything generated, thinking included, `decode_passes` how often the model
+    ran for it."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    prefilled_tokens: int = 0
     completion_tokens: int = 0
     thinking_tokens: int = 0
+    decode_passes: int = 0
     load_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -237,7 +248,12 @@ def first_line(error: Exception, known: str = "/…") -> str:
     """An exception's first line without the machine's paths, one of which is known, fit for a
     client."""
     line = (str(error).splitlines() or [type(error).__name__])[0].replace(known, "…")
-    return re.sub(r"(?:/[\w.+@-]+){2,}/?", "…", line)[:200]
+    return without_paths(line)[:200]
+
+
+def without_paths(text: str) -> str:
+    """A text without the machine's paths; routes of the APIs stay."""
+    return re.sub(r"(?:/(?!v1/|api/)[\w.+@-]+){2,}/?", "…", text)
 
 
 @dataclass
@@ -254,22 +270,28 @@ class Miss:
 
 @dataclass
 class Totals:
-    """What the engine has done since its start: requests by how they ended, and tokens."""
+    """What the engine has done since its start: requests by how they ended, tokens of the prompts
+    of those, and the tokens of `Usage`, counted as they come."""
 
     endings: collections.Counter[str] = field(default_factory=collections.Counter)
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    prefilled_tokens: int = 0
     completion_tokens: int = 0
 
 
 @dataclass
 class Stats:
-    """The engine at this moment. `memory` is what MLX holds, `memory_limit` what it may, both in
-    bytes."""
+    """The engine at this moment. `memory` is what MLX holds, `memory_limit` what it may, `weights`
+    and `states` (of running requests) what is known of the former, all in bytes. `max_waiting` is
+    how many requests of normal priority may wait."""
 
     waiting: int
+    max_waiting: int
     running: int
     loaded: int
+    weights: int
+    states: int
     prefix_cache_bytes: int
     prefix_cache_limit: int
     memory: int

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from _mlx_server.inference.chat_renderer import ChatRenderer
 from _mlx_server.inference.constraint import Constraint, ThinkingBudget
 from _mlx_server.inference.conversations import Call, ConversationMemory, Reading
 from _mlx_server.inference.families import HERMES, detect_format
+from _mlx_server.inference.image_layout import DEFAULT_TOKENS
 from _mlx_server.inference.models import LocalModel, generation_defaults
 from _mlx_server.inference.output_rules import OutputRules
+from _mlx_server.inference.pictures import PictureFinder
 from _mlx_server.inference.prompt import Prompt
 from _mlx_server.inference.protocol import InvalidRequest, Request
 from _mlx_server.inference.template import Template, plain_text
@@ -19,16 +21,26 @@ from _mlx_server.inference.tokenizer import TextTokenizer
 
 class PromptRenderer:
     """All that requests to a model need apart from its weights: tokenizer, chat template, output
-    format, sampling defaults, and the memory of what was read and generated.
+    format, sampling defaults, and for each owner the memory of what was read and generated.
 
-    `tokenizer` is mlx-lm's TokenizerWrapper; `template` is None for models that have none.
+    `tokenizer` is mlx-lm's TokenizerWrapper; `template` is None for models that have none,
+    `image_layout` for those that do not see.
 
     Building one reads files but no weights and touches no MLX array, so it happens on the caller's
     thread, and whatever is wrong with a request is known before any work is queued. Safe to use
     from any thread."""
 
-    def __init__(self, local: LocalModel):
-        self._tokenizer = TextTokenizer.load(local)
+    def __init__(
+        self,
+        local: LocalModel,
+        image_tokens: int = DEFAULT_TOKENS,
+        readings: Callable[[str], Mapping[str, Reading]] = lambda owner: {},
+    ):
+        """`image_tokens` is the most that an image may have, `readings` gives what was read and
+        generated for an owner in earlier processes, by keys. Raises ModelLoadError."""
+        self._pictures = PictureFinder(local, image_tokens)
+        self.image_layout = self._pictures.layout
+        self._tokenizer = TextTokenizer.load(local, self.image_layout)
         self.tokenizer = self._tokenizer.wrapped
         self.template = Template(self.tokenizer) if self.tokenizer.has_chat_template else None
         self.format = detect_format(self.tokenizer)
@@ -39,18 +51,23 @@ class PromptRenderer:
                 structural_markers=self.format.structural_markers,
             )
         self.defaults = generation_defaults(local.path)
-        self._memory = ConversationMemory()
         self._rules = OutputRules(self._tokenizer, self.format)
-        self._chat: ChatRenderer | None = None
-        if self.template:
-            self._chat = ChatRenderer(self.template, self._tokenizer, self.format, self._memory)
+        self._readings = readings
+        self._memories: dict[str, ConversationMemory] = {}  # by owner
+        self._chats: dict[str, ChatRenderer] = {}  # by owner
 
     def prompt(self, request: Request, window: int | None = None) -> Prompt:
         """Renders and tokenises a request. `window` is how many tokens prompt and answer may have.
-        Raises InvalidRequest when the template refuses it."""
-        if request.prompt is None and self._chat is not None:
+        Raises InvalidRequest when the template refuses it, or an image is none."""
+        request, pictures = self._pictures.find(request)
+        prompt = self._prompt(request, window)
+        prompt.find_images(pictures)
+        return prompt
+
+    def _prompt(self, request: Request, window: int | None) -> Prompt:
+        if request.prompt is None and (chat := self._chat(request.owner)) is not None:
             try:
-                return self._chat.prompt(request, window)
+                return chat.prompt(request, window)
             except RecursionError:
                 message = "the messages or the tools are nested too deeply"
                 raise InvalidRequest(message) from None
@@ -72,7 +89,9 @@ class PromptRenderer:
     def locate(self, request: Request, before: str) -> tuple[int, str] | None:
         """The index and the role of the message in which the prompt's text goes beyond `before`;
         None where the template does not tell."""
-        return self._chat.locate(request, before) if self._chat else None
+        chat = self._chat(request.owner)
+        request, _ = self._pictures.find(request)
+        return chat.locate(request, before) if chat is not None else None
 
     # What was read and generated
 
@@ -86,18 +105,28 @@ class PromptRenderer:
         calls: list[Call],
     ) -> str:
         """Keeps what was read and generated for a request: see ChatRenderer.remember."""
-        if self._chat is None:
-            return ""
-        return self._chat.remember(request, prompt, tokens, visible, thinking, calls)
+        chat = self._chat(request.owner)
+        return chat.remember(request, prompt, tokens, visible, thinking, calls) if chat else ""
 
-    def learn(self, readings: Mapping[str, Reading]) -> None:
-        """Keeps readings by their keys, for instance those that outlived a restart."""
-        self._memory.learn(readings)
+    def reading(self, owner: str, key: str) -> Reading | None:
+        """What was read and generated for an owner up to the end of an answer, by the key that
+        `remember` has returned; None if it is not kept any more."""
+        memory = self._memories.get(owner)
+        return memory.get(key) if memory else None
 
-    def reading(self, key: str) -> Reading | None:
-        """What was read and generated up to the end of an answer, by the key that `remember` has
-        returned; None if it is not kept any more."""
-        return self._memory.get(key)
+    def _chat(self, owner: str) -> ChatRenderer | None:
+        """What renders an owner's conversations: all that it remembers is that owner's, so that not
+        even the time that it takes tells of others. None without a template."""
+        if self.template is None:
+            return None
+        if owner not in self._chats:
+            memory = ConversationMemory()
+            memory.learn(self._readings(owner))
+            memory = self._memories.setdefault(owner, memory)
+            tokenizer = TextTokenizer(self.tokenizer) if owner else self._tokenizer
+            chat = ChatRenderer(self.template, tokenizer, self.format, memory)
+            self._chats.setdefault(owner, chat)
+        return self._chats[owner]
 
     # What holds an answer to the request's rules
 
@@ -114,6 +143,10 @@ class PromptRenderer:
     def encode(self, text: str) -> list[int]:
         """The token ids of a text in which special tokens are recognised; none are added."""
         return self._tokenizer.encode(text)
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of some tokens, images left out."""
+        return self._tokenizer.decode(tokens)
 
     @property
     def control_tokens(self) -> dict[int, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import time
@@ -22,6 +23,7 @@ from _mlx_server.inference.protocol import Embedding, EngineError, InvalidReques
 from _mlx_server.inference.renderer import PromptRenderer
 from _mlx_server.inference.sampling import make_penalties, make_sampler, token_logprobs
 from _mlx_server.inference.sequence import Sequence, State
+from _mlx_server.inference.vision import ImageRows, Vision
 from _mlx_server.inference.weights import Weights
 
 log = logging.getLogger("mlx_server")
@@ -69,13 +71,18 @@ class ModelRunner:
         self.weights = Weights(local, kv_bits, group)
         self.model = self.weights.model
         self.size: int = self.weights.size
+        self.vision: Vision | None = None
+        if renderer.image_layout is not None:
+            self.vision = Vision(local, self.model, renderer.image_layout)
+            self.size += self.vision.size
         self.state_size = self.weights.state_size
         self.sequences: tuple[Sequence, ...] = ()
         self.keep_alive: float | None = None  # seconds that the idle model stays
         self.used = time.monotonic()
         self._disk_cache, self._group, self._room = disk_cache, group, room
         ends = renderer.tokenizer.eos_token_ids
-        self.decode_batch = DecodeBatch(self.model, ends, self.size, self.state_size, group)
+        images = ImageRows(self.vision) if self.vision else None
+        self.decode_batch = DecodeBatch(self.model, ends, self.size, self.state_size, group, images)
         self._chunk = self.CHUNK
         # With other processes waiting in a collective, no chunk may take long.
         self._chunk_alone = self.LARGE if self.weights.has_experts and group.size == 1 else 0
@@ -97,7 +104,14 @@ class ModelRunner:
     def reserve(self, sequence: Sequence) -> int:
         """Bytes of KV to expect of a request."""
         answer = max(sequence.usage.completion_tokens, min(sequence.limit, self.EXPECTED))
-        return self.state_size.nbytes(sequence.prompt_tokens, answer)
+        tower = self.vision.reserve(sequence.prompt) if self.vision else 0
+        return self.state_size.nbytes(sequence.prompt_tokens, answer) + tower
+
+    @property
+    def held(self) -> int:
+        """Bytes of KV that its requests have."""
+        lengths = [one.length for one in self.sequences]
+        return sum(self.state_size.nbytes(length) for length in lengths if length)
 
     def admit(self, sequence: Sequence) -> None:
         """Takes a request in, with the state that it goes on from, before room is made for it by
@@ -168,7 +182,8 @@ class ModelRunner:
                 return
             entry = CacheEntry([], self.weights.new_cache())
         prompt = sequence.prompt
-        entry.model, entry.root, entry.written = self.fingerprint, prompt.root, False
+        entry.model, entry.owner = self.fingerprint, sequence.request.owner
+        entry.root, entry.written = prompt.root, False
         if prompt.body and sequence.request.messages[-1]["role"] == "user":
             entry.turns = [at for at in entry.turns if at < prompt.body] + [prompt.body]
         if sequence.entry is not None:
@@ -179,7 +194,7 @@ class ModelRunner:
 
     def _longest_state(self, sequence: Sequence, have: int) -> CacheEntry | None:
         """The longest state that a request can go on from, if it is longer than `have` tokens."""
-        tokens, entry = sequence.prompt.tokens, None
+        tokens, owner, entry = sequence.prompt.tokens, sequence.request.owner, None
         match = self._find(sequence)
         cached = match.length
         shared, donor = self._most_like(sequence)
@@ -188,7 +203,7 @@ class ModelRunner:
             usable = running.restorable(min(shared, len(tokens) - 1))
             entry = running.branch(usable) if usable > max(cached, have) else None
         if self._disk_cache is not None and sequence.entry is None:
-            chain, kept = self._disk_cache.find(self.fingerprint, tokens[:-1])
+            chain, kept = self._disk_cache.find(self.fingerprint, tokens[:-1], owner)
             if kept > max(cached, len(entry.tokens) if entry else 0):
                 entry = self._disk_cache.load(chain, kept)
         if entry is None and cached > have:
@@ -202,7 +217,8 @@ class ModelRunner:
         if sequence.entry is not None and sequence.searched == self.prefixes.version:
             return Match(None, 0, [], 0)
         sequence.searched = self.prefixes.version
-        return self.prefixes.find(self.fingerprint, sequence.prompt.tokens)
+        tokens, owner = sequence.prompt.tokens, sequence.request.owner
+        return self.prefixes.find(self.fingerprint, tokens, owner)
 
     def _state_of(self, sequence: Sequence) -> CacheEntry:
         """The state of a running request, which goes on using it."""
@@ -210,14 +226,16 @@ class ModelRunner:
         if not sequence.decoding:
             return sequence.entry
         tokens, cache = self.decode_batch.peek(sequence.number)
-        return dataclasses.replace(sequence.entry, tokens=tokens, cache=cache)
+        return dataclasses.replace(sequence.entry, tokens=_read(sequence, tokens), cache=cache)
 
     def _most_like(self, sequence: Sequence) -> tuple[int, Sequence | None]:
-        """The running request that has read the most of a request's prompt, and how much that
-        is."""
+        """The running request of the same owner that has read the most of a request's prompt, and
+        how much that is."""
         most, donor = 0, None
         for other in self.sequences:
             if other is sequence or other.entry is None:
+                continue
+            if other.request.owner != sequence.request.owner:
                 continue
             shared = common_prefix(other.prompt.tokens, sequence.prompt.tokens)
             if not other.decoding:
@@ -237,10 +255,15 @@ class ModelRunner:
         marks = sorted({prompt.root, prompt.turn, prompt.body or end, sparse, end})
         most = max(self._chunk, self._chunk_alone if undisturbed and start < self.DEEP else 0)
         stop = min(next(at for at in marks if at > start), start + most)
-        self.model(mx.array(prompt.tokens[start:stop])[None], cache=entry.cache)
+        if self.vision is not None and prompt.images:
+            stop = self.vision.reach(prompt, start, stop)
+            self.vision.read(prompt, start, stop, entry.cache)
+        else:
+            self.model(mx.array(prompt.tokens[start:stop])[None], cache=entry.cache)
         mx.eval([layer.state for layer in entry.cache])
         mx.clear_cache()
         entry.tokens = prompt.tokens[:stop]
+        sequence.usage.prefilled_tokens += stop - start
         if stop in marks and (stop < end or not prompt.body):
             entry.add_checkpoint()
 
@@ -277,6 +300,7 @@ class ModelRunner:
         tokens = sequence.prompt.tokens[pooler.length : stop]
         pooler.add(self.weights.body(mx.array(tokens)[None], cache=pooler.cache)[0])
         mx.clear_cache()
+        sequence.usage.prefilled_tokens += len(tokens)
         if sequence.left >= 0:
             return
         sequence.emit(Embedding(pooler.vector()))
@@ -301,7 +325,10 @@ class ModelRunner:
             processors.append(budget)
         left = sequence.limit - sequence.usage.completion_tokens
         last, room = prompt.tokens[-1], None if sequence.alone else self._room()
-        sequence.number = self.decode_batch.insert(entry, last, left, sampler, processors, room)
+        shift = self.vision.shift(prompt, len(prompt.tokens)) if self.vision else 0
+        sequence.number = self.decode_batch.insert(
+            entry, last, left, sampler, processors, room, shift
+        )
         sequence.sampler = sampler
         entry.cache = []  # the batch returns it at the end
         sequence.enter(State.DECODE)
@@ -352,6 +379,7 @@ class ModelRunner:
         if constraint is not None and constraint.observe(response.token, usage.completion_tokens):
             parser.verbatim()
         usage.completion_tokens += 1
+        usage.decode_passes += 1
         usage.thinking_tokens += parser.state == "thinking"
         if response.finish_reason != "stop":
             detokenizer.add_token(response.token)
@@ -363,7 +391,7 @@ class ModelRunner:
         sequence.emit(*sequence.parse(piece, response.token))
         if response.finish_reason:
             assert sequence.entry is not None
-            sequence.entry.tokens = response.all_tokens
+            sequence.entry.tokens = _read(sequence, response.all_tokens)
             sequence.entry.cache = response.prompt_cache
             if response.finish_reason != "stop" or not self._end_thinking(sequence):
                 self._end(sequence, response.finish_reason)
@@ -421,7 +449,7 @@ class ModelRunner:
         """Takes a request's state back from the decode batch."""
         assert sequence.entry is not None
         tokens, cache = self.decode_batch.remove(sequence.number)
-        sequence.entry.tokens, sequence.entry.cache = tokens, cache
+        sequence.entry.tokens, sequence.entry.cache = _read(sequence, tokens), cache
 
     def isolate_failed_batch(self, error: Exception) -> None:
         """A step of a group has failed, and it cannot be told which of its requests was the cause:
@@ -439,7 +467,7 @@ class ModelRunner:
                 self._drop(sequence, error)
                 continue
             written = sequence.prompt_tokens + sequence.usage.completion_tokens
-            self._begin_again(sequence, tokens[:written])
+            self._begin_again(sequence, _read(sequence, tokens)[:written])
             sequence.alone = True
 
     def pause(self, sequence: Sequence) -> bool:
@@ -577,8 +605,17 @@ class ModelRunner:
             return
         sparse = range(self.SPARSE, len(entry.tokens), self.SPARSE)
         marks = {entry.root, *entry.checkpoints, *sparse}
-        reading = self.renderer.reading
+        reading = functools.partial(self.renderer.reading, entry.owner)
         entry.written = self._disk_cache.write(self.fingerprint, entry, reading, marks)
+
+
+def _read(sequence: Sequence, tokens: list[int]) -> list[int]:
+    """The tokens that a request has read in the decode batch, which knows those of images in
+    another form."""
+    if not sequence.prompt.images:
+        return tokens
+    known = sequence.prompt.tokens[: len(tokens)]
+    return known + tokens[len(known) :]
 
 
 def _on_gpu(error: Exception) -> bool:

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from _mlx_server.inference.sequence import Sequence
+
+
+@dataclass
+class StepInput:
+    """What callers want of a step: the requests that wait, in the order they came, and those that
+    are cancelled."""
+
+    waiting: list[Sequence]
+    cancelled: list[Sequence]
 
 
 class Scheduler:

@@ -30,6 +30,7 @@ from _mlx_server.inference.protocol import (
     Token,
     ToolEnd,
     ToolStart,
+    Totals,
     Usage,
 )
 from _mlx_server.inference.renderer import PromptRenderer
@@ -107,6 +108,7 @@ class Sequence:
         self._events = events
         self._pending_logprobs: list[Token] = []  # of tokens that may turn out to be visible
         self._lap_start = self.submitted
+        self._counted = (0, 0, 0)  # the tokens of `usage` that are in the engine's totals
 
     def _new_parser(self) -> OutputParser:
         request, stop = self.request, self.request.stop
@@ -157,6 +159,25 @@ class Sequence:
         else:
             read = self.cached_tokens
         return len(self.prompt.tokens) - 1 - read
+
+    @property
+    def length(self) -> int:
+        """Tokens of its state, from any thread."""
+        usage = self.usage
+        length = usage.cached_tokens + usage.prefilled_tokens + usage.completion_tokens
+        return min(length, self.prompt_tokens + usage.completion_tokens)
+
+    def count(self, totals: Totals) -> None:
+        """Adds to the totals what was done since the last time, and its end if it has ended."""
+        usage, (cached, prefilled, completion) = self.usage, self._counted
+        now = usage.cached_tokens, usage.prefilled_tokens, usage.completion_tokens
+        totals.cached_tokens += now[0] - cached
+        totals.prefilled_tokens += now[1] - prefilled
+        totals.completion_tokens += now[2] - completion
+        self._counted = now
+        if self.state is State.ENDED:
+            totals.endings[self.ending] += 1
+            totals.prompt_tokens += self.prompt_tokens
 
     def enter(self, state: State) -> None:
         """The one place where the state changes."""

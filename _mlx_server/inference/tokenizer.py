@@ -5,10 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from _mlx_server.inference.bounded import BoundedMap
 from _mlx_server.inference.control_tokens import SPLIT, ControlTokens, alternatives
+from _mlx_server.inference.image_layout import QwenLayout
+from _mlx_server.inference.images import PLACED
 from _mlx_server.inference.models import LocalModel, gap_marks, load_error
 from _mlx_server.inference.protocol import InvalidRequest
 
@@ -19,21 +23,22 @@ class TextTokenizer:
     Text is cut at special tokens, and the encodings of the pieces between them are remembered. This
     needs a tokenizer that encodes such pieces independently; for any other one the text is encoded
     as a whole. What ControlTokens has escaped becomes the tokens of plain text: it is encoded in
-    parts, of which none holds a special token. `wrapped` is mlx-lm's TokenizerWrapper. Safe to use
-    from any thread."""
+    parts, of which none holds a special token. A mark that is PLACED becomes the tokens of an
+    image, by the model's `layout`. `wrapped` is mlx-lm's TokenizerWrapper. Safe to use from any
+    thread."""
 
-    REMEMBERED = 2048  # pieces of text
+    REMEMBERED = 32 * 2**20  # bytes of pieces of text and their tokens
     LEADS = ("", "\n", "<", ".")  # see _find_lead
 
-    def __init__(self, wrapped: Any):
-        self.wrapped = wrapped
+    def __init__(self, wrapped: Any, layout: QwenLayout | None = None):
+        self.wrapped, self._layout = wrapped, layout
         self.control_tokens = ControlTokens(wrapped)
         self._lead = self._find_lead()
-        self._encode_piece = functools.lru_cache(self.REMEMBERED)(self._encode_parts)
+        self._pieces: BoundedMap[array[int]] = BoundedMap(self.REMEMBERED, _remembered_bytes)
         self._special_tokens = self._find_special_tokens()
 
     @classmethod
-    def load(cls, local: LocalModel) -> TextTokenizer:
+    def load(cls, local: LocalModel, layout: QwenLayout | None = None) -> TextTokenizer:
         """Reads a model's tokenizer from its files. Raises ModelLoadError."""
         from mlx_lm.utils import load_tokenizer
         from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -51,15 +56,30 @@ class TextTokenizer:
             )
         except Exception as error:
             raise load_error(local, f"the tokenizer of model '{local.name}'", error) from error
-        return cls(wrapped)
+        return cls(wrapped, layout)
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text in which special tokens are recognised unless they are escaped;
         none are added."""
+        if self._layout is None or not PLACED.search(text):
+            return self._encode_text(text)
+        first, *rest = PLACED.split(text)
+        tokens = self._encode_text(first)
+        for at in range(0, len(rest), 4):
+            token, rows, columns = map(int, rest[at : at + 3])
+            tokens += self._layout.tokens(-token, rows, columns)
+            tokens += self._encode_text(rest[at + 3])
+        return tokens
+
+    def _encode_text(self, text: str) -> list[int]:
         if self._special_tokens is None:
             return self._encode_parts(text)
         pieces = filter(None, self._special_tokens.split(text))
         return list(itertools.chain.from_iterable(map(self._encode_piece, pieces)))
+
+    def _encode_piece(self, piece: str) -> Sequence[int]:
+        """`_encode_parts`, remembered."""
+        return self._pieces.get_or_make(piece, lambda: array("I", self._encode_parts(piece)))
 
     def _encode_parts(self, text: str) -> list[int]:
         """The token ids of a text that may hold SPLIT, at which it is cut."""
@@ -125,9 +145,15 @@ class TextTokenizer:
         return tokens
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of some tokens."""
-        text: str = self.wrapped.decode(tokens)
+        """The text of some tokens, images left out."""
+        text: str = self.wrapped.decode([token for token in tokens if token >= 0])
         return text
+
+    def without_images(self, text: str) -> str:
+        """A text whose images are as `decode` writes them."""
+        if self._layout is None or not PLACED.search(text):
+            return text
+        return PLACED.sub(self.decode(self._layout.tokens(-1, 1, 1)), text)
 
     def special_token_names(self) -> dict[int, str]:
         """The texts of the tokens that were added to the vocabulary, by their ids."""
@@ -166,6 +192,10 @@ class TextTokenizer:
         tokenizer adds to it."""
         tokens: list[int] = self.wrapped.encode(text)
         return tokens
+
+
+def _remembered_bytes(text: str, tokens: array[int]) -> int:
+    return 4 * (len(text) + len(tokens)) + 256
 
 
 @functools.cache

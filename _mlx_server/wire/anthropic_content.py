@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from _mlx_server.wire.conversation import Turn
 from _mlx_server.wire.documents import document_text, elsewhere, image_note, omitted, unknown
 from _mlx_server.wire.fields import Object, WireError, content_blocks, field
+from _mlx_server.wire.images import Images
 from _mlx_server.wire.tools import call_arguments
 
 log = logging.getLogger("mlx_server")
@@ -27,8 +29,14 @@ _ROLES = {
 # Blocks that say nothing to the model
 _SILENT = ("redacted_thinking", "tool_addition", "tool_removal", "mcp_tool_listing", "fallback")
 
-Definitions = dict[str, str]
-"""Deferred tools by name, each as the JSON text that the model sees when a search found it."""
+
+@dataclass(frozen=True)
+class _Conversation:
+    """What blocks refer to, and where their images go. `definitions` are deferred tools by name,
+    each as the JSON text that the model sees when a search found it."""
+
+    definitions: dict[str, str]
+    images: Images
 
 
 def system_text(content: Any, path: str) -> str:
@@ -38,12 +46,13 @@ def system_text(content: Any, path: str) -> str:
     return "\n\n".join(text.rstrip("\n") for text in texts if text.strip())
 
 
-def anthropic_turns(messages: list[Object], deferred: list[Object]) -> list[Turn]:
-    """The turns of a messages array. Raises WireError 400, also if the conversation ends with a
-    tool call."""
+def anthropic_turns(messages: list[Object], deferred: list[Object], images: Images) -> list[Turn]:
+    """The turns of a messages array, whose images go to `images`. Raises WireError 400, also if the
+    conversation ends with a tool call."""
     definitions = {
         tool["function"]["name"]: json.dumps(tool, ensure_ascii=False) for tool in deferred
     }
+    conversation = _Conversation(definitions, images)
     turns: list[Turn] = []
     for number, message in enumerate(messages):
         path = f"messages.{number}"
@@ -56,7 +65,7 @@ def anthropic_turns(messages: list[Object], deferred: list[Object]) -> list[Turn
         if role == "system":
             turns.append(Turn("system", system_text(content, path)))
         else:
-            turns += _message_turns(role, content_blocks(content, path), path, definitions)
+            turns += _message_turns(role, content_blocks(content, path), path, conversation)
     last = next((turn for turn in reversed(turns) if turn.role != "system"), Turn("user"))
     if last.calls:
         ids = ", ".join(id for id, _, _ in last.calls)
@@ -70,7 +79,7 @@ def anthropic_turns(messages: list[Object], deferred: list[Object]) -> list[Turn
 
 
 def _message_turns(
-    role: str, blocks: list[Object], path: str, definitions: Definitions
+    role: str, blocks: list[Object], path: str, conversation: _Conversation
 ) -> list[Turn]:
     """One message as turns: a turn for each tool result, then one for all other blocks."""
     results: list[Turn] = []
@@ -85,41 +94,41 @@ def _message_turns(
             message.calls.append((id, name, call_arguments(block.get("input"))))
         elif block_type == "tool_result" and role == "user":
             id = field(block, "tool_use_id", str, block_path, required=True)
-            results.append(Turn("tool", _result_text(block, block_path, definitions), call_id=id))
+            results.append(Turn("tool", _result_text(block, block_path, conversation), call_id=id))
         elif block_type == "thinking":
             thoughts.append(field(block, "thinking", str, block_path, default=""))
         else:
-            texts.append(_block_text(block, block_path, definitions))
+            texts.append(_block_text(block, block_path, conversation))
     message.text = "\n".join(text for text in texts if text and (text.strip() or role == "user"))
     message.reasoning = "\n".join(filter(None, thoughts))
     return [*results, message]
 
 
-def _result_text(block: Object, path: str, definitions: Definitions) -> str:
-    text = _inner_text(block, path, definitions)
+def _result_text(block: Object, path: str, conversation: _Conversation) -> str:
+    text = _inner_text(block, path, conversation)
     if block.get("is_error") is True and not text.startswith("Error"):
         return f"Error: {text}"
     return text
 
 
-def _inner_text(block: Object, path: str, definitions: Definitions | None = None) -> str:
+def _inner_text(block: Object, path: str, conversation: _Conversation | None) -> str:
     """The text of the `content` inside a block."""
     content, path = block.get("content"), f"{path}.content"
     blocks = [] if content is None else content_blocks(content, path)
-    return "\n".join(_block_texts(blocks, path, definitions))
+    return "\n".join(_block_texts(blocks, path, conversation))
 
 
 def _block_texts(
-    blocks: list[Object], path: str, definitions: Definitions | None = None
+    blocks: list[Object], path: str, conversation: _Conversation | None = None
 ) -> list[str]:
     """The texts of those blocks that have one."""
     texts = [
-        _block_text(block, f"{path}.{number}", definitions) for number, block in enumerate(blocks)
+        _block_text(block, f"{path}.{number}", conversation) for number, block in enumerate(blocks)
     ]
     return [text for text in texts if text]
 
 
-def _block_text(block: Object, path: str, definitions: Definitions | None = None) -> str:
+def _block_text(block: Object, path: str, conversation: _Conversation | None) -> str:
     """A block as text for the model: a note if it cannot be used, "" if it says nothing. Raises
     WireError 400 if it is malformed."""
     block_type = field(block, "type", str, path, required=True)
@@ -127,15 +136,14 @@ def _block_text(block: Object, path: str, definitions: Definitions | None = None
         case "text":
             return field(block, "text", str, path, required=True)
         case "image":
-            field(block, "source", dict, path, required=True)
-            return image_note(path)
+            return _image_block_text(block, path, conversation)
         case "document":
-            return _document_block_text(block, path)
+            return _document_block_text(block, path, conversation)
         case "search_result":
-            return _search_result_text(block, path)
+            return _search_result_text(block, path, conversation)
         case "tool_reference":
             name = field(block, "tool_name", str, path, required=True)
-            return (definitions or {}).get(name, name)
+            return conversation.definitions.get(name, name) if conversation else name
         case "compaction":
             return _compaction_text(block, path)
         case "container_upload":
@@ -146,7 +154,18 @@ def _block_text(block: Object, path: str, definitions: Definitions | None = None
     return ""
 
 
-def _document_block_text(block: Object, path: str) -> str:
+def _image_block_text(block: Object, path: str, conversation: _Conversation | None) -> str:
+    source, path = field(block, "source", dict, path, required=True), f"{path}.source"
+    if conversation is None:  # no template has images in a system prompt
+        return image_note(path)
+    if source.get("type") == "base64":
+        data = field(source, "data", str, path, required=True)
+        return conversation.images.text(data, f"{path}.data")
+    url, file_id = (field(source, key, str, path) for key in ("url", "file_id"))
+    return conversation.images.url_text(url, path, file_id)
+
+
+def _document_block_text(block: Object, path: str, conversation: _Conversation | None) -> str:
     title, context = (field(block, key, str, path) for key in ("title", "context"))
     source, path = field(block, "source", dict, path, required=True), f"{path}.source"
     source_type = field(source, "type", str, path, required=True)
@@ -154,7 +173,7 @@ def _document_block_text(block: Object, path: str) -> str:
         case "text":
             text = field(source, "data", str, path, required=True)
         case "content":
-            text = _inner_text(source, path)
+            text = _inner_text(source, path, conversation)
         case "base64":
             data = field(source, "data", str, path, required=True)
             media_type = field(source, "media_type", str, path, default="")
@@ -175,8 +194,9 @@ def _compaction_text(block: Object, path: str) -> str:
     return text
 
 
-def _search_result_text(block: Object, path: str) -> str:
+def _search_result_text(block: Object, path: str, conversation: _Conversation | None) -> str:
     title, context, source = (
         field(block, key, str, path) for key in ("title", "context", "source")
     )
-    return "\n".join(filter(None, [title, context, source, _inner_text(block, path)]))
+    text = _inner_text(block, path, conversation)
+    return "\n".join(filter(None, [title, context, source, text]))

@@ -8,6 +8,7 @@ from _mlx_server.wire.anthropic_content import anthropic_turns, system_text
 from _mlx_server.wire.anthropic_tools import anthropic_tool_choice, anthropic_tools
 from _mlx_server.wire.conversation import Turn, ask_for_json, canonical, require_content
 from _mlx_server.wire.fields import Object, WireError, field, items, model_name
+from _mlx_server.wire.images import Images
 from _mlx_server.wire.tools import any_strict
 
 _THINKING = {"enabled": True, "adaptive": True, "disabled": False, "between_tools": False}
@@ -41,7 +42,8 @@ def _request(body: Object, counting: bool) -> Request:
     output = field(body, "output_config", dict, default={})
     schema = _output_schema(body, output)
     messages = items(body, "messages", dict, required=True)
-    turns = require_content(anthropic_turns(messages, deferred))
+    images = Images()
+    turns = require_content(anthropic_turns(messages, deferred, images))
     system = Turn("system", system_text(body.get("system") or "", "system"))
     request = Request(
         model,
@@ -62,6 +64,7 @@ def _request(body: Object, counting: bool) -> Request:
         thinking_budget=budget,
         keep_thinking=_keep_thinking(body),
         effort=field(output, "effort", str, "output_config"),
+        images=images.files,
     )
     if schema is not None:
         ask_for_json(request, schema)

@@ -3,6 +3,7 @@ https://github.com/ollama/ollama/blob/main/docs/api.md and api/types.go beside i
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -21,8 +22,9 @@ from _mlx_server.wire.chat_messages import chat_turns
 from _mlx_server.wire.conversation import Turn, ask_for_json, canonical
 from _mlx_server.wire.errors import ollama_error
 from _mlx_server.wire.fields import Object, WireError, field, items, now
+from _mlx_server.wire.images import Images
 from _mlx_server.wire.ollama_request import (
-    image_notes,
+    image_texts,
     ollama_max_tokens,
     ollama_model_name,
     ollama_options,
@@ -162,7 +164,9 @@ class OllamaChat(_OllamaReply):
         self.request.tools = function_tools(items(body, "tools", dict))
         if not messages:
             return self._only_load()
-        conversation = canonical(chat_turns(messages, ollama_text))
+        images = Images()
+        turns = chat_turns(messages, functools.partial(ollama_text, images=images))
+        conversation, self.request.images = canonical(turns), images.files
         self.request.messages = conversation or [{"role": "user", "content": ""}]
         self._ask_for_format()
 
@@ -182,7 +186,8 @@ class OllamaGenerate(_OllamaReply):
             field(body, key, str, default="") for key in ("prompt", "system", "template", "suffix")
         )
         raw = field(body, "raw", bool, default=False)
-        images = image_notes(body)
+        images = Images()
+        shown = image_texts(body, images=images)
         self.request.context = items(body, "context", int)
         self._sends_context = not raw
         if not prompt and self.request.keep_alive == 0:
@@ -198,7 +203,8 @@ class OllamaGenerate(_OllamaReply):
         if raw or suffix:
             self.request.prompt, self.request.suffix = prompt, suffix
             return
-        user = Turn("user", "\n".join([*images, prompt]))
+        self.request.images = images.files
+        user = Turn("user", "\n".join([*shown, prompt]))
         self.request.messages = canonical([Turn("system", system), user])
         self._ask_for_format()
 
@@ -244,7 +250,8 @@ def _ending(done: Done, sends_context: bool) -> Object:
     }
     return {
         "done_reason": "length" if done.reason in ("length", "context") else "stop",
-        **({"context": done.tokens} if sends_context else {}),
+        # Those of images mean nothing without them
+        **({"context": [one for one in done.tokens if one >= 0]} if sends_context else {}),
         **{f"{name}_duration": int(value * 1e9) for name, value in seconds.items()},
         "prompt_eval_count": usage.prompt_tokens,
         "eval_count": usage.completion_tokens,

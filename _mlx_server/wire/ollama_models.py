@@ -3,6 +3,7 @@ https://github.com/ollama/ollama/blob/main/docs/api.md and api/types.go beside i
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -15,6 +16,7 @@ from _mlx_server.inference.presets import Preset
 from _mlx_server.wire.chat_messages import chat_turns
 from _mlx_server.wire.conversation import Turn, canonical
 from _mlx_server.wire.fields import Object, WireError, field, is_type, items, timestamp
+from _mlx_server.wire.images import Images
 from _mlx_server.wire.ollama_request import (
     ollama_max_tokens,
     ollama_options,
@@ -191,7 +193,8 @@ def ollama_create(body: Object, name: str, base: Preset) -> Preset:
                 "a model can be created 'from' an installed one",
             )
     options = ollama_options(body, "parameters")
-    turns = chat_turns(items(body, "messages", dict), ollama_text)
+    text_of = functools.partial(ollama_text, images=Images())
+    turns = chat_turns(items(body, "messages", dict), text_of)
     system = field(body, "system", str, default="") or base.system
     messages = canonical([Turn("system", system), *turns])
     system = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else ""

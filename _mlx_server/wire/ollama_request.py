@@ -9,8 +9,8 @@ import re
 from typing import Any
 
 from _mlx_server.inference.protocol import Sampling
-from _mlx_server.wire.documents import image_note
 from _mlx_server.wire.fields import Object, WireError, field, is_type, items, join_path
+from _mlx_server.wire.images import Images
 
 # https://github.com/ollama/ollama/blob/main/docs/modelfile.mdx#valid-parameters-and-values. Options
 # that are not listed are ignored, as Ollama does.
@@ -160,21 +160,23 @@ def ollama_thinking(body: Object) -> tuple[bool | None, str | None]:
     return True, think
 
 
-def ollama_text(message: Object, path: str) -> str:
-    """The text of a message at `path`, after a note for each image. Raises WireError 400."""
+def ollama_text(message: Object, path: str, *, images: Images) -> str:
+    """The text of a message at `path`, after its images, which go to `images`. Raises WireError
+    400."""
     text = field(message, "content", str, path, default="")
-    return "\n".join(filter(None, [*image_notes(message, path), text]))
+    return "\n".join(filter(None, [*image_texts(message, path, images=images), text]))
 
 
-def image_notes(body: Object, path: str = "") -> list[str]:
-    """A note for each image. Raises WireError 400 for what is not base64."""
-    images = items(body, "images", str, path)
-    for image in images:
+def image_texts(body: Object, path: str = "", *, images: Images) -> list[str]:
+    """What stands for each image of a body or message at `path`. Raises WireError 400 for what is
+    not base64."""
+    texts = []
+    for number, image in enumerate(items(body, "images", str, path)):
         data = image.partition(",")[2] if image.startswith("data:") else image
         data = re.sub(r"[\r\n]", "", data)
         wrong = re.search(r"[^A-Za-z0-9+/=]|=(?!=?\Z)", data)
         if wrong or len(data) % 4:
             place = wrong.start() if wrong else len(data)
             raise WireError(400, f"illegal base64 data at input byte {place}")
-    path = join_path(path, "images")
-    return [image_note(f"{path}.{number}") for number in range(len(images))]
+        texts.append(images.text(data, f"{join_path(path, 'images')}.{number}"))
+    return texts

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from dataclasses import replace
@@ -24,6 +25,7 @@ from _mlx_server.wire.chat_messages import chat_turns
 from _mlx_server.wire.conversation import require_content
 from _mlx_server.wire.errors import openai_error
 from _mlx_server.wire.fields import Object, WireError, field, is_type, items
+from _mlx_server.wire.images import Images
 from _mlx_server.wire.openai_request import fill_conversation, openai_request, openai_text
 from _mlx_server.wire.reply import Accepted, Frames, Reply, token_objects
 
@@ -172,7 +174,10 @@ class OpenAIChat(_Completions):
         if field(body, "logprobs", bool, default=False):
             self.request.logprobs = top_logprobs
         messages = items(body, "messages", dict, required=True)
-        turns = require_content(chat_turns(messages, openai_text))
+        images = Images()
+        text_of = functools.partial(openai_text, images=images)
+        turns = require_content(chat_turns(messages, text_of))
+        self.request.images = images.files
         output_format = field(body, "response_format", dict, default={})
         fill_conversation(
             self.request,

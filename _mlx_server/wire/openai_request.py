@@ -6,7 +6,7 @@ import re
 
 from _mlx_server.inference.protocol import Request, Sampling
 from _mlx_server.wire.conversation import Turn, ask_for_json, canonical
-from _mlx_server.wire.documents import file_text, image_note, omitted, unknown
+from _mlx_server.wire.documents import file_text, omitted, unknown
 from _mlx_server.wire.fields import (
     Object,
     WireError,
@@ -17,6 +17,7 @@ from _mlx_server.wire.fields import (
     model_name,
     nested,
 )
+from _mlx_server.wire.images import Images
 from _mlx_server.wire.tools import any_strict, forced_choice, function_tools
 
 
@@ -107,10 +108,10 @@ def _tool_choice(body: Object, tools: list[Object]) -> tuple[str, list[Object]]:
     inner, path = nested(choice, mode, "tool_choice")
     name = None
     if mode == "allowed_tools":
-        allowed = [
-            nested(tool, "function", path)[0].get("name")
+        allowed = {
+            field(nested(tool, "function", path)[0], "name", str, f"{path}.tools")
             for tool in items(inner, "tools", dict, path, required=True)
-        ]
+        }
         tools = [tool for tool in tools if tool["function"]["name"] in allowed]
         mode = field(inner, "mode", str, path, default="auto")
     elif mode in ("function", "custom"):
@@ -125,16 +126,16 @@ def _tool_choice(body: Object, tools: list[Object]) -> tuple[str, list[Object]]:
     return mode, tools
 
 
-def openai_text(message: Object, path: str, key: str = "content") -> str:
+def openai_text(message: Object, path: str, key: str = "content", *, images: Images) -> str:
     """The text of `message[key]`, which is a string or a list of parts of any of the APIs; `path`
-    is where `message` stands. Raises WireError 400."""
+    is where `message` stands. Its images go to `images`. Raises WireError 400."""
     content, path = message.get(key), join_path(path, key)
     parts = [] if content is None else content_blocks(content, path)
-    texts = [_part_text(part, f"{path}.{number}") for number, part in enumerate(parts)]
+    texts = [_part_text(part, f"{path}.{number}", images) for number, part in enumerate(parts)]
     return "\n".join(filter(None, texts))
 
 
-def _part_text(part: Object, path: str) -> str:
+def _part_text(part: Object, path: str, images: Images) -> str:
     part_type = field(part, "type", str, path, required=True)
     match part_type:
         case "text" | "input_text" | "output_text" | "summary_text" | "reasoning_text":
@@ -142,7 +143,10 @@ def _part_text(part: Object, path: str) -> str:
         case "refusal":
             return field(part, "refusal", str, path, default="")
         case "image_url" | "input_image":
-            return image_note(path)
+            inner, inner_path = nested(part, "image_url", path)
+            key = "url" if inner is not part else "image_url"
+            url, file_id = field(inner, key, str, inner_path), field(part, "file_id", str, path)
+            return images.url_text(url, path, file_id)
         case "input_audio":
             return omitted(path, "audio", "this model cannot hear")
         case "file":

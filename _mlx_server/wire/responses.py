@@ -21,6 +21,7 @@ from _mlx_server.inference.protocol import (
 from _mlx_server.wire.conversation import Turn, require_content
 from _mlx_server.wire.errors import openai_error
 from _mlx_server.wire.fields import Object, WireError, field, items
+from _mlx_server.wire.images import Images
 from _mlx_server.wire.openai_request import fill_conversation, openai_request
 from _mlx_server.wire.reply import Accepted, Frames, Reply, token_objects
 from _mlx_server.wire.responses_request import responses_tools, responses_turns
@@ -88,10 +89,12 @@ class OpenAIResponses(Reply):
         self._tools = responses_tools(items(body, "tools", dict))
         if "message.output_text.logprobs" in items(body, "include", str):
             self.request.logprobs = field(body, "top_logprobs", int, default=0, low=0, high=20)
+        images = Images()
         turns = [
             Turn("system", field(body, "instructions", str, default="")),
-            *require_content(responses_turns(body), "input"),
+            *require_content(responses_turns(body, images), "input"),
         ]
+        self.request.images = images.files
         reasoning = field(body, "reasoning", dict, default={})
         effort = field(reasoning, "effort", str, "reasoning")
         text = field(body, "text", dict, default={})

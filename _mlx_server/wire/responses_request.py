@@ -11,6 +11,7 @@ from _mlx_server.wire.chat_messages import CHAT_ROLES
 from _mlx_server.wire.conversation import Turn
 from _mlx_server.wire.documents import elsewhere, unknown
 from _mlx_server.wire.fields import Object, field, items
+from _mlx_server.wire.images import Images
 from _mlx_server.wire.openai_request import openai_text
 from _mlx_server.wire.tools import call_arguments
 
@@ -90,20 +91,20 @@ def name_in(namespace: str | None, name: str) -> str:
     return f"{namespace}__{name}" if namespace else name
 
 
-def responses_turns(body: Object) -> list[Turn]:
+def responses_turns(body: Object, images: Images) -> list[Turn]:
     """The turns of `input`: a text, or items of which several may belong to one turn of the
-    assistant. Raises WireError 400."""
+    assistant. Its images go to `images`. Raises WireError 400."""
     if isinstance(body.get("input"), str):
         return [Turn("user", body["input"])]
     turns = []
     for number, item in enumerate(items(body, "input", dict, required=True)):
-        turn = _item_turn(item, f"input.{number}")
+        turn = _item_turn(item, f"input.{number}", images)
         if turn:
             turns.append(turn)
     return turns
 
 
-def _item_turn(item: Object, path: str) -> Turn | None:
+def _item_turn(item: Object, path: str, images: Images) -> Turn | None:
     """An item as a turn, None if it has no meaning here."""
     is_reference = "role" not in item and "content" not in item  # if it says no type
     default_type = "item_reference" if is_reference else "message"
@@ -111,7 +112,7 @@ def _item_turn(item: Object, path: str) -> Turn | None:
     match item_type:
         case "message":
             role = field(item, "role", str, path, required=True)
-            return Turn(CHAT_ROLES.get(role, "user"), openai_text(item, path))
+            return Turn(CHAT_ROLES.get(role, "user"), openai_text(item, path, images=images))
         case "function_call" | "custom_tool_call":
             return _call_turn(item, item_type, path)
         case "local_shell_call":
@@ -119,11 +120,11 @@ def _item_turn(item: Object, path: str) -> Turn | None:
             id = _call_id(item, path)
             return Turn("assistant", calls=[(id, "local_shell", action)])
         case "function_call_output" | "custom_tool_call_output" | "local_shell_call_output":
-            text = openai_text(item, path, "output")
+            text = openai_text(item, path, "output", images=images)
             return Turn("tool", text, call_id=_answered_call(item, path))
         case "reasoning":
-            reasoning = openai_text(item, path) or openai_text(item, path, "summary")
-            return Turn("assistant", reasoning=reasoning)
+            texts = [openai_text(item, path, key, images=images) for key in ("content", "summary")]
+            return Turn("assistant", reasoning=texts[0] or texts[1])
         case "item_reference":
             id = field(item, "id", str, path, required=True)
             return Turn("user", elsewhere(path, "item", id))

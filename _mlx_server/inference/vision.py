@@ -1,0 +1,186 @@
+"""What a model that sees has beside mlx-lm's part of it. On the MLX thread."""
+
+from __future__ import annotations
+
+import bisect
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from _mlx_server.inference.image_layout import QwenLayout, tower_name
+from _mlx_server.inference.models import LocalModel, load_error, weight_files
+from _mlx_server.inference.prompt import ImageRun, Prompt
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from _mlx_server.inference.tower_qwen import QwenTower
+
+
+class Vision:
+    """A model's tower, and how it reads prompts with images.
+
+    The tower reads an image when a chunk of the prompt begins within it, one image a chunk, and its
+    output is dropped behind the image's last token: what was read once is in the KV state. `runs`
+    counts the images that it has read. Raises ModelLoadError."""
+
+    def __init__(self, local: LocalModel, model: Any, layout: QwenLayout):
+        from _mlx_server.inference.mrope import Positions, install
+
+        self._model, self._layout, self.runs = model, layout, 0
+        self._body = model.language_model.model
+        self.positions = Positions()
+        text = local.config["text_config"]
+        scaling = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        self._sections = scaling.get("mrope_section") or [24, 20, 20]
+        try:
+            self._tower = _load_tower(local, layout)
+            deep = len(local.config["vision_config"].get("deepstack_visual_indexes") or [])
+            self._rope = install(self._body.layers, deep, self.positions)
+        except Exception as error:
+            raise load_error(local, f"the vision tower of model '{local.name}'", error) from error
+        self.size = self._tower.nbytes
+
+    def reserve(self, prompt: Prompt) -> int:
+        """Bytes that the tower takes while it reads the largest image of a prompt."""
+        counts = [run.picture.count for run in prompt.images]
+        return max(counts, default=0) * self._layout.merge**2 * self._tower.patch_nbytes
+
+    def reach(self, prompt: Prompt, start: int, end: int) -> int:
+        """How far, `end` at most, a prompt can be read from `start` on. Runs the tower on the image
+        that stands at `start`, if it has not read it for this prompt."""
+        import mlx.core as mx
+
+        for run in _within(prompt, start, end):
+            picture = run.picture
+            if picture.features is None and run.start > start:
+                return run.start
+            if picture.features is None:
+                picture.features = self._tower(picture.load())
+                picture.pixels = None
+                mx.eval(picture.features)
+                self.runs += 1
+        return end
+
+    def read(self, prompt: Prompt, start: int, end: int, cache: list[Any]) -> Any:
+        """Reads tokens of a prompt, as far as `reach` says; returns the logits, (1, tokens,
+        vocabulary)."""
+        import mlx.core as mx
+
+        runs = _within(prompt, start, end)
+        tokens = mx.array(self.plain(prompt.tokens[start:end]))[None]
+        if not runs:
+            with self.positions.during(self.shift(prompt, start)):
+                return self._model(tokens, cache=cache)
+        embeddings = self._body.embed_tokens(tokens)
+        deep = [mx.zeros_like(embeddings) for _ in runs[0].picture.features[1]]
+        for run in runs:
+            begin, stop = max(run.start, start), min(run.end, end)
+            part = slice(run.first + begin - run.start, run.first + stop - run.start)
+            features, added = run.picture.features
+            embeddings[0, begin - start : stop - start] = features[part]
+            for layer, more in zip(deep, added, strict=True):
+                layer[0, begin - start : stop - start] = more[part]
+        rotation = self._rotation(prompt, start, end)
+        with self.positions.during(0, rotation, deep):
+            logits = self._model(tokens, cache=cache, input_embeddings=embeddings)
+        for run in runs:
+            later = (one for one in prompt.images if one.end > end and one.picture is run.picture)
+            if next(later, None) is None:
+                run.picture.features = None
+        return logits
+
+    def plain(self, tokens: list[int]) -> list[int]:
+        """Tokens that the model knows: in images the one that stands for any part of any image."""
+        return [token if token >= 0 else self._layout.token for token in tokens]
+
+    def shift(self, prompt: Prompt, at: int) -> int:
+        """What is added to the index of a token, which is in no image, to get its position."""
+        return sum(
+            self._layout.length(run.picture.placement) - (run.end - run.start)
+            for run in prompt.images
+            if run.end <= at
+        )
+
+    def _rotation(self, prompt: Prompt, start: int, end: int) -> Any:
+        """Cosines and sines for tokens with images among them."""
+        import numpy
+
+        from _mlx_server.inference.mrope import rotation
+
+        shift = self.shift(prompt, start)
+        places = numpy.tile(numpy.arange(start, end) + shift, (3, 1))
+        for run in _within(prompt, start, end):
+            begin, stop = max(run.start, start), min(run.end, end)
+            parts = numpy.arange(begin, stop) - run.start
+            placement = run.picture.placement
+            within = places[:, begin - start : stop - start]
+            within[:] = run.start + shift
+            within[1] += parts // placement.columns
+            within[2] += parts % placement.columns
+            gained = self._layout.length(placement) - (run.end - run.start)
+            places[:, stop - start :] += gained
+            shift += gained
+        return rotation(places, self._rope, self._sections)
+
+
+class ImageRows:
+    """Sets the positions of the rows of a decode batch, which are known by their numbers."""
+
+    def __init__(self, vision: Vision):
+        self._vision = vision
+        self._shifts: dict[int, int] = {}
+
+    def add(self, number: int, tokens: list[int], shift: int, others: list[int]) -> list[int]:
+        """Comes before a row's first step, with the tokens that it has read, what is added to the
+        indices of its tokens, and the other rows that there are; returns the tokens as the model
+        knows them."""
+        self._shifts = {row: self._shifts[row] for row in others} | {number: shift}
+        return self._vision.plain(tokens)
+
+    def during(self, numbers: list[int]) -> AbstractContextManager[None]:
+        """Sets the positions for a step of some rows."""
+        import mlx.core as mx
+
+        shifts = [self._shifts[number] for number in numbers]
+        if not any(shifts):
+            return self._vision.positions.during()
+        return self._vision.positions.during(shifts[0] if len(shifts) == 1 else mx.array(shifts))
+
+
+def _within(prompt: Prompt, start: int, end: int) -> list[ImageRun]:
+    """The runs of image tokens that lie, in part at least, between two places."""
+    runs = prompt.images
+    first = bisect.bisect_right(runs, start, key=lambda run: run.end)
+    last = bisect.bisect_left(runs, end, key=lambda run: run.start)
+    return runs[first:last]
+
+
+def _load_tower(local: LocalModel, layout: QwenLayout) -> QwenTower:
+    """The tower with its weights."""
+    import mlx.core as mx
+    from mlx import nn
+
+    from _mlx_server.inference.tower_qwen import QwenTower
+
+    weights: dict[str, mx.array] = {}
+    recipes: dict[str, Any] = {}
+    recipe = local.config.get("quantization") or {}
+    for file in weight_files(local):
+        held: Any = mx.load(str(file))
+        for name, value in held.items():
+            if (inner := tower_name(name)) is not None:
+                weights[inner] = value
+                layer = inner.rpartition(".")[0]
+                recipes[layer] = recipe.get(name.rpartition(".")[0])
+    tower = QwenTower(local.config["vision_config"], layout)
+    weights = tower.sanitize(weights)
+
+    def quantized(layer: str, _: Any) -> bool | dict[str, Any]:
+        return f"{layer}.scales" in weights and (recipes.get(layer) or True)
+
+    if recipe:
+        layers: Any = nn
+        layers.quantize(tower, recipe["group_size"], recipe["bits"], class_predicate=quantized)
+    tower.load_weights(list(weights.items()))
+    mx.eval(tower.parameters())
+    return tower

@@ -1,0 +1,218 @@
+"""What the holder of a key learns of the requests of others: nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_http import ask
+from test_limits import HI, KEYS, call
+
+import mlx_server
+from _mlx_server.front.sockets import ClientDisconnected
+from _mlx_server.front.turns import Turns
+from _mlx_server.inference.bounded import BoundedMap
+from _mlx_server.inference.prefix_cache import CacheEntry
+from _mlx_server.inference.protocol import EngineBusy, Priority
+from _mlx_server.inference.tokenizer import TextTokenizer
+from engine import Engine, Request
+
+FILLER = " ".join(f"word{n}" for n in range(40))
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    with Engine("demo", state=tmp_path_factory.mktemp("state") / "presets.json") as engine:
+        yield engine
+
+
+def prompt(words: str) -> list[dict]:
+    return [{"role": "user", "content": f"{FILLER} {words}"}]
+
+
+def reused(server: mlx_server.MLXServer, key: str, words: str, stream: bool) -> tuple[int, str]:
+    """What an answer to a prompt says of reuse, and the whole header that does."""
+    body = {"model": "demo", "max_tokens": 2, "stream": stream, "messages": prompt(words)}
+    response, text = call(server, key, "/v1/messages", body)
+    header = response.headers["x-prompt-cache"]
+    counts = {int(n) for n in re.findall(r'"cache_read_input_tokens": ?(\d+)', text)}
+    counts.add(int(header.partition("reused=")[2].partition(";")[0]))
+    assert response.status == 200 and len(counts) == 1
+    return counts.pop(), header
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_was_read_for_a_key_is_reused_for_that_key_alone(
+    engine: Engine,
+    serve: Callable,
+    stream: bool,
+):
+    keys = {f"{key}-{stream}": priority for key, priority in KEYS.items()}
+    server, secret = serve(engine, api_keys=keys), f"the code is 471{stream}"
+    for key in keys:
+        count, header = reused(server, key, secret, stream)
+        assert count == 0 and "parts" not in header
+    for key in keys:
+        assert reused(server, key, secret, stream)[0] > 100
+        assert "parts-at=" in reused(server, key, f"the code is 47{stream}", stream)[1]
+
+
+def test_a_single_key_and_none_have_one_cache(engine: Engine, serve: Callable):
+    single = serve(engine, api_keys={"one": Priority.NORMAL})
+    assert reused(serve(engine), "", "first", False)[0] == 0
+    assert reused(single, "one", "first", False)[0] > 100
+
+
+def test_nothing_is_copied_from_a_running_request_of_another(engine: Engine):
+    running = engine.chat(prompt("say running"), owner="a", max_tokens=2000)
+    next(event for event in running if type(event).__name__ == "Text")
+    try:
+        counts = []
+        for owner in ("b", "a"):
+            one = engine.chat(prompt("say running"), owner=owner, max_tokens=1)
+            list(one)
+            counts.append(one.usage.cached_tokens)
+        assert counts[0] == 0 and counts[1] > 100
+    finally:
+        running.cancel()
+
+
+def test_the_cache_on_disk_keeps_keys_apart_over_a_restart(tmp_path: Path):
+    def ask_all(*owners: str) -> list[tuple[int, int]]:
+        counts = []
+        with Engine("demo", cache_dir=tmp_path) as engine:
+            for owner in owners:
+                one = engine.chat(prompt("say kept"), owner=owner, max_tokens=4)
+                list(one)
+                counts.append((one.cached_tokens, one.usage.cached_tokens))
+        return counts
+
+    assert ask_all("a") == [(0, 0)]
+    (first, _), (none, nothing), (again, _) = ask_all("a", "b", "")
+    assert first > 100 and (none, nothing, again) == (0, 0, 0)
+    assert not [path for path in tmp_path.iterdir() if b'"a"' in path.read_bytes()[:4096]]
+
+
+def test_what_was_generated_for_a_key_is_remembered_for_that_key_alone(engine: Engine):
+    answer = engine.chat(prompt("say one two"), owner="a", max_tokens=20)
+    text = "".join(answer.text())
+    turns = [*prompt("say one two"), {"role": "assistant", "content": text}, *HI]
+    renderer = engine.renderer(engine.resolve("demo"))
+    known = {o: renderer.prompt(Request("demo", turns, owner=o)).known for o in ("a", "b")}
+    assert known["a"] > 100 and known["b"] == 0
+
+
+def test_what_a_key_has_used_last_decides_nothing_for_another(folder: Path):
+    with Engine(models_dirs=[folder]) as engine:
+        for owner, model in (("a", "qwen3"), ("b", "qwen2"), ("a", "qwen3")):
+            list(engine.chat("hi", model=model, owner=owner, max_tokens=1))
+        assert engine.resolve("claude-sonnet-4-5", "a").name == "qwen3"
+        assert engine.resolve("claude-sonnet-4-5", "b").name == "qwen2"
+
+
+def test_a_low_key_does_not_see_what_a_name_adds_to_a_conversation(
+    engine: Engine,
+    serve: Callable,
+):
+    server = serve(engine, api_keys=KEYS)
+    turns = [*prompt("hidden turn"), {"role": "assistant", "content": "hidden answer"}]
+    made = {"model": "made", "from": "demo", "system": "hidden system", "messages": turns}
+    assert call(server, "boss", "/api/create", made)[0].status == 200
+    for key, sees in (("boss", True), ("agent", True), ("guest", False)):
+        response, text = call(server, key, "/api/show", {"model": "made"})
+        assert response.status == 200 and json.loads(text)["details"]
+        for hidden in ("hidden system", "hidden turn", "hidden answer"):
+            assert (hidden in text) is sees, (key, hidden)
+
+
+def test_keys_have_names_that_do_not_tell_them(serve: Callable):
+    server = serve(api_keys=KEYS)
+    names = set(server.owners.values())
+    assert len(names) == len(KEYS) and not [k for k in KEYS for name in names if k in name]
+    assert server.owners == serve(api_keys=KEYS).owners  # or a restart would lose the cache
+    assert serve(api_keys={"one": Priority.HIGH}).owners == {}
+    assert ask(server, "GET", "/api/tags")[0].status == 401
+
+
+# ------------------------------------------------------------------ turns
+
+
+def gone() -> bool:
+    return True
+
+
+def test_a_less_important_request_waits_for_its_turn_and_others_do_not():
+    turns = Turns()
+    with turns.take(Priority.LOW, gone):
+        with pytest.raises(ClientDisconnected), turns.take(Priority.LOW, gone):
+            pass
+        for priority in (Priority.NORMAL, Priority.HIGH):
+            with turns.take(priority, gone):
+                pass
+    with turns.take(Priority.LOW, gone):
+        pass
+
+
+def test_who_waits_for_a_turn_does_not_hold_all_connections(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("_mlx_server.front.turns.MAX_WAITING", 0)
+    turns = Turns()
+    with pytest.raises(EngineBusy), turns.take(Priority.LOW, gone):
+        pass
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/api/embed", "/v1/messages/count_tokens"])
+def test_nothing_that_costs_time_is_done_for_a_low_key_before_its_turn(
+    engine: Engine, serve: Callable, path: str
+):
+    server = serve(engine, api_keys=KEYS)
+    body = {"model": "demo", "messages": HI, "input": "hi", "options": {"num_predict": 1}}
+    with ThreadPoolExecutor() as pool, server.turns.take(Priority.LOW, gone):
+        waits = pool.submit(call, server, "guest", path, body)
+        assert call(server, "boss", path, body)[0].status == 200
+        assert not waits.done()
+    assert waits.result()[0].status == 200
+
+
+# ------------------------------------------------------------------ memory
+
+
+def test_the_tokens_of_a_long_text_are_not_kept(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    encoded = []
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(wrapped, name)
+
+        def encode(self, text: str, **options: Any) -> list[int]:
+            encoded.append(text)
+            return wrapped.encode(text, **options)
+
+    monkeypatch.setattr(TextTokenizer, "REMEMBERED", 5000)
+    wrapped = engine.renderer(engine.resolve("demo")).tokenizer
+    tokenizer = TextTokenizer(Counting())
+    short, long = "a short text", "a long text " * 200
+    encoded.clear()
+    for text in (short, long, short, long):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert encoded == [short, long, long]
+
+
+def test_the_tokens_of_a_state_count_where_its_layers_do_not_grow():
+    short, long = (CacheEntry([0] * count, []) for count in (10, 100_000))
+    assert long.nbytes - short.nbytes >= 16 * 99_990
+
+
+def test_a_map_of_bounded_size_keeps_the_latest_entries():
+    kept: BoundedMap[str] = BoundedMap(10, lambda key, value: len(value))
+    for key in "abcd":
+        kept.put(key, key * 4)
+    assert [kept.get(key) for key in "abcd"] == [None, None, "cccc", "dddd"]
+    kept.put("d", "d" * 6)
+    assert kept.get("c") == "cccc"
+    assert kept.get_or_make("e", lambda: "e" * 11) == "e" * 11
+    assert kept.get("e") is None and kept.get("d") == "d" * 6

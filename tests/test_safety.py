@@ -1,0 +1,130 @@
+"""Sentences of the README's "Safety" that no other file tests."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import jinja2
+import pytest
+from jinja2.ext import loopcontrols
+from models import CHATML, build_model
+from parsing import tool
+
+from _mlx_server.front.cli import parse_arguments
+from _mlx_server.front.options import cache_folder
+from _mlx_server.inference.models import describe
+from _mlx_server.inference.protocol import InvalidRequest
+from _mlx_server.inference.renderer import PromptRenderer
+from _mlx_server.inference.template import Template
+from engine import Engine
+
+# Ways out of a template, as they are known. Outside of a sandbox each shows something of Python, or
+# changes what it was given.
+ESCAPES = [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ ''['__class__'].__mro__ }}",
+    "{{ ''|attr('__class__') }}",
+    "{{ ''|attr('__cla' ~ 'ss__') }}",
+    "{{ ''|attr('\\x5f\\x5fclass\\x5f\\x5f') }}",
+    '{{ lipsum.__globals__["os"].popen("echo \\<class").read() }}',
+    "{{ lipsum.__globals__.__builtins__.eval('type(1)') }}",
+    '{{ cycler.__init__.__globals__.os.popen("echo \\<class").read() }}',
+    "{{ joiner.__init__.__globals__.os }}",
+    "{{ namespace.__init__.__globals__.os }}",
+    "{{ self.__init__.__globals__.__builtins__.__import__('os') }}",
+    "{{ self._TemplateReference__context.environment }}",
+    "{{ '{0.__class__}'.format('') }}",
+    "{{ '{0.__init__.__globals__[os]}'.format(cycler) }}",
+    "{{ '{x.__class__}'.format_map({'x': ''}) }}",
+    "{{ ('{0.__class__}'|string).format('') }}",
+    "{{ [''] | map('attr', '__class__') | list }}",
+    "{{ [''] | map(attribute='__class__') | list }}",
+    "{{ [cycler] | groupby('__init__.__globals__') }}",
+    "{% macro m() %}{% endmacro %}{{ m._func.__globals__ }}",
+    "{% macro m() %}{{ caller.__init__.__globals__ }}{% endmacro %}{% call m() %}{% endcall %}",
+    "{% for x in (1,) %}{{ loop.__class__ }}{% endfor %}",
+    "{{ (['a'] | map('upper')).gi_frame }}",
+    "{{ (['a'] | select).gi_code }}",
+    "{{ dict.mro() }}",
+    "{{ ().__class__.__bases__[0] }}",
+    "{{ messages.__class__ }}",
+    "{{ messages[0].content.__class__ }}",
+    "{{ nothing.__class__.__init__.__globals__.__builtins__ }}",
+    "{{ raise_exception.__globals__.__builtins__ }}",
+    "{{ strftime_now.__globals__.__builtins__ }}",
+    "{% set _ = messages.append({'role': 'user', 'content': '<class 2'}) %}{{ messages }}",
+    "{% set _ = messages[0].update({'content': '<class 3'}) %}{{ messages }}",
+]
+SHOWN = ("<class", "<module", "<function", "<frame", "<code", "<jinja2", "__import__", "built-in")
+
+
+def asked() -> list[dict]:
+    return [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def renderer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PromptRenderer]:
+    path = tmp_path_factory.mktemp("model") / "m"
+    yield PromptRenderer(describe("m", build_model("qwen2", path, template=CHATML)))
+
+
+@pytest.mark.parametrize("escape", ESCAPES)
+def test_no_template_gets_out_of_its_sandbox(renderer: PromptRenderer, escape: str):
+    def raise_exception(message: str) -> None:
+        raise ValueError(message)
+
+    free = jinja2.Environment(extensions=[loopcontrols])
+    clock = {"raise_exception": raise_exception, "strftime_now": datetime.now().strftime}
+    if "strftime_now" in escape:
+        clock["strftime_now"] = raise_exception
+    outside = free.from_string(escape).render(messages=asked(), **clock)
+    assert [word for word in SHOWN if word in outside], "it is no escape"
+
+    tokenizer, source = renderer.tokenizer, renderer.tokenizer.chat_template
+    tokenizer.chat_template = escape
+    try:
+        template = Template(tokenizer)
+        try:
+            inside = template.render(asked(), [], {}, generation=True)
+        except InvalidRequest:
+            inside = ""
+    finally:
+        tokenizer.chat_template = source
+    assert not [word for word in SHOWN if word in inside]
+
+
+@pytest.mark.parametrize("place", ["format", "tools"])
+def test_references_to_other_places_are_not_followed(demo: Engine, place: str):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/schema.json"
+        schema = {"type": "object", "properties": {"a": {"$ref": url}}, "$schema": url, "$id": url}
+        fields = {"format": schema}
+        if place == "tools":
+            fields = {"tools": [tool("Bash", a={"$ref": url})], "strict": True}
+        try:
+            list(demo.chat("run ls", max_tokens=20, **fields))
+        except InvalidRequest as error:
+            assert place == "format" and "$ref" in str(error)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[Engine]:
+    with Engine("demo") as engine:
+        yield engine
+
+
+def test_without_flags_only_this_machine_is_served():
+    assert parse_arguments([]).host == "127.0.0.1"
+
+
+def test_nothing_is_kept_on_disk_without_a_cache_folder(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Path(cache_folder(parse_arguments([]))).is_relative_to(tmp_path)
+    assert cache_folder(parse_arguments(["--no-cache-dir"])) is None

@@ -1,0 +1,584 @@
+"""Images: what the model computes of them, where they come from, what of them is reused, and files
+that are none."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import random
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import PATIENCE, Server, examples
+from PIL import Image
+from test_http import ask
+from vision_models import CONFIGS, FOLDER, PICTURES, TEXT, build_vision_model, picture, png
+
+from _mlx_server.inference import images
+from _mlx_server.inference.group import Group
+from _mlx_server.inference.image_layout import QwenLayout
+from _mlx_server.inference.images import image_mark, read_pixels
+from _mlx_server.inference.models import describe
+from _mlx_server.inference.renderer import PromptRenderer
+from _mlx_server.inference.runner import ModelRunner
+from _mlx_server.inference.sequence import State
+from _mlx_server.inference.vision import Vision
+from _mlx_server.inference.weights import Weights
+from _mlx_server.wire.anthropic_request import count_request, messages_request
+from _mlx_server.wire.ollama import OllamaChat, OllamaGenerate
+from _mlx_server.wire.openai import OpenAIChat
+from _mlx_server.wire.responses import OpenAIResponses
+from engine import Done, Engine, InvalidRequest, Request, Sampling
+
+FILES = [png(pixels) for pixels in PICTURES]
+OTHER = png(picture(*PICTURES[1].shape[:2], 3))  # of the second one's size
+KINDS = [
+    kind if kind == "qwen3_vl" else pytest.param(kind, marks=pytest.mark.slow) for kind in CONFIGS
+]
+READ = {"name": "Read", "input_schema": {"type": "object"}}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("seeing")
+    for kind in CONFIGS:
+        build_vision_model(kind, folder / kind)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(models: Path) -> Iterator[Engine]:
+    with Engine(str(models / "qwen3_vl")) as engine:
+        yield engine
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def messages(*files: bytes, text: str = TEXT) -> list[dict]:
+    return [{"role": "user", "content": "\n".join([*map(image_mark, files), text])}]
+
+
+def shown(*files: bytes) -> dict[str, bytes]:
+    return {image_mark(file): file for file in files}
+
+
+def conversation(*files: bytes, text: str = TEXT, **fields) -> Request:
+    fields = {"max_tokens": 24, **fields}
+    return Request("default", messages(*files, text=text), images=shown(*files), **fields)
+
+
+def finish(generation) -> Done:
+    return list(generation)[-1]
+
+
+def answer(engine: Engine, request: Request) -> list[int]:
+    generation = engine.submit(request)
+    return finish(generation).tokens[generation.prompt_tokens :]
+
+
+def reference(kind: str) -> dict[str, np.ndarray]:
+    return np.load(FOLDER / f"{kind}.npz")
+
+
+def runs(engine: Engine) -> int:
+    """How many images the tower has read."""
+    return sum(runner.vision.runs for runner in engine.pool.runners.values())
+
+
+# What the model computes
+
+
+def load(path: Path) -> tuple[PromptRenderer, Weights, Vision]:
+    local = describe("m", path)
+    renderer, weights = PromptRenderer(local), Weights(local, None, Group())
+    return renderer, weights, Vision(local, weights.model, renderer.image_layout)
+
+
+def logits_of(path: Path, chunk: int) -> tuple[list[int], np.ndarray]:
+    """The tokens of the prompt as the model reads them, and the logits behind each."""
+    renderer, weights, vision = load(path)
+    prompt = renderer.prompt(conversation(*FILES))
+    cache, at, parts = weights.new_cache(), 0, []
+    while at < len(prompt.tokens):
+        end = vision.reach(prompt, at, min(at + chunk, len(prompt.tokens)))
+        parts.append(np.array(vision.read(prompt, at, end, cache)[0]))
+        at = end
+    return vision.plain(prompt.tokens), np.concatenate(parts)
+
+
+@pytest.mark.parametrize("chunk", [1000, pytest.param(37, marks=pytest.mark.slow)])
+def test_the_logits_are_those_of_transformers(models: Path, kind: str, chunk: int):
+    expected = reference(kind)
+    tokens, logits = logits_of(models / kind, chunk)
+    assert tokens == expected["prompt"].tolist()
+    logits = logits[-len(expected["logits"]) :]
+    assert np.abs(logits - expected["logits"]).max() <= 1e-4 * np.ptp(expected["logits"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [64, 100, 512])
+def test_the_answer_is_that_of_transformers_and_nothing_is_read_twice(
+    models: Path, kind: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Cold, once more, beside other requests, with more turns, and after a restart."""
+    monkeypatch.setattr(ModelRunner, "CHUNK", chunk)
+    expected = reference(kind)["answer"].tolist()
+    with Engine(str(models / kind), cache_dir=tmp_path / "cache") as engine:
+        others = [engine.chat(f"Count to {n}.", max_tokens=200) for n in (10, 100, 1000)]
+        assert answer(engine, conversation(*FILES)) == expected
+        beside = all(other.sequence.state is State.DECODE for other in others)
+        for other in others:
+            other.cancel()
+        assert beside or engine.stats().totals.endings["error"] == 0
+        assert runs(engine) <= 4  # an image on which a chunk ends may be read from its middle
+        again = engine.submit(conversation(*FILES))
+        assert finish(again).tokens[again.prompt_tokens :] == expected
+        assert again.usage.cached_tokens >= again.prompt_tokens - 10
+        before = runs(engine)
+        longer = conversation(*FILES)
+        text = "".join(engine.submit(conversation(*FILES)).text())
+        longer.messages += [
+            {"role": "assistant", "content": text},
+            {"role": "user", "content": "And now?"},
+        ]
+        warm = engine.submit(longer)
+        warm_answer = finish(warm).tokens[warm.prompt_tokens :]
+        assert warm.usage.cached_tokens >= again.prompt_tokens
+        assert runs(engine) == before
+    with Engine(str(models / kind), cache_dir=tmp_path / "cache") as engine:
+        restarted = engine.submit(longer)
+        assert finish(restarted).tokens[restarted.prompt_tokens :] == warm_answer
+        assert restarted.usage.cached_tokens >= again.prompt_tokens
+        assert runs(engine) == 0
+
+
+def test_the_tower_reads_an_image_once(models: Path):
+    with Engine(str(models / "qwen3_vl")) as engine:
+        cold = answer(engine, conversation(*FILES))
+        assert cold == reference("qwen3_vl")["answer"].tolist()
+        assert runs(engine) == 2
+        again = engine.submit(conversation(*FILES))
+        assert finish(again).tokens[again.prompt_tokens :] == cold
+        assert again.cached_tokens == again.prompt_tokens - 1 and runs(engine) == 2
+
+
+@pytest.mark.slow
+def test_another_image_of_the_same_size_is_another_one(models: Path, engine: Engine):
+    answer(engine, conversation(*FILES, text="Which one?"))
+    other = engine.submit(conversation(FILES[0], OTHER, text="Which one?"))
+    warm = finish(other).tokens[other.prompt_tokens :]
+    first = engine.count_tokens(conversation(FILES[0], text=""))
+    assert other.cached_tokens <= first
+    with Engine(str(models / "qwen3_vl")) as fresh:
+        assert answer(fresh, conversation(FILES[0], OTHER, text="Which one?")) == warm
+    assert warm != answer(engine, conversation(*FILES, text="Which one?"))
+
+
+def test_the_same_image_twice(engine: Engine):
+    generation = engine.submit(conversation(FILES[0], FILES[0]))
+    before = runs(engine)
+    once = engine.count_tokens(conversation(FILES[0]))
+    assert generation.prompt_tokens > once + 48
+    assert finish(generation).reason and runs(engine) <= before + 2
+
+
+def test_penalties_formats_and_log_probabilities_beside_an_image(engine: Engine):
+    sampling = Sampling(repetition_penalty=1.3, presence_penalty=0.5, repetition_context=500)
+    request = conversation(*FILES, sampling=sampling, logprobs=2)
+    generation = engine.submit(request)
+    done = finish(generation)
+    assert done.usage.completion_tokens == 24
+    assert done.tokens[: generation.prompt_tokens] == generation.sequence.prompt.tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_cache(models: Path, bits: int):
+    with Engine(str(models / "qwen3_vl"), kv_bits=bits) as engine:
+        first = answer(engine, conversation(*FILES))
+        assert len(first) == 24 and answer(engine, conversation(*FILES)) == first
+        assert runs(engine) == 2
+
+
+@pytest.mark.slow
+def test_a_request_that_is_cancelled_within_an_image_goes_on_later(models: Path, monkeypatch):
+    monkeypatch.setattr(ModelRunner, "CHUNK", 20)
+    with Engine(str(models / "qwen3_vl")) as engine:
+        broken = engine.submit(conversation(*FILES))
+        while runs(engine) == 0:
+            next(broken)
+        broken.cancel()
+        assert answer(engine, conversation(*FILES)) == reference("qwen3_vl")["answer"].tolist()
+        assert runs(engine) <= 3
+
+
+# Weights
+
+
+@pytest.mark.slow
+def test_a_tower_in_mlx_form_that_is_quantised(models: Path, tmp_path: Path):
+    """As mlx-vlm writes it: other names, channels last, and some layers quantised."""
+    build_vision_model("qwen3_vl", tmp_path)
+    weights = mx.load(str(tmp_path / "model.safetensors"))
+    changed = {}
+    for name, value in weights.items():
+        new = name.replace("model.visual.", "vision_tower.")
+        new = new.replace("model.language_model.", "language_model.model.")
+        new = new.replace("lm_head.", "language_model.lm_head.")
+        if new.endswith("patch_embed.proj.weight"):
+            value = value.moveaxis(1, -1)
+        if new.startswith("vision_tower.merger.linear") and value.ndim == 2:
+            packed = mx.quantize(value, group_size=64, bits=8)
+            layer = new.removesuffix(".weight")
+            changed |= dict(zip((new, f"{layer}.scales", f"{layer}.biases"), packed, strict=True))
+        else:
+            changed[new] = value
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), changed, {"format": "mlx"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization"] = {"group_size": 64, "bits": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "vision" in describe("m", tmp_path).capabilities
+    _, plain = logits_of(models / "qwen3_vl", 1000)
+    _, logits = logits_of(tmp_path, 1000)
+    assert 0 < np.abs(plain - logits).max() < 0.1 * np.ptp(plain)
+
+
+def test_who_sees(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert "vision" in describe("m", models / "qwen3_5").capabilities
+    build_vision_model("qwen3_vl", tmp_path, tower=False)
+    assert "vision" not in describe("m", tmp_path).capabilities
+    build_vision_model("qwen3_vl", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["rope_scaling"] = {"type": "yarn", "factor": 4.0}
+    config["text_config"].pop("rope_parameters", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "vision" not in describe("m", tmp_path).capabilities
+    monkeypatch.setattr("_mlx_server.inference.models.has_pillow", lambda: False)
+    assert "vision" not in describe("m", models / "qwen3_vl").capabilities
+
+
+def test_a_model_that_cannot_see_gets_a_note(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    renderer = PromptRenderer(describe("m", build_vision_model("qwen3_vl", tmp_path, tower=False)))
+    with caplog.at_level("INFO"):
+        prompt = renderer.prompt(conversation(FILES[0]))
+    assert "[image omitted: this model cannot see images]\nWhat" in renderer.decode(prompt.tokens)
+    assert "m cannot see images" in caplog.text
+
+
+# Where images come from
+
+
+def encoded(file: bytes) -> str:
+    return base64.b64encode(file).decode()
+
+
+def blocks(*files: bytes) -> list[dict]:
+    return [
+        {
+            "type": "image",
+            "source": {"type": "base64", "media_type": "image/png", "data": encoded(file)},
+        }
+        for file in files
+    ]
+
+
+def parts(*files: bytes, kind: str = "image_url") -> list[dict]:
+    urls = [f"data:image/png;base64,{encoded(file)}" for file in files]
+    return [
+        {"type": kind, "image_url": {"url": url} if kind == "image_url" else url} for url in urls
+    ]
+
+
+def bodies(*files: bytes) -> dict[str, dict]:
+    """The same conversation in each API, by the path it is posted to."""
+    text = {"type": "text", "text": TEXT}
+    user = {"role": "user", "content": [*blocks(*files), text]}
+    chat = {"role": "user", "content": [*parts(*files), text]}
+    item = {
+        "role": "user",
+        "content": [*parts(*files, kind="input_image"), {**text, "type": "input_text"}],
+    }
+    native = {"role": "user", "content": TEXT, "images": list(map(encoded, files))}
+    options = {"options": {"num_predict": 24}, "stream": False}
+    return {
+        "/v1/messages": {"model": "default", "max_tokens": 24, "messages": [user]},
+        "/v1/chat/completions": {"model": "default", "max_tokens": 24, "messages": [chat]},
+        "/v1/responses": {"model": "default", "max_output_tokens": 24, "input": [item]},
+        "/api/chat": {"model": "default", "messages": [native], **options},
+        "/api/generate": {
+            "model": "default",
+            "prompt": TEXT,
+            "images": native["images"],
+            **options,
+        },
+    }
+
+
+def requests(*files: bytes) -> list[Request]:
+    made = bodies(*files)
+    return [
+        messages_request(made["/v1/messages"]),
+        OpenAIChat(made["/v1/chat/completions"]).request,
+        OpenAIResponses(made["/v1/responses"]).request,
+        OllamaChat(made["/api/chat"]).request,
+        OllamaGenerate(made["/api/generate"]).request,
+    ]
+
+
+def in_tool_result(file: bytes) -> dict:
+    """What Claude Code sends when its tool Read was used on an image."""
+    call = {"type": "tool_use", "id": "t1", "name": "Read", "input": {"file_path": "a.png"}}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": blocks(file)}
+    return {
+        "model": "default",
+        "max_tokens": 24,
+        "tools": [READ],
+        "messages": [
+            {"role": "user", "content": "What is in a.png?"},
+            {"role": "assistant", "content": [call]},
+            {"role": "user", "content": [result]},
+        ],
+    }
+
+
+@pytest.mark.slow
+def test_every_api_means_the_same(engine: Engine):
+    expected = reference("qwen3_vl")["answer"].tolist()
+    for request in requests(*FILES):
+        assert answer(engine, request) == expected
+
+
+def test_an_image_in_a_tool_result(engine: Engine):
+    seen = [answer(engine, messages_request(in_tool_result(file))) for file in (FILES[1], OTHER)]
+    assert seen[0] != seen[1]
+    call = {"id": "t1", "type": "function", "function": {"name": "Read", "arguments": "{}"}}
+    chat = {
+        "model": "default",
+        "messages": [
+            {"role": "user", "content": "What is in a.png?"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "t1", "content": parts(FILES[1])},
+        ],
+    }
+    assert OpenAIChat(chat).request.messages[-1]["content"] == image_mark(FILES[1])
+
+
+def test_tokens_are_counted_exactly(engine: Engine):
+    body = in_tool_result(OTHER)
+    count = engine.count_tokens(count_request({k: v for k, v in body.items() if k != "max_tokens"}))
+    done = finish(engine.submit(messages_request(body)))
+    assert count == done.usage.prompt_tokens
+
+
+@pytest.mark.parametrize(
+    "size, most, placed",
+    [
+        ((1920, 1080), 1280, (47, 26)),
+        ((3840, 2160), 1280, (47, 26)),
+        ((5120, 2880), 1280, (47, 26)),
+        ((1920, 1080), 4096, (60, 34)),
+        ((1000, 10), 1280, (80, 1)),
+        ((1, 1), 1280, (8, 8)),
+    ],
+)
+def test_how_many_tokens_an_image_has(size: tuple[int, int], most: int, placed: tuple[int, int]):
+    tower = {"patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    config = {
+        "vision_config": tower,
+        "image_token_id": 1,
+        "vision_start_token_id": 2,
+        "vision_end_token_id": 3,
+    }
+    found = QwenLayout(config, {}, most).place(*size)
+    assert (found.columns, found.rows) == placed
+    assert (found.width, found.height) == (32 * found.columns, 32 * found.rows)
+
+
+@pytest.mark.slow
+def test_over_http_and_after_a_restart(models: Path, tmp_path: Path):
+    """The same text from every API; another process finds what this one has read."""
+    flags = "--model", str(models / "qwen3_vl"), "--cache-dir", str(tmp_path / "cache")
+    server = Server(*flags, cached=True)
+    texts = set()
+    for path, body in bodies(*FILES).items():
+        response, text = ask(server, "POST", path, body)
+        assert response.status == 200, text
+        found = json.loads(text)
+        texts.add(
+            found["content"][0]["text"]
+            if path == "/v1/messages"
+            else found["choices"][0]["message"]["content"]
+            if path == "/v1/chat/completions"
+            else found["output"][-1]["content"][0]["text"]
+            if path == "/v1/responses"
+            else found["message"]["content"]
+            if path == "/api/chat"
+            else found["response"]
+        )
+        if path == "/api/generate":
+            assert all(token >= 0 for token in found["context"])
+    assert len(texts) == 1
+    body = bodies(*FILES)["/v1/messages"]
+    counted = {key: value for key, value in body.items() if key != "max_tokens"}
+    count = json.loads(ask(server, "POST", "/v1/messages/count_tokens", counted)[1])
+    usage = json.loads(ask(server, "POST", "/v1/messages", body)[1])["usage"]
+    read = usage["input_tokens"] + usage["cache_read_input_tokens"]
+    assert read + usage["cache_creation_input_tokens"] == count["input_tokens"]
+    tags = json.loads(ask(server, "GET", "/api/tags")[1])["models"]
+    assert {"vision" in model["capabilities"] for model in tags if "qwen3" in model["name"]} == {
+        True
+    }
+    shown = json.loads(ask(server, "POST", "/api/show", {"model": "default"})[1])
+    assert "vision" in shown["capabilities"]
+    said = [{"role": "assistant", "content": texts.pop()}, {"role": "user", "content": "And now?"}]
+    body["messages"] += said
+    warm = json.loads(ask(server, "POST", "/v1/messages", body)[1])
+    assert server.stop() == 0
+    server = Server(*flags, cached=True)
+    again = json.loads(ask(server, "POST", "/v1/messages", body)[1])
+    assert again["content"] == warm["content"]
+    assert again["usage"]["cache_read_input_tokens"] >= count["input_tokens"]
+    assert server.stop() == 0
+
+
+@pytest.mark.slow
+def test_the_example_of_the_documentation(models: Path, tmp_path: Path):
+    (shown,) = examples("docs/images.md")
+    (tmp_path / "screenshot.png").write_bytes(FILES[0])
+    server = Server("--model", str(models / "qwen3_vl"), "--max-tokens", "20")
+    command = [sys.executable, "-c", shown.code.replace("http://localhost:11435", server.url)]
+    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+    assert out.returncode == 0, out.stderr
+    assert server.stop() == 0
+
+
+# Files that are none
+
+
+def fit(width: int, height: int) -> tuple[int, int]:
+    return width, height
+
+
+def saved(image: Image.Image, form: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def test_an_image_is_upright_and_white_where_it_is_transparent():
+    red = Image.new("RGB", (4, 2), "red")
+    red.putpixel((0, 0), (0, 0, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = read_pixels(saved(red, "PNG", exif=exif), fit, 0)
+    assert turned.shape == (4, 2, 3) and turned[0, 1].tolist() == [0, 0, 255]
+    clear = Image.new("RGBA", (2, 2), (9, 9, 9, 0))
+    assert (read_pixels(saved(clear, "PNG"), fit, 3) == 255).all()
+    moving = saved(red, "GIF", save_all=True, append_images=[Image.new("RGB", (4, 2), "blue")])
+    assert read_pixels(moving, fit, 3)[1, 1].tolist() == [255, 0, 0]
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_of(width: int, height: int, rows: int, bits: int = 8, color: int = 2) -> bytes:
+    """A PNG that states a size and has some empty rows."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0))
+    size = 1 + (width * bits * {0: 1, 2: 3, 3: 1, 6: 4}[color] + 7) // 8
+    data = zlib.compress(bytes(size * rows))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+JPEG = saved(Image.fromarray(PICTURES[0]), "JPEG")
+WEBP = saved(Image.fromarray(PICTURES[0]), "WEBP")
+GIF = saved(Image.fromarray(PICTURES[0]), "GIF")
+HOSTILE = {
+    "a bomb": png_of(10000, 10000, 10000, 1, 0),
+    "larger than anything": png_of(2**31 - 1, 2**31 - 1, 1),
+    "without width": png_of(0, 10, 1),
+    "a line": png_of(20001, 100, 100),
+    "rows that are not there": png_of(1000, 1000, 3),
+    "cut PNG": FILES[0][: len(FILES[0]) // 2],
+    "cut JPEG": JPEG[: len(JPEG) // 2],
+    "cut WebP": WEBP[: len(WEBP) // 2],
+    "cut GIF": GIF[:40],
+    "a beginning alone": b"\x89PNG\r\n\x1a\n",
+    "JPEG's beginning": b"\xff\xd8\xff",
+    "GIF's beginning": b"GIF89a",
+    "WebP's beginning": b"RIFF\x10\0\0\0WEBPVP8 ",
+    "PNG with JPEG in it": FILES[0][:33] + JPEG,
+    "large GIF": b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + GIF[13:],
+    "no palette": png_of(10, 10, 10, 8, 3),
+    "zlib of nothing": FILES[0][:41] + bytes(100),
+    "large JPEG": JPEG.replace(JPEG[JPEG.index(b"\xff\xc0") + 5 :][:4], b"\xff\xff\xff\xff", 1),
+    "a text chunk of 100 MB": FILES[0][:33]
+    + chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(100_000_000)))
+    + FILES[0][33:],
+    "endless profile": FILES[0][:33]
+    + chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(50_000_000)))
+    + FILES[0][33:],
+}
+# What the first two hold is not looked at; rows that are missing are black to Pillow
+HARMLESS = ("a text chunk of 100 MB", "endless profile", "rows that are not there")
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_refused(engine: Engine, name: str):
+    request = messages_request(bodies(HOSTILE[name])["/v1/messages"])
+    before = engine.stats().waiting
+    try:
+        assert finish(engine.submit(request)).reason and name in HARMLESS
+    except InvalidRequest as error:
+        assert "image" in str(error) and len(str(error)) < 150
+    if name not in HARMLESS:
+        with pytest.raises(InvalidRequest):
+            engine.count_tokens(request)
+    assert engine.stats().waiting == before
+
+
+@pytest.mark.slow
+def test_files_with_some_bytes_changed_are_refused_or_answered(engine: Engine):
+    chance = random.Random(5)
+    for number in range(200):
+        content = bytearray((FILES[0], JPEG, WEBP, GIF)[number % 4])
+        for _ in range(chance.choice((1, 3, 20))):
+            content[chance.randrange(len(content))] = chance.randrange(256)
+        try:
+            request = messages_request(bodies(bytes(content))["/v1/messages"])
+            request.max_tokens = 1
+            assert finish(engine.submit(request)).reason
+        except InvalidRequest as error:
+            assert "image" in str(error)
+
+
+def test_what_is_no_image_is_a_note(engine: Engine):
+    for file in (b"", b"%!PS-Adobe", b"BM" + bytes(60), b"<svg/>", b"II*\0" + bytes(50)):
+        request = messages_request(bodies(file)["/v1/messages"])
+        assert not request.images and request.messages[0]["content"].startswith("[image omitted: ")
+
+
+def test_too_many_images(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("_mlx_server.inference.pictures.MAX_IMAGES", 1)
+    with pytest.raises(InvalidRequest, match="at most 1 images"):
+        engine.submit(conversation(*FILES))
+
+
+def test_a_mark_of_another_process_is_text(engine: Engine):
+    mark = image_mark(FILES[0])
+    forged = str(int(mark[:24]) + 1) + mark[24:]
+    request = conversation(FILES[0], text=forged)
+    prompt = engine.renderer(engine.resolve("default")).prompt(request)
+    assert len(prompt.images) == 1
+    assert images.lasting(mark) != mark and images.lasting(forged) == forged

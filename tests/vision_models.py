@@ -1,0 +1,167 @@
+"""Small models that see, with random weights that any program can make again from their names, and
+two images. `tests/vision` holds what transformers computes with them."""
+
+from __future__ import annotations
+
+import io
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+from models import CHATML, build_tokenizer
+
+FOLDER = Path(__file__).parent / "vision"
+MARKS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+START, END, PAD = 512, 513, 514  # their tokens
+
+_TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 515,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 32768,
+}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": True}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LINEAR = {
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "full_attention_interval": 2,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25},
+}
+_QWEN_TOWER = {
+    "depth": 3,
+    "hidden_size": 48,
+    "hidden_act": "gelu_pytorch_tanh",
+    "intermediate_size": 96,
+    "num_heads": 4,
+    "in_channels": 3,
+    "patch_size": 8,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 36,
+}
+
+
+def _qwen(model_type: str, text: dict, tower: dict) -> dict:
+    return {
+        "model_type": model_type,
+        "text_config": {"model_type": f"{model_type}_text", **_TEXT, **text},
+        "vision_config": {"model_type": f"{model_type}_vision", **_QWEN_TOWER, **tower},
+        "image_token_id": PAD,
+        "video_token_id": 3,
+        "vision_start_token_id": START,
+        "vision_end_token_id": END,
+        "tie_word_embeddings": False,
+    }
+
+
+_QWEN3_ROPE = {
+    "rope_theta": 10000.0,
+    "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [6, 5, 5]},
+}
+_QWEN3_MOE = {**_EXPERTS, **_QWEN3_ROPE, "mlp_only_layers": [], "decoder_sparse_step": 1}
+_QWEN35_MOE = {**_LINEAR, **_EXPERTS, "shared_expert_intermediate_size": 32}
+_DEEPSTACK = {"deepstack_visual_indexes": [0, 2]}
+CONFIGS = {
+    "qwen3_vl": _qwen("qwen3_vl", _QWEN3_ROPE, _DEEPSTACK),
+    "qwen3_vl_moe": _qwen("qwen3_vl_moe", {**_QWEN3_MOE, "norm_topk_prob": True}, _DEEPSTACK),
+    "qwen3_5": _qwen("qwen3_5", _LINEAR, {}),
+    "qwen3_5_moe": _qwen("qwen3_5_moe", _QWEN35_MOE, {}),
+}
+_PREPARATION = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "size": {"shortest_edge": 1024, "longest_edge": 16384},
+    "patch_size": 8,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": [0.5, 0.4, 0.5],
+    "image_std": [0.5, 0.5, 0.3],
+}
+TEXT = "What is different between these two?"
+
+
+def picture(height: int, width: int, seed: int) -> np.ndarray:
+    """An image of coarse blocks with some noise: (height, width, 3) bytes."""
+    random = np.random.RandomState(seed)
+    coarse = random.randint(0, 220, (height // 10 + 1, width // 10 + 1, 3))
+    blocks = np.kron(coarse, np.ones((10, 10, 1), int))[:height, :width]
+    return (blocks + random.randint(0, 30, blocks.shape)).astype(np.uint8)
+
+
+PICTURES = [picture(90, 130, 1), picture(300, 170, 2)]  # the second one has to be made smaller
+
+
+def png(pixels: np.ndarray) -> bytes:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def make_weights(shapes: dict[str, list[int]]) -> dict[str, np.ndarray]:
+    """Random weights of these names and shapes."""
+    weights = {}
+    for name, shape in shapes.items():
+        values = np.random.RandomState(zlib.crc32(name.encode())).randn(*shape)
+        if name.endswith("norm.weight") or ".norm" in name and name.endswith("weight"):
+            values = 1 + 0.1 * values
+        elif len(shape) > 1:
+            values *= 1.5 / np.sqrt(shape[-1] if len(shape) < 4 else np.prod(shape[1:]))
+        weights[name] = values.astype(np.float32)
+    return weights
+
+
+def write_files(kind: str, path: Path) -> None:
+    """All files of a model but its weights."""
+    build_tokenizer(path, CHATML, MARKS)
+    config = {**CONFIGS[kind], "eos_token_id": 2, "torch_dtype": "float32"}
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "preprocessor_config.json").write_text(json.dumps(_PREPARATION))
+
+
+def _published(kind: str, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Weights as the published checkpoints have them: in some, transformers writes the experts in
+    another form."""
+    if kind == "qwen3_vl_moe":
+        return {
+            name: value.swapaxes(1, 2) if ".experts." in name else value
+            for name, value in weights.items()
+        }
+    joined: dict[str, list[np.ndarray]] = {}
+    for name in [name for name in weights if ".experts." in name]:
+        layer, _, rest = name.partition(".experts.")
+        joined.setdefault(f"{layer}.experts.{rest.split('.')[1]}", []).append(weights.pop(name))
+    for name in [name for name in joined if name.endswith("gate_proj")]:
+        gate = np.stack(joined.pop(name))
+        up = np.stack(joined.pop(name.replace("gate", "up")))
+        weights[name.replace("gate_proj", "gate_up_proj")] = np.concatenate([gate, up], axis=1)
+    return weights | {name: np.stack(values) for name, values in joined.items()}
+
+
+def build_vision_model(kind: str, path: Path, *, tower: bool = True) -> Path:
+    """Writes a loadable model of one of `CONFIGS` to `path` and returns it; without its `tower`,
+    as a conversion for text alone has it, if that is wanted."""
+    import mlx.core as mx
+
+    write_files(kind, path)
+    shapes = json.loads((FOLDER / f"{kind}.json").read_text())
+    weights = {
+        name: mx.array(values)
+        for name, values in _published(kind, make_weights(shapes)).items()
+        if tower or "visual" not in name
+    }
+    mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "pt"})
+    return path
