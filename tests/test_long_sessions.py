@@ -4,6 +4,7 @@ what clients see meanwhile."""
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import threading
 from collections import Counter
@@ -280,22 +281,21 @@ def test_quantised_caches_are_smaller_alone_and_together(folder: Path, bits: int
     import mlx.core as mx
 
     def held(bits: int | None) -> list[int]:
-        """Bytes of one conversation's state, and at the most while three are answered."""
+        """Bytes that the states of one conversation take, and those of three answered at once."""
         with Engine(str(folder / "qwen3"), kv_bits=bits) as engine:
             list(engine.submit(Request("qwen3")))
-            empty = mx.get_active_memory()
-            answer(engine, [user("x" * 6000)])
-            alone, most = mx.get_active_memory() - empty, 0
-            together = [engine.chat([user(f"{n}" * 6000)], max_tokens=40) for n in range(3)]
-            for generation in together:
-                for _ in generation:
-                    most = max(most, mx.get_active_memory() - empty)
-            return [alone, most]
+            sizes = [mx.get_active_memory()]
+            for prompts in (["a"], ["b", "c", "d"]):
+                together = [engine.chat([user(one * 2000)], max_tokens=9) for one in prompts]
+                for generation in together:
+                    list(generation)
+                list(engine.submit(Request("qwen3")))  # by now the last one has been filed
+                sizes.append(mx.get_active_memory())
+            return [after - before for before, after in itertools.pairwise(sizes)]
 
-    plain, small = held(None), held(bits)
-    # Group sizes of 32 numbers have a scale and a bias of 32 bits each here
-    assert small[0] < plain[0] * (bits + 2) / 32 * 1.2
-    assert small[1] < plain[1] * 0.6
+    # Each group of 32 numbers has a scale and a bias of 32 bits each here
+    most = (bits + 2) / 32 * 1.3
+    assert all(small < plain * most for small, plain in zip(held(bits), held(None), strict=True))
 
 
 @pytest.mark.slow
