@@ -114,7 +114,9 @@ class HubHandler(BaseHTTPRequestHandler):
             else:
                 file["blobId"] = digest(name, content)
             files.append(file)
-        return {"id": repo, "sha": self.server.commit, "siblings": files}
+        config = json.loads(self.server.repos[repo].get("config.json", b"{}"))
+        kept = {key: config[key] for key in ("architectures", "model_type") if key in config}
+        return {"id": repo, "sha": self.server.commit, "config": kept, "siblings": files}
 
     def redirect(self, repo: str, name: str) -> None:
         content = self.server.repos[repo][name]

@@ -75,6 +75,36 @@ CONFIGS = {
         "norm_topk_prob": True,
     },
 }
+# Its layers have caches of a class of their own, which can be neither trimmed nor merged
+OPAQUE = {
+    "model_type": "deepseek_v41",
+    **_SMALL,
+    "tie_word_embeddings": False,
+    "head_dim": 32,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "o_groups": 2,
+    "o_lora_rank": 16,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 64,
+    "compress_ratios": [0, 0, 4, 4],
+    "kv_source_layer_ids": [2],
+    "index_source_layer_ids": [2],
+    "index_n_heads": 2,
+    "index_head_dim": 32,
+    "index_topk": 16,
+    "hc_mult": 2,
+    "hc_sinkhorn_iters": 2,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 4,
+        "original_max_position_embeddings": 8192,
+        "beta_fast": 32,
+        "beta_slow": 1,
+    },
+}
 
 
 def build_model(

@@ -283,6 +283,26 @@ def test_a_broken_config_is_skipped_with_one_log_line(home, library, caplog, con
     assert [str(path) in record.getMessage() for record in caplog.records] == [True]
 
 
+@pytest.mark.parametrize("kind", ["qwen4_exp", "glm5_next", "deepseek_v4", "x" * 5000])
+def test_a_model_that_mlx_lm_does_not_know_is_not_listed_and_its_names_say_so(home, library, kind):
+    path = add_repo(home, "org/New-7B-4bit", model_type=kind)
+    make_model(home / "models/Known-1B-4bit", model_type="kimi_k2")  # the name of another one
+    assert sorted(names(library)) == ["Known-1B-4bit", "demo"]
+    [said] = map(str, library.unsupported())
+    assert said.startswith("model 'org/New-7B-4bit' cannot be loaded: mlx-lm 0.")
+    assert f"does not know the model type '{kind[:64]}'" in said and len(said) < 200
+    for name in ("org/New-7B-4bit", "new-7b-4bit", "new:7b"):
+        with pytest.raises(ModelLoadError) as refused:
+            library.resolve(name)
+        assert str(refused.value) == said
+    with pytest.raises(ModelLoadError, match="does not know the model type"):
+        library.resolve(str(path), trusted=True)
+    assert library.resolve("default").name == "Known-1B-4bit"
+    add_repo(home, "org/New-7B-4bit", model_type="qwen3")
+    os.utime(path / "config.json", (3000, 3000))
+    assert library.resolve("new:7b").family == "qwen3" and not library.unsupported()
+
+
 def test_weights_that_are_no_safetensors_file_are_skipped(home, library):
     (make_model(home / "models/broken") / "model.safetensors").write_bytes(b"\xff" * 100)
     assert names(library) == ["demo"]

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -246,6 +248,26 @@ def test_a_deleted_model_is_unloaded_and_its_folder_gone(folder: Path, client: o
     assert not path.exists() and "Spare-1B-4bit:latest" not in names(client) + [
         m.model for m in client.ps().models
     ]
+
+
+def test_a_model_that_mlx_lm_does_not_know_is_a_400_and_listed_with_the_reason(
+    server: Server, folder: Path, client: ollama.Client
+):
+    config = model_folder(folder, "New-7B-4bit") / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "qwen4_exp"}))
+    reason = "does not know the model type 'qwen4_exp'"
+    for path in ("/api/chat", "/v1/messages", "/v1/chat/completions"):
+        body = {"model": "new:7b", "messages": HI, "max_tokens": 5, "stream": True}
+        response, text = ask(server, "POST", path, body)
+        assert response.status == 400 and reason in text.decode()
+    assert "New-7B-4bit:latest" not in names(client)
+    program = [sys.executable, str(ROOT / "mlx_server.py"), "list"]
+    listed = subprocess.run(
+        [*program, "--models-dir", str(folder / "models")], capture_output=True, text=True
+    )
+    assert "model 'New-7B-4bit' cannot be loaded: mlx-lm" in listed.stdout.splitlines()[-1]
+    assert reason in listed.stdout and listed.returncode == 0
+    shutil.rmtree(config.parent)
 
 
 def test_only_models_inside_ones_own_folders_can_be_deleted(tmp_path: Path, monkeypatch):

@@ -55,6 +55,7 @@ def pulling(tmp_path_factory) -> Iterator[tuple[FakeHub, Server, Path]]:
         "mlx-community/Tiny-VL-1B-4bit": demo,
         "org/own": {**demo, "README.md": b"#", "sub/more.json": b"{}", "x.py": b""},
         "org/gguf": {"config.json": b"{}", "x.gguf": b""},
+        "org/new": {**demo, "config.json": b'{"model_type": "qwen4_exp"}'},
         "org/evil": {**demo, "../../evil.json": b"{}"},
     }
     with serving(repos) as hub:
@@ -318,6 +319,7 @@ def test_at_the_keyboard_ctrl_c_ends_a_pull(hub: FakeHub, cache: Path):
         ("tiny:70b", "mlx-community has no model"),
         ("org/nope", "there is no such repo"),
         ("org/gguf", r"no MLX model: it holds GGUF weights \(x.gguf\)"),
+        ("org/new", "cannot be used: mlx-lm .* does not know the model type 'qwen4_exp'"),
         ("org/evil", "makes no sense"),
         ("a b", "invalid model name"),
     ],

@@ -30,9 +30,10 @@ def send_stream(
     try:
         stream.write(reply.open(generations[0]))
         for event in _events(client, generations, record):
-            if not isinstance(event, Tick):
-                stream.write(reply.event(event))
-            elif stream.silence >= PING_AFTER:
+            frames = [] if isinstance(event, Tick) else reply.event(event)
+            stream.write(frames)
+            # An event that the client is not shown, such as hidden thinking, is silence as well
+            if not frames and stream.silence >= PING_AFTER:
                 stream.write(reply.ping(stream.content_silence), keep_alive=True)
     except (WireError, EngineError) as error:
         record.fail(error)

@@ -21,7 +21,8 @@ def printable(text: str) -> str:
 
 
 def list_models(args: argparse.Namespace) -> None:
-    """Prints a table of the installed models, the newest first; the default one has a star."""
+    """Prints a table of the installed models, the newest first, the default one with a star, and
+    what cannot be loaded."""
     library = library_of(args)
     models = sorted(library.catalog(), key=lambda model: model.modified, reverse=True)
     default = library.resolve(args.model or "default", trusted=True).name if models else ""
@@ -39,6 +40,8 @@ def list_models(args: argparse.Namespace) -> None:
             )
         )
     print_table(rows, right=(3, 4))
+    for error in library.unsupported():
+        print(printable(str(error)))
 
 
 def print_table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> None:

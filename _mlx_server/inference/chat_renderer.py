@@ -46,8 +46,9 @@ class _Root:
 
 @dataclass(frozen=True)
 class _Chat:
-    """A conversation on its way to a prompt: what the template is given, and the key behind each
-    message of `history`, which is all messages that are complete."""
+    """A conversation on its way to a prompt: the escaped messages and the rest of what the template
+    is given, and the key behind each message of `history`, which is all messages that are complete,
+    as they came."""
 
     messages: list[Message]
     tools: list[dict[str, Any]]
@@ -106,7 +107,8 @@ class ChatRenderer:
         if history and _is_open(history[-1]):
             history = history[:-1]
         keys = self._memory.follow(root.key, history)
-        chat = _Chat(self._with_thoughts(request.messages), tools, options, history, keys)
+        messages = self._template.escape_messages(self._with_thoughts(request.messages))
+        chat = _Chat(messages, tools, options, history, keys)
         match = self._match(chat)
         if match is None or self._gives_up_thinking(request, chat, match, window):
             text = self._render(chat)
@@ -275,7 +277,7 @@ class ChatRenderer:
         options = self._options(request)
 
         def goes_beyond(index: int) -> bool:
-            begun = messages[: index + 1]
+            begun = self._template.escape_messages(messages[: index + 1])
             text = self._template.render(begun, tools, options, generation=False)
             return len(unescape(self._tokenizer.without_images(text))) > len(before)
 
@@ -341,11 +343,12 @@ class ChatRenderer:
         head = [message for message in messages[:1] if message["role"] == "system"]
 
         def measure() -> _Root:
+            begun = self._template.escape_messages(head)
             one, two = (
                 self._template.render(
-                    [*head, {"role": "user", "content": content}], tools, options, generation=False
+                    [*begun, {"role": "user", "content": text}], tools, options, generation=False
                 )
-                for content in "xy"
+                for text in "xy"
             )
             shared = os.path.commonprefix([one, two])
             key = hashlib.sha256(shared.encode("utf-8", "surrogatepass")).hexdigest()[:32]
@@ -363,7 +366,7 @@ class ChatRenderer:
         messages = chat.messages
         if not messages or messages[-1]["role"] != "user":
             return 0
-        at = max(0, text.rfind(self._template.escape(messages[-1]["content"].strip())))
+        at = max(0, text.rfind(messages[-1]["content"].strip()))
         cut = self._tokenizer.last_special_token_end(text, max(0, at - 200), at)
         if cut is None or _MARK in text[cut:]:
             return 0

@@ -70,7 +70,11 @@ class ControlTokens:
 
         The thinking that the content of an assistant's message begins with keeps its tags, since
         templates look for them. Anywhere else the tags are text."""
-        escaped = {key: self._escape_value(value) for key, value in message.items()}
+        escaped = message
+        for key, value in message.items():
+            shown = self.escape(value) if isinstance(value, str) else self._escape_value(value)
+            if shown is not value:
+                escaped = {**escaped, key: shown}
         if message.get("role") == "assistant" and self._thinking:
             start, end = self._thinking
             blanks, opened, rest = message["content"].partition(start)
@@ -107,11 +111,12 @@ class ControlTokens:
             starts.append(found.start())
             found = self._pattern.search(text, found.start() + 1)
         end = len(text.rstrip())
-        for start in range(max(0, end - self._longest + 1), end):
-            if self._first_letter.match(text, start):
-                rest = text[start:end]
-                if any(name.startswith(rest) for name in self._texts):
-                    starts.append(start)
+        begun = self._first_letter.search(text, max(0, end - self._longest + 1), end)
+        while begun:
+            rest = text[begun.start() : end]
+            if any(name.startswith(rest) for name in self._texts):
+                starts.append(begun.start())
+            begun = self._first_letter.search(text, begun.start() + 1, end)
         return sorted(set(starts))
 
 

@@ -20,7 +20,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from _mlx_server.inference.conversations import Reading
-from _mlx_server.inference.layers import concatenate_layers, is_trimmable
+from _mlx_server.inference.layers import (
+    concatenate_layers,
+    is_trimmable,
+    pack_layer,
+    unpack_layer,
+)
 from _mlx_server.inference.prefix_cache import CacheEntry, Checkpoint
 from _mlx_server.inference.prefix_tree import PrefixTree
 from _mlx_server.inference.protocol import first_line
@@ -244,7 +249,8 @@ class DiskCache:
             return False
         self._writing.unlink(missing_ok=True)
         with _create(self._writing) as file:
-            save_prompt_cache(file, layers, notes)  # type: ignore[arg-type]  # MLX takes both
+            packed = list(map(pack_layer, layers))
+            save_prompt_cache(file, packed, notes)  # type: ignore[arg-type]  # MLX takes both
             file.flush()
             os.fsync(file.fileno())
             file.seek(0)
@@ -409,7 +415,8 @@ def _load_layers(path: Path) -> list[Any]:
     with open(path, "rb") as file:
         if _checksum(file) != path.name.split(".")[1]:
             raise ValueError("the checksum is wrong")
-    layers: list[Any] = load_prompt_cache(str(path))  # type: ignore[no-untyped-call]
+    packed = load_prompt_cache(str(path))  # type: ignore[no-untyped-call]
+    layers = list(map(unpack_layer, packed))
     mx.eval([layer.state for layer in layers])
     return layers
 

@@ -26,7 +26,7 @@ from _mlx_server.inference.download import (
     hub_error,
 )
 from _mlx_server.inference.memory import gigabytes
-from _mlx_server.inference.models import shortcoming
+from _mlx_server.inference.models import shortcoming, unsupported
 from _mlx_server.inference.names import best_repo, parse_name
 
 if TYPE_CHECKING:
@@ -200,10 +200,13 @@ class Hub:
             commit = info.sha
             if not commit or not re.fullmatch(r"[\da-f]{40}", commit):
                 raise ValueError(f"{commit} is no commit")
+            why = unsupported(info.config or {})
         except Exception as error:
             raise hub_error(error, repo) from error
         if not any(file.name.endswith(".safetensors") for file in files):
             raise HubError(HubFailure.NO_MODEL, f"{repo} holds no MLX model: {shortcoming(names)}")
+        if why:
+            raise HubError(HubFailure.NO_MODEL, f"{repo} cannot be used: {why}")
         # A folder counts as a model once it has config.json and all weights that its index names
         files.sort(key=lambda file: (file.name == "config.json", file.name.endswith("safetensors")))
         return commit, files

@@ -6,6 +6,8 @@ recurrent layers cannot: only a copy made in time brings back an earlier length.
 from __future__ import annotations
 
 import copy
+import importlib
+import re
 from typing import Any
 
 
@@ -68,3 +70,44 @@ def concatenate_layers(parts: list[Any]) -> Any:
     new.keys, new.values = tree_map(join, *((part.keys, part.values) for part in parts))
     new.offset = sum(part.offset for part in parts)
     return new
+
+
+# A cache class of a model's own module; mlx-lm can write only those of its cache module
+_OWN_CLASS = re.compile(r"mlx_lm\.models\.(?!cache:)(\w+):(\w+)")
+
+
+def is_opaque(layer: Any) -> bool:
+    """Whether the layer's cache is of a class that one model of mlx-lm has for itself."""
+    return bool(_OWN_CLASS.fullmatch(_class_name(layer)))
+
+
+def _class_name(layer: Any) -> str:
+    return f"{type(layer).__module__}:{type(layer).__name__}"
+
+
+def pack_layer(layer: Any) -> Any:
+    """The layer in a form that mlx-lm's `save_prompt_cache` can write and its `load_prompt_cache`
+    read: itself, or an ArraysCache with the class and the attributes of one that it does not know.
+    Those are arrays, numbers and None."""
+    from mlx_lm.models.cache import ArraysCache
+
+    if not is_opaque(layer):
+        return layer
+    packed: Any = ArraysCache(0)
+    packed.cache = [_class_name(layer), *(part for pair in vars(layer).items() for part in pair)]
+    return packed
+
+
+def unpack_layer(packed: Any) -> Any:
+    """The layer that was packed. Raises ValueError if there is no such class."""
+    parts = getattr(packed, "cache", None)
+    if not parts or not isinstance(parts[0], str):
+        return packed
+    name, *pairs = parts
+    found = _OWN_CLASS.fullmatch(name)
+    if not found:
+        raise ValueError(f"{name} is no class of a cache")
+    kind = getattr(importlib.import_module(f"mlx_lm.models.{found[1]}"), found[2])
+    layer = kind.__new__(kind)
+    vars(layer).update(zip(pairs[::2], pairs[1::2], strict=True))
+    return layer

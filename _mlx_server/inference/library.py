@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from _mlx_server.inference.models import LocalModel, describe
+from _mlx_server.inference.models import LocalModel, UnsupportedModel, describe
 from _mlx_server.inference.names import (
     VENDOR_NAME,
     VENDOR_PREFIX,
@@ -90,6 +90,8 @@ class Library:
         # When folders and their config.json were changed, and what was found then. Threads only
         # replace whole entries, and may at worst read a folder twice.
         self._described: dict[Path, tuple[tuple[int, int], LocalModel | None]] = {}
+        # Models that mlx-lm does not know, by their folders, with what is said of them
+        self._unsupported: dict[Path, UnsupportedModel] = {}
         self._look = Look([])  # threads only replace it, and add matches
 
     def models(self) -> list[LocalModel]:
@@ -184,6 +186,8 @@ class Library:
             model = among(look)
         if model is None and by_owner:
             self._explain(target, trusted)
+        if model is None:
+            self._explain_unsupported(target)
         if model is None:
             raise ModelNotFound(name, [model.name for model in look.models])
         return model
@@ -339,6 +343,20 @@ class Library:
                     said = str(error).replace(str(path), f"model '{name}'")
                     raise ModelLoadError(said) from error.__cause__
 
+    def unsupported(self) -> list[UnsupportedModel]:
+        """What is said of each model that mlx-lm does not know."""
+        self.models()
+        present = {path for _, path in self._folders()}
+        return [error for path, error in list(self._unsupported.items()) if path in present]
+
+    def _explain_unsupported(self, name: str) -> None:
+        """Raises UnsupportedModel if that is what a name means."""
+        errors = self.unsupported() if self._unsupported else []
+        meant = best_match(plain_name(name), [error.model for error in errors], None)
+        for error in errors:
+            if error.model is meant:
+                raise UnsupportedModel(error.model, error.why)
+
     def _describe(self, name: str, path: Path) -> LocalModel | None:
         """The model in a folder, read anew only if the folder has changed; None if there is
         none."""
@@ -349,13 +367,17 @@ class Library:
         known = self._described.get(path)
         if known and known[0] == seen:
             return known[1]
+        self._unsupported.pop(path, None)
+        model = None
         try:
             model = describe(name, path)
+        except UnsupportedModel as error:
+            self._unsupported[path] = error
+            log.info("model skipped: %s", error)
         except ModelLoadError as error:
             # Folders of other kinds are nobody's mistake; files that cannot be read are.
             level = logging.WARNING if error.__cause__ else logging.DEBUG
             log.log(level, "model skipped: %s", error)
-            model = None
         self._described[path] = seen, model
         return model
 

@@ -17,9 +17,10 @@ class StateSize:
     fixed: int  # bytes that do not grow
 
     @classmethod
-    def of(cls, cache: list[Any]) -> StateSize:
-        """Measured on mlx-lm's cache layers, which have read something."""
-        token, fixed = 0.0, 0
+    def of(cls, cache: list[Any], growth: float = 0.0) -> StateSize:
+        """Measured on mlx-lm's cache layers, which have read something. `growth` is what those
+        layers that do not show it take for each token."""
+        token, fixed = growth, 0
         layers = list(cache)
         for layer in layers:
             if isinstance(getattr(layer, "caches", None), (list, tuple)):

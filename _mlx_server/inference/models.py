@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import fnmatch
+import functools
 import hashlib
+import importlib.metadata
+import importlib.util
 import json
 import logging
 import math
@@ -66,12 +70,23 @@ _CONTEXT_LENGTHS = (
 _HIDDEN_SIZES = ("hidden_size", "d_model", "n_embd")
 
 
+class UnsupportedModel(ModelLoadError):
+    """The installed mlx-lm cannot load `model`; `why` says the reason."""
+
+    def __init__(self, model: LocalModel, why: str):
+        super().__init__(f"model '{model.name}' cannot be loaded: {why}")
+        self.model, self.why = model, why
+
+
 def describe(name: str, path: Path) -> LocalModel:
     """The model in the folder `path`. Raises ModelLoadError, with a sentence that says why, if MLX
     cannot load it, whatever its files hold; the error has a cause if the folder is a broken model,
     not something else."""
     try:
-        return _describe(name, path)
+        model = _describe(name, path)
+        if why := unsupported(model.config):
+            raise UnsupportedModel(model, why)
+        return model
     except ModelLoadError:
         raise
     except Exception as error:  # a stranger's files can cause almost any
@@ -106,6 +121,35 @@ def _describe(name: str, path: Path) -> LocalModel:
         capabilities=_capabilities(name, path, files, config)
         + (["vision"] if _sees(path, weights, config, index) else []),
     )
+
+
+def unsupported(config: dict[str, Any]) -> str:
+    """Why mlx-lm cannot load a model with this config.json, as far as its type tells; "" if it
+    can."""
+    kind, known = config.get("model_type"), _known_types()
+    # One with Python code of its own is refused when it is loaded
+    if not isinstance(kind, str) or not known or kind in known or "model_file" in config:
+        return ""
+    version = importlib.metadata.version("mlx-lm")
+    return f"mlx-lm {version} does not know the model type {kind[:64]!r}; a newer one may"
+
+
+@functools.cache
+def _known_types() -> frozenset[str]:
+    """The model types that the installed mlx-lm loads; none if it does not show them. Its sources
+    tell, since it takes seconds to import."""
+    spec = importlib.util.find_spec("mlx_lm")
+    if spec is None or not spec.submodule_search_locations:
+        return frozenset()
+    folder = Path(spec.submodule_search_locations[0])
+    types = {file.stem for file in (folder / "models").glob("*.py")}
+    for statement in ast.parse((folder / "utils.py").read_text("utf-8")).body:
+        match statement:
+            case ast.Assign(targets=[ast.Name("MODEL_REMAPPING")]):
+                types |= ast.literal_eval(statement.value).keys()
+            case ast.Assign(targets=[ast.Name("MODEL_ARCHITECTURE_REMAPPING")]):
+                types |= {kind for kind, _ in ast.literal_eval(statement.value)}
+    return frozenset(types)
 
 
 def _list_files(path: Path) -> Files:

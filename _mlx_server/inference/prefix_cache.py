@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import heapq
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +12,10 @@ from typing import Any, NamedTuple
 
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.layers import copy_layer, is_trimmable, own_buffers
+from _mlx_server.inference.memory import gigabytes
 from _mlx_server.inference.prefix_tree import PrefixTree
+
+log = logging.getLogger("mlx_server")
 
 TOKEN_BYTES = 48  # of a token id, in an entry's list and in a tree
 
@@ -317,6 +321,14 @@ class PrefixCache:
         while length := entry.restorable(length):
             shorter = entry.branch(length)
             if self._group.broadcast(functools.partial(self._fits, shorter)):
+                log.info(
+                    "the prompt cache has %s, and a conversation takes %s: "
+                    "it is kept up to token %d of %d",
+                    gigabytes(self.limit),
+                    gigabytes(entry.nbytes),
+                    length,
+                    len(entry.tokens),
+                )
                 return shorter
             length -= 1 + length // 8
         return CacheEntry([], [])

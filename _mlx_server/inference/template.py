@@ -17,9 +17,9 @@ log = logging.getLogger("mlx_server")
 class Template:
     """A model's chat template, which renders canonical conversations.
 
-    Conversations are adapted to what the template can render, its `traits`. All their texts are
-    escaped, see ControlTokens: of the control tokens in a rendered text, each is the template's
-    own. `tokenizer` is mlx-lm's TokenizerWrapper."""
+    Conversations are adapted to what the template can render, its `traits`. All their texts have
+    to be escaped, see ControlTokens: of the control tokens in a rendered text, each is the
+    template's own. `tokenizer` is mlx-lm's TokenizerWrapper."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
@@ -39,12 +39,11 @@ class Template:
         *,
         generation: bool,
     ) -> str:
-        """The prompt's text, in which what comes from outside is escaped. With `generation` it ends
+        """The prompt's text for escaped messages; tools are escaped here. With `generation` it ends
         with the beginning of the assistant's turn, or inside it if the last message is the
         assistant's and has no calls. `options` are variables for the template. Raises
         InvalidRequest when the template refuses the conversation with any of them."""
         tools = self._control_tokens.escape_tools(tools)
-        messages = list(map(self._control_tokens.escape_message, messages))
         messages = adapt(messages, tools, self.traits)
         last = messages[-1] if messages else {}
         prefill = generation and last.get("role") == "assistant" and not last.get("tool_calls")
@@ -66,6 +65,10 @@ class Template:
         reason = unescape(str(error))
         log.warning("chat template failed: %s", reason)
         raise InvalidRequest(f"the model's chat template cannot render this conversation: {reason}")
+
+    def escape_messages(self, messages: list[Message]) -> list[Message]:
+        """A conversation that can be rendered."""
+        return list(map(self._control_tokens.escape_message, messages))
 
     def escape(self, text: str) -> str:
         """A text as it stands in rendered conversations; `unescape` is the way back."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from _mlx_server.inference.embedding import pooling_mode
 from _mlx_server.inference.group import Group
+from _mlx_server.inference.layers import is_opaque
 from _mlx_server.inference.memory import StateSize
 from _mlx_server.inference.models import LocalModel, load_error
 from _mlx_server.inference.speculation import Speculation
@@ -19,25 +20,33 @@ class Weights:
     it), `size` the bytes of the parameters, `state_size` what KV states take. `pooling` is set for
     embedding models. With `kv_bits` new caches keep plain KV quantised."""
 
+    STRETCH = 256  # tokens
+
     def __init__(self, local: LocalModel, kv_bits: int | None, group: Group):
         import mlx.core as mx
         from mlx.utils import tree_flatten
 
-        self._config, self._kv_bits = local.config, kv_bits
+        self._config, self._kv_bits, self._group_size = local.config, kv_bits or 0, 0
         embeds = "embedding" in local.capabilities
         options = {"get_model_classes": _headless_classes} if embeds else {}
         try:
             self.model = group.load(local.path, **options)
             self.body = model_body(self.model)
             self.pooling = pooling_mode(local) if embeds else ""
+            read = self.body if embeds else self.model
             cache = self.new_cache()
             # One token compiles the kernels, and shows what KV takes.
-            mx.eval((self.body if embeds else self.model)(mx.array([[0]]), cache=cache))
+            mx.eval(read(mx.array([[0]]), cache=cache))
+            if kv_bits and (group_size := self._quantised_group(cache)):
+                self._group_size = group_size
+                cache = self.new_cache()
+                mx.eval(read(mx.array([[0]]), cache=cache))
+            growth = self._growth(cache)
         except Exception as error:
             raise load_error(local, f"model '{local.name}'", error) from error
         parameters: Any = tree_flatten(self.model.parameters())
         size = sum(array.nbytes for _, array in parameters)
-        self.size, self.state_size = group.broadcast(lambda: (size, StateSize.of(cache)))
+        self.size, self.state_size = group.broadcast(lambda: (size, StateSize.of(cache, growth)))
         self._name = local.name
 
     def speculation(self, ends: Iterable[int]) -> Speculation | None:
@@ -46,6 +55,20 @@ class Weights:
         if self.pooling:
             return None
         return Speculation.of(self._name, self.model, self.new_cache, ends)
+
+    def _growth(self, cache: list[Any]) -> float:
+        """Bytes that layers whose classes are opaque take for each further token."""
+        import mlx.core as mx
+
+        opaque = [layer for layer in cache if is_opaque(layer)]
+        if not opaque:
+            return 0.0
+        sizes: list[int] = []
+        for _ in range(2):  # after the first stretch sliding windows are full
+            self.model(mx.array([[0] * self.STRETCH]), cache=cache)
+            mx.eval([layer.state for layer in cache])
+            sizes.append(sum(layer.nbytes for layer in opaque))
+        return (sizes[1] - sizes[0]) / self.STRETCH
 
     @property
     def has_experts(self) -> bool:
@@ -58,16 +81,25 @@ class Weights:
         from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 
         cache: list[Any] = make_prompt_cache(self.model)
-        config = self._config.get("text_config") or self._config
-        heads = config.get("num_attention_heads", 1)
-        head = config.get("head_dim") or config.get("hidden_size", 0) // heads
-        if not self._kv_bits or head % 32:
+        if not self._group_size:
             return cache
-        group_size = 64 if head % 64 == 0 else 32
         return [
-            QuantizedKVCache(group_size, self._kv_bits) if type(layer) is KVCache else layer
+            QuantizedKVCache(self._group_size, self._kv_bits) if type(layer) is KVCache else layer
             for layer in cache
         ]
+
+    def _quantised_group(self, cache: list[Any]) -> int:
+        """How many numbers can share a scale in plain KV caches like these, which have read
+        something; 0 if they cannot be quantised."""
+        from mlx_lm.models.cache import KVCache
+
+        config = self._config.get("text_config") or self._config
+        heads = config.get("num_attention_heads", 1)
+        sizes = {config.get("head_dim") or config.get("hidden_size", 0) // heads}
+        plain: list[Any] = [layer for layer in cache if type(layer) is KVCache]
+        for layer in plain:  # not every model goes by its config
+            sizes |= {layer.keys.shape[-1], layer.values.shape[-1]}
+        return next((size for size in (64, 32) if not any(one % size for one in sizes)), 0)
 
 
 def model_body(model: Any) -> Any:
