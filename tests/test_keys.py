@@ -62,6 +62,23 @@ def test_what_was_read_for_a_key_is_reused_for_that_key_alone(
         assert "parts-at=" in reused(server, key, f"the code is 47{stream}", stream)[1]
 
 
+def test_a_flood_of_less_important_prompts_pushes_nothing_important_out():
+    def read(first: int, priority: Priority) -> int:
+        tokens = [first, *range(10, 130)]  # prompts that share no beginning
+        answer = engine.submit(Request("demo", prompt=tokens, priority=priority, max_tokens=1))
+        list(answer)
+        return answer.usage.cached_tokens
+
+    with Engine("demo") as engine:
+        read(300, Priority.HIGH)
+        size = engine.stats().prefix_cache_bytes
+    with Engine("demo", cache_limit=int(size * 3.5)) as engine:
+        read(300, Priority.HIGH)
+        for number in range(301, 309):
+            read(number, Priority.LOW)
+        assert read(300, Priority.HIGH) > 100
+
+
 def test_a_single_key_and_none_have_one_cache(engine: Engine, serve: Callable):
     single = serve(engine, api_keys={"one": Priority.NORMAL})
     assert reused(serve(engine), "", "first", False)[0] == 0

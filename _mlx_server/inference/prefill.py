@@ -81,6 +81,7 @@ class PromptReader:
             entry = CacheEntry([], self._weights.new_cache())
         prompt = sequence.prompt
         entry.model, entry.owner = self._fingerprint, sequence.request.owner
+        entry.priority = sequence.request.priority
         entry.root, entry.written = prompt.root, False
         if prompt.body and sequence.request.messages[-1]["role"] == "user":
             entry.turns = [at for at in entry.turns if at < prompt.body] + [prompt.body]

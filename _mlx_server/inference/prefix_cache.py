@@ -14,6 +14,7 @@ from _mlx_server.inference.group import Group
 from _mlx_server.inference.layers import copy_layer, is_trimmable, own_buffers
 from _mlx_server.inference.memory import gigabytes
 from _mlx_server.inference.prefix_tree import PrefixTree
+from _mlx_server.inference.protocol import Priority
 
 log = logging.getLogger("mlx_server")
 
@@ -36,8 +37,8 @@ class CacheEntry:
 
     Where not every layer is trimmable, `checkpoints` keeps the states of the others at chosen
     lengths; entries that have branched share them. `model` is the fingerprint of the model that has
-    read the tokens, `owner` whose request it did so for, `root` the length of system and tools,
-    `turns` are the lengths at which the user's latest turns ended: a template that drops old
+    read the tokens, `owner` whose request it did so for, the last of which had `priority`, `root`
+    the length of system and tools, `turns` are the lengths at which the user's latest turns ended: a template that drops old
     thinking goes back there. `answers` tells at which length each remembered answer ends.
 
     Any thread may read an entry while it is in the prefix cache and while the MLX thread works with
@@ -56,6 +57,7 @@ class CacheEntry:
     written: bool = False  # the disk cache has all of it, or cannot have it
     model: str = ""
     owner: str = ""
+    priority: Priority = Priority.NORMAL
     number: int = 0  # in the prefix cache, once it has been there
     trimmable: bool = field(init=False)  # all of its layers are
 
@@ -125,6 +127,7 @@ class CacheEntry:
             {key: at for key, at in self.answers.items() if at <= length},
             model=self.model,
             owner=self.owner,
+            priority=self.priority,
         )
 
     @property
@@ -151,8 +154,10 @@ class PrefixCache:
     goes on, the entry moves into the request and comes back longer; when it branches, the shared
     part is copied and the entry stays. Memory is bounded in real bytes: the least recently used
     entry goes first, where one that was never used again (a title, a sub-agent's only turn) counts
-    as `ONE_OFF` seconds older, and the last thing kept of an entry is its root (system and tools),
-    which every new conversation of that client shares. An entry larger than all the room there is
+    as `ONE_OFF` seconds older and one of less important requests as `STEP` seconds for each step of
+    priority, so that a flood of theirs pushes nothing out that was in use lately. The last thing
+    kept of an entry is its root (system and tools), which every new conversation of that client
+    shares. An entry larger than all the room there is
     keeps its beginning. An entry is named by the model's fingerprint, its owner and its tokens, and
     no state of one model or owner is ever given to another.
 
@@ -164,6 +169,7 @@ class PrefixCache:
     every change. `version` counts the changes."""
 
     ONE_OFF = 600.0
+    STEP = 3600.0
 
     def __init__(self, room: Callable[[], int], group: Group):
         """`room` tells how many bytes there are for it at the moment."""
@@ -304,7 +310,7 @@ class PrefixCache:
             heapq.heappop(self._ages)
 
     def _age(self, entry: CacheEntry) -> float:
-        return entry.used - (0 if entry.hits else self.ONE_OFF)
+        return entry.used - (0 if entry.hits else self.ONE_OFF) - self.STEP * entry.priority
 
     def _note_age(self, entry: CacheEntry) -> None:
         """Comes after each change of an entry's age."""
