@@ -39,7 +39,8 @@ class CacheEntry:
     lengths; entries that have branched share them. `model` is the fingerprint of the model that has
     read the tokens, `owner` whose request it did so for, the last of which had `priority`, `root`
     the length of system and tools, `turns` are the lengths at which the user's latest turns ended:
-    a template that drops old thinking goes back there. `answers` tells at which length each remembered answer ends.
+    a template that drops old thinking goes back there. `answers` tells at which length each
+    remembered answer ends.
 
     Any thread may read an entry while it is in the prefix cache and while the MLX thread works with
     it: lists and dicts are replaced, never changed."""
