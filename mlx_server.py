@@ -424,7 +424,7 @@ class Handler(HTTPHandler):
         self.send_json(dialects.tag_list(self.engine.models(), self.upstream_tags()))
 
     def post_show(self) -> None:
-        engine, name = self.engine, self.read_model_name()
+        name, engine = self.read_model_name(), self.engine
         local = self.resolve(name)
         template, generation = read_shown_files(local)
         context, preset = engine.context_length(local), engine.preset(name)

@@ -472,7 +472,8 @@ def test_a_models_files_do_not_control_the_terminal(tmp_path: Path):
             timeout=240,
             env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
         )
-        assert "\\x1b" in out.stdout and "\x1b" not in out.stdout and "\x07" not in out.stdout
+        said = out.stdout + out.stderr
+        assert "\\x1b" in said and "\x1b" not in said and "\x07" not in said
 
 
 @pytest.mark.parametrize("kind", ["--print-systemd", "--print-launchd"])

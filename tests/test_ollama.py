@@ -42,10 +42,10 @@ def test_what_a_model_cannot_do(
 
 
 USAGE = Usage(
-    100,
-    60,
-    20,
-    7,
+    prompt_tokens=100,
+    cached_tokens=60,
+    completion_tokens=20,
+    thinking_tokens=7,
     load_seconds=0.25,
     prefill_seconds=1.0000000019,
     decode_seconds=2.0,

@@ -156,7 +156,7 @@ def test_a_custom_tool_is_called_with_text():
         ToolInput('{"input": "a'),
         ToolInput('\\n"}'),
         ToolEnd({"input": "a\n"}),
-        Done("tool_calls", Usage(9, 0, 1)),
+        Done("tool_calls", Usage(9, completion_tokens=1)),
     )
     for one in objects:
         STREAM_EVENTS.validate_python(one, strict=True)
@@ -218,7 +218,7 @@ def test_responses_weigh_their_tokens_where_that_is_asked_for():
     assert reply.request.logprobs == 2
     tokens = [Token(text, text.encode(), -0.5, [Token("x", b"x", -0.25)]) for text in ("He", "y")]
     objects, whole = answer(
-        reply, Text("He", tokens[:1]), Text("y", tokens[1:]), Done("stop", Usage(9, 0, 2))
+        reply, Text("He", tokens[:1]), Text("y", tokens[1:]), Done("stop", Usage(9, completion_tokens=2))
     )
     for one in objects:
         STREAM_EVENTS.validate_python(one, strict=True)
@@ -266,7 +266,7 @@ def test_a_tool_of_a_namespace_keeps_its_name_when_its_call_comes_back():
 )
 def test_endings(reason: str, status: str):
     reply = OpenAIResponses({"model": "m", "input": "hi"})
-    objects, whole = answer(reply, Text("x"), Done(reason, Usage(9, 0, 1)))
+    objects, whole = answer(reply, Text("x"), Done(reason, Usage(9, completion_tokens=1)))
     assert objects[-1]["type"] == f"response.{status}"
     assert whole["output"][0]["status"] == whole["status"] == status
     assert (whole["incomplete_details"] is None) == (status == "completed")

@@ -355,5 +355,6 @@ def _print_service(argv: Sequence[str], args: argparse.Namespace) -> None:
 
 def is_for_eval(argv: Sequence[str]) -> bool:
     """Whether a shell may read the output as commands, also where the flag has a typo."""
+    files = ("--print-launchd", "--print-systemd")
     printing = any(word.startswith("--print") or "env" in word for word in argv)
-    return printing and not sys.stdout.isatty()
+    return printing and not any(word in files for word in argv) and not sys.stdout.isatty()
