@@ -296,7 +296,8 @@ class HTTPHandler(BaseHTTPRequestHandler):
         route, said = shortened(exchange.route), shortened(str(said))
         log.info("%s %s -> %d %s", shortened(self.command), route, status, said)
         try:
-            self.send_json(value, status, headers)
+            with self.server.answering():  # a server that ends waits for it
+                self.send_json(value, status, headers)
         except (ConnectionError, TimeoutError):
             self.close_connection = True
 
