@@ -63,7 +63,10 @@ EVENTS = [
     ToolStart("toolu_2", "ns__g"),
     ToolInput("{}"),
     ToolEnd({}),
-    Done("tool_calls", Usage(prompt_tokens=100, cached_tokens=60, completion_tokens=20, thinking_tokens=7)),
+    Done(
+        "tool_calls",
+        Usage(prompt_tokens=100, cached_tokens=60, completion_tokens=20, thinking_tokens=7),
+    ),
 ]
 
 

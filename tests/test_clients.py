@@ -335,7 +335,7 @@ def test_claude_code_goes_on_whatever_it_has_read(server: Server, tmp_path: Path
     assert not [one for one in results if one.get("is_error")] and len(results) == len(files)
     assert sorted(path.name for path in tmp_path.glob("[!.]*")) == sorted(files)
     told = "".join(server.lines[since:])
-    assert "image omitted" in told and "document omitted" not in told and "failed" not in told
+    assert "cannot see images" in told and "document omitted" not in told and "failed" not in told
 
 
 @pytest.mark.clients

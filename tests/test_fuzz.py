@@ -72,7 +72,7 @@ MESSAGES = [
                 "role": "user",
                 "content": [
                     {"type": "text", "text": "run ls"},
-                    {"type": "image", "source": {"type": "base64"}},
+                    {"type": "image", "source": {"type": "url", "url": "https://x.invalid/y.png"}},
                 ],
             },
             {

@@ -249,7 +249,9 @@ def test_chat_pieces_make_the_whole():
 )
 def test_endings(reason: str, finish_reason: str):
     _, whole = answer(
-        OpenAIChat({"model": "m", "messages": HI}), Text("x"), Done(reason, Usage(9, completion_tokens=1))
+        OpenAIChat({"model": "m", "messages": HI}),
+        Text("x"),
+        Done(reason, Usage(9, completion_tokens=1)),
     )
     assert whole["choices"][0]["finish_reason"] == finish_reason
 

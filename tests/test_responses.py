@@ -218,7 +218,10 @@ def test_responses_weigh_their_tokens_where_that_is_asked_for():
     assert reply.request.logprobs == 2
     tokens = [Token(text, text.encode(), -0.5, [Token("x", b"x", -0.25)]) for text in ("He", "y")]
     objects, whole = answer(
-        reply, Text("He", tokens[:1]), Text("y", tokens[1:]), Done("stop", Usage(9, completion_tokens=2))
+        reply,
+        Text("He", tokens[:1]),
+        Text("y", tokens[1:]),
+        Done("stop", Usage(9, completion_tokens=2)),
     )
     for one in objects:
         STREAM_EVENTS.validate_python(one, strict=True)

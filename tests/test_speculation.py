@@ -72,7 +72,8 @@ def compare(loaded: Loaded, length: int, seed: int, limit: int = LENGTH) -> tupl
     )
     if answer != expected:
         return False, 0.0, 0
-    assert passes < len(answer) and oracle.accepted > 0
+    assert passes < len(answer) or len(answer) <= 2
+    assert oracle.accepted > 0 or len(answer) <= 2  # the last token of an answer comes alone
     return True, difference(plain, logprobs), oracle.drafted - oracle.accepted
 
 
