@@ -233,8 +233,9 @@ def _up_to(marks: tuple[str, ...], escapes: bool) -> re.Pattern[str]:
 
 @functools.lru_cache(16)
 def _in_string(quote: str) -> re.Pattern[str]:
-    """Matches the quote that ends a string, or an escape."""
-    return re.compile(rf"\\.|{re.escape(quote)}", re.DOTALL)
+    """Matches the quote that ends a string, or an escape; quotes that are tags need none."""
+    escape = r"\\.|" if len(quote) == 1 else ""
+    return re.compile(rf"{escape}{re.escape(quote)}", re.DOTALL)
 
 
 def _unescape(text: str) -> str:
