@@ -418,3 +418,10 @@ def test_json_arguments_are_coerced_and_strings_are_not():
             },
         )
     ]
+
+
+def test_a_backslash_before_a_quote_that_is_a_tag_escapes_nothing():
+    text = '<|tool_call>call:Bash{command:[<|"|>a\\<|"|>,<|"|>b<|"|>]}<tool_call|>'
+    schema = {"type": "object", "properties": {"command": {"type": "array"}}}
+    tools = [{"type": "function", "function": {"name": "Bash", "parameters": schema}}]
+    assert parse(text, of_kind("gemma4"), tools) == [bash(["a\\", "b"])]
