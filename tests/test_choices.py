@@ -101,6 +101,7 @@ def test_what_is_offered_fits(
     assert not list(tmp_path.iterdir())  # nothing of it has come into the cache
 
 
+@pytest.mark.slow
 def test_a_key_takes_one_and_a_server_with_the_demo_alone_takes_it_as_default(
     hub: FakeHub, tmp_path: Path
 ):

@@ -62,6 +62,7 @@ def test_what_was_read_for_a_key_is_reused_for_that_key_alone(
         assert "parts-at=" in reused(server, key, f"the code is 47{stream}", stream)[1]
 
 
+@pytest.mark.slow
 def test_a_flood_of_less_important_prompts_pushes_nothing_important_out():
     def read(first: int, priority: Priority) -> int:
         tokens = [first, *range(10, 130)]  # prompts that share no beginning
@@ -99,6 +100,7 @@ def test_nothing_is_copied_from_a_running_request_of_another(engine: Engine):
         running.cancel()
 
 
+@pytest.mark.slow
 def test_the_cache_on_disk_keeps_keys_apart_over_a_restart(tmp_path: Path):
     def ask_all(*owners: str) -> list[tuple[int, int]]:
         counts = []

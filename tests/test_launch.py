@@ -190,6 +190,7 @@ def test_a_key_and_the_servers_own_models_are_asked_of_the_server(machine: Machi
 # ------------------------------------------------------------------ with one of its own
 
 
+@pytest.mark.slow
 def test_a_server_is_started_for_the_agent_and_ends_with_it(machine: Machine):
     port = free_port()
     out = machine.run("launch", "claude", "--port", port, "--no-cache-dir")

@@ -17,7 +17,7 @@ from _mlx_server.inference.decode_batch import DecodeBatch
 from engine import Engine, EngineError, Generation, Priority, Request
 
 
-@pytest.fixture(scope="module", params=kinds("hybrid"))
+@pytest.fixture(scope="module", params=kinds("llama_sliding"))
 def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
     with Engine(str(folder / request.param)) as engine:
         yield engine
@@ -140,6 +140,7 @@ def test_what_a_cancelled_prompt_has_read_with_others_is_kept(plain: Engine):
     assert text(again) == alone[0] and again.usage.cached_tokens >= 59
 
 
+@pytest.mark.slow
 def test_who_is_read_with_whom(plain: Engine, monkeypatch: pytest.MonkeyPatch):
     with at_once(plain) as shapes:
         running = [
