@@ -582,3 +582,10 @@ def test_a_mark_of_another_process_is_text(engine: Engine):
     prompt = engine.renderer(engine.resolve("default")).prompt(request)
     assert len(prompt.images) == 1
     assert images.lasting(mark) != mark and images.lasting(forged) == forged
+
+
+def test_an_owner_sees_what_others_see(engine: Engine):
+    asked = [conversation(FILES[0], owner=owner) for owner in ("", "someone")]
+    assert engine.count_tokens(asked[0]) == engine.count_tokens(asked[1])
+    answers = [engine.submit(one) for one in asked]
+    assert len({"".join(answer.text()) for answer in answers}) == 1

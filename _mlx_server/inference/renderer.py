@@ -128,7 +128,9 @@ class PromptRenderer:
             memory = ConversationMemory()
             memory.learn(self._readings(owner))
             memory = self._memories.setdefault(owner, memory)
-            tokenizer = TextTokenizer(self.tokenizer) if owner else self._tokenizer
+            tokenizer = self._tokenizer
+            if owner:
+                tokenizer = TextTokenizer(self.tokenizer, self.image_layout)
             chat = ChatRenderer(self.template, tokenizer, self.format, memory)
             self._chats.setdefault(owner, chat)
         return self._chats[owner]
