@@ -260,8 +260,7 @@ class Handler(HTTPHandler):
         reply.request.priority = self.priority(reply, model.name)
         reply.request.owner = self.exchange.owner
         if thinking := first_match(self.server.thinking, reply, model.name):
-            for request in reply.requests:
-                apply_thinking(request, thinking)
+            apply_thinking(reply.request, thinking)  # all choices are made of this one
         self.ignore_keep_alive(reply)
         if reply.unload:
             self.require_manager()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 import pytest
+from test_http import ask
 
 from _mlx_server.front.options import ThinkingDefault, thinking_rule
 from _mlx_server.front.rules import apply_thinking, first_match
@@ -12,6 +14,7 @@ from _mlx_server.wire.anthropic import AnthropicMessages
 from _mlx_server.wire.ollama import OllamaChat
 from _mlx_server.wire.openai import OpenAIChat
 from _mlx_server.wire.reply import Reply
+from engine import Engine
 
 ON, OFF, FEW = (thinking_rule(text)[1] for text in ("on", "off", "2000"))
 
@@ -76,3 +79,15 @@ def test_the_first_rule_that_matches_a_name_or_a_dialect_counts():
 def test_a_rule_of_another_form_is_refused(text: str):
     with pytest.raises(argparse.ArgumentTypeError):
         thinking_rule(text)
+
+
+def test_the_default_holds_in_every_api(serve: Callable):
+    said = {"role": "user", "content": "think then say all is well"}
+    with Engine("demo") as engine:
+        for path in ("/v1/messages", "/v1/chat/completions", "/api/chat"):
+            body = {"model": "demo", "max_tokens": 60, "stream": False, "messages": [said]}
+            answers = [
+                ask(serve(engine, thinking=[("*", default)]), "POST", path, body)[1]
+                for default in (ON, OFF)
+            ]
+            assert [b"wants me to think" in text for text in answers] == [True, False], path
