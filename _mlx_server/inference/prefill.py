@@ -174,7 +174,7 @@ class PromptReader:
     def _waits_for(self, sequence: Sequence, rows: dict[Sequence, int]) -> bool:
         """Whether a request is better off with a copy of what one of these is about to read."""
         for one in rows:
-            shared = common_prefix(one.prompt.tokens, sequence.prompt.tokens)
+            shared = _shared(one, sequence)
             changes_over = shared > self._start(sequence) + self._chunk
             if changes_over and shared > self._start(one) + self.LEAST:
                 return True
@@ -329,6 +329,13 @@ class PromptReader:
             log.info("nothing of the failed prompt could be kept", exc_info=True)
 
 
+def _shared(one: Sequence, other: Sequence) -> int:
+    """How many tokens of their prompts two requests may read once: none with different owners."""
+    if one.request.owner != other.request.owner:
+        return 0
+    return common_prefix(one.prompt.tokens, other.prompt.tokens)
+
+
 def _most_like(sequence: Sequence, running: tuple[Sequence, ...]) -> tuple[int, Sequence | None]:
     """The running request of the same owner that has read the most of a request's prompt, and how
     much that is."""
@@ -336,9 +343,7 @@ def _most_like(sequence: Sequence, running: tuple[Sequence, ...]) -> tuple[int, 
     for other in running:
         if other is sequence or other.entry is None:
             continue
-        if other.request.owner != sequence.request.owner:
-            continue
-        shared = common_prefix(other.prompt.tokens, sequence.prompt.tokens)
+        shared = _shared(other, sequence)
         if not other.decoding:
             shared = min(shared, len(other.entry.tokens))
         if shared > most:
