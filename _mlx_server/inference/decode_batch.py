@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from _mlx_server.inference.group import Group
-from _mlx_server.inference.layers import can_merge
+from _mlx_server.inference.layers import can_merge, merge_caches
 from _mlx_server.inference.memory import StateSize
 from _mlx_server.inference.prefix_cache import CacheEntry
 from _mlx_server.inference.row_group import row_group_class
@@ -94,8 +94,7 @@ class DecodeBatch:
         self._count += len(rows)
         cache = rows[0].entry.cache
         if len(rows) > 1:
-            layers = zip(*(row.entry.cache for row in rows), strict=True)
-            cache = [states[0].merge(list(states)) for states in layers]
+            cache = merge_caches([row.entry.cache for row in rows])
         tokens = [list(row.entry.tokens) for row in rows]
         if self._images:
             shifts = {number: row.shift for number, row in zip(numbers, rows, strict=True)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import importlib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -20,6 +21,11 @@ def can_merge(cache: list[Any]) -> bool:
     """Whether the caches of several requests can become shared ones."""
     parts = [part for layer in cache for part in getattr(layer, "caches", [layer])]
     return all(hasattr(part, "merge") for part in parts)
+
+
+def merge_caches(caches: Sequence[list[Any]]) -> list[Any]:
+    """The shared caches of several requests, of which `can_merge` is true. Copies them."""
+    return [layers[0].merge(list(layers)) for layers in zip(*caches, strict=True)]
 
 
 def copy_layer(layer: Any, start: int = 0, end: int | None = None) -> Any:

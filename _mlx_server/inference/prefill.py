@@ -10,7 +10,7 @@ from _mlx_server.inference.decode_batch import DecodeBatch
 from _mlx_server.inference.disk_cache import DiskCache
 from _mlx_server.inference.embedding import Pooler
 from _mlx_server.inference.group import Group
-from _mlx_server.inference.layers import can_merge, own_buffers
+from _mlx_server.inference.layers import can_merge, merge_caches, own_buffers
 from _mlx_server.inference.prefix_cache import CacheEntry, Match, PrefixCache
 from _mlx_server.inference.prefix_tree import common_prefix
 from _mlx_server.inference.protocol import Embedding
@@ -257,8 +257,7 @@ class PromptReader:
         lengths = [len(part) for part in parts]
         padding = [max(lengths) - length for length in lengths]
         tokens = [part + [0] * more for part, more in zip(parts, padding, strict=True)]
-        layers = zip(*(entry.cache for entry in entries), strict=True)
-        shared = [states[0].merge(list(states)) for states in layers]
+        shared = merge_caches([entry.cache for entry in entries])
         if any(padding):
             for layer in shared:
                 layer.prepare(lengths=lengths, right_padding=padding)

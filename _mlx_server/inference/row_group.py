@@ -6,6 +6,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from _mlx_server.inference.group import Group
+from _mlx_server.inference.layers import merge_caches
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -60,8 +61,7 @@ def row_group_class() -> Any:
         def extend(self, batch: RowGroup) -> None:
             """Takes in the rows of another group. It must not be used any more."""
             if self.in_place and batch.in_place:
-                pairs = list(zip(self.prompt_cache, batch.prompt_cache, strict=True))
-                cache = [one.merge([one, other]) for one, other in pairs]
+                cache = merge_caches([self.prompt_cache, batch.prompt_cache])
             else:
                 cache = self.batch_cache()
                 for one, other in zip(cache, batch.batch_cache(), strict=True):
@@ -73,7 +73,7 @@ def row_group_class() -> Any:
         def batch_cache(self) -> list[Any]:
             """Its caches in the form that several rows share."""
             if self.in_place:
-                return [layer.merge([layer]) for layer in self.prompt_cache]
+                return merge_caches([self.prompt_cache])
             return self.prompt_cache
 
         def filter(self, keep: list[int]) -> None:
