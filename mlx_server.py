@@ -48,7 +48,7 @@ from _mlx_server.front.relay import relay
 from _mlx_server.front.request_log import RequestLog
 from _mlx_server.front.rules import apply_thinking, chosen_priority, first_match
 from _mlx_server.front.sockets import ClientDisconnected
-from _mlx_server.front.startup import is_taken, mlx_trouble, port_holder, raise_file_limit
+from _mlx_server.front.startup import is_taken, mlx_trouble, port_trouble, raise_file_limit
 from _mlx_server.front.upstream import Upstream, is_relayed
 from _mlx_server.front.watchdog import Watchdog
 from _mlx_server.front.welcome import welcome
@@ -664,10 +664,7 @@ def _listen(args: argparse.Namespace) -> MLXServer:
     except (OSError, ValueError) as error:
         if getattr(error, "errno", None) != errno.EADDRINUSE:
             raise EngineError(f"cannot listen on {host}:{port}: {error}") from None
-        raise EngineError(
-            f"port {port} is already in use by {port_holder(host, port)}; "
-            f"take another one: --port {port + 1}"
-        ) from None
+        raise EngineError(port_trouble(host, port)) from None
 
 
 def _serve(args: argparse.Namespace, server: MLXServer, engine: Engine, watchdog: Watchdog) -> None:

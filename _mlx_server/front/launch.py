@@ -20,7 +20,7 @@ from _mlx_server.front.agents import AGENTS, TIERS, Target, claude_variables, cl
 from _mlx_server.front.client import ServerClient
 from _mlx_server.front.options import api_keys, library_of, log_folder, program
 from _mlx_server.front.service import start_command
-from _mlx_server.front.startup import is_taken, mlx_trouble, port_holder
+from _mlx_server.front.startup import is_taken, mlx_trouble, port_trouble
 from _mlx_server.inference.memory import gigabytes
 from _mlx_server.inference.models import LocalModel
 from _mlx_server.inference.protocol import EngineError
@@ -68,11 +68,7 @@ def launch(args: argparse.Namespace) -> int:
     if trouble := mlx_trouble():
         raise EngineError(trouble)
     if is_taken(args.host, args.port):
-        holder = port_holder(args.host, args.port)
-        raise EngineError(
-            f"port {args.port} is already in use by {holder}; "
-            f"take another one: --port {args.port + 1}"
-        )
+        raise EngineError(port_trouble(args.host, args.port))
     with _server(args, model) as server:
         _load(client, server, model)
         target = _target(args, "default")  # which a path names as well

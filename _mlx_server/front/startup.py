@@ -70,6 +70,12 @@ def port_holder(host: str, port: int) -> str:
     return "another program"
 
 
+def port_trouble(host: str, port: int) -> str:
+    """What is said of a port that is taken."""
+    holder = port_holder(host, port)
+    return f"port {port} is already in use by {holder}; take another one: --port {port + 1}"
+
+
 def folder_trouble(folder: str) -> str | None:
     """Why no model is found in a folder that is to hold models, None if one may be. It looks as
     deep as models are looked for: DIR, DIR/NAME, DIR/ORG/NAME."""
