@@ -15,7 +15,6 @@ from _mlx_server.inference.images import (
     MAX_IMAGES,
     UNSEEN,
     has_pillow,
-    image_mark,
     placed_mark,
     read_pixels,
 )
@@ -93,7 +92,7 @@ class PictureFinder:
             raise InvalidRequest(
                 f"at most {MAX_IMAGES} images are allowed, and there are {len(request.images)}"
             )
-        pictures = [self._picture(self.layout, content) for content in request.images.values()]
+        pictures = [self._picture(self.layout, *one) for one in request.images.items()]
         marks = {
             mark: placed_mark(one.token, one.placement.rows, one.placement.columns)
             for mark, one in zip(request.images, pictures, strict=True)
@@ -109,9 +108,8 @@ class PictureFinder:
 
         return dataclasses.replace(request, messages=list(map(replaced, request.messages)))
 
-    def _picture(self, layout: QwenLayout, content: bytes) -> Picture:
-        key = image_mark(content)
-        if known := self._known.get(key):
+    def _picture(self, layout: QwenLayout, mark: str, content: bytes) -> Picture:
+        if known := self._known.get(mark):
             return Picture(*known, content, layout.filter)
         placement = Placement(0, 0, 0, 0)
 
@@ -123,7 +121,7 @@ class PictureFinder:
         pixels = read_pixels(content, fit, layout.filter)
         identity = hashlib.sha256(content + repr((placement, self._identity)).encode()).digest()
         token = -1 - (int.from_bytes(identity[:8]) >> 2)
-        self._known.put(key, (token, placement))
+        self._known.put(mark, (token, placement))
         return Picture(token, placement, content, layout.filter, pixels)
 
     def _log_unseen(self) -> None:
