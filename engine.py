@@ -574,8 +574,9 @@ class Engine:
             runner.end_cancelled(step.cancelled)
         sequences += self._admit(step.waiting)
         self.pool.rebalance()
-        with self._lock:
-            self._queue[:0] = self.pool.take_paused()
+        if paused := self.pool.take_paused():
+            with self._lock:
+                self._queue[:0] = paused
         self._prefill()
         self._decode()
         for sequence in sequences:

@@ -119,9 +119,10 @@ class MLXServer(ConnectionServer):
     def service_actions(self) -> None:
         """Called by `serve_forever` several times a second. An engine that has failed for good ends
         the server: what supervises the process can start it anew."""
-        if (engine := self.engine) is not None:
-            self.activity.sample(lambda: engine.stats().totals)
-        if self.engine is not None and self.engine.broken and self._stopper is None:
+        if (engine := self.engine) is None:
+            return
+        self.activity.sample(lambda: engine.stats().totals)
+        if engine.broken and self._stopper is None:
             self.begin_stop()
 
     def begin_stop(self, drain: float = 0.0) -> None:
