@@ -40,6 +40,7 @@ def test_what_a_report_needs_is_on_one_screen(server: Server, tmp_path: Path):
     for part in ("mlx 0.", "mlx-lm 0.", "transformers", "huggingface_hub"):
         assert part in said["packages"][0]
     assert "constrained: 1." in said["extras"][0] and "documents: " in said["extras"][0]
+    assert "vision: " in said["extras"][0]
     assert "claude: " in said["agents"][0] and "can be used" in said["MLX"][0]
     assert "free for" in said["disk"][0]
     port = said[f"port {server.port}"][0]
