@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +23,10 @@ ROOT = Path(__file__).parent.parent
 PATIENCE = 240.0  # seconds after which something hangs, however busy the machine is
 
 
-def kinds(*fast: str) -> list:
+def kinds(*fast: str, among: Iterable[str] = CONFIGS) -> list:
     """Parameters of a fixture: the kinds of random models, of which those not named are slow."""
     slow = pytest.mark.slow
-    return [kind if kind in fast else pytest.param(kind, marks=slow) for kind in CONFIGS]
+    return [kind if kind in fast else pytest.param(kind, marks=slow) for kind in among]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import PATIENCE, Server, examples
+from conftest import PATIENCE, Server, examples, kinds
 from PIL import Image
 from test_http import ask
 from vision_models import CONFIGS, FOLDER, PICTURES, TEXT, build_vision_model, picture, png
@@ -40,9 +40,7 @@ from engine import Done, Engine, InvalidRequest, Request, Sampling
 
 FILES = [png(pixels) for pixels in PICTURES]
 OTHER = png(picture(*PICTURES[1].shape[:2], 3))  # of the second one's size
-KINDS = [
-    kind if kind == "qwen3_vl" else pytest.param(kind, marks=pytest.mark.slow) for kind in CONFIGS
-]
+KINDS = kinds("qwen3_vl", among=CONFIGS)
 READ = {"name": "Read", "input_schema": {"type": "object"}}
 
 
