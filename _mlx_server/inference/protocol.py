@@ -67,9 +67,9 @@ class Request:
 
     `images` are files of images by the marks that stand for them in `messages`: see images.py.
 
-    A conversation that only grew keeps the model's old thinking.
-    `keep_thinking` True asks templates
-    to show it also where the conversation is read for the first time, False wants it dropped.
+    A conversation that only grew keeps the model's old thinking. `keep_thinking` True asks
+    templates to show it also where the conversation is read for the first time, False wants it
+    dropped.
 
     `owner` says whose request it is: what was read and generated for one owner is never reused for
     another one.
