@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import threading
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,9 +61,12 @@ class ConversationMemory:
         """The key behind each message of a conversation that begins with the key `start`."""
         keys, key = [], start
         for message in messages:
-            names = message_names(key, message)
-            with self._lock:
-                key = next((self._keys[name] for name in names if name in self._keys), names[-1])
+            for name in message_names(key, message):
+                with self._lock:
+                    known = self._keys.get(name)
+                if known is not None:
+                    break
+            key = name if known is None else known
             keys.append(key)
         return keys
 
@@ -109,13 +113,15 @@ class ConversationMemory:
                 self._keys.pop(name, None)
 
 
-def message_names(key: str, message: Message) -> list[str]:
-    """The names under which a message may lead on from a key, the best one first."""
-    thinking = message.get("reasoning_content", "").strip()
+def message_names(key: str, message: Message) -> Iterator[str]:
+    """The names under which a message may lead on from a key, the best one first; at least one."""
     if message["role"] != "assistant":
-        return [_hashed(key, message)]
+        yield _hashed(key, *itertools.chain.from_iterable(sorted(message.items())))
+        return
+    thinking = message.get("reasoning_content", "").strip()
     calls = message_calls(message)
-    return [_named(key, message["content"], thinking, calls, by_id) for by_id in _ways(calls)]
+    for by_id in _ways(calls):
+        yield _named(key, message["content"], thinking, calls, by_id)
 
 
 def message_calls(message: Message) -> list[Call]:
@@ -144,15 +150,20 @@ def _ways(calls: list[Call]) -> list[bool]:
 
 def _named(key: str, text: str, thinking: str, calls: list[Call], by_id: bool) -> str:
     if not calls:
-        return _hashed(key, ["text", text.strip(), thinking])
+        return _hashed(key, "text", text.strip(), thinking)
     words = "".join(text.split())  # clients join the texts around calls in their own ways
     if by_id:
-        return _hashed(key, ["ids", words, thinking, [id for id, _, _ in calls]])
-    return _hashed(key, ["calls", words, thinking, [call[1:] for call in calls]])
+        return _hashed(key, "ids", words, thinking, *(id for id, _, _ in calls))
+    return _hashed(key, "calls", words, thinking, _to_json([call[1:] for call in calls]))
 
 
-def _hashed(key: str, value: Any) -> str:
-    text = lasting(json.dumps(value, ensure_ascii=False, sort_keys=True))
+_to_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
+
+
+def _hashed(key: str, *texts: str) -> str:
+    """A hash of texts that all count, and where each of them ends."""
+    texts = tuple(map(lasting, texts))
+    whole = "".join((str([*map(len, texts)]), *texts))
     return hashlib.blake2b(
-        text.encode("utf-8", "surrogatepass"), digest_size=16, key=key.encode()
+        whole.encode("utf-8", "surrogatepass"), digest_size=16, key=key.encode()
     ).hexdigest()
