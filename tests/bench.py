@@ -9,7 +9,7 @@ compare it with (Ollama's http://localhost:11434, say); else it is compared with
 have seen before; so both models have to fit into memory together. Parts of the table can be named,
 to measure nothing else: `loop`, `prefill`, `decode`, `concurrent`, `contended`. Besides, there are
 
-    python tests/bench.py reuse [--trace FILE]
+    python tests/bench.py reuse [--trace FILE] [--kind KIND] [--reminders]
         a recorded session again: what of each prompt had to be prefilled
     python tests/bench.py render
         a prompt that has grown: rendering, tokenising, look-up, warm as a ratio to cold
@@ -30,7 +30,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import statistics
 import sys
 import tempfile
@@ -46,7 +45,8 @@ from bench_batch import beside
 from bench_copy import copy
 from bench_growth import growth
 from bench_parts import PARTS, calibrate, measure, progress
-from bench_prompts import made_up_trace, pieces
+from bench_prompts import made_up_trace
+from bench_reuse import send, session
 from bench_side import FAILURES, Generate, Side, find_side
 from bench_table import ROWS, Table, machine
 from soak import Soak, memory
@@ -104,7 +104,7 @@ def target(args: argparse.Namespace, *flags: str) -> Iterator[Side]:
     from engine import EngineError, Library
 
     named = contextlib.nullcontext(args.model or "default")
-    with random_model(args.kind) if args.kind else named as name:
+    with random_model(args.kind, args.what != ["reuse"]) if args.kind else named as name:
         library = Library([])
         try:
             model = library.resolve(name, trusted=True)
@@ -122,54 +122,32 @@ def target(args: argparse.Namespace, *flags: str) -> Iterator[Side]:
 
 
 @contextlib.contextmanager
-def random_model(kind: str) -> Iterator[str]:
-    """A model of random weights that has no way to stop early, so large that its arithmetic takes
-    the time."""
+def random_model(kind: str, slow: bool) -> Iterator[str]:
+    """A model of random weights that has no way to stop early: `slow`, so large that its arithmetic
+    takes the time, or tiny, with the habits of its kind's templates."""
     from models import CONFIGS, build_model
+    from test_append_only import FAMILIES, LAST_WORDS, STRIPPED, XML_CALL, template
 
-    config = {
-        **CONFIGS[kind],
-        "num_hidden_layers": 8,
-        "head_dim": 64,
-        "hidden_size": 512,
-        "intermediate_size": 1536,
-        "max_position_embeddings": 131072,
-        "mlp_only_layers": list(range(8)),
+    config = {**CONFIGS[kind], "max_position_embeddings": 131072}
+    if slow:
+        config |= {"num_hidden_layers": 8, "head_dim": 64, "hidden_size": 512}
+        config |= {"intermediate_size": 1536, "mlp_only_layers": list(range(8))}
+        if "layer_types" in config:
+            config["layer_types"] = config["layer_types"] * 2
+    thinks = template(call=XML_CALL, thinking=STRIPPED, top=LAST_WORDS)
+    habits = {
+        "qwen3": FAMILIES["stripped"],
+        "hybrid": thinks.removesuffix("{% endif %}") + "<think>\n{% endif %}",
     }
-    if "layer_types" in config:
-        config["layer_types"] = config["layer_types"] * 2
+    more = {"template": habits[kind]} if not slow and kind in habits else {}
     with tempfile.TemporaryDirectory() as folder:
-        yield str(build_model(kind, Path(folder) / "random", config=config))
+        yield str(build_model(kind, Path(folder) / "random", config=config, **more))
 
 
 def reuse(args: argparse.Namespace) -> None:
     """Sends a session's requests; prints what of each prompt could be reused, and what was."""
-    if args.trace:
-        recorded = json.loads(Path(args.trace).read_text("utf-8"))["requests"]
-        bodies = [request["body"] for request in recorded]
-    else:
-        bodies = made_up_trace()
-    before: list[tuple[list[str], int]] = []
-    reusable_sum = reused_sum = 0
-    titles = ("#", 3), ("prompt", 8), ("reusable", 8), ("reused", 8), ("prefilled", 9)
-    print(*(f"{title:>{width}}" for title, width in (*titles, ("first token", 12))))
     with target(args) as side:
-        for number, body in enumerate(bodies, 1):
-            answer = side.ask({**body, "max_tokens": args.max_tokens})
-            parts, reused = pieces(body), answer.reused or 0
-            # A recorded answer is not the one the model gives here: the earlier prompt is what can
-            # be reused.
-            shared = [tokens for earlier, tokens in before if parts[: len(earlier)] == earlier]
-            reusable = max(shared, default=0)
-            before.append((parts, answer.prompt))
-            reusable_sum, reused_sum = reusable_sum + reusable, reused_sum + min(reusable, reused)
-            prefilled = answer.prompt - reused
-            print(
-                f"{number:3} {answer.prompt:8} {reusable:8} {reused:8} {prefilled:9} "
-                f"{answer.first:10.3f} s"
-            )
-    share = reused_sum / max(1, reusable_sum)
-    print(f"reused {reused_sum} of {reusable_sum} reusable tokens: {share:.2%}")
+        send(side, session(args.trace, args.reminders), args.max_tokens)
 
 
 def render(args: argparse.Namespace) -> None:
@@ -211,10 +189,10 @@ def render(args: argparse.Namespace) -> None:
 
 
 def timed(call: Callable[[Any], Any], argument: Any) -> tuple[float, Any]:
-    """Seconds that a call takes, and what it returns."""
-    started = time.perf_counter()
+    """Processor seconds that a call takes, and what it returns."""
+    started = time.thread_time()
     value = call(argument)
-    return time.perf_counter() - started, value
+    return time.thread_time() - started, value
 
 
 def soak(args: argparse.Namespace) -> None:
@@ -259,6 +237,7 @@ def arguments() -> argparse.ArgumentParser:
         add(option, choices=APIS, help="that server's API (default: the one that tells most)")
     add("--plot", metavar="FILE.png", help="draw the table, too")
     add("--trace", metavar="FILE", help="a recorded session; without it one is made up")
+    add("--reminders", action="store_true", help="a system message behind each tool's result")
     add("--turns", type=int, default=20, help="turns of a made-up session to render")
     add("--max-tokens", type=int, default=8, help="length of the answers to a trace")
     add("--seeds", type=int, default=4, help="cases of each kind of answer that is replayed")

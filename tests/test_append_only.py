@@ -764,11 +764,15 @@ def test_what_a_client_changes_is_read_anew_from_there_on(tmp_path: Path, family
     for _ in range(edits):
         messages, words = edited(session.messages, chance)
         request = AnthropicMessages(body(messages)).request
-        warm = decode(session.renderer.prompt(request).tokens)
-        anew = decode(cold.prompt(request).tokens)
+        warm_tokens = session.renderer.prompt(request).tokens
+        cold_tokens = cold.prompt(request).tokens
+        warm, anew = decode(warm_tokens), decode(cold_tokens)
         assert warm.count(words) == anew.count(words) > 0
         # From the changed turn on both are the same, but for thinking that only the warm one knows.
         assert warm.rpartition(words)[2] == anew.rpartition(words)[2]
+        shared = common_prefix(warm_tokens[::-1], cold_tokens[::-1])
+        next_turns = anew.rpartition(words)[2].partition("<|im_start|>")[2]
+        assert decode(cold_tokens[len(cold_tokens) - shared :]).endswith(next_turns)
 
 
 def test_the_same_messages_after_other_tools_or_another_system_prompt_are_read_anew(

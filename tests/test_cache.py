@@ -348,21 +348,35 @@ def test_the_flags_the_header_and_the_log_of_a_restarted_server(tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_server_that_is_started_again_goes_on_without_any_flag(tmp_path: Path):
-    def reused() -> float:
-        server = Server(cached=True, env={"XDG_CACHE_HOME": str(tmp_path)})
-        messages = [{"role": "user", "content": "once " * 300}]
-        body = {"model": "demo", "max_tokens": 5, "messages": messages}
+    schema = {"type": "object", "properties": {"command": {"type": "string"}}}
+    bash = {"name": "Bash", "description": "Runs it.", "input_schema": schema}
+
+    def grow(messages: list[dict]) -> tuple[int, int]:
+        """Asks once more; returns the tokens that were reused, and all of prompt and answer."""
+        body = {"model": "demo", "max_tokens": 60, "tools": [bash], "messages": messages}
+        request = urllib.request.urlopen(f"{server.url}/v1/messages", json.dumps(body).encode())
+        with request as response:
+            answer = json.load(response)
+        messages.append({"role": "assistant", "content": answer["content"]})
+        called = [one["id"] for one in answer["content"] if one["type"] == "tool_use"]
+        results = [{"type": "tool_result", "tool_use_id": id, "content": "a b"} for id in called]
+        messages.append({"role": "user", "content": results or "say one"})
+        usage = answer["usage"]
+        read = usage["cache_read_input_tokens"]
+        return read, read + usage["input_tokens"] + usage["output_tokens"]
+
+    messages = [{"role": "user", "content": f"{'once ' * 300} run echo one"}]
+    known = 0
+    for turns in (3, 1):
+        server = Server(cached=True, env={"HOME": str(tmp_path), "XDG_CACHE_HOME": ""})
         try:
-            with urllib.request.urlopen(
-                f"{server.url}/v1/messages", json.dumps(body).encode()
-            ) as response:
-                found = re.search(r"reused=(\d+); prompt=(\d+)", response.headers["x-prompt-cache"])
-                return int(found[1]) / int(found[2])
+            for _ in range(turns):
+                reused, length = grow(messages)
+                assert reused >= 0.95 * known
+                known = length
         finally:
             assert server.stop() == 0
-
-    assert reused() == 0 and reused() > 0.95
-    folder = tmp_path / "mlx-server" / "prompts"
+    (folder,) = tmp_path.rglob("prompts")
     assert folder.stat().st_mode & 0o777 == 0o700 and list(folder.iterdir())
 
 

@@ -76,11 +76,13 @@ def names_this_machine(host: str, loopback: bool) -> bool:
     """Whether `host`, in lower case, is a name of this machine that no one else can give to
     another address, or an address: a web page cannot have one that it did not come from. If the
     server listens at a `loopback` address, a public one cannot be its own."""
+    if host in ("", "localhost", "127.0.0.1"):  # nearly always, and the rest takes time
+        return True
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
         own = socket.gethostname().lower()
-        names = ("", "localhost", own, f"{own.partition('.')[0]}.local", *CONTAINER_NAMES)
+        names = (own, f"{own.partition('.')[0]}.local", *CONTAINER_NAMES)
         return host in names or host.endswith(".localhost")
     return not loopback or address.is_loopback or address.is_private or address.is_unspecified
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import logging
 import secrets
@@ -10,6 +11,7 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler
 from typing import Any, Protocol
 from urllib.parse import parse_qsl, unquote
@@ -50,6 +52,11 @@ class Dialect(Protocol):
     @property
     def strict_json(self) -> bool: ...
     def error(self, error: Exception, request_id: str, /) -> tuple[int, dict[str, str], Object]: ...
+
+
+@functools.lru_cache(maxsize=1)
+def _date(second: int) -> str:
+    return formatdate(second, usegmt=True)
 
 
 @dataclass
@@ -267,7 +274,7 @@ class HTTPHandler(BaseHTTPRequestHandler):
         if self.close_connection:
             headers["Connection"] = "close"
         self.send_response_only(status)
-        self.send_header("Date", self.date_time_string())
+        self.send_header("Date", _date(int(time.time())))
         if dialect.request_id_header:
             self.send_header(dialect.request_id_header, exchange.id)
         for name, value in headers.items():
