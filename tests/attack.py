@@ -15,6 +15,7 @@ import gzip
 import http.client
 import itertools
 import json
+import os
 import random
 import re
 import signal
@@ -157,7 +158,9 @@ def sit(port: int) -> None:
 
 
 def attack(port: int, rows: list[str]) -> None:
-    """All attacks at once, until the process is ended."""
+    """All attacks at once, until the process is ended. The attackers' own work is not to slow the
+    server, as it would not on another machine."""
+    os.nice(19)
     for row in rows:
         for start in range(THREADS):
             if row == "8":
