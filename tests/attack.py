@@ -33,7 +33,7 @@ from pathlib import Path
 PATIENCE = 240.0  # seconds after which a request counts as stuck
 THREADS = 4  # that send the same attack
 SETTLED = 60.0  # seconds within which the memory has to be back
-SLACK = 256 << 20  # bytes more than before that may be held then: the prompt cache, allocators
+SLACK = 256 << 20  # bytes more than before that may be held then: caches within their limits
 KEYS = {"low": "attack-low", "high": "attack-high"}
 HI = [{"role": "user", "content": "say hi"}]
 CHAT = {"model": "demo", "messages": HI, "stream": False, "options": {"num_predict": 4}}

@@ -267,6 +267,7 @@ def traced_growth(work: Callable[[], object]) -> int:
 
 @pytest.mark.slow
 def test_an_idle_connection_holds_no_body(engine: Engine, serve: Callable):
+    list(engine.chat("say hi", max_tokens=1))  # loads all that is loaded later
     server, body = serve(engine), json.dumps({"model": "none", "pad": "a" * (4 << 20)})
     with ExitStack() as stack:
 
@@ -285,7 +286,7 @@ def test_an_idle_connection_holds_no_body(engine: Engine, serve: Callable):
             server.bodies.change(-budget.BUDGET, 0)
             return True
 
-        assert traced_growth(send) < 1 << 20
+        assert traced_growth(send) < 2 << 20
 
 
 @pytest.mark.slow
@@ -299,6 +300,7 @@ def test_a_prompt_that_is_refused_leaves_nothing(role: str, monkeypatch: pytest.
             engine.chat([{"role": role, "content": text}, *HI][:2])
 
     with Engine("demo", context=1000) as engine:
+        list(engine.chat("say hi", max_tokens=1))  # loads all that is loaded later
         assert traced_growth(submit) < 50_000
 
 
