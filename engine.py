@@ -349,7 +349,8 @@ class Engine:
         renderer.check_tokens([*(request.sampling.logit_bias or ()), *request.context, *given])
         prompt = Prompt([])
         if request.messages or request.prompt:
-            prompt = renderer.prompt(request, self.context_length(local))
+            window = self.context_length(local)
+            prompt = renderer.prompt(request, window, most=window)
         if not request.embed:
             return prompt
         if not prompt.tokens:
@@ -503,19 +504,21 @@ class Engine:
         """Loads the default model before anyone asks for it; a failure is reported again to whoever
         does."""
         try:
-            self._open(local, self.renderer(local))
+            self._open(local, self.renderer(local), Priority.HIGH)
         except EngineError as error:
             log.error("%s", error)
             self._group.give_up(str(error))
 
-    def _open(self, local: LocalModel, renderer: PromptRenderer) -> ModelRunner | None:
+    def _open(
+        self, local: LocalModel, renderer: PromptRenderer, priority: Priority
+    ) -> ModelRunner | None:
         """The model, loaded if need be; None if it has to wait for room."""
         try:
             self.pool.check_size(local, self._library.models)
             if local.name not in self.pool.runners:
                 self._synchronize()
             with self._not_hanging():
-                runner = self.pool.open(local, renderer)
+                runner = self.pool.open(local, renderer, priority)
         except ModelLoadError as error:
             self._group.give_up(str(error))
             raise
@@ -626,7 +629,8 @@ class Engine:
             self._queue = waiting.copy()
         for sequence in sorted(waiting, key=lambda one: one.request.priority):
             try:
-                runner = self._open(sequence.model, sequence.renderer)
+                priority = sequence.request.priority
+                runner = self._open(sequence.model, sequence.renderer, priority)
                 if runner is None or not self.pool.fits(runner, sequence):
                     break
             except EngineError as error:

@@ -15,6 +15,7 @@ import gzip
 import http.client
 import itertools
 import json
+import os
 import random
 import re
 import signal
@@ -32,7 +33,7 @@ from pathlib import Path
 PATIENCE = 240.0  # seconds after which a request counts as stuck
 THREADS = 4  # that send the same attack
 SETTLED = 60.0  # seconds within which the memory has to be back
-SLACK = 256 << 20  # bytes more than before that may be held then: the prompt cache, allocators
+SLACK = 256 << 20  # bytes more than before that may be held then: caches within their limits
 KEYS = {"low": "attack-low", "high": "attack-high"}
 HI = [{"role": "user", "content": "say hi"}]
 CHAT = {"model": "demo", "messages": HI, "stream": False, "options": {"num_predict": 4}}
@@ -157,7 +158,9 @@ def sit(port: int) -> None:
 
 
 def attack(port: int, rows: list[str]) -> None:
-    """All attacks at once, until the process is ended."""
+    """All attacks at once, until the process is ended. The attackers' own work is not to slow the
+    server, as it would not on another machine."""
+    os.nice(19)
     for row in rows:
         for start in range(THREADS):
             if row == "8":

@@ -13,6 +13,7 @@ from test_engine import REREAD, SYSTEM, answer, cold, user
 
 from _mlx_server.inference.decode_batch import DecodeBatch
 from _mlx_server.inference.memory import StateSize
+from _mlx_server.inference.pool import ModelPool
 from _mlx_server.inference.prefill import PromptReader
 from _mlx_server.inference.runner import ModelRunner
 from _mlx_server.inference.scheduler import Scheduler
@@ -431,6 +432,27 @@ def test_idle_models_make_room_the_least_recently_used_first(folder: Path):
         for name in ("qwen2", "llama_sliding"):
             engine.unload(name)
         assert mx.get_active_memory() - empty < min(sizes.values()) / 10
+
+
+@pytest.mark.slow
+def test_less_important_requests_do_not_unload_what_others_have_used_lately(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with Engine(models_dirs=[folder], max_loaded=2) as engine:
+
+        def use(name: str, priority: Priority) -> set[str]:
+            list(engine.submit(Request(name, [user("hi")], max_tokens=1, priority=priority)))
+            return {loaded.model.name for loaded in engine.loaded()}
+
+        use("qwen2", Priority.HIGH)
+        use("qwen3", Priority.LOW)
+        assert use("llama_sliding", Priority.LOW) == {"qwen2", "llama_sliding"}
+        use("qwen3", Priority.NORMAL)
+        with pytest.raises(EngineBusy, match="more important"):
+            use("llama_sliding", Priority.LOW)
+        assert use("llama_sliding", Priority.NORMAL) == {"qwen2", "llama_sliding"}
+        monkeypatch.setattr(ModelPool, "KEPT", 0.0)
+        assert use("qwen3", Priority.LOW) == {"llama_sliding", "qwen3"}
 
 
 @pytest.mark.slow

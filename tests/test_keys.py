@@ -200,25 +200,43 @@ def test_nothing_that_costs_time_is_done_for_a_low_key_before_its_turn(
 # ------------------------------------------------------------------ memory
 
 
+class Counting:
+    """A model's tokenizer, with the texts that it has encoded."""
+
+    def __init__(self, engine: Engine):
+        self._wrapped = engine.renderer(engine.resolve("demo")).tokenizer
+        self.texts: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wrapped, name)
+
+    def encode(self, text: str, **options: Any) -> list[int]:
+        self.texts.append(text)
+        return self._wrapped.encode(text, **options)
+
+
 def test_the_tokens_of_a_long_text_are_not_kept(engine: Engine, monkeypatch: pytest.MonkeyPatch):
-    encoded = []
-
-    class Counting:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(wrapped, name)
-
-        def encode(self, text: str, **options: Any) -> list[int]:
-            encoded.append(text)
-            return wrapped.encode(text, **options)
-
     monkeypatch.setattr(TextTokenizer, "REMEMBERED", 5000)
-    wrapped = engine.renderer(engine.resolve("demo")).tokenizer
-    tokenizer = TextTokenizer(Counting())
+    counting = Counting(engine)
+    tokenizer = TextTokenizer(counting)
     short, long = "a short text", "a long text " * 200
-    encoded.clear()
+    counting.texts.clear()
     for text in (short, long, short, long):
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert encoded == [short, long, long]
+    assert counting.texts == [short, long, long]
+
+
+@pytest.mark.parametrize("text", ["a b " * 5000, "<|im_end|> a b " * 2000])
+def test_a_text_is_encoded_only_until_it_has_too_many_tokens(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, text: str
+):
+    monkeypatch.setattr(TextTokenizer, "LONG", 1000)
+    counting = Counting(engine)
+    tokenizer = TextTokenizer(counting)
+    for encode in (tokenizer.encode, tokenizer.encode_raw):
+        counting.texts.clear()
+        assert len(encode(text, 500)) > 500
+        assert max(map(len, counting.texts)) <= 1000 and sum(map(len, counting.texts)) < 6000
 
 
 def test_the_tokens_of_a_state_count_where_its_layers_do_not_grow():

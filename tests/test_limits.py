@@ -3,6 +3,7 @@ what the prompt cache tells."""
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
 import logging
@@ -16,6 +17,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
@@ -29,8 +31,10 @@ from _mlx_server.front.budget import BodyBudget, BodyClaim
 from _mlx_server.front.connections import Connection
 from _mlx_server.front.logs import JSONLine, OneLine, log_file
 from _mlx_server.front.upstream import CLOUD
+from _mlx_server.inference.control_tokens import ControlTokens
 from _mlx_server.inference.presets import Preset, PresetStore
-from _mlx_server.inference.protocol import EngineBusy, Priority
+from _mlx_server.inference.protocol import EngineBusy, Priority, PromptTooLong
+from _mlx_server.inference.tokenizer import TextTokenizer
 from _mlx_server.wire.anthropic import AnthropicMessages
 from _mlx_server.wire.fields import WireError
 from _mlx_server.wire.images import Images
@@ -245,6 +249,69 @@ def test_a_small_body_that_unpacks_to_much_takes_little_memory(text: bytes, stat
     finally:
         tracemalloc.stop()
     assert error.value.status == status and peak < 100 << 20
+
+
+def traced_growth(work: Callable[[], object]) -> int:
+    """Bytes of Python objects that are left after the second time that something is done."""
+    tracemalloc.start()
+    try:
+        work()
+        gc.collect()
+        before, _ = tracemalloc.get_traced_memory()
+        work()
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.slow
+def test_an_idle_connection_holds_no_body(engine: Engine, serve: Callable):
+    list(engine.chat("say hi", max_tokens=1))  # loads all that is loaded later
+    server, body = serve(engine), json.dumps({"model": "none", "pad": "a" * (4 << 20)})
+    with ExitStack() as stack:
+
+        def send() -> None:
+            client = HTTPConnection("127.0.0.1", server.port, timeout=60)
+            stack.callback(client.close)
+            client.request("POST", "/api/show", body)
+            assert client.getresponse().read()
+            until(nothing_claimed)
+
+        def nothing_claimed() -> bool:
+            try:
+                server.bodies.change(budget.BUDGET, budget.BUDGET)
+            except EngineBusy:
+                return False
+            server.bodies.change(-budget.BUDGET, 0)
+            return True
+
+        assert traced_growth(send) < 2 << 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("role", ["user", "system"])
+def test_a_prompt_that_is_refused_leaves_nothing(role: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(TextTokenizer, "LONG", 1 << 14)
+
+    def submit() -> None:
+        text = f"{os.urandom(8).hex()} " + "a b " * 25_000
+        with pytest.raises(PromptTooLong):
+            engine.chat([{"role": role, "content": text}, *HI][:2])
+
+    with Engine("demo", context=1000) as engine:
+        list(engine.chat("say hi", max_tokens=1))  # loads all that is loaded later
+        assert traced_growth(submit) < 50_000
+
+
+@pytest.mark.slow
+def test_enormous_tools_are_not_kept(engine: Engine):
+    control = ControlTokens(engine.renderer(engine.resolve("demo")).tokenizer)
+
+    def escape() -> None:
+        control.escape_tools([{"description": os.urandom(8).hex() + "a b " * 1_200_000}])
+
+    assert traced_growth(escape) < 1 << 20
 
 
 def test_marks_in_strings_are_no_values():

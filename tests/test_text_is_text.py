@@ -387,7 +387,12 @@ def test_every_kind_of_tokenizer_encodes_what_was_escaped_as_text(kind: str):
     expected = text.decode(text.encode(f"<|im_start|>{harmless}<|im_end|>and <|im_end|>"))
     assert text.decode(tokens).replace("<", "(").replace("[", "(") == expected.replace("<", "(")
     plain = "Some words, a < b | c.\n\n<|im_start|> <im_end> <|im_end|> \n x"
-    assert text.encode(plain) == wrapped.encode(plain, add_special_tokens=False)
+    encoded = text.encode(plain)
+    assert encoded == wrapped.encode(plain, add_special_tokens=False)
+    text.LONG = 60  # a longer text is encoded in parts
+    long = "Some words, a < b | c.\n\nAnd more of them; they go on\n" * 5 + "x y " * 30
+    assert text.decode(text.encode(long)) == text.decode(wrapped.encode(long))
+    assert text.decode(text.encode_raw(long)) == text.decode(wrapped.encode(long))
 
 
 def test_blanks_words_and_html_are_no_control_tokens():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import threading
+from collections.abc import Callable
 
 from _mlx_server.inference.protocol import EngineBusy
 from _mlx_server.wire.fields import WireError
 
 BUDGET = 512 * 2**20  # bytes of all bodies, as they are read, unpacked and parsed
 FREE = 2**20  # bytes of each body that do not count, so that short requests always get in
+LARGE = 4 * 2**20  # bytes of a body that leaves so much behind that it is given back at once
 
 
 class BodyBudget:
@@ -32,7 +36,7 @@ class BodyClaim:
 
     def __init__(self, budget: BodyBudget, limit: int):
         self._budget, self._limit = budget, limit
-        self._size = 0
+        self._size = self._most = 0
 
     def add(self, size: int) -> None:
         """Claims so many more bytes. Raises WireError if no budget can hold that, and EngineBusy if
@@ -44,12 +48,22 @@ class BodyClaim:
         self._resize(self._size - size)
 
     def release(self) -> None:
-        """Gives everything back."""
+        """Gives everything back, once nothing that was made of the body is needed any more."""
         self._resize(0)
+        if self._most >= LARGE:
+            _memory_trimmer()()
 
     def _resize(self, size: int) -> None:
         counted = max(0, size - FREE)
         if counted > self._limit:
             raise WireError(413, "the body takes too much memory: it has too many values")
         self._budget.change(counted - max(0, self._size - FREE), self._limit)
-        self._size = size
+        self._size, self._most = size, max(self._most, size)
+
+
+@functools.cache
+def _memory_trimmer() -> Callable[[], object]:
+    """Gives free memory back to the system where the allocator does not by itself: glibc keeps what
+    a thread has freed for later threads. It does nothing elsewhere."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return functools.partial(trim, 0) if trim else lambda: None

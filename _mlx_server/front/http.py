@@ -137,6 +137,7 @@ class HTTPHandler(BaseHTTPRequestHandler):
             log.error("%s %s failed", self.command, shortened(self.exchange.route), exc_info=True)
             self.send_failure(error)
         finally:
+            self.exchange.body = b""  # the connection may stay
             self._claim.release()
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = handle_request

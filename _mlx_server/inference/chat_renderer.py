@@ -24,7 +24,7 @@ from _mlx_server.inference.conversations import (
 )
 from _mlx_server.inference.formats import OutputFormat
 from _mlx_server.inference.prompt import Prompt
-from _mlx_server.inference.protocol import InvalidRequest, Message, Request
+from _mlx_server.inference.protocol import InvalidRequest, Message, PromptTooLong, Request
 from _mlx_server.inference.template import Template
 from _mlx_server.inference.tokenizer import TextTokenizer
 
@@ -98,11 +98,12 @@ class ChatRenderer:
         self._ends: BoundedMap[str] = BoundedMap(self.REMEMBERED)  # of messages, by their keys
         self._thoughts: BoundedMap[str] = BoundedMap(self.REMEMBERED)  # by the id of a call
 
-    def prompt(self, request: Request, window: int | None = None) -> Prompt:
+    def prompt(self, request: Request, window: int | None, most: float) -> Prompt:
         """Renders and tokenises a conversation. `window` is how many tokens prompt and answer may
-        have. Raises InvalidRequest when the template refuses it."""
+        have. Raises InvalidRequest when the template refuses it, and PromptTooLong if it has more
+        than `most` tokens."""
         tools, options = _shown_tools(request), self._options(request)
-        root = self._root(request.messages, tools, options)
+        root = self._root(request.messages, tools, options, most)
         history = request.messages
         if history and _is_open(history[-1]):
             history = history[:-1]
@@ -112,11 +113,16 @@ class ChatRenderer:
         match = self._match(chat)
         if match is None or self._gives_up_thinking(request, chat, match, window):
             text = self._render(chat)
-            return self._prompt(request, chat, root, _Match(-1, [], text, text))
-        return self._prompt(request, chat, root, match)
+            match = _Match(-1, [], text, text)
+        rest = self._tokenizer.encode(match.rest, most - len(match.tokens))
+        tokens = match.tokens + rest
+        if len(tokens) > most:
+            raise PromptTooLong(len(tokens), int(most))
+        return self._prompt(request, chat, root, match, tokens)
 
-    def _prompt(self, request: Request, chat: _Chat, root: _Root, match: _Match) -> Prompt:
-        tokens = match.tokens + self._tokenizer.encode(match.rest)
+    def _prompt(
+        self, request: Request, chat: _Chat, root: _Root, match: _Match, tokens: list[int]
+    ) -> Prompt:
         opener = self._opener(chat, match.text)
         body = len(tokens) - len(self._tokenizer.encode(opener)) if opener else 0
         if body and len(chat.keys) == len(chat.messages) and not request.context:
@@ -249,10 +255,12 @@ class ChatRenderer:
             return False
         if request.keep_thinking is False or request.thinking is False:
             return True
-        length = len(match.tokens) + len(self._tokenizer.encode(match.rest))
-        if window is None or length <= window * self.FULL:
+        if window is None:
             return False
-        return len(self._tokenizer.encode(self._render(chat))) < length
+        length = len(match.tokens) + len(self._tokenizer.encode(match.rest, window))
+        if length <= window * self.FULL:
+            return False
+        return len(self._tokenizer.encode(self._render(chat), window)) < length
 
     def _with_thoughts(self, messages: list[Message]) -> list[Message]:
         """The conversation with the thinking before calls where the client has left it out: the
@@ -336,10 +344,15 @@ class ChatRenderer:
         return opener
 
     def _root(
-        self, messages: list[Message], tools: list[dict[str, Any]], options: dict[str, Any]
+        self,
+        messages: list[Message],
+        tools: list[dict[str, Any]],
+        options: dict[str, Any],
+        most: float,
     ) -> _Root:
-        """What a conversation begins with. It is measured on two conversations that share no more
-        than that, and so holds what the options change at the beginning, and no more."""
+        """What a conversation begins with; beyond `most` tokens it need not be measured. It is
+        measured on two conversations that share no more than that, and so holds what the options
+        change at the beginning, and no more."""
         head = [message for message in messages[:1] if message["role"] == "system"]
 
         def measure() -> _Root:
@@ -352,13 +365,14 @@ class ChatRenderer:
             )
             shared = os.path.commonprefix([one, two])
             key = hashlib.sha256(shared.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-            return _Root(key, len(self._tokenizer.encode(shared)) if head or tools else 0)
+            return _Root(key, len(self._tokenizer.encode(shared, most)) if head or tools else 0)
 
-        key = json.dumps([head, tools, options], ensure_ascii=False, default=repr)
+        begun = json.dumps([head, tools, options], default=repr)
+        key = hashlib.sha256(begun.encode()).hexdigest()[:32]
         try:
             return self._roots.get_or_make(key, measure)
         except InvalidRequest:
-            return _Root(hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()[:32], 0)
+            return _Root(key, 0)
 
     def _turn(self, chat: _Chat, text: str, length: int) -> int:
         """Token count before what the user says last, in a prompt of `length` tokens; 0 unless it

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import re
 import secrets
 from collections.abc import Iterable
 from typing import Any
 
+from _mlx_server.inference.bounded import BoundedMap
 from _mlx_server.inference.protocol import Message
 
 Tools = list[dict[str, Any]]
@@ -29,7 +32,8 @@ class ControlTokens:
     a control token there. TextTokenizer removes SPLIT again. `wrapped` is mlx-lm's
     TokenizerWrapper. Thread-safe."""
 
-    REMEMBERED = 8  # lists of tools: they are long, and clients send the same ones every time
+    # Bytes of JSON: lists of tools are long, and clients send the same ones every time
+    REMEMBERED = 4 * 2**20
 
     def __init__(self, wrapped: Any):
         template = getattr(wrapped, "chat_template", None)
@@ -52,7 +56,10 @@ class ControlTokens:
         self._longest = max(map(len, texts), default=0)
         self._first_letter = re.compile(alternatives({text[0] for text in texts}))
         self._pattern = re.compile(alternatives(texts))
-        self._tools: list[tuple[Tools, Tools]] = []  # as they came, and escaped
+        # Escaped, with the bytes that they took before, by a hash of them
+        self._tools: BoundedMap[tuple[int, Tools]] = BoundedMap(
+            self.REMEMBERED, lambda key, value: value[0]
+        )
         self._thinking = tags if texts.issuperset(tags) else ()
 
     def escape(self, text: str) -> str:
@@ -86,12 +93,9 @@ class ControlTokens:
 
     def escape_tools(self, tools: Tools) -> Tools:
         """Tool definitions, all of whose texts are escaped."""
-        for known, result in self._tools:
-            if known == tools:
-                return result
-        escaped: Tools = self._escape_value(tools)
-        self._tools = [(tools, escaped), *self._tools[: self.REMEMBERED - 1]]
-        return escaped
+        text = json.dumps(tools).encode()
+        key = hashlib.sha256(text).hexdigest()
+        return self._tools.get_or_make(key, lambda: (len(text), self._escape_value(tools)))[1]
 
     def _escape_value(self, value: Any) -> Any:
         if isinstance(value, str):

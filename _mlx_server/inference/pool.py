@@ -13,7 +13,7 @@ from _mlx_server.inference.group import Group
 from _mlx_server.inference.memory import StateSize, gigabytes, usable_memory
 from _mlx_server.inference.models import Loaded, LocalModel
 from _mlx_server.inference.prefix_cache import PrefixCache
-from _mlx_server.inference.protocol import ModelLoadError, PromptTooLong
+from _mlx_server.inference.protocol import EngineBusy, ModelLoadError, Priority, PromptTooLong
 from _mlx_server.inference.renderer import PromptRenderer
 from _mlx_server.inference.runner import ModelRunner
 from _mlx_server.inference.sequence import Sequence
@@ -29,11 +29,13 @@ class ModelPool:
     first, then from idle models, the least recently used one going first, then from requests of
     lower priority, which are paused, and otherwise waits until others are through. When answers
     grow beyond what was expected, the latest request of the lowest priority is paused.
-    `max_loaded` bounds the number of models.
+    `max_loaded` bounds the number of models. An idle model stays for `KEPT` seconds if only a
+    request that is less important than its own were has a use for the room: it is refused.
 
     Only the MLX thread changes it. Any thread may read it: the dicts are replaced by every
     change."""
 
+    KEPT = 300.0
     WRITE_DELAY = 1.0  # seconds without work after which the prefix cache is written to disk
 
     def __init__(
@@ -103,13 +105,16 @@ class ModelPool:
         """Bytes that the prefix cache may take at the moment."""
         return min(self._cache_limit, self._room())
 
-    def open(self, local: LocalModel, renderer: PromptRenderer) -> ModelRunner | None:
-        """The model, loaded if need be; None if it has to wait for room. Raises ModelLoadError."""
+    def open(
+        self, local: LocalModel, renderer: PromptRenderer, priority: Priority
+    ) -> ModelRunner | None:
+        """The model, loaded if need be for a request; None if that has to wait for room. Raises
+        ModelLoadError, and EngineBusy if idle models are kept from it."""
         if runner := self.runners.get(local.name):
             return runner
         size = local.size // self._group.size
         while not self._has_room_for(size):
-            if not self._unload_idle():
+            if not self._unload_idle(priority):
                 return None
         self.prefixes.evict(spare=size)
         self._wire(size)
@@ -136,10 +141,10 @@ class ModelPool:
 
     def fits(self, runner: ModelRunner, sequence: Sequence) -> bool:
         """Whether a request can begin now, if the prefix cache makes room for it. Raises
-        PromptTooLong if it never can."""
-        need = runner.reserve(sequence)
+        PromptTooLong if it never can, and EngineBusy if idle models are kept from it."""
+        need, priority = runner.reserve(sequence), sequence.request.priority
         while self.committed + need > self.memory:
-            if self._unload_idle(runner) or self._pause_lower(sequence, need):
+            if self._unload_idle(priority, runner) or self._pause_lower(sequence, need):
                 continue
             if self.sequences():
                 return False
@@ -236,15 +241,23 @@ class ModelPool:
             if idle >= self.WRITE_DELAY and runner.has_unwritten():
                 return runner.write()
 
-    def _unload_idle(self, spared: ModelRunner | None = None) -> bool:
-        """Unloads the least recently used idle model; returns whether there was one."""
-        idle = [
-            name
-            for name, runner in self.runners.items()
-            if not runner.sequences and runner is not spared
-        ]
+    def _unload_idle(self, priority: Priority, spared: ModelRunner | None = None) -> bool:
+        """Unloads the least recently used idle model that need not be kept from a request of this
+        priority; returns whether there was one. Raises EngineBusy if there are only others and
+        nothing else makes room."""
+        since = time.monotonic() - self.KEPT
+        idle, kept = [], False
+        for name, runner in self.runners.items():
+            if runner.sequences or runner is spared:
+                continue
+            if any(used > since for other, used in runner.uses.items() if other < priority):
+                kept = True
+            else:
+                idle.append(name)
         if idle:
             self.unload(min(idle, key=lambda name: self.runners[name].used))
+        elif kept and not self.sequences():
+            raise EngineBusy("the memory is kept for models of more important requests")
         return bool(idle)
 
     def unload(self, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 from _mlx_server.inference.chat_renderer import ChatRenderer
@@ -61,18 +62,19 @@ class PromptRenderer:
         self._memories: dict[str, ConversationMemory] = {}  # by owner
         self._chats: dict[str, ChatRenderer] = {}  # by owner
 
-    def prompt(self, request: Request, window: int | None = None) -> Prompt:
+    def prompt(self, request: Request, window: int | None = None, most: float = math.inf) -> Prompt:
         """Renders and tokenises a request. `window` is how many tokens prompt and answer may have.
-        Raises InvalidRequest when the template refuses it, or an image is none."""
+        Raises InvalidRequest when the template refuses it, or an image is none; of more than `most`
+        tokens some may be missing, or PromptTooLong is raised."""
         request, pictures = self._pictures.find(request)
-        prompt = self._prompt(request, window)
+        prompt = self._prompt(request, window, most)
         prompt.find_images(pictures)
         return prompt
 
-    def _prompt(self, request: Request, window: int | None) -> Prompt:
+    def _prompt(self, request: Request, window: int | None, most: float) -> Prompt:
         if request.prompt is None and (chat := self._chat(request.owner)) is not None:
             try:
-                return chat.prompt(request, window)
+                return chat.prompt(request, window, most)
             except RecursionError:
                 message = "the messages or the tools are nested too deeply"
                 raise InvalidRequest(message) from None
@@ -82,7 +84,7 @@ class PromptRenderer:
         if request.suffix:
             before, behind, end = self.gap_tokens()
             raw = f"{before}{raw}{behind}{request.suffix}{end}"
-        return Prompt(request.context + self._tokenizer.encode_raw(raw))
+        return Prompt(request.context + self._tokenizer.encode_raw(raw, most))
 
     def truncated(self, prompt: Prompt, most: int) -> Prompt:
         """The first tokens of a text to embed, with its end token if the tokenizer gives it one."""

@@ -69,6 +69,8 @@ class ModelRunner:
         self.sequences: tuple[Sequence, ...] = ()
         self.keep_alive: float | None = None  # seconds that the idle model stays
         self.used = time.monotonic()
+        # When the latest request of each priority has ended, in monotonic seconds
+        self.uses: dict[Priority, float] = {}
         self._disk_cache, self._group, self._room = disk_cache, group, room
         ends = renderer.tokenizer.eos_token_ids
         images = ImageRows(self.vision) if self.vision else None
@@ -478,7 +480,7 @@ class ModelRunner:
 
     def _release(self, sequence: Sequence) -> None:
         self._remove(sequence)
-        self.used = time.monotonic()
+        self.used = self.uses[sequence.request.priority] = time.monotonic()
         if sequence.request.keep_alive is not None:
             self.keep_alive = sequence.request.keep_alive
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import re
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from _mlx_server.inference.bounded import BoundedMap
@@ -15,6 +16,10 @@ from _mlx_server.inference.image_layout import QwenLayout
 from _mlx_server.inference.images import PLACED
 from _mlx_server.inference.models import LocalModel, gap_marks, load_error
 from _mlx_server.inference.protocol import InvalidRequest
+
+# Where to cut a text: many tokenizers treat blanks at its beginning or end in their own way
+_LINE_END = re.compile(r".*\n(?=\S)", re.DOTALL)
+_WITHIN_WORD = re.compile(r".*\S(?=\S)", re.DOTALL)
 
 
 class TextTokenizer:
@@ -28,6 +33,7 @@ class TextTokenizer:
     thread."""
 
     REMEMBERED = 32 * 2**20  # bytes of pieces of text and their tokens
+    LONG = 2**18  # characters that are encoded at once, which takes two hundred times their bytes
     LEADS = ("", "\n", "<", ".")  # see _find_lead
 
     def __init__(self, wrapped: Any, layout: QwenLayout | None = None):
@@ -58,36 +64,42 @@ class TextTokenizer:
             raise load_error(local, f"the tokenizer of model '{local.name}'", error) from error
         return cls(wrapped, layout)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, most: float = math.inf) -> list[int]:
         """The token ids of a text in which special tokens are recognised unless they are escaped;
-        none are added."""
+        none are added. If they are more than `most`, some at the end may be missing."""
+        return list(itertools.chain.from_iterable(_until(most, self._encode_marked(text))))
+
+    def _encode_marked(self, text: str) -> Iterator[Sequence[int]]:
+        """The token ids of a text with the marks of images, part by part, as all that follow."""
         if self._layout is None or not PLACED.search(text):
-            return self._encode_text(text)
+            yield from self._encode_text(text)
+            return
         first, *rest = PLACED.split(text)
-        tokens = self._encode_text(first)
+        yield from self._encode_text(first)
         for at in range(0, len(rest), 4):
             token, rows, columns = map(int, rest[at : at + 3])
-            tokens += self._layout.tokens(-token, rows, columns)
-            tokens += self._encode_text(rest[at + 3])
-        return tokens
+            yield self._layout.tokens(-token, rows, columns)
+            yield from self._encode_text(rest[at + 3])
 
-    def _encode_text(self, text: str) -> list[int]:
-        if self._special_tokens is None:
-            return self._encode_parts(text)
-        pieces = filter(None, self._special_tokens.split(text))
-        return list(itertools.chain.from_iterable(map(self._encode_piece, pieces)))
+    def _encode_text(self, text: str) -> Iterator[Sequence[int]]:
+        pieces = self._special_tokens.split(text) if self._special_tokens else [text]
+        for piece in filter(None, pieces):
+            if len(piece) > self.LONG or not self._special_tokens:
+                yield from self._encode_parts(piece)
+            else:
+                yield self._pieces.get_or_make(piece, functools.partial(self._encode_piece, piece))
 
-    def _encode_piece(self, piece: str) -> Sequence[int]:
-        """`_encode_parts`, remembered."""
-        return self._pieces.get_or_make(piece, lambda: array("I", self._encode_parts(piece)))
+    def _encode_piece(self, piece: str) -> array[int]:
+        return array("I", itertools.chain.from_iterable(self._encode_parts(piece)))
 
-    def _encode_parts(self, text: str) -> list[int]:
-        """The token ids of a text that may hold SPLIT, at which it is cut."""
-        first, *parts = text.split(SPLIT)
-        tokens = self._encode_whole(first) if first else []
+    def _encode_parts(self, text: str) -> Iterator[list[int]]:
+        """The token ids of a text that may hold SPLIT, at which it is cut, as it is where it is
+        too long."""
+        first, *parts = (piece for part in text.split(SPLIT) for piece in cut(part, self.LONG))
+        if first:
+            yield self._encode_whole(first)
         for part in filter(None, parts):
-            tokens += self._encode_behind(self._lead, part)
-        return tokens
+            yield self._encode_behind(self._lead, part)
 
     def _encode_behind(self, lead: str, text: str) -> list[int]:
         """The token ids of a text that is not the first one: those behind the tokens of `lead`."""
@@ -187,11 +199,41 @@ class TextTokenizer:
             )
         return marks
 
-    def encode_raw(self, text: str) -> list[int]:
+    def encode_raw(self, text: str, most: float = math.inf) -> list[int]:
         """The token ids of a text that no template has rendered, with the special tokens that the
-        tokenizer adds to it."""
-        tokens: list[int] = self.wrapped.encode(text)
-        return tokens
+        tokenizer adds to it. If they are more than `most`, some in front of the last one may be
+        missing."""
+        first, *rest = cut(text, self.LONG)
+        tokens: list[int] = self.wrapped.encode(first)
+        if not rest:
+            return tokens
+        added = tokens[-1:] != self._encode_whole(first)[-1:]
+        end = [tokens.pop()] if added else []
+        parts = (self._encode_behind(self._lead, part) for part in rest)
+        return list(itertools.chain(tokens, *_until(most - len(tokens), parts), end))
+
+
+def cut(text: str, size: int) -> list[str]:
+    """A text in parts of at most `size` characters, of which the others begin a line if possible,
+    and with no blank if that is possible."""
+    parts, start = [], 0
+    while len(text) - start > size:
+        bounds = start + size // 2, start + size
+        found = _LINE_END.match(text, *bounds) or _WITHIN_WORD.match(text, *bounds)
+        end = found.end() if found else start + size
+        parts.append(text[start:end])
+        start = end
+    return [*parts, text[start:]]
+
+
+def _until(most: float, parts: Iterable[Sequence[int]]) -> Iterator[Sequence[int]]:
+    """The first parts that have more than `most` tokens together, or all."""
+    count = 0
+    for part in parts:
+        yield part
+        count += len(part)
+        if count > most:
+            return
 
 
 def _remembered_bytes(text: str, tokens: array[int]) -> int:
