@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mlx_server")
 
-VERSION = 1  # of how images are prepared: states that were made with another one are not reused
+VERSION = 2  # of how images are prepared: states that were made with another one are not reused
 
 
 @dataclass(eq=False)
