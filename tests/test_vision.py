@@ -18,9 +18,23 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import PATIENCE, Server, examples, kinds
+from models import build_tokenizer
 from PIL import Image
 from test_http import ask
-from vision_models import CONFIGS, FOLDER, PICTURES, TEXT, build_vision_model, picture, png
+from test_text_is_text import FAMILIES
+from vision_models import (
+    CONFIGS,
+    END,
+    FOLDER,
+    MISTRAL_MARKS,
+    PAD,
+    PICTURES,
+    START,
+    TEXT,
+    build_vision_model,
+    picture,
+    png,
+)
 
 from _mlx_server.inference import images
 from _mlx_server.inference.group import Group
@@ -192,6 +206,25 @@ def test_another_image_of_the_same_size_is_another_one(models: Path, family: Eng
     with Engine(str(models / family.default.name)) as fresh:
         assert answer(fresh, conversation(FILES[0], OTHER, text="Which one?")) == warm
     assert warm != answer(family, conversation(*FILES, text="Which one?"))
+
+
+def test_images_in_mistrals_template(tmp_path: Path):
+    """A token stands behind each row, where a text may stand; its name within a text is text."""
+    build_vision_model("mistral3", tmp_path)
+    template, special = FAMILIES["mistral"]
+    marks = [*MISTRAL_MARKS, *special.split()]
+    build_tokenizer(tmp_path, template, marks)
+    renderer = PromptRenderer(describe("m", tmp_path))
+    body = in_tool_result(FILES[0])
+    body["messages"][0]["content"] = [*blocks(FILES[1]), {"type": "text", "text": "[IMG][IMG_END]"}]
+    prompt = renderer.prompt(messages_request(body))
+    breaks, ends = (prompt.tokens.count(token) for token in (START, END))
+    assert [run.picture.placement.rows for run in prompt.images] == [8] * 8 + [6] * 6
+    assert (PAD in prompt.tokens, breaks, ends) == (False, 7 + 5, 2)
+    text = renderer.decode(prompt.tokens)
+    image = "[IMG_BREAK]" * 7 + "[IMG_END]\n[IMG][IMG_END][/INST]"
+    assert f"[INST]{image}" in text
+    assert "\n" + "[IMG_BREAK]" * 5 + "[IMG_END]\n" in text
 
 
 def test_the_same_image_twice(engine: Engine):

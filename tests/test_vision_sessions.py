@@ -201,7 +201,7 @@ def test_a_large_image_is_read_in_little_memory(form: str, tmp_path: Path):
 def test_an_image_that_is_read_in_tiles_is_that_of_a_whole(
     mode: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("_mlx_server.inference.images._TILE", 64)
+    monkeypatch.setattr("_mlx_server.inference.images.TILE", 64)
     noise = np.random.RandomState(3).randint(0, 256, (205, 310, len(mode)), dtype=np.uint8)
     image, file = Image.fromarray(noise, mode), io.BytesIO()
     image.save(file, "PNG")

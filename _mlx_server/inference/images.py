@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 MAX_IMAGES = 100  # of a request
 MAX_PIXELS = 32_000_000  # of a file: a 6K screen has 20 million, and each takes 4 bytes to decode
 MAX_WEBP_PIXELS = 8_500_000  # each takes 16 bytes; a 4K screen has 8.3 million
+TILE = 1024  # pixels on a side of what is resized at once
 MAX_ASPECT = 200  # longer side by shorter side
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
 UNSEEN = "[image omitted: this model cannot see images]"
@@ -123,14 +124,13 @@ def _spans(old: int, new: int) -> Iterator[tuple[int, int, int, int]]:
     those of the old pixels that a filter looks at for it."""
     scale = old / new
     margin = math.ceil(_REACH * max(1, scale))
-    step = max(1, int((_TILE - 2 * margin) / scale))
+    step = max(1, int((TILE - 2 * margin) / scale))
     for start in range(0, new, step):
         end = min(start + step, new)
         first, last = math.floor(start * scale) - margin, math.ceil(end * scale) + margin
         yield start, end, max(0, first), min(old, last)
 
 
-_TILE = 1024  # pixels on a side
 _REACH = 3  # pixels to each side that Pillow's widest filter looks at, more where it makes smaller
 
 # https://www.cipa.jp/std/documents/e/DC-X008-Translation-2019-E.pdf, 4.6.5; by Pillow's numbers
