@@ -18,13 +18,27 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import PATIENCE, Server, examples, kinds
+from models import build_tokenizer
 from PIL import Image
 from test_http import ask
-from vision_models import CONFIGS, FOLDER, PICTURES, TEXT, build_vision_model, picture, png
+from test_text_is_text import FAMILIES
+from vision_models import (
+    CONFIGS,
+    END,
+    FOLDER,
+    MISTRAL_MARKS,
+    PAD,
+    PICTURES,
+    START,
+    TEXT,
+    build_vision_model,
+    picture,
+    png,
+)
 
 from _mlx_server.inference import images
 from _mlx_server.inference.group import Group
-from _mlx_server.inference.image_layout import QwenLayout
+from _mlx_server.inference.image_layout import MistralLayout, QwenLayout
 from _mlx_server.inference.images import image_mark, read_pixels
 from _mlx_server.inference.models import describe
 from _mlx_server.inference.prefill import PromptReader
@@ -41,6 +55,7 @@ from engine import Done, Engine, InvalidRequest, Request, Sampling
 FILES = [png(pixels) for pixels in PICTURES]
 OTHER = png(picture(*PICTURES[1].shape[:2], 3))  # of the second one's size
 KINDS = kinds("qwen3_vl", among=CONFIGS)
+MANY = [kind for kind in CONFIGS if kind not in ("ministral3", "pixtral")]  # much is as in others
 READ = {"name": "Read", "input_schema": {"type": "object"}}
 
 
@@ -55,6 +70,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def engine(models: Path) -> Iterator[Engine]:
     with Engine(str(models / "qwen3_vl")) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module", params=kinds("qwen3_vl", among=("qwen3_vl", "mistral3")))
+def family(models: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """An engine with a model of a family; its name is the kind."""
+    with Engine(str(models / request.param)) as engine:
         yield engine
 
 
@@ -125,7 +147,10 @@ def test_the_logits_are_those_of_transformers(models: Path, kind: str, chunk: in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk", [64, 100, 512])
+@pytest.mark.parametrize(
+    "kind, chunk",
+    [(kind, chunk) for kind in CONFIGS for chunk in (64, 100, 512) if chunk == 100 or kind in MANY],
+)
 def test_the_answer_is_that_of_transformers_and_nothing_is_read_twice(
     models: Path, kind: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -172,15 +197,34 @@ def test_the_tower_reads_an_image_once(models: Path):
 
 
 @pytest.mark.slow
-def test_another_image_of_the_same_size_is_another_one(models: Path, engine: Engine):
-    answer(engine, conversation(*FILES, text="Which one?"))
-    other = engine.submit(conversation(FILES[0], OTHER, text="Which one?"))
+def test_another_image_of_the_same_size_is_another_one(models: Path, family: Engine):
+    answer(family, conversation(*FILES, text="Which one?"))
+    other = family.submit(conversation(FILES[0], OTHER, text="Which one?"))
     warm = finish(other).tokens[other.prompt_tokens :]
-    first = engine.count_tokens(conversation(FILES[0], text=""))
+    first = family.count_tokens(conversation(FILES[0], text=""))
     assert other.cached_tokens <= first
-    with Engine(str(models / "qwen3_vl")) as fresh:
+    with Engine(str(models / family.default.name)) as fresh:
         assert answer(fresh, conversation(FILES[0], OTHER, text="Which one?")) == warm
-    assert warm != answer(engine, conversation(*FILES, text="Which one?"))
+    assert warm != answer(family, conversation(*FILES, text="Which one?"))
+
+
+def test_images_in_mistrals_template(tmp_path: Path):
+    """A token stands behind each row, where a text may stand; its name within a text is text."""
+    build_vision_model("mistral3", tmp_path)
+    template, special = FAMILIES["mistral"]
+    marks = [*MISTRAL_MARKS, *special.split()]
+    build_tokenizer(tmp_path, template, marks)
+    renderer = PromptRenderer(describe("m", tmp_path))
+    body = in_tool_result(FILES[0])
+    body["messages"][0]["content"] = [*blocks(FILES[1]), {"type": "text", "text": "[IMG][IMG_END]"}]
+    prompt = renderer.prompt(messages_request(body))
+    breaks, ends = (prompt.tokens.count(token) for token in (START, END))
+    assert [run.picture.placement.rows for run in prompt.images] == [8] * 8 + [6] * 6
+    assert (PAD in prompt.tokens, breaks, ends) == (False, 7 + 5, 2)
+    text = renderer.decode(prompt.tokens)
+    image = "[IMG_BREAK]" * 7 + "[IMG_END]\n[IMG][IMG_END][/INST]"
+    assert f"[INST]{image}" in text
+    assert "\n" + "[IMG_BREAK]" * 5 + "[IMG_END]\n" in text
 
 
 def test_the_same_image_twice(engine: Engine):
@@ -225,18 +269,24 @@ def test_a_request_that_is_cancelled_within_an_image_goes_on_later(models: Path,
 
 
 @pytest.mark.slow
-def test_a_tower_in_mlx_form_that_is_quantised(models: Path, tmp_path: Path):
+@pytest.mark.parametrize("kind", ["qwen3_vl", "mistral3"])
+def test_a_tower_in_mlx_form_that_is_quantised(models: Path, kind: str, tmp_path: Path):
     """As mlx-vlm writes it: other names, channels last, and some layers quantised."""
-    build_vision_model("qwen3_vl", tmp_path)
+    build_vision_model(kind, tmp_path)
     weights = mx.load(str(tmp_path / "model.safetensors"))
     changed = {}
     for name, value in weights.items():
-        new = name.replace("model.visual.", "vision_tower.")
-        new = new.replace("model.language_model.", "language_model.model.")
-        new = new.replace("lm_head.", "language_model.lm_head.")
-        if new.endswith("patch_embed.proj.weight"):
+        new = name
+        if kind == "qwen3_vl":
+            new = name.replace("model.visual.", "vision_tower.")
+            new = new.replace("model.language_model.", "language_model.model.")
+            new = new.replace("lm_head.", "language_model.lm_head.")
+        else:
+            new = name.replace("vision_tower.", "vision_tower.vision_model.")
+        if new.endswith(("patch_embed.proj.weight", "patch_conv.weight")):
             value = value.moveaxis(1, -1)
-        if new.startswith("vision_tower.merger.linear") and value.ndim == 2:
+        layers = ("vision_tower.merger.linear", "multi_modal_projector.linear_2")
+        if new.startswith(layers) and value.ndim == 2:
             packed = mx.quantize(value, group_size=64, bits=8)
             layer = new.removesuffix(".weight")
             changed |= dict(zip((new, f"{layer}.scales", f"{layer}.biases"), packed, strict=True))
@@ -247,7 +297,7 @@ def test_a_tower_in_mlx_form_that_is_quantised(models: Path, tmp_path: Path):
     config["quantization"] = {"group_size": 64, "bits": 8}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert "vision" in describe("m", tmp_path).capabilities
-    _, plain = logits_of(models / "qwen3_vl", 1000)
+    _, plain = logits_of(models / kind, 1000)
     _, logits = logits_of(tmp_path, 1000)
     assert 0 < np.abs(plain - logits).max() < 0.1 * np.ptp(plain)
 
@@ -351,14 +401,14 @@ def in_tool_result(file: bytes) -> dict:
 
 
 @pytest.mark.slow
-def test_every_api_means_the_same(engine: Engine):
-    expected = reference("qwen3_vl")["answer"].tolist()
+def test_every_api_means_the_same(family: Engine):
+    expected = reference(family.default.name)["answer"].tolist()
     for request in requests(*FILES):
-        assert answer(engine, request) == expected
+        assert answer(family, request) == expected
 
 
-def test_an_image_in_a_tool_result(engine: Engine):
-    seen = [answer(engine, messages_request(in_tool_result(file))) for file in (FILES[1], OTHER)]
+def test_an_image_in_a_tool_result(family: Engine):
+    seen = [answer(family, messages_request(in_tool_result(file))) for file in (FILES[1], OTHER)]
     assert seen[0] != seen[1]
     call = {"id": "t1", "type": "function", "function": {"name": "Read", "arguments": "{}"}}
     chat = {
@@ -372,10 +422,10 @@ def test_an_image_in_a_tool_result(engine: Engine):
     assert OpenAIChat(chat).request.messages[-1]["content"] == image_mark(FILES[1])
 
 
-def test_tokens_are_counted_exactly(engine: Engine):
+def test_tokens_are_counted_exactly(family: Engine):
     body = in_tool_result(OTHER)
-    count = engine.count_tokens(count_request({k: v for k, v in body.items() if k != "max_tokens"}))
-    done = finish(engine.submit(messages_request(body)))
+    count = family.count_tokens(count_request({k: v for k, v in body.items() if k != "max_tokens"}))
+    done = finish(family.submit(messages_request(body)))
     assert count == done.usage.prompt_tokens
 
 
@@ -398,9 +448,39 @@ def test_how_many_tokens_an_image_has(size: tuple[int, int], most: int, placed: 
         "vision_start_token_id": 2,
         "vision_end_token_id": 3,
     }
-    found = QwenLayout(config, {}, most).place(*size)
+    found = QwenLayout(config, {}, {}, most).place(*size)
     assert (found.columns, found.rows) == placed
     assert (found.width, found.height) == (32 * found.columns, 32 * found.rows)
+
+
+@pytest.mark.parametrize(
+    "size, most, placed",
+    [
+        ((1920, 1080), 9999, (55, 31)),  # what PixtralProcessor makes of it
+        ((1920, 1080), 1280, (47, 26)),
+        ((5120, 2880), 1280, (47, 26)),
+        ((300, 200), 1280, (11, 8)),
+        ((4000, 20), 1280, (55, 1)),
+        ((1, 1), 1280, (1, 1)),
+        ((900, 900), 1, (1, 1)),
+    ],
+)
+def test_how_many_tokens_an_image_has_for_mistral(
+    size: tuple[int, int], most: int, placed: tuple[int, int]
+):
+    config = {
+        "vision_config": {"patch_size": 14},
+        "spatial_merge_size": 2,
+        "image_token_index": 10,
+    }
+    names = {"[IMG_BREAK]": 12, "[IMG_END]": 13}
+    layout = MistralLayout(config, {"size": {"longest_edge": 1540}}, names, most)
+    found = layout.place(*size)
+    assert (found.columns, found.rows) == placed
+    assert (found.width, found.height) == (28 * found.columns, 28 * found.rows)
+    tokens = layout.tokens(-7, found.rows, found.columns)
+    assert tokens.count(12) == found.rows - 1 and tokens.count(-7) == found.rows * found.columns
+    assert tokens[-1] == 13 and (len(tokens) <= most or placed == (1, 1))
 
 
 @pytest.mark.slow

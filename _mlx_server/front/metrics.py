@@ -70,6 +70,7 @@ def _engine_metrics(stats: Stats) -> list[str]:
         ),
         ("completion_tokens_total", "Generated tokens.", totals.completion_tokens),
         ("decode_passes_total", "Passes that generated them.", totals.decode_passes),
+        ("images_read_total", "Images that a model has looked at.", totals.images_read),
     ]
     drafts = [
         ("draft_tokens_total", "Drafted tokens.", totals.draft_tokens),

@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import itertools
+import math
 import re
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from _mlx_server.inference.protocol import InvalidRequest
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 MAX_IMAGES = 100  # of a request
 MAX_PIXELS = 32_000_000  # of a file: a 6K screen has 20 million, and each takes 4 bytes to decode
+MAX_WEBP_PIXELS = 8_500_000  # each takes 16 bytes; a 4K screen has 8.3 million
+TILE = 1024  # pixels on a side of what is resized at once
 MAX_ASPECT = 200  # longer side by shorter side
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
 UNSEEN = "[image omitted: this model cannot see images]"
@@ -79,22 +83,55 @@ def read_pixels(
     with _DECODING:
         image: Image.Image = _open(content)
         try:
-            image.load()
             turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
             lies = turn in _SIDEWAYS
             width, height = fit(*(image.size[::-1] if lies else image.size))
             size = (height, width) if lies else (width, height)
-            mode = "RGBA" if image.has_transparency_data else "RGB"
-            if image.mode != mode:  # otherwise it would be copied
-                image = image.convert(mode)
-            image = image.resize(size, filter)
-            if mode == "RGBA":
-                white = Image.new("RGBA", size, "white")
-                image = Image.alpha_composite(white, image).convert("RGB")
+            image.draft(None, (2 * size[0], 2 * size[1]))  # of a large JPEG not every pixel
+            image.load()
+            image = _resized(image, size, filter)
             return numpy.asarray(image if turn is None else image.transpose(Image.Transpose(turn)))
         except Exception as error:  # a stranger's file can cause almost any
             raise InvalidRequest("an image cannot be read: the file is damaged") from error
 
+
+def _resized(image: Image, size: tuple[int, int], filter: int) -> Image:
+    """An image in RGB, on white, resized as a whole would be, but tile by tile: a copy of all of a
+    large image would take as much memory as the image itself."""
+    from PIL import Image
+
+    whole = Image.new("RGB", size)
+    spans = _spans(image.height, size[1]), _spans(image.width, size[0])
+    for (top, bottom, upper, lower), (left, right, first, last) in itertools.product(*spans):
+        tile = image.crop((first, upper, last, lower))
+        if image.has_transparency_data:
+            tile = tile.convert("RGBA")
+            tile = Image.alpha_composite(Image.new("RGBA", tile.size, "white"), tile)
+        scale = image.width / size[0], image.height / size[1]
+        box = (
+            left * scale[0] - first,
+            top * scale[1] - upper,
+            right * scale[0] - first,
+            bottom * scale[1] - upper,
+        )
+        tile = tile.convert("RGB").resize((right - left, bottom - top), filter, box)
+        whole.paste(tile, (left, top))
+    return whole
+
+
+def _spans(old: int, new: int) -> Iterator[tuple[int, int, int, int]]:
+    """Cuts a side of `new` pixels that is made of `old` ones: beginning and end of each part, and
+    those of the old pixels that a filter looks at for it."""
+    scale = old / new
+    margin = math.ceil(_REACH * max(1, scale))
+    step = max(1, int((TILE - 2 * margin) / scale))
+    for start in range(0, new, step):
+        end = min(start + step, new)
+        first, last = math.floor(start * scale) - margin, math.ceil(end * scale) + margin
+        yield start, end, max(0, first), min(old, last)
+
+
+_REACH = 3  # pixels to each side that Pillow's widest filter looks at, more where it makes smaller
 
 # https://www.cipa.jp/std/documents/e/DC-X008-Translation-2019-E.pdf, 4.6.5; by Pillow's numbers
 _ORIENTATION = 0x0112
@@ -112,10 +149,11 @@ def _open(content: bytes) -> Image:
     except Exception as error:
         raise InvalidRequest("an image cannot be read: the file is damaged") from error
     width, height = image.size
-    if width * height > MAX_PIXELS:
+    most = MAX_WEBP_PIXELS if image.format == "WEBP" else MAX_PIXELS
+    if width * height > most:
         raise InvalidRequest(
             f"an image is too large: {width} x {height} pixels, "
-            f"where {MAX_PIXELS // 10**6} million are allowed"
+            f"where {most / 10**6:g} million are allowed"
         )
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise InvalidRequest(f"an image is too narrow: {width} x {height} pixels")

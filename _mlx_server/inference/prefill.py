@@ -240,7 +240,9 @@ class PromptReader:
         assert entry is not None
         start = len(entry.tokens)
         if self._vision is not None and prompt.images:
+            before = self._vision.runs
             stop = self._vision.reach(prompt, start, stop)
+            sequence.usage.images_read += self._vision.runs - before
             self._vision.read(prompt, start, stop, entry.cache)
         else:
             self._weights.model(mx.array(prompt.tokens[start:stop])[None], cache=entry.cache)

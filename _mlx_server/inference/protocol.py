@@ -182,8 +182,8 @@ class Usage:
     """Token counts and seconds. `prompt_tokens` is the whole prompt, `cached_tokens` the part that
     was not prefilled again, `prefilled_tokens` what was read, also again after a pause,
     `completion_tokens` everything generated, thinking included, `decode_passes` how often the model
-    ran for it. `draft_tokens` counts by drafter what was drafted of it, `accepted_tokens` what of
-    that was right."""
+    ran for it, `images_read` how many images the tower has read. `draft_tokens` counts by drafter
+    what was drafted of the answer, `accepted_tokens` what of that was right."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -191,6 +191,7 @@ class Usage:
     completion_tokens: int = 0
     thinking_tokens: int = 0
     decode_passes: int = 0
+    images_read: int = 0
     draft_tokens: collections.Counter[str] = field(default_factory=collections.Counter)
     accepted_tokens: collections.Counter[str] = field(default_factory=collections.Counter)
     load_seconds: float = 0.0
@@ -289,6 +290,7 @@ class Totals:
     completion_tokens: int = 0
     prefill_passes: int = 0
     decode_passes: int = 0  # of each request
+    images_read: int = 0
     draft_tokens: collections.Counter[str] = field(default_factory=collections.Counter)
     accepted_tokens: collections.Counter[str] = field(default_factory=collections.Counter)
 

@@ -109,7 +109,7 @@ class Sequence:
         self._events = events
         self._pending_logprobs: list[Token] = []  # of tokens that may turn out to be visible
         self._lap_start = self.submitted
-        self._counted = (0, 0, 0, 0)  # what of `usage` is in the engine's totals
+        self._counted = (0, 0, 0, 0, 0)  # what of `usage` is in the engine's totals
 
     def _new_parser(self) -> OutputParser:
         request, stop = self.request, self.request.stop
@@ -178,17 +178,19 @@ class Sequence:
 
     def count(self, totals: Totals) -> None:
         """Adds to the totals what was done since the last time, and its end if it has ended."""
-        usage, (cached, prefilled, completion, passes) = self.usage, self._counted
+        usage, (cached, prefilled, completion, passes, images) = self.usage, self._counted
         self._counted = (
             usage.cached_tokens,
             usage.prefilled_tokens,
             usage.completion_tokens,
             usage.decode_passes,
+            usage.images_read,
         )
         totals.cached_tokens += usage.cached_tokens - cached
         totals.prefilled_tokens += usage.prefilled_tokens - prefilled
         totals.completion_tokens += usage.completion_tokens - completion
         totals.decode_passes += usage.decode_passes - passes
+        totals.images_read += usage.images_read - images
         if self.state is State.ENDED:
             totals.endings[self.ending] += 1
             totals.prompt_tokens += self.prompt_tokens
