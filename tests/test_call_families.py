@@ -214,6 +214,7 @@ def test_long_strings_stream_in_every_family(family):
         # At most a few characters wait for what may end the value
         if started and arrived.endswith(("line\n", "line\\n")):
             assert seen.count("line") >= arrived.count("line") - 1
+    seen += "".join(event.json for event in parser.finish() if isinstance(event, ToolInput))
     assert (
         started < text.index("line")
         and seen.startswith('{"content": "line\\nline')

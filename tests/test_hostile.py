@@ -20,9 +20,11 @@ REPEATED = [
     *(" ", "\n", "a", "a ", "\\", '"', "{", "[", "(", "<", ",", "{[", '{"', '":', ", ", "1,"),
     *("to=", "name=", 'name="', "name='a' ", 'tool="', 'key="a" ', 'type="a" ', '"type": 1, '),
     *("END", "START", "START{", 'START{"a', "<function=", "<parameter=a>", "```json", "<invoke "),
+    *("OPEN", "CLOSE", "CLOSEOPEN", "OPENCLOSE", "OPENOPENCLOSE"),
     *('{"arguments":{},"name":"get_time"}', '{"arguments":{},"name":"get_time",}', "call:a ", "=a"),
 ]
-# Behind the call tag; CALL stands for a call up to the middle of a value
+# Behind the call tag; CALL stands for a call up to the middle of a value, as do OPEN and CLOSE for
+# its two halves with their tags
 BEGINNINGS = ["", '{"a": "', '<invoke x="', "to=", "a", "CALL"]
 
 
@@ -48,6 +50,7 @@ def costly(family: str, beginnings: list[str], repetitions: list[str]) -> dict[s
     """What costs an answer of this family more than its length, and how much more."""
     format, start, write, _, end = FAMILIES[family]
     call = write("Write", {"content": "x"})
+    first, second = start + call[: call.rindex("x")], call[call.rindex("x") + 1 :] + end
     found = {}
     for beginning in beginnings:
         before = start + beginning.replace("CALL", call[: call.rindex("x")])
@@ -60,6 +63,7 @@ def costly(family: str, beginnings: list[str], repetitions: list[str]) -> dict[s
 
         for repeated in repetitions:
             pumped = repeated.replace("START", start or "<|channel|>").replace("END", end)
+            pumped = pumped.replace("OPEN", first).replace("CLOSE", second)
             if pumped and (growth := grows(answer, pumped, 2500 // len(pumped))) >= 8:
                 found[before + pumped] = growth
     return found

@@ -7,7 +7,6 @@ import functools
 import json
 import re
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from _mlx_server.inference.call_syntax import (
@@ -16,11 +15,13 @@ from _mlx_server.inference.call_syntax import (
     CallSyntax,
     ObjectSyntax,
     TagSyntax,
+    ValueSyntax,
 )
 from _mlx_server.inference.call_writer import CallWriter
 from _mlx_server.inference.json_calls import read_json
 from _mlx_server.inference.marks import Marks, comes_next
 from _mlx_server.inference.schema import ParameterTypes, coerce
+from _mlx_server.inference.value_end import TextBuffer, ValueEnd
 
 T = TypeVar("T")
 Steps = Generator[None, None, T]  # reads one thing; yields whenever it needs more text
@@ -30,15 +31,8 @@ _HALF_ESCAPE = (
     r"\\(?:u[0-9a-fA-F]{0,3}|u[dD][89abAB][0-9a-fA-F]{2}(?:\\(?:u[0-9a-fA-F]{0,3})?)?)?\Z"
 )
 _HALF_KEY = re.compile(r'(?:"[^"\s]*(?:"\s*:?\s*)?)?')
+_HALF_TAGS = re.compile(r"\s*+.{0,150}")
 _CLOSING = {"{": "}", "[": "]", "(": ")"}
-
-
-@dataclass
-class TextBuffer:
-    """The text that was not understood yet, and whether no more will come."""
-
-    text: str = ""
-    ended: bool = False
 
 
 class ArgumentReader:
@@ -49,13 +43,19 @@ class ArgumentReader:
     Its methods are generators that yield when they need more text in the buffer."""
 
     def __init__(self, buffer: TextBuffer, writer: CallWriter, call_tags: tuple[str, str]):
-        self._buffer, self._writer = buffer, writer
-        self._start_tag, self._end_tag = call_tags
+        self._buffer, self._writer, self._call_tags = buffer, writer, call_tags
+        self._end_tag = call_tags[1]
+        self._argument = re.compile("")  # what precedes an argument's value in this call
+        # The names of the tool's arguments, and of those that have not come yet
+        self._declared: set[str] = set()
+        self._missing: set[str] = set()
 
     def read(self, syntax: CallSyntax, types: ParameterTypes) -> Steps[bool]:
         """Read the arguments behind a call's head; returns whether they are complete. `types` are
         the JSON types that the tool's schema allows. Behind it the buffer begins with the call's
         tail or, when an argument is malformed, with what was not understood."""
+        self._argument, self._declared = syntax.argument, set(types)
+        self._missing = set(types)
         if isinstance(syntax, TagSyntax):
             return self._read_tags(syntax, types)
         return self._read_object(syntax, types)
@@ -68,7 +68,6 @@ class ArgumentReader:
 
     def _read_object(self, syntax: ObjectSyntax, types: ParameterTypes) -> Steps[bool]:
         buffer, bracket = self._buffer, syntax.arguments_end[0]
-        following = (*syntax.next_argument, *syntax.arguments_end)
         while True:
             buffer.text = buffer.text.lstrip(" \t\r\n,")
             if buffer.text.startswith(bracket):
@@ -81,12 +80,12 @@ class ArgumentReader:
                 yield
                 continue
             key = _unescape(argument[1])
-            self._writer.write_key(key)
+            self._begin_argument(key)
             buffer.text = buffer.text[argument.end() :]
             quote = next((mark for mark in syntax.quotes if buffer.text.startswith(mark)), "")
             if quote:
                 buffer.text = buffer.text[len(quote) :]
-                yield from self._read_string((quote,), following, types[key], len(quote) == 1)
+                yield from self._read_string(syntax.value(quote), types[key])
             else:
                 end, missing = yield from self._find_end(syntax, [])
                 text, buffer.text = buffer.text[:end].strip(), buffer.text[end:]
@@ -100,88 +99,80 @@ class ArgumentReader:
             if argument is None:
                 if comes_next(buffer.text, (*syntax.arguments_end, self._end_tag), last=False):
                     return True
-                if self._gives_up(bool(comes_next(buffer.text, following, last=True))):
+                half = _HALF_TAGS.fullmatch(buffer.text) and comes_next(
+                    buffer.text, following, True
+                )
+                if self._gives_up(bool(half)):
                     return False
                 yield
                 continue
             key = argument[1].strip()
-            self._writer.write_key(key)
+            self._begin_argument(key)
             buffer.text = buffer.text[argument.end() :]
-            end = syntax.value_end.replace("KEY", key)
-            ends = (f"\n{end}", end) if syntax.own_lines else (end,)
+            value = syntax.value(key)
             if argument.re.groups > 1 and argument[2] not in (None, "true", "string"):
-                text = yield from self._collect(ends, following)
+                text = yield from self._collect(value)
                 self._writer.write_value(_parse_value(text, "", '"'), text)
             else:
-                yield from self._read_string(ends, following, types[key])
+                yield from self._read_string(value, types[key])
 
     def _gives_up(self, half: bool) -> bool:
         """Whether the next argument will never come. `half` tells that the buffer holds at most
         the beginning of one, which is dropped if no more comes."""
-        buffer = self._buffer
-        if buffer.ended and half:
-            buffer.text = ""
-        return (
-            buffer.ended
-            or len(buffer.text) >= MAX_HEAD
-            or bool(self._end_tag)
-            and self._end_tag in buffer.text
-        )
+        text, end_tag = self._buffer.text, self._end_tag
+        closed = bool(end_tag) and end_tag in text
+        if self._buffer.ended and half and not closed:
+            self._buffer.text = ""
+        return self._buffer.ended or closed or len(text) >= MAX_HEAD
 
-    def _read_string(
-        self,
-        ends: tuple[str, ...],
-        following: tuple[str, ...],
-        types: set[str],
-        escapes: bool = False,
-    ) -> Steps[None]:
-        """Read a value that is text up to one of `ends`. It streams if it may be a string."""
+    def _begin_argument(self, key: str) -> None:
+        self._missing.discard(key)
+        self._writer.write_key(key)
+
+    def _is_expected(self, text: str) -> bool | None:
+        """Whether a text begins with an argument that the tool has and that has not come yet; None
+        while more text may tell."""
+        argument = self._argument.match(text.lstrip(" \t\r\n,"), 0, MAX_HEAD)
+        if argument is None:
+            return False if self._buffer.ended or len(text) >= MAX_HEAD else None
+        return not self._declared or argument[1].strip() in self._missing
+
+    def _read_string(self, value: ValueSyntax, types: set[str]) -> Steps[None]:
+        """Read a value that is text. It streams if it may be a string."""
         if not types or "string" in types:
             self._writer.write_quote()
-            yield from self._read_text(ends, following, self._writer.write_text, escapes)
+            yield from self._read_text(value, self._writer.write_text)
             self._writer.write_quote()
         else:
-            text = yield from self._collect(ends, following, escapes)
+            text = yield from self._collect(value)
             self._writer.write_value(coerce(text, types), text)
 
-    def _collect(
-        self, ends: tuple[str, ...], following: tuple[str, ...], escapes: bool = False
-    ) -> Steps[str]:
+    def _collect(self, value: ValueSyntax) -> Steps[str]:
         pieces: list[str] = []
-        yield from self._read_text(ends, following, pieces.append, escapes)
+        yield from self._read_text(value, pieces.append)
         return "".join(pieces)
 
-    def _read_text(
-        self,
-        ends: tuple[str, ...],
-        following: tuple[str, ...],
-        write: Callable[[str], None],
-        escapes: bool,
-    ) -> Steps[None]:
-        """Read text up to one of `ends` and `write` it; with `escapes` JSON's are resolved.
-
-        An end counts only where one of `following` or the call's end tag comes next; elsewhere it
-        is part of the text. A call's end tag within the text counts when nothing or another call
-        follows, and is left in the buffer.
-        """
+    def _read_text(self, value: ValueSyntax, write: Callable[[str], None]) -> Steps[None]:
+        """Read text up to where its value ends and `write` it; JSON's escapes are resolved. A
+        call's end tag that ends the value, too, is left in the buffer."""
         buffer = self._buffer
-        marks = Marks((*ends, self._end_tag))
-        up_to_mark = _up_to(marks.texts, escapes)
-        following = (*following, self._end_tag)
+        value_end = ValueEnd(value, self._call_tags, self._is_expected)
+        marks = Marks(value_end.marks)
+        up_to_mark = _up_to(marks.texts, value.escapes)
         while True:
             found = up_to_mark.match(buffer.text)
             assert found is not None  # it matches any text
             text, mark = found.groups()
             if not mark and not buffer.ended:
                 text = text[: len(text) - marks.partial_length(text)]
-            write(_unescape(text) if escapes else text)
+            write(_unescape(text) if value.escapes else text)
+            value_end.pass_text(text)
             buffer.text = buffer.text[len(text) :]
             if mark in marks.texts:
                 rest = buffer.text[len(mark) :]
-                is_end = mark in ends
-                over = comes_next(rest, following if is_end else (self._start_tag,), buffer.ended)
+                over = value_end.is_at(mark, rest, buffer)
                 if over:
-                    buffer.text = rest if is_end else buffer.text
+                    buffer.text = rest if mark in value.ends else buffer.text
                     return
                 if over is False:
                     write(mark)

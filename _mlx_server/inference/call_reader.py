@@ -7,7 +7,7 @@ import json
 import re
 from typing import Any
 
-from _mlx_server.inference.argument_reader import ArgumentReader, Steps, TextBuffer
+from _mlx_server.inference.argument_reader import ArgumentReader, Steps
 from _mlx_server.inference.call_syntax import MAX_HEAD, CallSyntax, ObjectSyntax
 from _mlx_server.inference.call_writer import CallWriter
 from _mlx_server.inference.formats import OutputFormat
@@ -15,6 +15,7 @@ from _mlx_server.inference.json_calls import CutShort, parse_json_calls, read_js
 from _mlx_server.inference.marks import Marks, comes_next
 from _mlx_server.inference.protocol import Event
 from _mlx_server.inference.schema import ParameterTypes, coerce
+from _mlx_server.inference.value_end import TextBuffer
 
 
 class CallReader:
@@ -70,12 +71,12 @@ class CallReader:
         """The text that was not understood yet; when the calls are over, the text behind them."""
         return self._buffer.text
 
-    def read(self, text: str, last: bool) -> tuple[list[Event], bool]:
-        """Take the next piece of text, the `last` one if no more will come; returns the events that
-        have become certain and whether the calls are over. Raises ValueError, with all of the text
-        in `rest`, when it is no call."""
+    def read(self, text: str, last: bool, cut: bool = False) -> tuple[list[Event], bool]:
+        """Take the next piece of text, the `last` one if no more will come, which may be because
+        the answer was `cut`; returns the events that have become certain and whether the calls are
+        over. Raises ValueError, with all of the text in `rest`, when it is no call."""
         self._buffer.text += text
-        self._buffer.ended = last
+        self._buffer.ended, self._buffer.cut = last, cut
         over = last
         try:
             next(self._steps)

@@ -55,6 +55,25 @@ class CallTemplate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValueSyntax:
+    """How one value that is text ends: at one of `ends`, if one of `next_argument` or
+    `arguments_end` follows, blanks aside.
+
+    `opening` and `closing` are patterns of what begins and what ends a value. `opener` is the text
+    that begins one, if that differs from what ends one. With `escapes` the value is a string of
+    JSON, inside which no quote stands as it is.
+    """
+
+    ends: tuple[str, ...]
+    next_argument: tuple[str, ...]
+    arguments_end: tuple[str, ...]
+    opening: str
+    closing: str
+    opener: str = ""
+    escapes: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class BaseSyntax:
     """What both kinds of syntax have.
 
@@ -79,6 +98,13 @@ class BaseSyntax:
     # How to write a call; None if it is only read.
     template: CallTemplate | None = None
 
+    @property
+    def markup(self) -> tuple[str, ...]:
+        """The texts that may hold control tokens."""
+        template = self.template
+        written = (template.head, template.before_value, template.tail) if template else ()
+        return (*self.next_argument, *self.arguments_end, *written)
+
     def head_for(self, name: str) -> str:
         """The text between the call tag and the arguments in a call of the tool `name`."""
         return self.template.head.replace("NAME", name) if self.template else ""
@@ -99,23 +125,59 @@ class ObjectSyntax(BaseSyntax):
     # Whether the arguments are a member of a JSON object, which ends behind them.
     enclosed: bool = False
 
+    @property
+    def markup(self) -> tuple[str, ...]:
+        return (*super().markup, *self.quotes)
+
     def head_for(self, name: str) -> str:
         if self.enclosed:
             name = json.dumps(name, ensure_ascii=False)[1:-1]
         return super().head_for(name)
 
+    def value(self, quote: str) -> ValueSyntax:
+        """How a string within `quote` ends."""
+        closing = re.escape(quote)
+        escapes = len(quote) == 1
+        before = r"[:=\[({,]" if escapes else rf"(?:[{{,]\s*+{BARE_KEY}|\[|,)"
+        return ValueSyntax(
+            ends=(quote,),
+            next_argument=self.next_argument,
+            arguments_end=self.arguments_end,
+            opening=rf"{before}\s*+{closing}",
+            closing=closing,
+            escapes=escapes,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class TagSyntax(BaseSyntax):
-    """Each value is plain text up to `value_end`, in which KEY stands for the argument's name.
+    """Each value is plain text up to `value_end`. `value_start` is the text that it begins with, as
+    far as it is always the same. In both KEY stands for the argument's name.
 
     The second group of `argument`, if it has one, tells the value's type: anything but "string" or
     "true" (it is a string) means JSON.
     """
 
+    value_start: str
     value_end: str
     # Whether the newline behind `argument` and the one before `value_end` are no part of the value.
     own_lines: bool = False
+
+    @property
+    def markup(self) -> tuple[str, ...]:
+        return (*super().markup, self.value_end)
+
+    def value(self, key: str) -> ValueSyntax:
+        """How the value of the argument `key` ends."""
+        start, end = (text.replace("KEY", key) for text in (self.value_start, self.value_end))
+        return ValueSyntax(
+            ends=(f"\n{end}", end) if self.own_lines else (end,),
+            next_argument=self.next_argument,
+            arguments_end=self.arguments_end,
+            opening=re.escape(start),
+            closing=re.escape(end),
+            opener=start,
+        )
 
 
 CallSyntax = ObjectSyntax | TagSyntax

@@ -7,6 +7,7 @@ import secrets
 import string
 from typing import Any
 
+from _mlx_server.inference.control_tokens import unescape
 from _mlx_server.inference.protocol import Event, ToolEnd, ToolInput, ToolStart
 
 _LETTERS = string.ascii_letters + string.digits
@@ -14,7 +15,8 @@ _LETTERS = string.ascii_letters + string.digits
 
 class CallWriter:
     """Collects the events of tool calls: for each call a ToolStart, ToolInputs whose texts are
-    together one JSON object, and a ToolEnd. `calls` is the number of calls that have begun."""
+    together one JSON object, and a ToolEnd. Texts may be escaped (see control_tokens.py), what
+    comes out is not. `calls` is the number of calls that have begun."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -59,7 +61,8 @@ class CallWriter:
         self._write(written)
 
     def _write(self, text: str) -> None:
-        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be sent
+        # Half a surrogate pair cannot be sent.
+        text = unescape(text.encode("utf-8", "replace").decode())
         if not text:
             return
         self._json.append(text)

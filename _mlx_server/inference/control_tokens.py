@@ -67,10 +67,7 @@ class ControlTokens:
         if not self._first_letter.search(text):
             return text
         starts = self._starts(text)
-        if not starts:
-            return text
-        cuts = [0, *(start + 1 for start in starts), len(text)]
-        return SPLIT.join(text[begin:end] for begin, end in itertools.pairwise(cuts))
+        return escape_at(text, starts)
 
     def escape_message(self, message: Message) -> Message:
         """A message whose texts are escaped: contents, thinking, names, ids, arguments.
@@ -122,6 +119,14 @@ class ControlTokens:
                 starts.append(begun.start())
             begun = self._first_letter.search(text, begun.start() + 1, end)
         return sorted(set(starts))
+
+
+def escape_at(text: str, starts: list[int]) -> str:
+    """A text in which no control token can be seen at these places, in order."""
+    if not starts:
+        return text
+    cuts = [0, *(start + 1 for start in starts), len(text)]
+    return SPLIT.join(text[begin:end] for begin, end in itertools.pairwise(cuts))
 
 
 def unescape(text: str) -> str:

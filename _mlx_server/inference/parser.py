@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from _mlx_server.inference.call_reader import CallReader
 from _mlx_server.inference.code_tracker import CodeTracker
-from _mlx_server.inference.control_tokens import alternatives
+from _mlx_server.inference.control_tokens import alternatives, escape_at, unescape
 from _mlx_server.inference.formats import OutputFormat
 from _mlx_server.inference.marks import Marks
 from _mlx_server.inference.protocol import Event, Text, Thinking, ToolEnd, ToolInput, ToolStart
@@ -109,6 +109,7 @@ class OutputParser:
         self._stops = StopMatcher(stop)
         self._events: list[Event] = []
         self._buffer = ""  # text that is not understood yet
+        self._cut = False
 
         self._tags = {
             "text": _text_tags(format, bool(tools)),
@@ -116,9 +117,9 @@ class OutputParser:
         }
         self._marks = {state: Marks(tags) for state, tags in self._tags.items()}
         tags = [tag for tags in self._tags.values() for tag in tags]
-        self._control = re.compile(
-            alternatives(token for token in control_tokens if any(token in tag for tag in tags))
-        )
+        tags += [tag for syntax in format.syntaxes if tools for tag in syntax.markup]
+        controls = [token for token in control_tokens if any(token in tag for tag in tags)]
+        self._control, self._controls = re.compile(alternatives(controls)), Marks(controls)
         self._fed = 0  # characters
         self._markup: set[int] = set()  # where in these control tokens begin
         self._code = CodeTracker()
@@ -159,7 +160,7 @@ class OutputParser:
         """The turn has ended, or was `cut` (by `max_tokens`, say): returns what was held back. A
         call that is not complete is completed as far as possible, but not if it was cut: half a
         command must not be run."""
-        reader = self._reader
+        reader, self._cut = self._reader, cut
         events = self._read("", last=True)
         if cut and reader and reader.cut and events and isinstance(events[-1], ToolEnd):
             # The last piece of its arguments is the one that completes them.
@@ -271,14 +272,27 @@ class OutputParser:
 
     def _read_call(self, last: bool) -> bool:
         assert self._reader is not None
-        text, self._buffer = self._buffer, ""
         try:
-            events, over = self._reader.read(text, last)
+            events, over = self._reader.read(self._take_escaped(last), last, self._cut)
         except ValueError:
-            self._call_failed(self._reader.rest)
+            self._call_failed(unescape(self._reader.rest))
             return True
         self._emit_calls(events, over)
         return over
+
+    def _take_escaped(self, last: bool) -> str:
+        """Take from the buffer what is certainly a control token or none; those that are only
+        spelled like one are escaped, so that they are no markup within a call."""
+        buffer, first = self._buffer, self._fed - len(self._buffer)
+        held = 0 if last else self._controls.partial_length(buffer)
+        text, self._buffer = buffer[: len(buffer) - held], buffer[len(buffer) - held :]
+        spelled, found = [], self._control.search(text)
+        while found:
+            is_markup = first + found.start() in self._markup
+            if not is_markup:
+                spelled.append(found.start())
+            found = self._control.search(text, found.end() if is_markup else found.start() + 1)
+        return escape_at(text, spelled)
 
     def _call_failed(self, rest: str) -> None:
         """It was no call: its opening tag is text, and what follows it is read again."""
@@ -286,7 +300,7 @@ class OutputParser:
         tag, self.state = self._call_tag, self._state_before_call
         if self._tags["text"].get(tag) is Tag.LINE_CALL:
             rest = rest[len(tag) :]
-        self._buffer = rest
+        self._buffer = rest + self._buffer
         if self.state == "text":
             self._write_text(tag)
         else:
@@ -311,7 +325,7 @@ class OutputParser:
             self._call_tag, self._bare_length, self._bare_events = "", 0, []
         reader = self._reader
         try:
-            events, over = reader.read(self._buffer[self._bare_length :], last)
+            events, over = reader.read(self._buffer[self._bare_length :], last, self._cut)
         except ValueError:
             self._reader = None
             return False
@@ -336,7 +350,8 @@ class OutputParser:
             self.called, self._may_be_bare = True, False
         if over:
             assert self._reader is not None
-            self._buffer, self._reader = self._reader.rest, None
+            self._buffer = unescape(self._reader.rest) + self._buffer
+            self._reader = None
             self.finished = not self._parallel
             self._begin("text")
 
