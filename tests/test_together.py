@@ -9,11 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
+from bench_together import AGENTS, PREFIX, fill
 from conftest import kinds
-from test_engine import SYSTEM, answer, cold, user
+from models import build_model
+from test_engine import REREAD, SYSTEM, answer, cold, user
 
 from _mlx_server.inference.decode_batch import DecodeBatch
+from _mlx_server.inference.layers import is_trimmable
 from engine import Engine, EngineError, Generation, Priority, Request
 
 
@@ -103,6 +107,20 @@ def test_what_comes_at_once_is_read_together_and_goes_on_as_if_alone(engine: Eng
         assert warm == cold(engine, talk, max_tokens=12)
 
 
+def test_a_short_prompt_is_read_in_one_pass_or_two_with_a_restore_point(engine: Engine):
+    with at_once(engine) as shapes:
+        runner = engine.pool.runners[engine.default.name]
+        trimmable = all(map(is_trimmable, runner.weights.new_cache()))
+        generation = engine.chat([user("hello")], max_tokens=4)
+    before = text(generation)
+    assert len(shapes) == (1 if trimmable else 2)
+    prompt = generation.usage.prompt_tokens
+    assert sum(length for _, length in shapes) == prompt
+    assert generation.usage.prefilled_tokens == prompt - 1
+    again, generation = answer(engine, [user("hello")], max_tokens=4)
+    assert again == before and generation.usage.cached_tokens >= prompt - REREAD
+
+
 def test_only_the_prompt_that_cannot_be_read_fails(plain: Engine):
     prompts = [tokens(40, n) for n in range(4)]
     alone = [text(raw(plain, prompt)) for prompt in prompts]
@@ -141,6 +159,24 @@ def test_what_a_cancelled_prompt_has_read_with_others_is_kept(plain: Engine):
     list(running[0])
     again = raw(plain, prompts[0])
     assert text(again) == alone[0] and again.usage.cached_tokens >= 59
+
+
+@pytest.mark.slow
+def test_sub_agents_behind_a_long_prefix_take_as_many_passes_as_one(tmp_path: Path):
+    path = build_model("", tmp_path / "agents", config=AGENTS)
+    prefix = tokens(PREFIX, 0)
+    with Engine(str(path)) as engine:
+        said, passes = [], []
+        for count in (8, 1):
+            with at_once(engine) as shapes:
+                mx.random.seed(1)
+                fill(engine, prefix)
+                running = [raw(engine, [*prefix, *tokens(200, 1 + n)]) for n in range(count)]
+            said.append([text(generation) for generation in running])
+            assert running[-1].usage.cached_tokens == PREFIX
+            passes.append(shapes)
+    assert passes == [[(8, 199)], [(1, 199)]]
+    assert said[0][0] == said[1][0]
 
 
 @pytest.mark.slow
