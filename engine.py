@@ -594,8 +594,8 @@ class Engine:
         chosen = self._group.broadcast(lambda: self._scheduler.choose(list(owners), decoding))
         if chosen is not None:
             self._synchronize()
-            read = owners[chosen].prefill(chosen, total=len(self.pool.sequences()))
-            self._totals.prefill_passes += bool(read)
+            read, passes = owners[chosen].prefill(chosen, total=len(self.pool.sequences()))
+            self._totals.prefill_passes += passes
             self._scheduler.prefilled(chosen, read, time.perf_counter() - started, decoding)
 
     def _decode(self) -> None:

@@ -17,6 +17,8 @@ to measure nothing else: `loop`, `prefill`, `decode`, `concurrent`, `contended`.
         a prompt's look-up beside few and many conversations, files and models
     python tests/bench.py beside
         a long conversation and short ones beside it: memory, and what they cost each other
+    python tests/bench.py together [--against URL --against-model NAME]
+        short requests at once beside mlx-lm's server, or another; passes of sub-agents
     python tests/bench.py copy
         answers that copy from what was read: how many tokens a pass of the model brings
     python tests/bench.py soak
@@ -49,6 +51,7 @@ from bench_prompts import made_up_trace
 from bench_reuse import send, session
 from bench_side import FAILURES, Generate, Side, find_side
 from bench_table import ROWS, Table, machine
+from bench_together import together as compare_together
 from soak import Soak, memory
 
 ROOT = Path(__file__).parent.parent
@@ -217,7 +220,17 @@ def soak(args: argparse.Namespace) -> None:
     )
 
 
-COMMANDS = {command.__name__: command for command in (reuse, render, growth, copy, beside, soak)}
+def together(args: argparse.Namespace) -> None:
+    """Short requests that come at once, and sub-agents."""
+    if args.model == "demo" and not args.url:  # it is too small to show anything
+        args.kind = args.kind or "qwen3"
+    with target(args) as side:
+        compare_together(side, compared_with(args, side) if args.against else None)
+
+
+COMMANDS = {
+    command.__name__: command for command in (reuse, render, growth, copy, beside, together, soak)
+}
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -198,6 +198,9 @@ def test_a_failed_prefill_keeps_its_finished_chunks(options: dict, monkeypatch: 
                 raise MemoryError("no more room")
             return out
 
+        vars(fails).update(layers=model.layers)
+        if hasattr(model, "make_cache"):
+            vars(fails).update(make_cache=model.make_cache)
         monkeypatch.setattr(runtime.weights, "model", fails)
         with pytest.raises(EngineError, match="try again"):
             answer(engine, messages)

@@ -47,7 +47,7 @@ def entry(weights: Weights, length: int) -> CacheEntry:
 
 
 def insert(batch: DecodeBatch, one: CacheEntry, room: int | None = 1 << 40) -> int:
-    return batch.insert([Row(one, 7, 1000, greedy, [])], room)[0]
+    return batch.insert([Row(one, [*one.tokens, 7], 1000, greedy, [])], room)[0]
 
 
 def greedy(logprobs: Any) -> Any:

@@ -148,17 +148,19 @@ def test_a_model_with_experts_reads_large_chunks_while_nobody_waits(
         model = runtime.weights.model
 
         def measured(tokens, cache):
-            sizes.append(tokens.shape[1])
+            if tokens.shape[1] > 1:
+                sizes.append(tokens.shape[1])
             return model(tokens, cache=cache)
 
-        runtime.weights.model, measured.layers = measured, model.layers
+        runtime.weights.model = runtime.decode_batch.model = measured
+        measured.layers = model.layers
         list(engine.submit(Request("moe", prompt=[5] * 300, max_tokens=1)))
-        assert sizes == [128, 128, 32, 11]
+        assert sizes == [128, 128, 32, 12]
         running = engine.submit(Request("moe", prompt=[6], max_tokens=4000))
         next(iter(running.text()))
         sizes.clear()
         list(engine.submit(Request("moe", prompt=[7] * 60, max_tokens=1)))
-        assert sizes == [32, 27]
+        assert sizes == [32, 28]
 
 
 @pytest.mark.slow

@@ -9,11 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
+from bench_together import AGENTS, PREFIX, fill
 from conftest import kinds
-from test_engine import SYSTEM, answer, cold, user
+from models import build_model
+from test_engine import REREAD, SYSTEM, answer, cold, user
 
 from _mlx_server.inference.decode_batch import DecodeBatch
+from _mlx_server.inference.layers import is_trimmable
 from engine import Engine, EngineError, Generation, Priority, Request
 
 
@@ -48,7 +52,8 @@ def at_once(engine: Engine) -> Iterator[list[tuple[int, ...]]]:
     model = model_of(engine)
 
     def watched(tokens: Any, cache: Any) -> Any:
-        shapes.append(tokens.shape)
+        if tokens.shape[1] > 1:
+            shapes.append(tokens.shape)
         return model(tokens, cache=cache)
 
     put_in_place(engine, watched)
@@ -62,12 +67,13 @@ def model_of(engine: Engine) -> Any:
 
 
 def put_in_place(engine: Engine, wrapper: Any) -> None:
-    """Reads prompts with a function around the model from here on."""
+    """Reads with a function around the model from here on."""
     model = model_of(engine)
     wrapper.layers = model.layers
     if hasattr(model, "make_cache"):
         wrapper.make_cache = model.make_cache
-    engine.pool.runners[engine.default.name].weights.model = wrapper
+    runner = engine.pool.runners[engine.default.name]
+    runner.weights.model = runner.decode_batch.model = wrapper
 
 
 def raw(engine: Engine, prompt: list[int], **fields: Any) -> Generation:
@@ -101,6 +107,20 @@ def test_what_comes_at_once_is_read_together_and_goes_on_as_if_alone(engine: Eng
         assert warm == cold(engine, talk, max_tokens=12)
 
 
+def test_a_short_prompt_is_read_in_one_pass_or_two_with_a_restore_point(engine: Engine):
+    with at_once(engine) as shapes:
+        runner = engine.pool.runners[engine.default.name]
+        trimmable = all(map(is_trimmable, runner.weights.new_cache()))
+        generation = engine.chat([user("hello")], max_tokens=4)
+    before = text(generation)
+    assert len(shapes) == (1 if trimmable else 2)
+    prompt = generation.usage.prompt_tokens
+    assert sum(length for _, length in shapes) == prompt
+    assert generation.usage.prefilled_tokens == prompt - 1
+    again, generation = answer(engine, [user("hello")], max_tokens=4)
+    assert again == before and generation.usage.cached_tokens >= prompt - REREAD
+
+
 def test_only_the_prompt_that_cannot_be_read_fails(plain: Engine):
     prompts = [tokens(40, n) for n in range(4)]
     alone = [text(raw(plain, prompt)) for prompt in prompts]
@@ -119,7 +139,7 @@ def test_only_the_prompt_that_cannot_be_read_fails(plain: Engine):
     assert [text(generation) for generation in running] == alone
     with pytest.raises(EngineError, match="try again"):
         list(victim)
-    assert (5, 40) in shapes and (5, 40) not in shapes[1:]
+    assert shapes[0] == (5, 41) and all(rows == 1 for rows, _ in shapes[1:])
 
 
 def test_what_a_cancelled_prompt_has_read_with_others_is_kept(plain: Engine):
@@ -129,7 +149,8 @@ def test_what_a_cancelled_prompt_has_read_with_others_is_kept(plain: Engine):
         model = model_of(plain)
 
         def cancels(read: Any, cache: Any) -> Any:
-            running[0].cancel()
+            if read.shape[1] > 1:
+                running[0].cancel()
             return model(read, cache=cache)
 
         put_in_place(plain, cancels)
@@ -141,6 +162,24 @@ def test_what_a_cancelled_prompt_has_read_with_others_is_kept(plain: Engine):
 
 
 @pytest.mark.slow
+def test_sub_agents_behind_a_long_prefix_take_as_many_passes_as_one(tmp_path: Path):
+    path = build_model("", tmp_path / "agents", config=AGENTS)
+    prefix = tokens(PREFIX, 0)
+    with Engine(str(path)) as engine:
+        said, passes = [], []
+        for count in (8, 1):
+            with at_once(engine) as shapes:
+                mx.random.seed(1)
+                fill(engine, prefix)
+                running = [raw(engine, [*prefix, *tokens(200, 1 + n)]) for n in range(count)]
+            said.append([text(generation) for generation in running])
+            assert running[-1].usage.cached_tokens == PREFIX
+            passes.append(shapes)
+    assert passes == [[(8, 199)], [(1, 199)]]
+    assert said[0][0] == said[1][0]
+
+
+@pytest.mark.slow
 def test_who_is_read_with_whom(plain: Engine, monkeypatch: pytest.MonkeyPatch):
     with at_once(plain) as shapes:
         running = [
@@ -149,21 +188,21 @@ def test_who_is_read_with_whom(plain: Engine, monkeypatch: pytest.MonkeyPatch):
         ]
     for generation in running:
         list(generation)
-    assert shapes == [(3, 19), (3, 19)]  # the important ones first
+    assert shapes == [(3, 20), (3, 20)]  # the important ones first
     assert running[0].usage.completion_tokens == 8
 
     with at_once(plain) as shapes:
         running = [raw(plain, tokens(count, count)) for count in (420, 20, 23, 300)]
     for generation in running:
         list(generation)
-    assert shapes == [(2, 22), (1, 299), (1, 419)] or shapes == [(2, 22), (1, 419), (1, 299)]
+    assert shapes == [(2, 23), (1, 299), (1, 419)] or shapes == [(2, 23), (1, 419), (1, 299)]
 
     twin = tokens(600, 1)
     with at_once(plain) as shapes:
         running = [raw(plain, [*twin, *tokens(20, n)]) for n in range(3)]
     for generation in running:
         list(generation)
-    assert shapes == [(1, 512), (1, 107), (2, 19)]
+    assert shapes == [(1, 512), (1, 107), (2, 20)]
 
     monkeypatch.setattr(DecodeBatch, "LEAST", 0)  # as with states that are large beside the weights
     with at_once(plain) as shapes:

@@ -11,19 +11,19 @@ from _mlx_server.inference.group import Group
 from _mlx_server.inference.layers import can_merge, merge_caches
 from _mlx_server.inference.memory import StateSize
 from _mlx_server.inference.prefix_cache import CacheEntry
-from _mlx_server.inference.row_group import row_group_class
+from _mlx_server.inference.row_group import FirstPass, row_group_class
 from _mlx_server.inference.speculation import Drafter, Speculation
 from _mlx_server.inference.vision import ImageRows
 
 
 @dataclass
 class Row:
-    """A request that has read `entry` and reads `token` next, for at most `limit` tokens.
-    `processors` are mlx-lm's logits processors, `shift` is what images have added to the
-    positions."""
+    """A request with the prompt `tokens`, which has read `entry` of it, for at most `limit` tokens.
+    `processors` are mlx-lm's logits processors, `shift` is what images have added to the positions
+    of the tokens that are still to be read."""
 
     entry: CacheEntry
-    token: int
+    tokens: list[int]
     limit: int
     sampler: Any
     processors: list[Any]
@@ -84,9 +84,10 @@ class DecodeBatch:
         return sum(self._padding(group.lengths()) for group in self._groups)
 
     def insert(self, rows: list[Row], room: int | None) -> list[int]:
-        """Starts requests in one pass, which have to be alike; returns their numbers. Their
-        entries' caches are the batch's from here on. There may be `room` more bytes of padding;
-        with None a request gets a group of its own, which no other joins."""
+        """Starts requests, which have to be alike, with one pass that reads what is left of their
+        prompts; returns their numbers. Their entries' caches are the batch's from here on. There
+        may be `room` more bytes of padding; with None a request gets a group of its own, which no
+        other joins."""
         import mlx.core as mx
 
         self.settle()
@@ -95,16 +96,18 @@ class DecodeBatch:
         cache = rows[0].entry.cache
         if len(rows) > 1:
             cache = merge_caches([row.entry.cache for row in rows])
-        tokens = [list(row.entry.tokens) for row in rows]
+        tokens = [row.tokens[:-1] for row in rows]
+        parts = [row.tokens[len(row.entry.tokens) :] for row in rows]
+        several = any(len(part) > 1 for part in parts)
         if self._images:
             shifts = {number: row.shift for number, row in zip(numbers, rows, strict=True)}
             others = [number for group in self._groups for number in group.uids]
             tokens = self._images.add(shifts, tokens, others)
         with self._positions(numbers):
             new: Any = row_group_class()(
-                self.model,
+                FirstPass(self.model, parts) if several else self.model,
                 numbers.copy(),
-                mx.array([row.token for row in rows]),
+                mx.array([row.tokens[-1] for row in rows]),
                 cache,
                 tokens,
                 [row.sampler for row in rows],
@@ -113,8 +116,11 @@ class DecodeBatch:
                 [self._ends] * len(rows),
                 [row.limit for row in rows],
             )
-        new.in_place = len(rows) == 1
+        new.model, new.in_place = self.model, len(rows) == 1
         new.sync_tokens(self._group)
+        if several:  # a failure is theirs, and so is the time
+            mx.synchronize()
+            mx.clear_cache()
         new.closed = room is None or not can_merge(rows[0].entry.cache)
         joined = None if room is None or new.closed else self._like(new, room)
         if joined is None:

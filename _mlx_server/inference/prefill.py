@@ -14,6 +14,7 @@ from _mlx_server.inference.layers import can_merge, merge_caches, own_buffers
 from _mlx_server.inference.prefix_cache import CacheEntry, Match, PrefixCache
 from _mlx_server.inference.prefix_tree import common_prefix
 from _mlx_server.inference.protocol import Embedding
+from _mlx_server.inference.row_group import read_rows
 from _mlx_server.inference.sequence import Sequence
 from _mlx_server.inference.vision import Vision
 from _mlx_server.inference.weights import Weights
@@ -27,9 +28,10 @@ class PromptReader:
 
     Policy. A forward pass reads the weights, however few tokens it takes. So the request whose
     turn it is takes others along that are not less important and have about as much to read up to
-    their next checkpoint; with the padding they are at most a chunk. Copying their states into
-    shared caches and back must cost less than it saves (`_pays_off`). A request that can have a
-    chunk or more from another waits for that."""
+    their next checkpoint; with the padding they are at most a chunk, a large one with experts.
+    Copying their states into shared caches and back must cost less than it saves (`_pays_off`). A
+    request that can have a chunk or more from another waits for that. The end of a prompt, up to
+    `TAIL` tokens, is read by the pass that picks the first token of the answer."""
 
     CHUNK = 512  # tokens; larger ones gain no speed but memory peaks and waiting time
     # With experts a chunk reads the weights of all of them, and larger ones gain up to a fifth:
@@ -40,6 +42,12 @@ class PromptReader:
     DEEP = 16384
     SPARSE = 4096  # tokens between two restore points inside a long prompt
     ROWS = 16  # requests that are read together
+    # Tokens that a restore point has to save: fewer are read again in less time than the pass takes
+    # that ends there, most of which is reading the weights.
+    WORTH = 64
+    # Tokens of a prompt's end that the first pass of decoding reads. It computes logits for all of
+    # them, of which the last one's are used.
+    TAIL = 64
     PROGRESS = 4.0  # seconds between two log lines on the progress of a long prompt
 
     def __init__(
@@ -83,6 +91,8 @@ class PromptReader:
         entry.model, entry.owner = self._fingerprint, sequence.request.owner
         entry.priority = sequence.request.priority
         entry.root, entry.written = prompt.root, False
+        if len(entry.tokens) - _last_checkpoint(entry) >= self.WORTH:
+            entry.add_checkpoint()  # before it moves on: this one costs no pass
         if prompt.body and sequence.request.messages[-1]["role"] == "user":
             entry.turns = [at for at in entry.turns if at < prompt.body] + [prompt.body]
         if sequence.entry is not None:
@@ -136,9 +146,12 @@ class PromptReader:
         """Which of the waiting requests are read in the next pass, and up to which length each. The
         first of them is one. `running` are the model's requests, `total` counts those of all
         models. Copies of states may take `room` bytes."""
-        if self._chunk_alone and len(waiting) == total:  # nobody else waits meanwhile
+        if self._chunk_alone and not self.is_ready(waiting[0]):
             rows = self._rows(waiting, running, self._chunk_alone, room)
-            if len(rows) == total and all(self._start(one) < self.DEEP for one in rows):
+            lengths = [stop - self._start(one) for one, stop in rows.items()]
+            short = len(rows) > 1 and max(lengths) <= self._chunk
+            shallow = all(self._start(one) < self.DEEP for one in rows)
+            if shallow and (short or len(rows) == total):  # nobody else waits meanwhile
                 return rows
         return self._rows(waiting, running, self._chunk, room)
 
@@ -147,6 +160,7 @@ class PromptReader:
     ) -> dict[Sequence, int]:
         """As `together`, for a pass of at most so many tokens."""
         chosen, others = waiting[0], waiting[1:]
+        ready = self.is_ready(chosen)
         rows = {chosen: self._stop(chosen, most)}
         width = rows[chosen] - self._start(chosen)
         if not self._may_share(chosen):
@@ -161,9 +175,10 @@ class PromptReader:
             wide = max(width, more[other] - self._start(other))
             if wide > 2 * max(width, self.LEAST) or wide * len(more) > most:
                 continue
-            if (other.left > 0) == (chosen.left > 0) and self._fits(more, room):
+            if self.is_ready(other) == ready and self._fits(more, room):
                 rows, width = more, wide
-        return rows if self._pays_off(list(rows.values())) else {chosen: rows[chosen]}
+        # Those that are ready share caches from now on in any case.
+        return rows if ready or self._pays_off(list(rows.values())) else {chosen: rows[chosen]}
 
     def _may_share(self, sequence: Sequence) -> bool:
         """Whether a request can be read together with others at all."""
@@ -199,18 +214,38 @@ class PromptReader:
     def _start(self, sequence: Sequence) -> int:
         return len(sequence.entry.tokens) if sequence.entry is not None else 0
 
+    def is_ready(self, sequence: Sequence) -> bool:
+        """Whether the first pass of decoding reads all that is left of a prompt."""
+        prompt, start = sequence.prompt, self._start(sequence)
+        left = len(prompt.tokens) - start
+        if left <= 1:
+            return True
+        if left > min(self.TAIL, self._chunk) or sequence.limit <= 0 or self._marks(sequence):
+            return False
+        return not prompt.images or prompt.images[-1].end <= start
+
     def _marks(self, sequence: Sequence) -> list[int]:
-        """The lengths where a pass ends, most of them for a checkpoint."""
-        prompt, end = sequence.prompt, len(sequence.prompt.tokens) - 1
-        sparse = (self._start(sequence) // self.SPARSE + 1) * self.SPARSE
-        return sorted({prompt.root, prompt.turn, prompt.body or end, sparse, end})
+        """The lengths ahead at which a request gets a checkpoint: a pass ends there. From the last
+        one another answer to the same prompt goes on, from the root other conversations do."""
+        entry, prompt = sequence.entry, sequence.prompt
+        if entry is None or entry.trimmable:
+            return []
+        start, last = len(entry.tokens), prompt.body or len(prompt.tokens) - 1
+        before = _last_checkpoint(entry)
+        marks = [at for at in (prompt.root,) if start < at < last and at - before >= self.WORTH]
+        for at in (prompt.turn, (start // self.SPARSE + 1) * self.SPARSE):
+            others = before, last, *marks
+            if start < at < last and min(abs(at - one) for one in others) >= self.WORTH:
+                marks.append(at)
+        return sorted([*marks, last]) if last > start else []
 
     def _stop(self, sequence: Sequence, most: int) -> int:
         """Up to which length a request is read next: where a checkpoint belongs, or at most so many
-        tokens."""
-        start = self._start(sequence)
-        marks = (at for at in self._marks(sequence) if at > start)
-        return min(next(marks, start), start + most)
+        tokens; its whole length if it is ready to decode."""
+        start, total = self._start(sequence), len(sequence.prompt.tokens)
+        if self.is_ready(sequence):
+            return total
+        return min([*self._marks(sequence), total - 1, start + most])
 
     def read(self, rows: dict[Sequence, int]) -> None:
         """Reads these requests up to these lengths, in one pass. If it fails, those of several keep
@@ -228,7 +263,7 @@ class PromptReader:
             assert entry is not None
             sequence.usage.prefilled_tokens += stop - len(entry.tokens)
             entry.tokens = prompt.tokens[:stop]
-            if stop in marks[sequence] and (sequence.left > 0 or not prompt.body):
+            if stop in marks[sequence]:
                 entry.add_checkpoint()
             self._log_progress(sequence)
 
@@ -250,23 +285,13 @@ class PromptReader:
         return stop
 
     def _read_rows(self, rows: dict[Sequence, int]) -> None:
-        """Reads several requests in shared caches, as mlx-lm's `PromptProcessingBatch` does:
-        prompts are padded on the right, states on the left."""
+        """Reads several requests in shared caches."""
         import mlx.core as mx
 
         entries = [sequence.entry for sequence in rows if sequence.entry is not None]
         parts = [one.prompt.tokens[self._start(one) : stop] for one, stop in rows.items()]
-        lengths = [len(part) for part in parts]
-        padding = [max(lengths) - length for length in lengths]
-        tokens = [part + [0] * more for part, more in zip(parts, padding, strict=True)]
         shared = merge_caches([entry.cache for entry in entries])
-        if any(padding):
-            for layer in shared:
-                layer.prepare(lengths=lengths, right_padding=padding)
-        self._weights.model(mx.array(tokens), cache=shared)
-        if any(padding):
-            for layer in shared:
-                layer.finalize()
+        read_rows(self._weights.model, parts, shared)
         mx.eval([layer.state for layer in shared])
         caches = [[own_buffers(layer.extract(at)) for layer in shared] for at in range(len(rows))]
         mx.eval([layer.state for cache in caches for layer in cache])
@@ -328,6 +353,12 @@ class PromptReader:
             self._prefixes.put(entry)
         except Exception:
             log.info("nothing of the failed prompt could be kept", exc_info=True)
+
+
+def _last_checkpoint(entry: CacheEntry) -> int:
+    """The longest prefix of an entry that it can give when it has moved on."""
+    length = len(entry.tokens)
+    return length if length in entry.checkpoints else entry.restorable(length - 1)
 
 
 def _shared(one: Sequence, other: Sequence) -> int:

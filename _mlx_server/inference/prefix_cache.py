@@ -240,7 +240,8 @@ class PrefixCache:
         the MLX thread."""
         import mlx.core as mx
 
-        mx.eval([own_buffers(layer).state for layer in entry.cache if not is_trimmable(layer)])
+        own = [layer if is_trimmable(layer) else own_buffers(layer) for layer in entry.cache]
+        mx.eval([layer.state for layer in own])  # what is not computed yet holds what it comes from
         if self._group.broadcast(lambda: entry.nbytes > self.limit):
             entry = self._beginning(entry)
         if not entry.tokens or self._is_continued(entry):

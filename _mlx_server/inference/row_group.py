@@ -44,6 +44,41 @@ class OnlyRow:
         self._next_tokens, self._next_logprobs = mx.array([pending], mx.uint32), [logprobs]
 
 
+def read_rows(model: Any, parts: list[list[int]], cache: list[Any]) -> mx.array:
+    """Lets a model read more tokens of each row in one pass, as mlx-lm's `PromptProcessingBatch`
+    does: these are padded on the right, and what the shared `cache` holds on the left. Returns the
+    logits (rows, longest part, vocabulary), not computed yet."""
+    import mlx.core as mx
+
+    lengths = [len(part) for part in parts]
+    padding = [max(lengths) - length for length in lengths]
+    tokens = [part + [0] * more for part, more in zip(parts, padding, strict=True)]
+    if any(padding):
+        for layer in cache:
+            layer.prepare(lengths=lengths, right_padding=padding)
+    logits: mx.array = model(mx.array(tokens), cache=cache)
+    if any(padding):
+        for layer in cache:
+            layer.finalize()
+    return logits
+
+
+class FirstPass:
+    """The model for the first pass of a group, which reads several tokens of each row: the last
+    ones of its prompt."""
+
+    def __init__(self, model: Any, parts: list[list[int]]):
+        self._model, self._parts = model, parts
+
+    def __call__(self, _: mx.array, cache: list[Any]) -> mx.array:
+        """The logits behind each row's last token, (rows, 1, vocabulary)."""
+        import mlx.core as mx
+
+        logits = read_rows(self._model, self._parts, cache)
+        last = mx.array([len(part) - 1 for part in self._parts])
+        return logits[mx.arange(len(self._parts)), last][:, None]
+
+
 @functools.cache
 def row_group_class() -> Any:
     """mlx-lm's `GenerationBatch`, whose only row uses its own caches in place: it is not copied,

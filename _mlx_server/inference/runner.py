@@ -148,18 +148,18 @@ class ModelRunner:
 
     # -- prefill
 
-    def prefill(self, sequence: Sequence, total: int) -> list[Sequence]:
+    def prefill(self, sequence: Sequence, total: int) -> tuple[list[Sequence], int]:
         """Reads one chunk of a request's prompt, and of others that fit into the same pass; returns
-        those of which something was read. `total` counts the requests of all models. Behind its
-        last chunk a request begins to decode."""
-        read, rows = [], [sequence]
+        those of which something was read, and how many passes it took. `total` counts the requests
+        of all models. Behind its last chunk a request begins to decode."""
+        read, passes, rows = [], 0, [sequence]
         try:
             sequence.enter(State.PREFILL)
             if sequence.request.embed:
                 if self._reader.embed(sequence):
                     sequence.usage.prefill_seconds += sequence.lap()
                     self._end(sequence, "stop")
-                return rows
+                return rows, 1
             self._reader.restore(sequence, self.sequences)
             stops = self._reader.together(
                 self._companions(sequence), self.sequences, total, self._room()
@@ -167,13 +167,15 @@ class ModelRunner:
             rows = list(stops)
             for one in rows:
                 one.enter(State.PREFILL)
-            if sequence.left > 0:
+            if not self._reader.is_ready(sequence):
                 self._reader.read(stops)
-                read = rows
-            self._start_decoding([one for one in rows if one.left <= 0])
+                read, passes = rows, 1
+            rows = [one for one in rows if self._reader.is_ready(one)]
+            if self._start_decoding(rows):
+                read, passes = read or rows, passes + 1
         except Exception as error:
             self._prefill_failed(rows, error)
-        return read
+        return read, passes
 
     def _companions(self, sequence: Sequence) -> list[Sequence]:
         """A request whose turn it is and those that may be read with it, which may all decode
@@ -199,24 +201,28 @@ class ModelRunner:
             self._reader.salvage(rows[0])
         self._drop(rows[0], error)
 
-    def _start_decoding(self, sequences: list[Sequence]) -> None:
-        """The requests have read their prompts."""
-        starting = []
+    def _start_decoding(self, sequences: list[Sequence]) -> bool:
+        """The requests have read their prompts, or all but a few tokens, which are read now.
+        Returns whether there were any besides the last one of each."""
         for sequence in sequences:
-            sequence.usage.prefill_seconds += sequence.lap()
             if sequence.limit <= 0:
+                sequence.usage.prefill_seconds += sequence.lap()
                 self._end(sequence, "length")
-            else:
-                starting.append(sequence)
+        starting = [one for one in sequences if one.limit > 0]
         if not starting:
-            return
+            return False
         room = None if starting[0].alone else self._room()
         numbers = self.decode_batch.insert([self._row(one) for one in starting], room)
+        read = sum(one.left for one in starting)
         for sequence, number in zip(starting, numbers, strict=True):
             assert sequence.entry is not None
             sequence.number = number
+            sequence.usage.prefilled_tokens += sequence.left
+            sequence.usage.prefill_seconds += sequence.lap()
+            sequence.entry.tokens = sequence.prompt.tokens[:-1]
             sequence.entry.cache = []  # the batch returns it at the end
             sequence.enter(State.DECODE)
+        return read > 0
 
     def _row(self, sequence: Sequence) -> Row:
         """What the decode batch needs of a request."""
@@ -233,7 +239,7 @@ class ModelRunner:
             processors.append(budget)
         left = sequence.limit - sequence.usage.completion_tokens
         shift = self.vision.shift(prompt, len(prompt.tokens)) if self.vision else 0
-        return Row(entry, prompt.tokens[-1], left, sequence.sampler, processors, shift)
+        return Row(entry, prompt.tokens, left, sequence.sampler, processors, shift)
 
     # -- decode
 
