@@ -14,6 +14,7 @@ from models import CHATML, build_tokenizer
 FOLDER = Path(__file__).parent / "vision"
 MARKS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 START, END, PAD = 512, 513, 514  # their tokens
+MISTRAL_MARKS = ("[IMG_BREAK]", "[IMG_END]", "[IMG]")  # the same
 
 _TEXT = {
     "hidden_size": 64,
@@ -74,11 +75,58 @@ _QWEN3_ROPE = {
 _QWEN3_MOE = {**_EXPERTS, **_QWEN3_ROPE, "mlp_only_layers": [], "decoder_sparse_step": 1}
 _QWEN35_MOE = {**_LINEAR, **_EXPERTS, "shared_expert_intermediate_size": 32}
 _DEEPSTACK = {"deepstack_visual_indexes": [0, 2]}
+_PIXTRAL_TOWER = {
+    "model_type": "pixtral",
+    "hidden_size": 48,
+    "hidden_act": "silu",
+    "image_size": 128,
+    "intermediate_size": 96,
+    "num_attention_heads": 2,
+    "num_channels": 3,
+    "num_hidden_layers": 2,
+    "patch_size": 8,
+    "rope_theta": 10000.0,
+}
+
+
+def _mistral(model_type: str, text: dict, merge: dict) -> dict:
+    return {
+        "model_type": model_type,
+        "text_config": {**_TEXT, **text},
+        "vision_config": _PIXTRAL_TOWER,
+        "image_token_index": PAD,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -1,
+        "tie_word_embeddings": False,
+        **merge,
+    }
+
+
+_MISTRAL = {"model_type": "mistral", "rope_theta": 10000.0, "sliding_window": None}
+_YARN = {
+    "rope_type": "yarn",
+    "type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+_MERGED = {"spatial_merge_size": 2, "multimodal_projector_bias": False}
+_PLAIN = {"vision_feature_select_strategy": "full", "multimodal_projector_bias": True}
 CONFIGS = {
     "qwen3_vl": _qwen("qwen3_vl", _QWEN3_ROPE, _DEEPSTACK),
     "qwen3_vl_moe": _qwen("qwen3_vl_moe", {**_QWEN3_MOE, "norm_topk_prob": True}, _DEEPSTACK),
     "qwen3_5": _qwen("qwen3_5", _LINEAR, {}),
     "qwen3_5_moe": _qwen("qwen3_5_moe", _QWEN35_MOE, {}),
+    "mistral3": _mistral("mistral3", _MISTRAL, _MERGED),
+    "ministral3": _mistral(
+        "mistral3", {"model_type": "ministral3", "rope_parameters": _YARN}, _MERGED
+    ),
+    "pixtral": _mistral("llava", _MISTRAL, _PLAIN),
 }
 _PREPARATION = {
     "image_processor_type": "Qwen2VLImageProcessor",
@@ -88,6 +136,13 @@ _PREPARATION = {
     "merge_size": 2,
     "image_mean": [0.5, 0.4, 0.5],
     "image_std": [0.5, 0.5, 0.3],
+}
+_MISTRAL_PREPARATION = {
+    "image_processor_type": "PixtralImageProcessor",
+    "size": {"longest_edge": 128},
+    "patch_size": {"height": 8, "width": 8},
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
 TEXT = "What is different between these two?"
 
@@ -126,10 +181,12 @@ def make_weights(shapes: dict[str, list[int]]) -> dict[str, np.ndarray]:
 
 def write_files(kind: str, path: Path) -> None:
     """All files of a model but its weights."""
-    build_tokenizer(path, CHATML, MARKS)
     config = {**CONFIGS[kind], "eos_token_id": 2, "torch_dtype": "float32"}
+    mistral = config["vision_config"]["model_type"] == "pixtral"
+    build_tokenizer(path, CHATML, MISTRAL_MARKS if mistral else MARKS)
     (path / "config.json").write_text(json.dumps(config))
-    (path / "preprocessor_config.json").write_text(json.dumps(_PREPARATION))
+    preparation = _MISTRAL_PREPARATION if mistral else _PREPARATION
+    (path / "preprocessor_config.json").write_text(json.dumps(preparation))
 
 
 def _published(kind: str, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -161,7 +218,7 @@ def build_vision_model(kind: str, path: Path, *, tower: bool = True) -> Path:
     weights = {
         name: mx.array(values)
         for name, values in _published(kind, make_weights(shapes)).items()
-        if tower or "visual" not in name
+        if tower or "visual" not in name and "vision" not in name
     }
     mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "pt"})
     return path

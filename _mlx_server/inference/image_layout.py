@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import bisect
 import math
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 DEFAULT_TOKENS = 1280  # of an image at most: 1.3 megapixels for most models
 BICUBIC = 3  # Pillow's number
-_TOWER_NAMES = ("vision_tower.", "visual.", "model.visual.")
+_TOWER_NAMES = ("vision_tower.vision_model.", "vision_tower.", "visual.")
+_PROJECTOR = "multi_modal_projector."
 _SQUARE = 0.5, 0.5, 0.5
+_CLIP_MEAN = 0.48145466, 0.4578275, 0.40821073
+_CLIP_STD = 0.26862954, 0.26130258, 0.27577711
 
 
 @dataclass(frozen=True)
@@ -23,17 +28,43 @@ class Placement:
     columns: int
 
 
-class QwenLayout:
-    """Qwen3-VL and, with the same tower, Qwen3.5 and its successors: an image keeps its
-    proportions, and each square of `merge` by `merge` patches is one token.
-    https://arxiv.org/abs/2511.21631
+class ImageLayout(ABC):
+    """How a family's models take images: each square of `merge` by `merge` patches of `patch`
+    pixels is one token. `token` stands for any part of any image; `mean` and `std` are those of the
+    colours, from 0 to 1.
 
-    `config` is the model's config.json, `settings` its preprocessor_config.json; an image has at
-    most `most` tokens. Raises KeyError, TypeError or ValueError if they do not fit together."""
+    `config` is the model's config.json, `settings` its preprocessor_config.json, `names` has the
+    ids of its special tokens by their texts; an image has at most `most` tokens. Making one raises
+    KeyError, TypeError or ValueError if they do not fit together."""
 
     filter = BICUBIC
+    patch: int
+    merge: int
+    token: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
-    def __init__(self, config: dict[str, Any], settings: dict[str, Any], most: int):
+    @abstractmethod
+    def __init__(
+        self, config: dict[str, Any], settings: dict[str, Any], names: Mapping[str, int], most: int
+    ): ...
+
+    @abstractmethod
+    def place(self, width: int, height: int) -> Placement:
+        """What becomes of an image of this size."""
+
+    @abstractmethod
+    def tokens(self, token: int, rows: int, columns: int) -> list[int]:
+        """The tokens of an image, in which `token` stands for each of its parts."""
+
+
+class QwenLayout(ImageLayout):
+    """Qwen3-VL and, with the same tower, Qwen3.5 and its successors: an image keeps its
+    proportions, and a small one is made larger. https://arxiv.org/abs/2511.21631"""
+
+    def __init__(
+        self, config: dict[str, Any], settings: dict[str, Any], names: Mapping[str, int], most: int
+    ):
         tower = config["vision_config"]
         self.patch, self.merge = int(tower["patch_size"]), int(tower["spatial_merge_size"])
         self.frames = int(tower["temporal_patch_size"])
@@ -50,7 +81,6 @@ class QwenLayout:
         self._end = int(config["vision_end_token_id"])
 
     def place(self, width: int, height: int) -> Placement:
-        """What becomes of an image of this size."""
         side, pixels = self.side, width * height
         rows, columns = round(height / side), round(width / side)
         if rows * columns * side**2 > self._most:
@@ -62,38 +92,82 @@ class QwenLayout:
         return Placement(columns * side, rows * side, rows, columns)
 
     def tokens(self, token: int, rows: int, columns: int) -> list[int]:
-        """The tokens of an image, in which `token` stands for each of its parts."""
         return [self._start, *[token] * (rows * columns), self._end]
 
-    def length(self, placement: Placement) -> int:
-        """The positions that an image takes, where a text takes one for each token."""
-        return max(placement.rows, placement.columns)
+
+class MistralLayout(ImageLayout):
+    """Pixtral, and with the same tower Mistral Small from 3.1 on, Devstral and their like: an image
+    keeps its size if it is not too large, and a token stands behind each row of its tokens.
+    https://arxiv.org/abs/2410.07073"""
+
+    def __init__(
+        self, config: dict[str, Any], settings: dict[str, Any], names: Mapping[str, int], most: int
+    ):
+        self.patch = int(config["vision_config"]["patch_size"])
+        self.merge = int(config.get("spatial_merge_size") or 1)
+        if config.get("vision_feature_layer", -1) not in (-1, [-1]):
+            raise ValueError("only the last layer of the tower is known")
+        size = settings.get("size") or {}
+        edge = size.get("longest_edge") or min(size.get("height", 1024), size.get("width", 1024))
+        self._edge = int(edge)
+        self._most = most
+        self.mean = tuple(map(float, settings.get("image_mean") or _CLIP_MEAN))
+        self.std = tuple(map(float, settings.get("image_std") or _CLIP_STD))
+        self.token = int(config.get("image_token_index") or config["image_token_id"])
+        self._row_end, self._end = names["[IMG_BREAK]"], names["[IMG_END]"]
+
+    def place(self, width: int, height: int) -> Placement:
+        def count(edge: int) -> int:
+            placed = self._within(width, height, edge)
+            return placed.rows * (placed.columns + 1)
+
+        fit = bisect.bisect_right(range(1, self._edge + 1), self._most, key=count)
+        return self._within(width, height, max(1, fit))
+
+    def _within(self, width: int, height: int, edge: int) -> Placement:
+        """What becomes of an image whose longer side has at most `edge` pixels."""
+        side, ratio = self.patch * self.merge, max(width / edge, height / edge)
+        if ratio > 1:
+            width, height = math.floor(width / ratio), math.floor(height / ratio)
+        rows, columns = max(1, math.ceil(height / side)), max(1, math.ceil(width / side))
+        return Placement(columns * side, rows * side, rows, columns)
+
+    def tokens(self, token: int, rows: int, columns: int) -> list[int]:
+        return [*([*[token] * columns, self._row_end] * rows)[:-1], self._end]
 
 
-_LAYOUTS = {
+_LAYOUTS: dict[str, type[ImageLayout]] = {
     "qwen3_vl": QwenLayout,
     "qwen3_vl_moe": QwenLayout,
     "qwen3_5": QwenLayout,
     "qwen3_5_moe": QwenLayout,
+    "mistral3": MistralLayout,
+    "pixtral": MistralLayout,
+    "llava": MistralLayout,  # with Pixtral's tower
 }
 
 
-def make_layout(config: dict[str, Any], settings: dict[str, Any], most: int) -> QwenLayout:
+def make_layout(
+    config: dict[str, Any], settings: dict[str, Any], names: Mapping[str, int], most: int
+) -> ImageLayout:
     """The layout of a model that `has_tower`. Raises as its class does."""
-    return _LAYOUTS[config["model_type"]](config, settings, most)
+    return _LAYOUTS[config["model_type"]](config, settings, names, most)
 
 
 def has_tower(config: dict[str, Any], weights: Iterable[str]) -> bool:
     """Whether a model of a family that is known here has what it sees with among its weights, whose
-    names are given: conversions for text alone keep the config and drop these. A model whose
+    names are given: conversions for text alone keep the config and drop these. A Qwen whose
     positions are stretched (YaRN and the like) does not see: where they put an image is not known.
     """
-    known = config.get("model_type") in _LAYOUTS and isinstance(config.get("vision_config"), dict)
-    return (
-        known
-        and not _stretches_positions(config)
-        and any(name.startswith(_TOWER_NAMES) for name in weights)
-    )
+    kind, tower = config.get("model_type"), config.get("vision_config")
+    layout = _LAYOUTS.get(kind) if isinstance(kind, str) else None
+    if layout is None or not isinstance(tower, dict):
+        return False
+    if layout is QwenLayout and _stretches_positions(config):
+        return False
+    if kind == "llava" and tower.get("model_type") != "pixtral":
+        return False
+    return any(name.removeprefix("model.").startswith(_TOWER_NAMES) for name in weights)
 
 
 def _stretches_positions(config: dict[str, Any]) -> bool:
@@ -107,5 +181,8 @@ def _stretches_positions(config: dict[str, Any]) -> bool:
 
 def tower_name(name: str) -> str | None:
     """The name within the tower of a weight of a checkpoint; None if it is none of the tower's."""
+    name = name.removeprefix("model.")
+    if name.startswith(_PROJECTOR):
+        return name
     prefix = next((prefix for prefix in _TOWER_NAMES if name.startswith(prefix)), None)
     return None if prefix is None else name.removeprefix(prefix)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from _mlx_server.inference.bounded import BoundedMap
-from _mlx_server.inference.image_layout import Placement, QwenLayout, make_layout
+from _mlx_server.inference.image_layout import ImageLayout, Placement, make_layout
 from _mlx_server.inference.images import (
     MARK,
     MAX_IMAGES,
@@ -65,17 +66,19 @@ class PictureFinder:
 
     REMEMBERED = 4096  # images
 
-    def __init__(self, local: LocalModel, most: int):
-        self.layout: QwenLayout | None = None
+    def __init__(self, local: LocalModel, names: Mapping[str, int], most: int):
+        """`names` has the ids of the model's special tokens by their texts; an image has at most
+        `most` tokens."""
+        self.layout: ImageLayout | None = None
         self._local, self._identity = local, ""
         self._known: BoundedMap[tuple[int, Placement]] = BoundedMap(self.REMEMBERED)
         if "vision" in local.capabilities:
-            self._set_up(most)
+            self._set_up(names, most)
 
-    def _set_up(self, most: int) -> None:
+    def _set_up(self, names: Mapping[str, int], most: int) -> None:
         try:
             settings = read_settings(self._local)
-            self.layout = make_layout(self._local.config, settings, most)
+            self.layout = make_layout(self._local.config, settings, names, most)
         except (KeyError, TypeError, ValueError, OSError) as error:
             log.warning("%s cannot see images: its files: %r", self._local.name, error)
         else:
@@ -110,7 +113,7 @@ class PictureFinder:
 
         return dataclasses.replace(request, messages=list(map(replaced, request.messages)))
 
-    def _picture(self, layout: QwenLayout, mark: str, content: bytes) -> Picture:
+    def _picture(self, layout: ImageLayout, mark: str, content: bytes) -> Picture:
         if known := self._known.get(mark):
             return Picture(*known, content, layout.filter)
         placement = Placement(0, 0, 0, 0)

@@ -41,9 +41,10 @@ class PromptRenderer:
     ):
         """`image_tokens` is the most that an image may have, `readings` gives what was read and
         generated for an owner in earlier processes, by keys. Raises ModelLoadError."""
-        self._pictures = PictureFinder(local, image_tokens)
-        self.image_layout = self._pictures.layout
-        self._tokenizer = TextTokenizer.load(local, self.image_layout)
+        self._tokenizer = TextTokenizer.load(local)
+        names = {name: token for token, name in self._tokenizer.special_token_names().items()}
+        self._pictures = PictureFinder(local, names, image_tokens)
+        self._tokenizer.layout = self.image_layout = self._pictures.layout
         self.tokenizer = self._tokenizer.wrapped
         self.template = Template(self.tokenizer) if self.tokenizer.has_chat_template else None
         self.format = detect_format(self.tokenizer)

@@ -11,7 +11,7 @@ from typing import Any
 
 from _mlx_server.inference.bounded import BoundedMap
 from _mlx_server.inference.control_tokens import SPLIT, ControlTokens, alternatives
-from _mlx_server.inference.image_layout import QwenLayout
+from _mlx_server.inference.image_layout import ImageLayout
 from _mlx_server.inference.images import PLACED
 from _mlx_server.inference.models import LocalModel, gap_marks, load_error
 from _mlx_server.inference.protocol import InvalidRequest
@@ -24,21 +24,21 @@ class TextTokenizer:
     needs a tokenizer that encodes such pieces independently; for any other one the text is encoded
     as a whole. What ControlTokens has escaped becomes the tokens of plain text: it is encoded in
     parts, of which none holds a special token. A mark that is PLACED becomes the tokens of an
-    image, by the model's `layout`. `wrapped` is mlx-lm's TokenizerWrapper. Safe to use from any
-    thread."""
+    image, by the model's `layout`, which may be set later. `wrapped` is mlx-lm's TokenizerWrapper.
+    Safe to use from any thread."""
 
     REMEMBERED = 32 * 2**20  # bytes of pieces of text and their tokens
     LEADS = ("", "\n", "<", ".")  # see _find_lead
 
-    def __init__(self, wrapped: Any, layout: QwenLayout | None = None):
-        self.wrapped, self._layout = wrapped, layout
+    def __init__(self, wrapped: Any, layout: ImageLayout | None = None):
+        self.wrapped, self.layout = wrapped, layout
         self.control_tokens = ControlTokens(wrapped)
         self._lead = self._find_lead()
         self._pieces: BoundedMap[array[int]] = BoundedMap(self.REMEMBERED, _remembered_bytes)
         self._special_tokens = self._find_special_tokens()
 
     @classmethod
-    def load(cls, local: LocalModel, layout: QwenLayout | None = None) -> TextTokenizer:
+    def load(cls, local: LocalModel) -> TextTokenizer:
         """Reads a model's tokenizer from its files. Raises ModelLoadError."""
         from mlx_lm.utils import load_tokenizer
         from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -56,18 +56,18 @@ class TextTokenizer:
             )
         except Exception as error:
             raise load_error(local, f"the tokenizer of model '{local.name}'", error) from error
-        return cls(wrapped, layout)
+        return cls(wrapped)
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text in which special tokens are recognised unless they are escaped;
         none are added."""
-        if self._layout is None or not PLACED.search(text):
+        if self.layout is None or not PLACED.search(text):
             return self._encode_text(text)
         first, *rest = PLACED.split(text)
         tokens = self._encode_text(first)
         for at in range(0, len(rest), 4):
             token, rows, columns = map(int, rest[at : at + 3])
-            tokens += self._layout.tokens(-token, rows, columns)
+            tokens += self.layout.tokens(-token, rows, columns)
             tokens += self._encode_text(rest[at + 3])
         return tokens
 
@@ -151,9 +151,9 @@ class TextTokenizer:
 
     def without_images(self, text: str) -> str:
         """A text whose images are as `decode` writes them."""
-        if self._layout is None or not PLACED.search(text):
+        if self.layout is None or not PLACED.search(text):
             return text
-        return PLACED.sub(self.decode(self._layout.tokens(-1, 1, 1)), text)
+        return PLACED.sub(self.decode(self.layout.tokens(-1, 1, 1)), text)
 
     def special_token_names(self) -> dict[int, str]:
         """The texts of the tokens that were added to the vocabulary, by their ids."""

@@ -11,7 +11,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy
-from mlx.utils import tree_flatten
 
 from _mlx_server.inference.image_layout import QwenLayout
 
@@ -54,11 +53,6 @@ class QwenTower(nn.Module):
             if number in self._deep:
                 deep.append(self.deepstack_merger_list[len(deep)](x))
         return self.merger(x), deep
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weights."""
-        return sum(array.nbytes for _, array in tree_flatten(self.parameters()))
 
     @property
     def patch_nbytes(self) -> int:
@@ -129,12 +123,8 @@ class _Attention(nn.Module):
         queries, keys, values = (
             self.qkv(x).reshape(patches, 3, self._heads, head).transpose(1, 2, 0, 3)
         )
-        parts = [rotate(queries, cos, sin), rotate(keys, cos, sin), values]
-        # Zeros change no score
-        more = next((fused for fused in _FUSED if fused >= head), head) - head
-        queries, keys, values = (mx.pad(part[None], [(0, 0)] * 3 + [(0, more)]) for part in parts)
-        x = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=head**-0.5)
-        return self.proj(x[0, ..., :head].transpose(1, 0, 2).reshape(patches, size))
+        x = attend(rotate(queries, cos, sin), rotate(keys, cos, sin), values)
+        return self.proj(x.transpose(1, 0, 2).reshape(patches, size))
 
 
 class _MLP(nn.Module):
@@ -161,6 +151,15 @@ class _Merger(nn.Module):
         x = x.reshape(-1, self.norm.weight.size)
         x = self.norm(x).reshape(-1, self._joined)
         return self.linear_fc2(nn.gelu(self.linear_fc1(x)))
+
+
+def attend(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+    """Attention of all patches to all: (heads, patches, size of a head)."""
+    head = queries.shape[-1]
+    more = next((fused for fused in _FUSED if fused >= head), head) - head
+    parts = (queries, keys, values)
+    padded = (mx.pad(part[None], [(0, 0)] * 3 + [(0, more)]) for part in parts)  # changes no score
+    return mx.fast.scaled_dot_product_attention(*padded, scale=head**-0.5)[0, ..., :head]
 
 
 def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:

@@ -6,13 +6,19 @@ import bisect
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from _mlx_server.inference.image_layout import QwenLayout, tower_name
+from _mlx_server.inference.image_layout import (
+    ImageLayout,
+    MistralLayout,
+    QwenLayout,
+    tower_name,
+)
 from _mlx_server.inference.models import LocalModel, load_error, weight_files
 from _mlx_server.inference.prompt import ImageRun, Prompt
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
+    from _mlx_server.inference.tower_pixtral import PixtralTower
     from _mlx_server.inference.tower_qwen import QwenTower
 
 
@@ -23,22 +29,32 @@ class Vision:
     output is dropped behind the image's last token: what was read once is in the KV state. `runs`
     counts the images that it has read. Raises ModelLoadError."""
 
-    def __init__(self, local: LocalModel, model: Any, layout: QwenLayout):
-        from _mlx_server.inference.mrope import Positions, install
+    def __init__(self, local: LocalModel, model: Any, layout: ImageLayout):
+        from mlx.utils import tree_flatten
+
+        from _mlx_server.inference.mrope import Positions
 
         self._model, self._layout, self.runs = model, layout, 0
         self._body = model.language_model.model
         self.positions = Positions()
-        text = local.config["text_config"]
-        scaling = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        self._sections = scaling.get("mrope_section") or [24, 20, 20]
+        self._rope: Any = None  # where images take other positions than text
         try:
             self._tower = _load_tower(local, layout)
-            deep = len(local.config["vision_config"].get("deepstack_visual_indexes") or [])
-            self._rope = install(self._body.layers, deep, self.positions)
+            if isinstance(layout, QwenLayout):
+                self._install(local.config)
         except Exception as error:
             raise load_error(local, f"the vision tower of model '{local.name}'", error) from error
-        self.size = self._tower.nbytes
+        weights: Any = tree_flatten(self._tower.parameters())
+        self.size = sum(array.nbytes for _, array in weights)
+
+    def _install(self, config: dict[str, Any]) -> None:
+        from _mlx_server.inference.mrope import install
+
+        text = config["text_config"]
+        scaling = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        self._sections = scaling.get("mrope_section") or [24, 20, 20]
+        deep = len(config["vision_config"].get("deepstack_visual_indexes") or [])
+        self._rope = install(self._body.layers, deep, self.positions)
 
     def reserve(self, prompt: Prompt) -> int:
         """Bytes that the tower takes while it reads the largest image of a prompt."""
@@ -80,7 +96,7 @@ class Vision:
             embeddings[0, begin - start : stop - start] = features[part]
             for layer, more in zip(deep, added, strict=True):
                 layer[0, begin - start : stop - start] = more[part]
-        rotation = self._rotation(prompt, start, end)
+        rotation = None if self._rope is None else self._rotation(prompt, start, end)
         with self.positions.during(0, rotation, deep):
             logits = self._model(tokens, cache=cache, input_embeddings=embeddings)
         for run in runs:
@@ -95,11 +111,9 @@ class Vision:
 
     def shift(self, prompt: Prompt, at: int) -> int:
         """What is added to the index of a token, which is in no image, to get its position."""
-        return sum(
-            self._layout.length(run.picture.placement) - (run.end - run.start)
-            for run in prompt.images
-            if run.end <= at
-        )
+        if self._rope is None:
+            return 0
+        return sum(_gained(run) for run in prompt.images if run.end <= at)
 
     def _rotation(self, prompt: Prompt, start: int, end: int) -> Any:
         """Cosines and sines for tokens with images among them."""
@@ -117,9 +131,8 @@ class Vision:
             within[:] = run.start + shift
             within[1] += parts // placement.columns
             within[2] += parts % placement.columns
-            gained = self._layout.length(placement) - (run.end - run.start)
-            places[:, stop - start :] += gained
-            shift += gained
+            places[:, stop - start :] += _gained(run)
+            shift += _gained(run)
         return rotation(places, self._rope, self._sections)
 
 
@@ -157,12 +170,27 @@ def _within(prompt: Prompt, start: int, end: int) -> list[ImageRun]:
     return runs[first:last]
 
 
-def _load_tower(local: LocalModel, layout: QwenLayout) -> QwenTower:
+def _gained(run: ImageRun) -> int:
+    """How many positions more an image takes than it has tokens, where it takes as many as rows or
+    columns; it is a negative number."""
+    placement = run.picture.placement
+    return max(placement.rows, placement.columns) - (run.end - run.start)
+
+
+def _make_tower(config: dict[str, Any], layout: ImageLayout) -> QwenTower | PixtralTower:
+    from _mlx_server.inference.tower_pixtral import PixtralTower
+    from _mlx_server.inference.tower_qwen import QwenTower
+
+    if isinstance(layout, QwenLayout):
+        return QwenTower(config["vision_config"], layout)
+    assert isinstance(layout, MistralLayout)
+    return PixtralTower(config, layout)
+
+
+def _load_tower(local: LocalModel, layout: ImageLayout) -> QwenTower | PixtralTower:
     """The tower with its weights."""
     import mlx.core as mx
     from mlx import nn
-
-    from _mlx_server.inference.tower_qwen import QwenTower
 
     weights: dict[str, mx.array] = {}
     recipes: dict[str, Any] = {}
@@ -174,7 +202,7 @@ def _load_tower(local: LocalModel, layout: QwenLayout) -> QwenTower:
                 weights[inner] = value
                 layer = inner.rpartition(".")[0]
                 recipes[layer] = recipe.get(name.rpartition(".")[0])
-    tower = QwenTower(local.config["vision_config"], layout)
+    tower = _make_tower(local.config, layout)
     weights = tower.sanitize(weights)
 
     def quantized(layer: str, _: Any) -> bool | dict[str, Any]:
@@ -182,7 +210,8 @@ def _load_tower(local: LocalModel, layout: QwenLayout) -> QwenTower:
 
     if recipe:
         layers: Any = nn
-        layers.quantize(tower, recipe["group_size"], recipe["bits"], class_predicate=quantized)
+        size, bits, mode = recipe["group_size"], recipe["bits"], recipe.get("mode", "affine")
+        layers.quantize(tower, size, bits, mode=mode, class_predicate=quantized)
     tower.load_weights(list(weights.items()))
     mx.eval(tower.parameters())
     return tower

@@ -43,17 +43,30 @@ def reference(kind: str, path: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
     processor = AutoImageProcessor.from_pretrained(path, backend="pil")
     tokenizer = AutoTokenizer.from_pretrained(path)
-    seen = processor(images=PICTURES, return_tensors="pt")
-    counts = [int(grid.prod()) // 4 for grid in seen["image_grid_thw"]]
-    shown = ["<|vision_start|>" + "<|image_pad|>" * count + "<|vision_end|>" for count in counts]
+    if config.vision_config.model_type == "pixtral":
+        # What PixtralProcessor does, which needs torchvision
+        side = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
+        patch = {"height": side, "width": side}
+        seen = processor(images=PICTURES, patch_size=patch, return_tensors="pt")
+        sizes = [(int(height) // side, int(width) // side) for height, width in seen["image_sizes"]]
+        counts = [rows * columns for rows, columns in sizes]
+        lines = [["[IMG]" * columns] * rows for rows, columns in sizes]
+        shown = ["[IMG_BREAK]".join(line) + "[IMG_END]" for line in lines]
+    else:
+        seen = processor(images=PICTURES, return_tensors="pt")
+        counts = [int(grid.prod()) // 4 for grid in seen["image_grid_thw"]]
+        shown = [
+            "<|vision_start|>" + "<|image_pad|>" * count + "<|vision_end|>" for count in counts
+        ]
     content = "\n".join([*shown, TEXT])
     text = f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
     tokens = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
     prompt, answer = tokens[0].tolist(), []
     with torch.no_grad():
         for _ in range(STEPS):
-            types = (tokens == PAD).int()
-            logits = model(tokens, mm_token_type_ids=types, **seen).logits[0]
+            if "image_grid_thw" in seen:
+                seen["mm_token_type_ids"] = (tokens == PAD).int()
+            logits = model(tokens, **seen).logits[0]
             if not answer:
                 kept = logits[-POSITIONS:].numpy()
             answer.append(int(logits[-1].argmax()))
