@@ -65,7 +65,6 @@ from _mlx_server.inference.protocol import (
     Usage,
     fill_sampling,
 )
-from _mlx_server.inference.ranks import Ranks
 from _mlx_server.inference.renderer import PromptRenderer
 from _mlx_server.inference.renderers import RendererTable
 from _mlx_server.inference.runner import ModelRunner
@@ -93,7 +92,6 @@ __all__ = [
     "Preset",
     "Priority",
     "PromptTooLong",
-    "Ranks",
     "Request",
     "Sampling",
     "Stats",

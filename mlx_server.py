@@ -64,7 +64,6 @@ from _mlx_server.inference.protocol import (
     ModelNotFound,
     Priority,
 )
-from _mlx_server.inference.ranks import Ranks
 from _mlx_server.wire.anthropic_request import count_request
 from _mlx_server.wire.embeddings import Embeddings
 from _mlx_server.wire.fields import Object, WireError, field, short_name
@@ -586,7 +585,11 @@ def _main(argv: Sequence[str]) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     """Serves, or follows rank 0; returns the exit status. Raises EngineError if it cannot."""
-    group = Ranks(args.pipeline) if "MLX_RANK" in os.environ else Group()
+    group = Group()
+    if "MLX_RANK" in os.environ:
+        from _mlx_server.inference.ranks import Ranks  # slow to import, and of no use for one
+
+        group = Ranks(args.pipeline)
     if group.rank:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 gets it as well, and ends all
         engine = _make_engine(args, group)

@@ -6,7 +6,6 @@ import ast
 import fnmatch
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -130,6 +129,8 @@ def unsupported(config: dict[str, Any]) -> str:
     # One with Python code of its own is refused when it is loaded
     if not isinstance(kind, str) or not known or kind in known or "model_file" in config:
         return ""
+    import importlib.metadata  # takes 20 ms
+
     version = importlib.metadata.version("mlx-lm")
     return f"mlx-lm {version} does not know the model type {kind[:64]!r}; a newer one may"
 

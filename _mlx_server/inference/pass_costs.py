@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -82,7 +81,7 @@ class PassCosts:
         """Takes what was noted into account. Comes between requests."""
         for kind, seconds in self._noted.items():
             if len(seconds) >= self.FEW:
-                self._table[kind] = statistics.median(seconds)
+                self._table[kind] = sorted(seconds)[len(seconds) // 2]
 
 
 def _depth(context: int) -> int:
