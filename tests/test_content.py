@@ -20,11 +20,11 @@ from conftest import Server
 from sdk_samples import samples
 from wire_cases import HI, brief
 
+from _mlx_server.inference.pdf import PDFError, read_pdf
 from _mlx_server.wire import documents
 from _mlx_server.wire.anthropic import AnthropicMessages
 from _mlx_server.wire.fields import WireError
 from _mlx_server.wire.openai import OpenAIChat
-from _mlx_server.wire.pdf import PDFError, read_pdf
 from _mlx_server.wire.responses import OpenAIResponses
 from engine import Request
 
@@ -184,7 +184,10 @@ def test_the_text_of_a_pdf_is_read_wherever_it_stands():
     ],
     ids=["scan", "encrypted", "no pdf", "cut", "gif"],
 )
-def test_a_pdf_that_cannot_be_read_becomes_a_note(data: bytes, why: str):
+def test_a_pdf_that_cannot_be_read_becomes_a_note(
+    data: bytes, why: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(documents, "can_draw_pdf", lambda: False)
     assert shown(data) == f"[document omitted: a PDF, which {why}]"
     named = shown(data, title="My\nreport", context="new")
     assert named == f"My\nreport\nnew\n[document omitted: My report: a PDF, which {why}]"

@@ -168,6 +168,7 @@ def test_the_answer_is_that_of_transformers_and_nothing_is_read_twice(
         again = engine.submit(conversation(*FILES))
         assert finish(again).tokens[again.prompt_tokens :] == expected
         assert again.usage.cached_tokens >= again.prompt_tokens - 10
+        assert engine.count_tokens(conversation(*FILES)) == again.prompt_tokens
         before = runs(engine)
         longer = conversation(*FILES)
         text = "".join(engine.submit(conversation(*FILES)).text())

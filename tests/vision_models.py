@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -15,6 +16,7 @@ FOLDER = Path(__file__).parent / "vision"
 MARKS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 START, END, PAD = 512, 513, 514  # their tokens
 MISTRAL_MARKS = ("[IMG_BREAK]", "[IMG_END]", "[IMG]")  # the same
+GEMMA_MARKS = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
 
 _TEXT = {
     "hidden_size": 64,
@@ -117,6 +119,96 @@ _YARN = {
 }
 _MERGED = {"spatial_merge_size": 2, "multimodal_projector_bias": False}
 _PLAIN = {"vision_feature_select_strategy": "full", "multimodal_projector_bias": True}
+
+
+def _gemma(model_type: str, text: dict, tower: dict, **fields) -> dict:
+    return {
+        "model_type": model_type,
+        "text_config": {"model_type": f"{model_type}_text", **_GEMMA_TEXT, **text},
+        "vision_config": tower,
+        "vocab_size": _TEXT["vocab_size"],
+        "tie_word_embeddings": True,
+        **fields,
+    }
+
+
+# Images have more tokens than the window
+_GEMMA_TEXT = {**_TEXT, "tie_word_embeddings": True, "sliding_window": 40, "pad_token_id": 0}
+_GEMMA3 = {
+    "query_pre_attn_scalar": 32,
+    "sliding_window_pattern": 2,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 10000.0,
+    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+}
+_SIGLIP = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 64,
+    "patch_size": 4,
+    "vision_use_head": False,
+}
+_GEMMA3_TOKENS = {
+    "mm_tokens_per_image": 64,
+    "boi_token_index": START,
+    "eoi_token_index": END,
+    "image_token_index": PAD,
+}
+_GEMMA4_TOKENS = {
+    "boi_token_id": START,
+    "eoi_token_id": END,
+    "image_token_id": PAD,
+    "audio_config": None,
+}
+_GEMMA4 = {
+    "global_head_dim": 64,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "final_logit_softcapping": 30.0,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": {
+            "rope_type": "proportional",
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 1e6,
+        },
+    },
+}
+_GEMMA4_SMALL = {
+    **_GEMMA4,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 515,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+}
+_GEMMA4_LARGE = {
+    **_GEMMA4,
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+    "use_double_wide_mlp": False,
+    "use_bidirectional_attention": "vision",
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 32,
+}
+_GEMMA4_TOWER = {
+    "model_type": "gemma4_vision",
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "patch_size": 8,
+    "pooling_kernel_size": 2,
+    "position_embedding_size": 64,
+}
+_STANDARD = {"use_clipped_linears": True, "standardize": True}
 CONFIGS = {
     "qwen3_vl": _qwen("qwen3_vl", _QWEN3_ROPE, _DEEPSTACK),
     "qwen3_vl_moe": _qwen("qwen3_vl_moe", {**_QWEN3_MOE, "norm_topk_prob": True}, _DEEPSTACK),
@@ -127,6 +219,11 @@ CONFIGS = {
         "mistral3", {"model_type": "ministral3", "rope_parameters": _YARN}, _MERGED
     ),
     "pixtral": _mistral("llava", _MISTRAL, _PLAIN),
+    "gemma3": _gemma("gemma3", _GEMMA3, _SIGLIP, **_GEMMA3_TOKENS),
+    "gemma4": _gemma("gemma4", _GEMMA4_SMALL, _GEMMA4_TOWER, **_GEMMA4_TOKENS),
+    "gemma4_large": _gemma(
+        "gemma4", _GEMMA4_LARGE, {**_GEMMA4_TOWER, **_STANDARD}, **_GEMMA4_TOKENS
+    ),
 }
 _PREPARATION = {
     "image_processor_type": "Qwen2VLImageProcessor",
@@ -143,6 +240,24 @@ _MISTRAL_PREPARATION = {
     "patch_size": {"height": 8, "width": 8},
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+_GEMMA3_PREPARATION = {
+    "image_processor_type": "Gemma3ImageProcessor",
+    "size": {"height": 64, "width": 64},
+    "resample": 2,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.4],
+}
+_GEMMA4_PREPARATION = {
+    "image_processor_type": "Gemma4ImageProcessor",
+    "patch_size": 8,
+    "pooling_kernel_size": 2,
+    "max_soft_tokens": 70,
+}
+_FAMILIES = {  # the special tokens of images and the preparation, by the tower's type
+    "pixtral": (MISTRAL_MARKS, _MISTRAL_PREPARATION),
+    "siglip_vision_model": (GEMMA_MARKS, _GEMMA3_PREPARATION),
+    "gemma4_vision": (GEMMA_MARKS, _GEMMA4_PREPARATION),
 }
 TEXT = "What is different between these two?"
 
@@ -171,8 +286,12 @@ def make_weights(shapes: dict[str, list[int]]) -> dict[str, np.ndarray]:
     weights = {}
     for name, shape in shapes.items():
         values = np.random.RandomState(zlib.crc32(name.encode())).randn(*shape)
-        if name.endswith("norm.weight") or ".norm" in name and name.endswith("weight"):
+        if "post_feedforward_layernorm" in name:  # embeddings that are tied would weigh too much
+            values = 3 + 0.1 * values
+        elif re.search(r"norm\.weight$|\.norm.*weight$|_scale$|layer_scalar$", name):
             values = 1 + 0.1 * values
+        elif name.endswith(("put_min", "put_max")):  # bounds
+            values = np.array((1 + abs(values)) * (-1 if name.endswith("min") else 1))
         elif len(shape) > 1:
             values *= 1.5 / np.sqrt(shape[-1] if len(shape) < 4 else np.prod(shape[1:]))
         weights[name] = values.astype(np.float32)
@@ -182,10 +301,10 @@ def make_weights(shapes: dict[str, list[int]]) -> dict[str, np.ndarray]:
 def write_files(kind: str, path: Path) -> None:
     """All files of a model but its weights."""
     config = {**CONFIGS[kind], "eos_token_id": 2, "torch_dtype": "float32"}
-    mistral = config["vision_config"]["model_type"] == "pixtral"
-    build_tokenizer(path, CHATML, MISTRAL_MARKS if mistral else MARKS)
+    family = config["vision_config"]["model_type"]
+    marks, preparation = _FAMILIES.get(family, (MARKS, _PREPARATION))
+    build_tokenizer(path, CHATML, marks)
     (path / "config.json").write_text(json.dumps(config))
-    preparation = _MISTRAL_PREPARATION if mistral else _PREPARATION
     (path / "preprocessor_config.json").write_text(json.dumps(preparation))
 
 
@@ -198,7 +317,7 @@ def _published(kind: str, weights: dict[str, np.ndarray]) -> dict[str, np.ndarra
             for name, value in weights.items()
         }
     joined: dict[str, list[np.ndarray]] = {}
-    for name in [name for name in weights if ".experts." in name]:
+    for name in [name for name in weights if re.search(r"\.experts\.\d", name)]:
         layer, _, rest = name.partition(".experts.")
         joined.setdefault(f"{layer}.experts.{rest.split('.')[1]}", []).append(weights.pop(name))
     for name in [name for name in joined if name.endswith("gate_proj")]:

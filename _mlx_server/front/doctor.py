@@ -23,7 +23,12 @@ from _mlx_server.inference.protocol import EngineError
 
 MOST = 8  # models, or folders that are none, that are told
 PACKAGES = ("mlx", "mlx-lm", "transformers", "huggingface_hub")
-EXTRAS = {"constrained": "llguidance", "documents": "pypdf", "vision": "pillow"}
+EXTRAS = {
+    "constrained": "llguidance",
+    "documents": "pypdf",
+    "vision": "pillow",
+    "scans": "pypdfium2",
+}
 
 
 def examine(args: argparse.Namespace) -> int:

@@ -7,12 +7,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 DEFAULT_TOKENS = 1280  # of an image at most: 1.3 megapixels for most models
-BICUBIC = 3  # Pillow's number
+BILINEAR, BICUBIC = 2, 3  # Pillow's numbers
 _TOWER_NAMES = ("vision_tower.vision_model.", "vision_tower.", "visual.")
-_PROJECTOR = "multi_modal_projector."
+_PROJECTORS = ("multi_modal_projector.", "embed_vision.")
 _SQUARE = 0.5, 0.5, 0.5
 _CLIP_MEAN = 0.48145466, 0.4578275, 0.40821073
 _CLIP_STD = 0.26862954, 0.26130258, 0.27577711
@@ -31,7 +31,9 @@ class Placement:
 class ImageLayout(ABC):
     """How a family's models take images: each square of `merge` by `merge` patches of `patch`
     pixels is one token. `token` stands for any part of any image; `mean` and `std` are those of the
-    colours, from 0 to 1.
+    colours, from 0 to 1. `around` is text on both sides of an image. In all layers or in those with
+    a `sliding` window, or in none, what `both_ways` says, the tokens of an image attend to all of
+    it; then it is read as a whole.
 
     `config` is the model's config.json, `settings` its preprocessor_config.json, `names` has the
     ids of its special tokens by their texts; an image has at most `most` tokens. Making one raises
@@ -43,6 +45,8 @@ class ImageLayout(ABC):
     token: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    around = ""
+    both_ways: Literal["all", "sliding", "none"] = "none"
 
     @abstractmethod
     def __init__(
@@ -136,7 +140,76 @@ class MistralLayout(ImageLayout):
         return [*([*[token] * columns, self._row_end] * rows)[:-1], self._end]
 
 
+class Gemma3Layout(ImageLayout):
+    """Gemma 3: every image is made a square of one size, `side` patches across and down.
+    https://arxiv.org/abs/2503.19786"""
+
+    around = "\n\n"
+    both_ways = "all"
+
+    def __init__(
+        self, config: dict[str, Any], settings: dict[str, Any], names: Mapping[str, int], most: int
+    ):
+        tower = config["vision_config"]
+        self._pixels, self.patch = int(tower["image_size"]), int(tower["patch_size"])
+        self._rows = math.isqrt(int(config.get("mm_tokens_per_image", 256)))
+        self.side = self._pixels // self.patch
+        self.merge = self.side // self._rows
+        if self._rows * self.merge != self.side:
+            raise ValueError(f"{self.side} patches do not make {self._rows} tokens")
+        self.filter = int(settings.get("resample") or BILINEAR)
+        self.mean = tuple(map(float, settings.get("image_mean") or _SQUARE))
+        self.std = tuple(map(float, settings.get("image_std") or _SQUARE))
+        self.token = _token(config, "image")
+        self._start, self._end = _token(config, "boi"), _token(config, "eoi")
+
+    def place(self, width: int, height: int) -> Placement:
+        return Placement(self._pixels, self._pixels, self._rows, self._rows)
+
+    def tokens(self, token: int, rows: int, columns: int) -> list[int]:
+        return [self._start, *[token] * (rows * columns), self._end]
+
+
+class Gemma4Layout(ImageLayout):
+    """Gemma 4: an image keeps its proportions, and takes as many tokens as it may."""
+
+    def __init__(
+        self, config: dict[str, Any], settings: dict[str, Any], names: Mapping[str, int], most: int
+    ):
+        tower, text = config["vision_config"], config["text_config"]
+        self.patch, self.merge = int(tower["patch_size"]), int(tower["pooling_kernel_size"])
+        self._most = max(1, min(int(settings.get("max_soft_tokens") or 280), most))
+        self.filter = int(settings.get("resample") or BICUBIC)
+        self.mean = tuple(map(float, settings.get("image_mean") or (0, 0, 0)))
+        self.std = tuple(map(float, settings.get("image_std") or (1, 1, 1)))
+        if not settings.get("do_normalize"):
+            self.mean, self.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        if text.get("use_bidirectional_attention") == "vision":
+            self.both_ways = "sliding"
+        self.token = int(text.get("pad_token_id") or 0)  # its embedding for layers is used, too
+        self._start, self._end = _token(config, "boi"), _token(config, "eoi")
+
+    def place(self, width: int, height: int) -> Placement:
+        side = self.patch * self.merge
+        scale = math.sqrt(self._most * side**2 / (width * height))
+        rows, columns = int(scale * height / side), int(scale * width / side)
+        if rows == 0:
+            rows, columns = 1, min(max(1, width // height), self._most)
+        elif columns == 0:
+            rows, columns = min(max(1, height // width), self._most), 1
+        return Placement(columns * side, rows * side, rows, columns)
+
+    def tokens(self, token: int, rows: int, columns: int) -> list[int]:
+        return [self._start, *[token] * (rows * columns), self._end]
+
+
+def _token(config: dict[str, Any], name: str) -> int:
+    return int(config.get(f"{name}_token_index") or config[f"{name}_token_id"])
+
+
 _LAYOUTS: dict[str, type[ImageLayout]] = {
+    "gemma3": Gemma3Layout,
+    "gemma4": Gemma4Layout,
     "qwen3_vl": QwenLayout,
     "qwen3_vl_moe": QwenLayout,
     "qwen3_5": QwenLayout,
@@ -182,7 +255,7 @@ def _stretches_positions(config: dict[str, Any]) -> bool:
 def tower_name(name: str) -> str | None:
     """The name within the tower of a weight of a checkpoint; None if it is none of the tower's."""
     name = name.removeprefix("model.")
-    if name.startswith(_PROJECTOR):
+    if name.startswith(_PROJECTORS):
         return name
     prefix = next((prefix for prefix in _TOWER_NAMES if name.startswith(prefix)), None)
     return None if prefix is None else name.removeprefix(prefix)

@@ -21,6 +21,7 @@ from _mlx_server.inference.images import (
 )
 from _mlx_server.inference.models import LocalModel, read_json_file
 from _mlx_server.inference.protocol import InvalidRequest, Message, Request
+from _mlx_server.inference.scans import unfold_scans
 
 if TYPE_CHECKING:
     import numpy
@@ -86,19 +87,20 @@ class PictureFinder:
     def find(self, request: Request) -> tuple[Request, dict[int, Picture]]:
         """The request with a mark for each image that tells its tokens, and the images by their
         tokens. Raises InvalidRequest for what is no image."""
-        if not request.images:
+        request, files = unfold_scans(request, sees=self.layout is not None)
+        if not files:
             return request, {}
         if self.layout is None:
             self._log_unseen()
-            return self._replaced(request, dict.fromkeys(request.images, UNSEEN)), {}
-        if len(request.images) > MAX_IMAGES:
+            return self._replaced(request, dict.fromkeys(files, UNSEEN)), {}
+        if len(files) > MAX_IMAGES:
             raise InvalidRequest(
-                f"at most {MAX_IMAGES} images are allowed, and there are {len(request.images)}"
+                f"at most {MAX_IMAGES} images are allowed, and there are {len(files)}"
             )
-        pictures = [self._picture(self.layout, *one) for one in request.images.items()]
+        pictures = [self._picture(self.layout, *one) for one in files.items()]
         marks = {
             mark: placed_mark(one.token, one.placement.rows, one.placement.columns)
-            for mark, one in zip(request.images, pictures, strict=True)
+            for mark, one in zip(files, pictures, strict=True)
         }
         return self._replaced(request, marks), {one.token: one for one in pictures}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 
 from _mlx_server.inference.decode_batch import DecodeBatch
@@ -252,7 +253,7 @@ class PromptReader:
         the states that they had."""
         import mlx.core as mx
 
-        marks = {one: self._marks(one) for one in rows}
+        due = {one: min(self._marks(one), default=math.inf) for one in rows}
         if len(rows) == 1:
             rows = {one: self._read_row(one, stop) for one, stop in rows.items()}
         else:
@@ -263,12 +264,12 @@ class PromptReader:
             assert entry is not None
             sequence.usage.prefilled_tokens += stop - len(entry.tokens)
             entry.tokens = prompt.tokens[:stop]
-            if stop in marks[sequence]:
+            if stop >= due[sequence]:
                 entry.add_checkpoint()
             self._log_progress(sequence)
 
     def _read_row(self, sequence: Sequence, stop: int) -> int:
-        """Reads one request up to a length; with images it may be less. Returns it."""
+        """Reads one request up to a length; with images it may be another one. Returns it."""
         import mlx.core as mx
 
         entry, prompt = sequence.entry, sequence.prompt

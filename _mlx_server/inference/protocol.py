@@ -43,6 +43,14 @@ class Priority(enum.IntEnum):
     LOW = 2
 
 
+@dataclass(frozen=True)
+class Scan:
+    """A PDF without text, and the note that stands for it where its pages are not shown."""
+
+    content: bytes
+    note: str
+
+
 @dataclass
 class Request:
     """One generation, in no vendor's words. With neither `messages` nor `prompt` it only loads the
@@ -65,7 +73,8 @@ class Request:
     efforts. `adaptive` says that the client leaves it to this side whether and for how long the
     model thinks, though it can show it.
 
-    `images` are files of images by the marks that stand for them in `messages`: see images.py.
+    `images` are files of images, and scans, by the marks that stand for them in `messages`: see
+    images.py.
 
     A conversation that only grew keeps the model's old thinking. `keep_thinking` True asks
     templates to show it also where the conversation is read for the first time, False wants it
@@ -106,7 +115,7 @@ class Request:
     embed: bool = False
     truncate: bool = False
     speculate: bool = True
-    images: dict[str, bytes] = field(default_factory=dict)
+    images: dict[str, bytes | Scan] = field(default_factory=dict)
 
 
 @dataclass

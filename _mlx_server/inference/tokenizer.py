@@ -74,7 +74,8 @@ class TextTokenizer:
         if self.layout is None or not PLACED.search(text):
             yield from self._encode_text(text)
             return
-        first, *rest = PLACED.split(text)
+        around = self.layout.around
+        first, *rest = PLACED.split(PLACED.sub(rf"{around}\g<0>{around}", text))
         yield from self._encode_text(first)
         for at in range(0, len(rest), 4):
             token, rows, columns = map(int, rest[at : at + 3])
@@ -165,7 +166,8 @@ class TextTokenizer:
         """A text whose images are as `decode` writes them."""
         if self.layout is None or not PLACED.search(text):
             return text
-        return PLACED.sub(self.decode(self.layout.tokens(-1, 1, 1)), text)
+        shown = self.decode(self.layout.tokens(-1, 1, 1))
+        return PLACED.sub(f"{self.layout.around}{shown}{self.layout.around}", text)
 
     def special_token_names(self) -> dict[int, str]:
         """The texts of the tokens that were added to the vocabulary, by their ids."""

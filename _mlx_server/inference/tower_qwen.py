@@ -153,13 +153,16 @@ class _Merger(nn.Module):
         return self.linear_fc2(nn.gelu(self.linear_fc1(x)))
 
 
-def attend(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-    """Attention of all patches to all: (heads, patches, size of a head)."""
+def attend(
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float | None = None
+) -> mx.array:
+    """Attention of all patches to all: (heads, patches, size of a head). `scale` is that of the
+    scores, if it is not the usual one."""
     head = queries.shape[-1]
     more = next((fused for fused in _FUSED if fused >= head), head) - head
     parts = (queries, keys, values)
     padded = (mx.pad(part[None], [(0, 0)] * 3 + [(0, more)]) for part in parts)  # changes no score
-    return mx.fast.scaled_dot_product_attention(*padded, scale=head**-0.5)[0, ..., :head]
+    return mx.fast.scaled_dot_product_attention(*padded, scale=scale or head**-0.5)[0, ..., :head]
 
 
 def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import bisect
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from _mlx_server.inference.image_layout import (
+    Gemma3Layout,
+    Gemma4Layout,
     ImageLayout,
     MistralLayout,
     QwenLayout,
     tower_name,
 )
+from _mlx_server.inference.image_masks import both_ways
 from _mlx_server.inference.models import LocalModel, load_error, weight_files
 from _mlx_server.inference.prompt import ImageRun, Prompt
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
+    from _mlx_server.inference.tower_gemma import Gemma3Tower, Gemma4Tower
     from _mlx_server.inference.tower_pixtral import PixtralTower
     from _mlx_server.inference.tower_qwen import QwenTower
+
+    Tower = Gemma3Tower | Gemma4Tower | PixtralTower | QwenTower
 
 
 class Vision:
@@ -62,8 +68,9 @@ class Vision:
         return max(counts, default=0) * self._layout.merge**2 * self._tower.patch_nbytes
 
     def reach(self, prompt: Prompt, start: int, end: int) -> int:
-        """How far, `end` at most, a prompt can be read from `start` on. Runs the tower on the image
-        that stands at `start`, if it has not read it for this prompt."""
+        """How far a prompt can be read from `start` on: `end` at most or, if that is within an
+        image that is read as a whole, the image's end. Runs the tower on the image that stands at
+        `start`, if it has not read it for this prompt."""
         import mlx.core as mx
 
         for run in _within(prompt, start, end):
@@ -75,6 +82,8 @@ class Vision:
                 picture.pixels = None
                 mx.eval(picture.features)
                 self.runs += 1
+            if self._layout.both_ways != "none":
+                end = max(end, run.end)
         return end
 
     def read(self, prompt: Prompt, start: int, end: int, cache: list[Any]) -> Any:
@@ -97,13 +106,22 @@ class Vision:
             for layer, more in zip(deep, added, strict=True):
                 layer[0, begin - start : stop - start] = more[part]
         rotation = None if self._rope is None else self._rotation(prompt, start, end)
-        with self.positions.during(0, rotation, deep):
+        with self.positions.during(0, rotation, deep), self._attention(runs, start, cache):
             logits = self._model(tokens, cache=cache, input_embeddings=embeddings)
         for run in runs:
             later = (one for one in prompt.images if one.end > end and one.picture is run.picture)
             if next(later, None) is None:
                 run.picture.features = None
         return logits
+
+    def _attention(
+        self, runs: list[ImageRun], start: int, cache: list[Any]
+    ) -> AbstractContextManager[None]:
+        """Sets how the images of a chunk that begins at `start` attend to themselves."""
+        if self._layout.both_ways == "none":
+            return nullcontext()
+        images = [(max(run.start - start, 0), run.end - start) for run in runs]
+        return both_ways(cache, images, sliding=self._layout.both_ways == "sliding")
 
     def plain(self, tokens: list[int]) -> list[int]:
         """Tokens that the model knows: in images the one that stands for any part of any image."""
@@ -177,17 +195,22 @@ def _gained(run: ImageRun) -> int:
     return max(placement.rows, placement.columns) - (run.end - run.start)
 
 
-def _make_tower(config: dict[str, Any], layout: ImageLayout) -> QwenTower | PixtralTower:
+def _make_tower(config: dict[str, Any], layout: ImageLayout) -> Tower:
+    from _mlx_server.inference.tower_gemma import Gemma3Tower, Gemma4Tower
     from _mlx_server.inference.tower_pixtral import PixtralTower
     from _mlx_server.inference.tower_qwen import QwenTower
 
     if isinstance(layout, QwenLayout):
         return QwenTower(config["vision_config"], layout)
+    if isinstance(layout, Gemma3Layout):
+        return Gemma3Tower(config, layout)
+    if isinstance(layout, Gemma4Layout):
+        return Gemma4Tower(config, layout)
     assert isinstance(layout, MistralLayout)
     return PixtralTower(config, layout)
 
 
-def _load_tower(local: LocalModel, layout: ImageLayout) -> QwenTower | PixtralTower:
+def _load_tower(local: LocalModel, layout: ImageLayout) -> Tower:
     """The tower with its weights."""
     import mlx.core as mx
     from mlx import nn

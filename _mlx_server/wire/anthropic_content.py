@@ -177,7 +177,8 @@ def _document_block_text(block: Object, path: str, conversation: _Conversation |
         case "base64":
             data = field(source, "data", str, path, required=True)
             media_type = field(source, "media_type", str, path, default="")
-            text = document_text(data, media_type, f"{path}.data", title)
+            on_scan = conversation.images.scan if conversation else None
+            text = document_text(data, media_type, f"{path}.data", title, on_scan)
         case "url" | "file":
             names = [field(source, key, str, path) for key in ("url", "file_id")]
             text = elsewhere(path, "document", *names)

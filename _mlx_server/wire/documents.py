@@ -14,11 +14,12 @@ import hashlib
 import logging
 import re
 import threading
+from collections.abc import Callable
 from urllib.parse import unquote_to_bytes
 
 from _mlx_server.inference.bounded import BoundedMap
+from _mlx_server.inference.pdf import NoTextError, PDFError, can_draw_pdf, can_read_pdf, read_pdf
 from _mlx_server.wire.fields import Object, WireError, field
-from _mlx_server.wire.pdf import PDFError, can_read_pdf, read_pdf
 
 log = logging.getLogger("mlx_server")
 
@@ -28,14 +29,21 @@ _LONGEST_NAME = 200  # characters
 _PDFS: BoundedMap[str | PDFError] = BoundedMap(64)  # the texts of PDFs by the files' hashes
 _READING = threading.Lock()  # one file is read at a time
 
+OnScan = Callable[[bytes, str], str]
+"""Takes a PDF without text, and the note for it; returns what stands for it."""
+
 
 def omitted(path: str, kind: str, reason: str, name: str | None = None) -> str:
     """A note to the model in place of what stands at `path` in the body. `name` is what the client
     calls it. The log says the same, once."""
-    name = " ".join((name or "").split())[:_LONGEST_NAME]
-    note = f"[{kind} omitted: {name + ': ' if name else ''}{reason}]"
+    note = _note(kind, reason, name)
     _log_once(path, note)
     return note
+
+
+def _note(kind: str, reason: str, name: str | None) -> str:
+    name = " ".join((name or "").split())[:_LONGEST_NAME]
+    return f"[{kind} omitted: {name + ': ' if name else ''}{reason}]"
 
 
 @functools.lru_cache(4096)
@@ -59,9 +67,10 @@ def unknown(path: str, kind: str) -> str:
     return omitted(path, " ".join(kind.split())[:_LONGEST_NAME], "this server cannot use it")
 
 
-def file_text(file: Object, path: str) -> str:
+def file_text(file: Object, path: str, on_scan: OnScan) -> str:
     """The text of a file that OpenAI's APIs have in a part, at `path`, or a note. The bytes are in
-    `file_data`, as base64 or a data URL. Raises WireError 400."""
+    `file_data`, as base64 or a data URL. A PDF without text goes to `on_scan`. Raises WireError
+    400."""
     data, id, url, name = (
         field(file, key, str, path) for key in ("file_data", "file_id", "file_url", "filename")
     )
@@ -73,19 +82,22 @@ def file_text(file: Object, path: str) -> str:
         media_type, *parameters = head.removeprefix("data:").split(";")
         if "base64" not in parameters:
             data = base64.b64encode(unquote_to_bytes(data)).decode()
-    text = document_text(data, media_type, f"{path}.file_data", name)
+    text = document_text(data, media_type, f"{path}.file_data", name, on_scan)
     return "\n".join(filter(None, [name, text]))
 
 
-def document_text(data: str, media_type: str, path: str, name: str | None = None) -> str:
+def document_text(
+    data: str, media_type: str, path: str, name: str | None, on_scan: OnScan | None
+) -> str:
     """The text of a file of a media type, which may be "", or a note. `data` is base64 and stands
-    at `path`. Raises WireError 400 if it is not base64."""
+    at `path`. A PDF without text goes to `on_scan`, if that is given. Raises WireError 400 if it
+    is not base64."""
     content = _decoded(data, path)
     media_type = media_type.partition(";")[0].strip().lower()
     if _TEXT_TYPE.fullmatch(media_type):
         return _any_text(content)
     if media_type == "application/pdf" or content.startswith(b"%PDF-"):
-        return _pdf_text(content, path, name)
+        return _pdf_text(content, path, name, on_scan)
     text = _plain_text(content)
     if text is not None:
         return text
@@ -116,14 +128,17 @@ def _any_text(content: bytes) -> str:
     return content.decode("cp1252", "replace").replace("\0", "") if text is None else text
 
 
-def _pdf_text(content: bytes, path: str, name: str | None) -> str:
+def _pdf_text(content: bytes, path: str, name: str | None, on_scan: OnScan | None) -> str:
     if not can_read_pdf():
         reason = "a PDF, which this server cannot read without its extra 'documents'"
         return omitted(path, "document", reason, name)
     found = _read_once(content)
-    if isinstance(found, PDFError):
-        return omitted(path, "document", f"a PDF, which {found}", name)
-    return found
+    if not isinstance(found, PDFError):
+        return found
+    reason = f"a PDF, which {found}"
+    if isinstance(found, NoTextError) and on_scan is not None and can_draw_pdf():
+        return on_scan(content, _note("document", reason, name))
+    return omitted(path, "document", reason, name)
 
 
 def _read_once(content: bytes) -> str | PDFError:

@@ -6,16 +6,17 @@ import base64
 import binascii
 
 from _mlx_server.inference.images import image_mark, is_image
+from _mlx_server.inference.protocol import Scan
 from _mlx_server.wire.documents import elsewhere, omitted
 
 
 class Images:
-    """Collects the images of a body: `files` are theirs, by the marks that stand for them in the
-    texts. Whether the model can see them is the engine's to find out, and whether they are
-    whole."""
+    """Collects the images and the scans of a body: `files` are theirs, by the marks that stand for
+    them in the texts. Whether the model can see them is the engine's to find out, and whether they
+    are whole."""
 
     def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
+        self.files: dict[str, bytes | Scan] = {}
 
     def text(self, data: str, path: str) -> str:
         """What stands for an image, whose file is base64, at `path`: a mark, or a note for what is
@@ -28,6 +29,12 @@ class Images:
             return omitted(path, "image", "it is no PNG, JPEG, GIF or WebP file")
         mark = image_mark(content)
         self.files[mark] = content
+        return mark
+
+    def scan(self, content: bytes, note: str) -> str:
+        """What stands for a PDF without text: a mark. `note` is for a model that cannot see."""
+        mark = image_mark(content + note.encode())
+        self.files[mark] = Scan(content, note)
         return mark
 
     def url_text(self, url: str | None, path: str, *names: str | None) -> str:

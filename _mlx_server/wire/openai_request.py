@@ -150,7 +150,9 @@ def _part_text(part: Object, path: str, images: Images) -> str:
         case "input_audio":
             return omitted(path, "audio", "this model cannot hear")
         case "file":
-            return file_text(field(part, "file", dict, path, required=True), f"{path}.file")
+            return file_text(
+                field(part, "file", dict, path, required=True), f"{path}.file", images.scan
+            )
         case "input_file":
-            return file_text(part, path)
+            return file_text(part, path, images.scan)
     return unknown(path, part_type)

@@ -26,7 +26,16 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
 )
-from vision_models import CONFIGS, FOLDER, PAD, PICTURES, TEXT, make_weights, write_files
+from vision_models import (
+    CONFIGS,
+    FOLDER,
+    GEMMA_MARKS,
+    PAD,
+    PICTURES,
+    TEXT,
+    make_weights,
+    write_files,
+)
 
 POSITIONS, STEPS = 24, 24
 
@@ -52,6 +61,13 @@ def reference(kind: str, path: Path) -> None:
         counts = [rows * columns for rows, columns in sizes]
         lines = [["[IMG]" * columns] * rows for rows, columns in sizes]
         shown = ["[IMG_BREAK]".join(line) + "[IMG_END]" for line in lines]
+    elif "gemma" in config.model_type:
+        seen = processor(images=PICTURES, return_tensors="pt")
+        counts = seen.pop("num_soft_tokens_per_image", torch.tensor([64, 64])).tolist()
+        seen.pop("num_crops", None)
+        around = "\n\n" if config.model_type == "gemma3" else ""
+        start, end, part = GEMMA_MARKS
+        shown = [f"{around}{start}{part * count}{end}{around}" for count in counts]
     else:
         seen = processor(images=PICTURES, return_tensors="pt")
         counts = [int(grid.prod()) // 4 for grid in seen["image_grid_thw"]]
@@ -62,9 +78,13 @@ def reference(kind: str, path: Path) -> None:
     text = f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
     tokens = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
     prompt, answer = tokens[0].tolist(), []
+    if config.model_type == "gemma4":  # what its text model gets
+        prompt = [config.text_config.pad_token_id if one == PAD else one for one in prompt]
     with torch.no_grad():
         for _ in range(STEPS):
-            if "image_grid_thw" in seen:
+            if config.model_type == "gemma3":
+                seen["token_type_ids"] = (tokens == PAD).int()
+            elif config.vision_config.model_type != "pixtral":
                 seen["mm_token_type_ids"] = (tokens == PAD).int()
             logits = model(tokens, **seen).logits[0]
             if not answer:

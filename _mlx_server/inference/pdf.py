@@ -1,18 +1,22 @@
-"""The text of a PDF, read by pypdf in a process of its own.
+"""The text of a PDF, read by pypdf, and the pages of one that has none, drawn by pypdfium2, each in
+a process of its own.
 
-A hostile file can keep a parser busy for hours or let it fill the memory. A process can be limited
-and ended. `read_pdf` starts the process and waits for it; `main` is what the process runs: it reads
-the file from stdin and writes one JSON object to stdout.
+A hostile file can keep a parser busy for hours, let it fill the memory or, if it is not written in
+Python, make it crash. A process can be limited and ended. `read_pdf` and `draw_pdf` start it and
+wait for it; `main` is what it runs: it reads the file from stdin and writes one JSON object to
+stdout.
 
 This file is also run as a script, so it imports nothing of this package."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import importlib.util
 import io
 import itertools
 import json
+import math
 import os
 import resource
 import subprocess
@@ -25,7 +29,12 @@ MAX_PAGES = 100
 MAX_CHARACTERS = 100_000
 MAX_SECONDS = 20
 MAX_MEMORY = 1 << 30  # bytes
+MAX_DRAWN = 20  # pages
+MAX_DRAWN_BYTES = 16 << 20  # of all pages' files
 
+_DRAWN_SCALE = 150 / 72  # dots by point: a line of a letter has about as many as on a screen
+_DRAWN_PIXELS = 2_200_000  # of a page at most: A4 at this scale
+_NARROW = 100  # longer side by shorter side of a page that is not drawn
 _WATCH_SECONDS = 0.05  # between two looks at the memory
 
 
@@ -33,17 +42,41 @@ class PDFError(Exception):
     """A PDF cannot be read; the message says why, in words that fit behind "it"."""
 
 
+class NoTextError(PDFError):
+    """A PDF has no text."""
+
+
 def can_read_pdf() -> bool:
     """Whether pypdf is installed: the extra `documents`."""
     return importlib.util.find_spec("pypdf") is not None
+
+
+def can_draw_pdf() -> bool:
+    """Whether pypdfium2 is installed: the extra `scans`."""
+    return importlib.util.find_spec("pypdfium2") is not None
 
 
 def read_pdf(data: bytes, seconds: float = MAX_SECONDS, memory: int = MAX_MEMORY) -> str:
     """The text of a PDF with the number of each page before it, at most MAX_PAGES and
     MAX_CHARACTERS of it. Raises PDFError, also if the file takes longer than `seconds` or needs
     more than `memory` bytes."""
+    found = _run("text", data, seconds, memory)
+    return _with_page_numbers(found["pages"], found["count"], found["cut"])
+
+
+def draw_pdf(
+    data: bytes, seconds: float = MAX_SECONDS, memory: int = MAX_MEMORY
+) -> tuple[list[bytes], int]:
+    """JPEG files of the first pages of a PDF, at most MAX_DRAWN and MAX_DRAWN_BYTES, and how many
+    pages there are. A page that cannot be drawn is b"". Raises PDFError as `read_pdf` does."""
+    found = _run("pages", data, seconds, memory)
+    return [base64.b64decode(page) for page in found["pages"]], found["count"]
+
+
+def _run(task: str, data: bytes, seconds: float, memory: int) -> dict[str, Any]:
+    """What the process finds."""
     # Without -P the modules beside this file would hide others of the same name
-    command = [sys.executable, "-P", __file__, str(seconds), str(memory)]
+    command = [sys.executable, "-P", __file__, task, str(seconds), str(memory)]
     try:
         out = subprocess.run(
             command, input=data, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=seconds
@@ -51,12 +84,12 @@ def read_pdf(data: bytes, seconds: float = MAX_SECONDS, memory: int = MAX_MEMORY
     except subprocess.TimeoutExpired:
         raise PDFError(f"takes more than {seconds:g} seconds to read") from None
     try:
-        found = json.loads(out.stdout)
+        found: dict[str, Any] = json.loads(out.stdout)
     except ValueError:  # the process was ended by one of its limits
         raise PDFError("takes too much memory or time to read") from None
     if "error" in found:
-        raise PDFError(found["error"])
-    return _with_page_numbers(found["pages"], found["count"], found["cut"])
+        raise (NoTextError if found.get("scan") else PDFError)(found["error"])
+    return found
 
 
 def _with_page_numbers(pages: list[str], count: int, cut: bool) -> str:
@@ -73,13 +106,13 @@ def _with_page_numbers(pages: list[str], count: int, cut: bool) -> str:
 
 def main() -> None:
     """What the process runs."""
-    seconds, memory = float(sys.argv[1]), int(sys.argv[2])
+    task, seconds, memory = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
     _limit(seconds, memory)
     try:
-        found = _extract(sys.stdin.buffer.read())
+        found = {"text": _extract, "pages": _draw}[task](sys.stdin.buffer.read())
     except MemoryError:
         found = {"error": "takes too much memory to read"}
-    except Exception:  # pypdf raises all kinds for a damaged file
+    except Exception:  # all kinds are raised for a damaged file
         found = {"error": "is damaged or no PDF"}
     print(json.dumps(found))
 
@@ -119,7 +152,8 @@ def _extract(data: bytes) -> dict[str, Any]:
             break
     count = len(reader.pages)
     if not any(texts):
-        return {"error": f"has {count} page{'s' * (count != 1)} without text, as scans have"}
+        error = f"has {count} page{'s' * (count != 1)} without text, as scans have"
+        return {"error": error, "scan": True}
     return {"pages": texts, "count": count, "cut": left < 0}
 
 
@@ -139,6 +173,37 @@ def _page_text(page: Any) -> str:
         return "[this page cannot be read]"
     # Half a surrogate pair cannot be encoded
     return text.replace("\0", "").encode("utf-8", "replace").decode().strip()
+
+
+def _draw(data: bytes) -> dict[str, Any]:
+    """The files of the pages, in base64, and how many pages there are."""
+    import pypdfium2
+
+    document = pypdfium2.PdfDocument(data)
+    count, left = len(document), MAX_DRAWN_BYTES
+    pages: list[str] = []
+    for number in range(min(count, MAX_DRAWN)):
+        try:
+            page = _draw_page(document[number])
+        except MemoryError:
+            raise
+        except Exception:  # one damaged page does not spoil the others
+            page = b""
+        left -= len(page)
+        if left < 0:
+            break
+        pages.append(base64.b64encode(page).decode())
+    return {"pages": pages, "count": count}
+
+
+def _draw_page(page: Any) -> bytes:
+    width, height = page.get_size()
+    if not 0 < max(width, height) <= _NARROW * min(width, height):
+        return b""
+    scale = min(_DRAWN_SCALE, math.sqrt(_DRAWN_PIXELS / (width * height)))
+    file = io.BytesIO()
+    page.render(scale=scale).to_pil().convert("RGB").save(file, "JPEG", quality=90)
+    return file.getvalue()
 
 
 if __name__ == "__main__":
