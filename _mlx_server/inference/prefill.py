@@ -233,11 +233,13 @@ class PromptReader:
             return []
         start, last = len(entry.tokens), prompt.body or len(prompt.tokens) - 1
         before = _last_checkpoint(entry)
-        marks = [at for at in (prompt.root,) if start < at < last and at - before >= self.WORTH]
-        for at in (prompt.turn, (start // self.SPARSE + 1) * self.SPARSE):
-            others = before, last, *marks
-            if start < at < last and min(abs(at - one) for one in others) >= self.WORTH:
+        marks: list[int] = []
+        for at in sorted({prompt.root, prompt.turn}):
+            if start < at < last and at - max([before, *marks]) >= self.WORTH:
                 marks.append(at)
+        sparse = (start // self.SPARSE + 1) * self.SPARSE
+        if sparse < last and min(abs(sparse - at) for at in (before, last, *marks)) >= self.WORTH:
+            marks.append(sparse)
         return sorted([*marks, last]) if last > start else []
 
     def _stop(self, sequence: Sequence, most: int) -> int:
