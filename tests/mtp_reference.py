@@ -20,7 +20,7 @@ def logits(
     guesses: int,
 ) -> list[np.ndarray]:
     """What the head says behind the last of some tokens, and behind its own likeliest guesses.
-    `head` has the names behind "mtp.", `hidden` are the model's last hidden states of all tokens but
+    `head` has the names behind "mtp.", `hidden` are the last hidden states of all tokens but
     the last, (tokens - 1, size)."""
     states, read = list(hidden), list(tokens)
     said = []

@@ -82,12 +82,12 @@ class Head(nn.Module):
         """The head's hidden state for a token, all (1, 1, size). It guesses the token behind it,
         and takes the place of the model's hidden state in the next step."""
         x = self.join(embedding, hidden)
-        state: mx.array = self.norm(self.layers[0](x, mask=None, cache=_WithoutFirst(history)))
+        state: mx.array = self.norm(self.layers[0](x, mask=None, cache=Seen(history)))
         return state
 
 
-class _WithoutFirst:
-    """A cache of keys and values whose first token is not seen."""
+class Seen:
+    """What is seen of a history: all but the first token."""
 
     def __init__(self, cache: Any):
         self._cache = cache
