@@ -32,7 +32,7 @@ from _mlx_server.inference.image_layout import DEFAULT_TOKENS
 from _mlx_server.inference.library import Library
 from _mlx_server.inference.lookup import Parting, describe_miss, look_up
 from _mlx_server.inference.memory import usable_memory
-from _mlx_server.inference.models import Loaded, LocalModel, fingerprint
+from _mlx_server.inference.models import Loaded, LocalModel
 from _mlx_server.inference.names import plain_name
 from _mlx_server.inference.pool import ModelPool
 from _mlx_server.inference.presets import Preset
@@ -167,7 +167,7 @@ class Engine:
             self.default.capabilities = [
                 one for one in self.default.capabilities if one != "vision"
             ]
-        self._context, self._max_tokens, self._kv_bits = context, max_tokens, kv_bits
+        self._context, self._max_tokens = context, max_tokens
         self._image_tokens = image_tokens
         self._max_queue, self._keep_alive = max_queue, keep_alive
         self._disk_cache = DiskCache(Path(cache_dir), cache_dir_limit) if cache_dir else None
@@ -320,7 +320,7 @@ class Engine:
     def _build_renderer(self, local: LocalModel) -> PromptRenderer:
         if self._disk_cache is None:
             return PromptRenderer(local, self._image_tokens)
-        readings = functools.partial(self._disk_cache.readings, fingerprint(local, self._kv_bits))
+        readings = functools.partial(self._disk_cache.readings, self.pool.fingerprint(local))
         return PromptRenderer(local, self._image_tokens, readings)
 
     def _with_preset(self, request: Request) -> Request:
@@ -378,7 +378,7 @@ class Engine:
         runner = self.pool.runners.get(sequence.model.name)
         if sequence.request.embed or runner is None and self._disk_cache is None:
             return None
-        model = runner.fingerprint if runner else fingerprint(sequence.model, self._kv_bits)
+        model = runner.fingerprint if runner else self.pool.fingerprint(sequence.model)
         return look_up(sequence, model, self.pool.prefixes, self._disk_cache)
 
     # -- the engine itself, from any thread

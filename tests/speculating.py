@@ -20,6 +20,9 @@ class FixedCosts(PassCosts):
     def note(self, rows: int, context: int, seconds: float) -> None:
         pass
 
+    def note_draft(self, drafter: str, tokens: int, seconds: float) -> None:
+        pass
+
 
 FREE = FixedCosts({1: 1.0, 32: 1.0})  # every draft is worth it
 
@@ -38,12 +41,14 @@ class Oracle:
     def follow(self, tokens: Sequence[int], pending: int | None = None) -> None:
         self._at = len(tokens) + (pending is not None) - self._prompt
 
-    def propose(self) -> tuple[list[int], list[float]]:
+    def chances(self) -> list[float]:
+        return [1.0] * self._random.randint(1, 31)
+
+    def draft(self, row: Any, length: int) -> list[int]:
         pick = self._random
-        length = pick.randint(1, 31)
         right = self._answer[self._at :][: pick.choice([0, length, pick.randint(0, length)])]
         wrong = [pick.randrange(3, 500) for _ in range(length - len(right))]
-        return right + wrong, [1.0] * length
+        return right + wrong
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:

@@ -230,15 +230,21 @@ def test_a_thinking_budget_holds_with_drafts(load: Callable[[str], Loaded], thin
 # ------------------------------------------------------------------ drafts and their worth
 
 
+def propose(lookup: PromptLookup) -> tuple[list[int], list[float]]:
+    """All that is drafted, and the chances of that."""
+    chances = lookup.chances()
+    return lookup.draft(None, len(chances)) if chances else [], chances
+
+
 def test_a_copy_is_found_and_followed():
     text = tokens(300)
     lookup = PromptLookup([*text, 1])
     lookup.follow([*text, 1, *text[50:55]])
-    proposed, chances = lookup.propose()
+    proposed, chances = propose(lookup)
     assert proposed == text[55 : 55 + len(proposed)] and len(proposed) == len(chances) == 31
     assert chances == sorted(chances)  # the longer a copy, the surer
     lookup.follow([*text, 1, *text[50:60]], text[60])
-    assert lookup.propose()[0][:20] == text[61:81]
+    assert propose(lookup)[0][:20] == text[61:81]
 
 
 def test_behind_a_change_a_copy_goes_on_soon():
@@ -246,32 +252,32 @@ def test_behind_a_change_a_copy_goes_on_soon():
     lookup = PromptLookup([*text, 1])
     answer = [*text[50:80], 499, 498, 497, *text[81:83]]
     lookup.follow([*text, 1, *answer])
-    assert lookup.propose()[0][:20] == text[83:103]
+    assert propose(lookup)[0][:20] == text[83:103]
 
 
 def test_what_is_quotable_goes_before_the_prompt():
     shown, quotable = [5, 6, 7, 8, 9, 100], [5, 6, 7, 8, 9, 200, 201]
     lookup = PromptLookup([*shown, 1, 1], quotable)
     lookup.follow([*shown, 1, 1, 5, 6, 7, 8, 9])
-    assert lookup.propose()[0][0] == 200
+    assert propose(lookup)[0][0] == 200
 
 
 def test_nothing_is_proposed_for_what_is_new():
     lookup = PromptLookup(tokens(300))
     lookup.follow([*tokens(300), *range(600, 640)])
-    assert lookup.propose() == ([], [])
+    assert propose(lookup) == ([], [])
 
 
 def test_drafts_that_are_wrong_count_as_less_likely():
     text = [1, 2, 3, 4, 5, 6] * 20
     lookup, read = PromptLookup(text), list(text)
     lookup.follow([*text, 1, 2, 3, 4, 5])
-    first = lookup.propose()[1][0]
+    first = lookup.chances()[0]
     read += [1, 2, 3, 4, 5]
     for wrong in range(600, 620):
         read += [wrong, 1, 2, 3, 4, 5]
     lookup.follow(read)
-    assert lookup.propose()[1][0] < first
+    assert lookup.chances()[0] < first
 
 
 def test_a_text_of_any_length_is_searched():
@@ -281,18 +287,18 @@ def test_a_text_of_any_length_is_searched():
         read = text[:at]
         lookup.follow(read)
     lookup.follow([*read, *text[700:705]])
-    assert lookup.propose()[0] == text[705:736]
+    assert propose(lookup)[0] == text[705:736]
     lookup.follow([*read, *text[700:705], 600, 601, *text[1900:1905]])
-    assert lookup.propose()[0] == text[1905:1936]
+    assert propose(lookup)[0] == text[1905:1936]
 
 
 def test_a_pass_that_costs_more_than_it_brings_is_not_made():
     dense = PassCosts({1: 1.0, 2: 1.03, 4: 1.5, 8: 2.7, 16: 4.5, 32: 4.5})
-    assert dense.best_length([0.99] * 31, 0) == 31
-    assert dense.best_length([0.9] * 31, 0) in (2, 3)
-    assert dense.best_length([0.9], 0) == 1
-    assert dense.best_length([0.05] * 31, 0) == 0 == dense.best_length([], 0)
-    assert PassCosts({1: 1.0, 2: 2.0, 32: 32.0}).best_length([1.0] * 31, 0) == 0
+    assert dense.best_draft([0.99] * 31, 0)[0] == 31
+    assert dense.best_draft([0.9] * 31, 0)[0] in (2, 3)
+    assert dense.best_draft([0.9], 0)[0] == 1
+    assert dense.best_draft([0.05] * 31, 0)[0] == 0 == dense.best_draft([], 0)[0]
+    assert PassCosts({1: 1.0, 2: 2.0, 32: 32.0}).best_draft([1.0] * 31, 0)[0] == 0
 
 
 def test_costs_are_corrected_between_requests_only():
@@ -300,9 +306,9 @@ def test_costs_are_corrected_between_requests_only():
     for _ in range(9):
         costs.note(1, 5000, 0.1)
         costs.note(2, 5000, 0.3)
-    assert costs.best_length([0.9], 5000) == 1
+    assert costs.best_draft([0.9], 5000)[0] == 1
     costs.update()
-    assert costs.best_length([0.9], 5000) == 0 and costs.best_length([0.9], 100) == 1
+    assert costs.best_draft([0.9], 5000)[0] == 0 and costs.best_draft([0.9], 100)[0] == 1
 
 
 def test_numbers_before_lines_are_no_part_of_a_quotation():

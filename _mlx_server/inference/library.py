@@ -222,7 +222,7 @@ class Library:
         folder = model.path
         if (
             folder.parent.name == "snapshots"
-            and next(_snapshots(folder.parents[1]), folder) != folder
+            and next(snapshots(folder.parents[1]), folder) != folder
         ):
             return False
         return self._describe(model.name, model.path) == model
@@ -310,17 +310,13 @@ class Library:
 
     @property
     def hub(self) -> Path:
-        """The Hugging Face cache, as huggingface_hub finds it, whose import takes too long for the
-        start: https://huggingface.co/docs/huggingface_hub/guides/manage-cache"""
-        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        home = os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")
-        hub = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-        return Path(os.path.expandvars(hub or os.path.join(home, "hub"))).expanduser()
+        """The Hugging Face cache."""
+        return hub_folder()
 
     def _by_path(self, name: str, models: list[LocalModel], trusted: bool) -> LocalModel | None:
         path = Path(name).expanduser()
         if path.name.startswith("models--"):  # a repo's folder in a Hugging Face cache
-            path = next(_snapshots(path), path)
+            path = next(snapshots(path), path)
         path = Path(os.path.realpath(path))
         known = next((model for model in models if os.path.realpath(model.path) == str(path)), None)
         if known is None and trusted:
@@ -395,18 +391,28 @@ class Library:
             if (root / "config.json").exists():
                 yield root.resolve().name, root
                 continue
-            for child in _subfolders(root):
+            for child in subfolders(root):
                 if child.name.startswith("models--"):
                     name = child.name.removeprefix("models--").replace("--", "/")
-                    yield from ((name, checkpoint) for checkpoint in _snapshots(child))
+                    yield from ((name, checkpoint) for checkpoint in snapshots(child))
                 elif (child / "config.json").exists():
                     yield child.name, child
                 else:
-                    yield from ((f"{child.name}/{path.name}", path) for path in _subfolders(child))
+                    yield from ((f"{child.name}/{path.name}", path) for path in subfolders(child))
         yield from (("demo", path) for path in _demos())
 
 
-def _subfolders(path: Path) -> list[Path]:
+def hub_folder() -> Path:
+    """The Hugging Face cache, as huggingface_hub finds it, whose import takes too long for the
+    start: https://huggingface.co/docs/huggingface_hub/guides/manage-cache"""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")
+    hub = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    return Path(os.path.expandvars(hub or os.path.join(home, "hub"))).expanduser()
+
+
+def subfolders(path: Path) -> list[Path]:
+    """The folders in a folder, hidden ones left out; none if it cannot be read."""
     try:
         return sorted(
             Path(entry.path)
@@ -417,12 +423,12 @@ def _subfolders(path: Path) -> list[Path]:
         return []
 
 
-def _snapshots(repo: Path) -> Iterator[Path]:
+def snapshots(repo: Path) -> Iterator[Path]:
     """A cached repo's revisions: the one `main` points to, then the others, newest first."""
     with contextlib.suppress(OSError, ValueError):
         main = (repo / "refs" / "main").read_text("utf-8").strip()
         yield repo / "snapshots" / main
-    revisions = _subfolders(repo / "snapshots")
+    revisions = subfolders(repo / "snapshots")
     yield from sorted(revisions, key=lambda path: path.stat().st_mtime, reverse=True)
 
 

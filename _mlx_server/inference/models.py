@@ -279,7 +279,7 @@ def _amount(value: Any) -> int:
 
 def _count_parameters(file: Path, recipe: dict[str, Any]) -> int:
     """Weights in a safetensors file, from its header alone."""
-    header = _read_header(file)
+    header = read_header(file)
     total = 0
     for key, tensor in header.items():
         layer, _, kind = key.rpartition(".")
@@ -295,7 +295,7 @@ def _count_parameters(file: Path, recipe: dict[str, Any]) -> int:
     return total
 
 
-def _read_header(file: Path) -> dict[str, Any]:
+def read_header(file: Path) -> dict[str, Any]:
     """What a safetensors file begins with: 8 bytes of length, then JSON.
 
     https://huggingface.co/docs/safetensors/index#format"""
@@ -310,7 +310,7 @@ def _sees(path: Path, weights: Files, config: dict[str, Any], index: dict[str, A
     """Whether images can be shown to a model, here and now."""
     if not isinstance(config.get("vision_config"), dict) or not has_pillow():
         return False
-    named = (name for file in weights for name in _read_header(path / file))
+    named = (name for file in weights for name in read_header(path / file))
     return has_tower(config, index.get("weight_map") or named)
 
 
@@ -426,16 +426,18 @@ def load_error(local: LocalModel, what: str, error: Exception) -> ModelLoadError
     return ModelLoadError(f"{what} cannot be loaded: {first_line(error, str(local.path))}")
 
 
-def fingerprint(local: LocalModel, kv_bits: int | None) -> str:
+def fingerprint(local: LocalModel, kv_bits: int | None, head: Iterable[Path] = ()) -> str:
     """32 hex digits for what a KV state depends on besides the tokens: the model's files, the
-    cache's bits per number (None: as computed), and the layout of mlx-lm's cache classes."""
+    cache's bits per number (None: as computed), the layout of mlx-lm's cache classes, and the files
+    of an MTP head whose state is kept with the model's."""
     from mlx_lm import __version__
 
-    weights = sorted(
-        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
-        for path in local.path.glob("*.safetensors")
+    weights, heads = (
+        sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
+        for paths in (local.path.glob("*.safetensors"), head)
     )
-    parts = json.dumps([local.config, weights, kv_bits, __version__], sort_keys=True)
+    known = [local.config, weights, kv_bits, __version__, *([heads] if heads else [])]
+    parts = json.dumps(known, sort_keys=True)
     return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 

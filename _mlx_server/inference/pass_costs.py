@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 ROWS = (1, 2, 3, 4, 8, 16, 32)  # tokens of the passes that are told apart
@@ -27,7 +27,9 @@ class PassCosts:
         the last of which must be there, in a short context."""
         self._loaded = dict(seconds)
         self._table: dict[tuple[int, int], float] = {}
+        self._drafting: dict[str, float] = {}  # seconds of a drafter for a token
         self._noted: dict[tuple[int, int], collections.deque[float]] = {}
+        self._drafts: dict[str, collections.deque[float]] = {}
 
     @classmethod
     def measure(cls, model: Any, new_cache: Callable[[], list[Any]]) -> PassCosts:
@@ -39,12 +41,24 @@ class PassCosts:
         import mlx.core as mx
 
         tokens = mx.zeros((1, rows), mx.int32)
+        return cls._fastest(lambda: mx.eval(model(tokens, cache=new_cache())))
+
+    def measure_drafting(self, drafter: str, draft: Callable[[], object]) -> None:
+        """Measures how long a drafter takes for a token, which `draft` drafts."""
+        self._drafting[drafter] = self._fastest(draft)
+
+    @classmethod
+    def _fastest(cls, run: Callable[[], object]) -> float:
         seconds: list[float] = []
         while len(seconds) < cls.RUNS and sum(seconds) < cls.SLOW:  # the first compiles kernels
             started = time.perf_counter()
-            mx.eval(model(tokens, cache=new_cache()))
+            run()
             seconds.append(time.perf_counter() - started)
         return min(seconds)
+
+    def _one(self, context: int) -> float:
+        """Seconds of a pass that reads a single token."""
+        return self._table.get((1, _depth(context)), self._loaded[1])
 
     def cost(self, rows: int, context: int) -> float:
         """What a pass that reads so many tokens behind `context` others costs, as a multiple of one
@@ -58,18 +72,25 @@ class PassCosts:
         seconds = min(self._loaded[known] for known in wider if known in self._loaded)
         return max(1.0, seconds / self._loaded[1])
 
-    def best_length(self, chances: Sequence[float], context: int) -> int:
-        """How many tokens of a draft are worth reading with the next pass, 0 for none. `chances`
-        are those of each of its tokens to be right if all before it are."""
+    def best_draft(
+        self, chances: Sequence[float], context: int, drafter: str = ""
+    ) -> tuple[int, float]:
+        """How many tokens a drafter's draft should have, 0 for none, and the gain that is expected
+        of it: the tokens of the next pass in the time of one. `chances` are those of each token to
+        be right if all before it are."""
         best, gain = 0, self.GAIN
+        effort = self._drafting.get(drafter, 0.0) / self._one(context)
         expected, chance = 1.0, 1.0
         lengths = {*(rows - 1 for rows in ROWS), len(chances)}
         for length, next_chance in enumerate(chances[:WIDEST], 1):
             chance *= next_chance
             expected += chance
-            if length in lengths and expected / self.cost(length + 1, context) > gain:
-                best, gain = length, expected / self.cost(length + 1, context)
-        return best
+            if length not in lengths:
+                continue
+            worth = expected / (self.cost(length + 1, context) + length * effort)
+            if worth > gain:
+                best, gain = length, worth
+        return best, gain
 
     def note(self, rows: int, context: int, seconds: float) -> None:
         """A pass of a request has taken so long, with all that belongs to its tokens."""
@@ -77,11 +98,24 @@ class PassCosts:
             kind = rows, _depth(context)
             self._noted.setdefault(kind, collections.deque(maxlen=self.SAMPLES)).append(seconds)
 
+    def note_draft(self, drafter: str, tokens: int, seconds: float) -> None:
+        """A drafter has taken so long for so many tokens."""
+        noted = self._drafts.setdefault(drafter, collections.deque(maxlen=self.SAMPLES))
+        noted.append(seconds / tokens)
+
     def update(self) -> None:
         """Takes what was noted into account. Comes between requests."""
+        for drafter, seconds in self._drafts.items():
+            if len(seconds) >= self.FEW:
+                self._drafting[drafter] = _median(seconds)
         for kind, seconds in self._noted.items():
             if len(seconds) >= self.FEW:
-                self._table[kind] = sorted(seconds)[len(seconds) // 2]
+                self._table[kind] = _median(seconds)
+
+
+def _median(seconds: Iterable[float]) -> float:
+    values = sorted(seconds)
+    return values[len(values) // 2]
 
 
 def _depth(context: int) -> int:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from _mlx_server.inference.disk_cache import DiskCache
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.memory import StateSize, gigabytes, usable_memory
-from _mlx_server.inference.models import Loaded, LocalModel
+from _mlx_server.inference.models import Loaded, LocalModel, fingerprint
+from _mlx_server.inference.mtp_files import find_head
 from _mlx_server.inference.prefix_cache import PrefixCache
 from _mlx_server.inference.protocol import EngineBusy, ModelLoadError, Priority, PromptTooLong
 from _mlx_server.inference.renderer import PromptRenderer
@@ -104,6 +105,12 @@ class ModelPool:
     def _cache_room(self) -> int:
         """Bytes that the prefix cache may take at the moment."""
         return min(self._cache_limit, self._room())
+
+    def fingerprint(self, local: LocalModel) -> str:
+        """What names the KV states of a model that is not loaded: see `models.fingerprint`. From
+        any thread."""
+        head = find_head(local) if self.speculates else None
+        return fingerprint(local, self._kv_bits, head.files if head else ())
 
     def open(
         self, local: LocalModel, renderer: PromptRenderer, priority: Priority

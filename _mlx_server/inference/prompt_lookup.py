@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
+from typing import Any
 
 from _mlx_server.inference.pass_costs import WIDEST
 
@@ -58,14 +59,17 @@ class PromptLookup:
             self._take(chr(pending))
         self._length = max(self._length, len(tokens) + (pending is not None))
 
-    def propose(self) -> tuple[list[int], list[float]]:
-        """The tokens that may come next, and each one's chance to be right if all before are."""
+    def chances(self) -> list[float]:
+        """Of each token that it can draft now: how likely it is right if all before are."""
         if self._at < 0:
-            return [], []
-        expected = self._read(self._at, self._at + WIDEST)
+            return []
         rates = [right / tried for right, tried in zip(self._right, self._tried, strict=True)]
-        levels = [self._level(self._agreed + ahead) for ahead in range(len(expected))]
-        return list(map(ord, expected)), [rates[level] for level in levels]
+        count = len(self._read(self._at, self._at + WIDEST))
+        return [rates[self._level(self._agreed + ahead)] for ahead in range(count)]
+
+    def draft(self, row: Any, length: int) -> list[int]:
+        """The tokens that may come next."""
+        return list(map(ord, self._read(self._at, self._at + length)))
 
     def _take(self, character: str) -> None:
         self._score(character)

@@ -14,8 +14,10 @@ from typing import Any
 from _mlx_server.inference.decode_batch import DecodeBatch, Row
 from _mlx_server.inference.disk_cache import DiskCache
 from _mlx_server.inference.group import Group
+from _mlx_server.inference.head_drafter import HeadDrafter
 from _mlx_server.inference.memory import gigabytes
 from _mlx_server.inference.models import LocalModel, fingerprint
+from _mlx_server.inference.mtp_files import find_head
 from _mlx_server.inference.prefill import PromptReader
 from _mlx_server.inference.prefix_cache import PrefixCache
 from _mlx_server.inference.protocol import EngineError, InvalidRequest, Priority
@@ -57,8 +59,9 @@ class ModelRunner:
         started = time.perf_counter()
         log.info("loading %s, %s", local.name, gigabytes(local.size))
         self.local, self.renderer, self.prefixes = local, renderer, prefixes
-        self.fingerprint = fingerprint(local, kv_bits)
-        self.weights = Weights(local, kv_bits, group)
+        head = find_head(local) if speculates else None
+        self.fingerprint = fingerprint(local, kv_bits, head.files if head else ())
+        self.weights = Weights(local, kv_bits, group, head)
         self.model = self.weights.model
         self.size: int = self.weights.size
         self.vision: Vision | None = None
@@ -128,6 +131,8 @@ class ModelRunner:
             sequence.usage.load_seconds = waited
             sequence.detokenizer = self.renderer.tokenizer.detokenizer
             sequence.parser.feed(sequence.prompt.opening, markup=True)
+            if self.weights.has_head and sequence.drafters:
+                sequence.drafters.append(HeadDrafter(self.model))
         try:
             self._reader.restore(sequence, self.sequences)
         except Exception as error:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from _mlx_server.inference.head_drafter import measure_head
 from _mlx_server.inference.pass_costs import PassCosts
 from _mlx_server.inference.rollback import Rollback, Unsupported
 
@@ -33,8 +34,12 @@ class Drafter(Protocol):
         """Takes note of all tokens that were read so far, the prompt's first, and of the one that
         was picked behind them, if it is known."""
 
-    def propose(self) -> tuple[list[int], list[float]]:
-        """The tokens that may come next, and each one's chance to be right if all before are."""
+    def chances(self) -> list[float]:
+        """Of each token that it can draft now: how likely it is right if all before are."""
+
+    def draft(self, row: Any, length: int) -> list[int]:
+        """The next tokens behind the pending one, as many as asked for, which are not more than
+        there are chances. `row` is the request's in the decode batch."""
 
 
 @dataclass
@@ -86,7 +91,10 @@ class Speculation:
         except Unsupported as reason:
             log.info("%s decodes without speculation: %s", name, reason)
             return None
-        return cls(model, rollback, PassCosts.measure(model, new_cache), ends)
+        costs = PassCosts.measure(model, new_cache)
+        if hasattr(model, "mtp"):
+            measure_head(model, new_cache(), costs)
+        return cls(model, rollback, costs, ends)
 
     def step(self, row: Any, drafters: Sequence[Drafter]) -> list[Any]:
         """The row's next tokens, one or several, as mlx-lm's responses. The last token of an answer
@@ -146,27 +154,37 @@ class Speculation:
             return None
         for drafter in drafters:
             drafter.follow(tokens)
-        if self._known is not row and not any(self._worth(one, len(tokens)) for one in drafters):
+        if self._known is not row and self._best(drafters, len(tokens)) is None:
             return None
         pending = row.upcoming(0).token
         for drafter in drafters:
             drafter.follow(tokens, pending)
-        for drafter in drafters:
-            if proposed := self._worth(drafter, len(tokens)):
-                return self._allowed(row, drafter, [pending, *proposed])
-        return None
+        best = self._best(drafters, len(tokens))
+        if best is None or pending in self._ends:
+            return None
+        drafter, length = best
+        length = min(length, row.left() - 2)  # an answer's last token is left to a step of its own
+        if length < 1:
+            return None
+        started = time.perf_counter()
+        drafted = drafter.draft(row, length)
+        self.costs.note_draft(drafter.name, length, time.perf_counter() - started)
+        return self._allowed(row, drafter, [pending, *drafted])
 
-    def _worth(self, drafter: Drafter, context: int) -> list[int]:
-        """What of a drafter's proposal is worth being read."""
-        tokens, chances = drafter.propose()
-        return tokens[: self.costs.best_length(chances, context)] if tokens else []
+    def _best(self, drafters: Sequence[Drafter], context: int) -> tuple[Drafter, int] | None:
+        """The drafter of which most is expected, and how many tokens it should draft; None if no
+        draft is worth it."""
+        best, most = None, 0.0
+        for drafter in drafters:
+            length, gain = self.costs.best_draft(drafter.chances(), context, drafter.name)
+            if length and gain > most:
+                best, most = (drafter, length), gain
+        return best
 
     def _allowed(self, row: Any, drafter: Drafter, tokens: list[int]) -> _Draft | None:
-        """The pending token and what of the proposed ones may follow it. An answer's last token is
-        left to a step of its own."""
+        """The pending token and what of the drafted ones may follow it: not an end."""
         ends = (at for at, token in enumerate(tokens) if token in self._ends)
-        left = row.left() - 1
-        tokens = tokens[: max(0, min(left, next(ends, left)))]
+        tokens = tokens[: next(ends, None)]
         processors = []
         for processor in row.logits_processors[0]:
             behind = getattr(processor, "ahead", None)

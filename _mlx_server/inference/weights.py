@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +11,11 @@ from _mlx_server.inference.group import Group
 from _mlx_server.inference.layers import is_opaque
 from _mlx_server.inference.memory import StateSize
 from _mlx_server.inference.models import LocalModel, load_error
+from _mlx_server.inference.mtp_files import HeadFiles
+from _mlx_server.inference.protocol import first_line
 from _mlx_server.inference.speculation import Speculation
+
+log = logging.getLogger("mlx_server")
 
 
 class Weights:
@@ -18,19 +23,23 @@ class Weights:
 
     `model` is mlx-lm's, `body` the part of it before the head (None where mlx-lm has no name for
     it), `size` the bytes of the parameters, `state_size` what KV states take. `pooling` is set for
-    embedding models. With `kv_bits` new caches keep plain KV quantised."""
+    embedding models. With `kv_bits` new caches keep plain KV quantised. `has_head` says that an MTP
+    head reads along, as asked for with the files of one; its cache is part of the model's."""
 
     STRETCH = 256  # tokens
 
-    def __init__(self, local: LocalModel, kv_bits: int | None, group: Group):
+    def __init__(
+        self, local: LocalModel, kv_bits: int | None, group: Group, head: HeadFiles | None = None
+    ):
         import mlx.core as mx
         from mlx.utils import tree_flatten
 
         self._config, self._kv_bits, self._group_size = local.config, kv_bits or 0, 0
         embeds = "embedding" in local.capabilities
-        options = {"get_model_classes": _headless_classes} if embeds else {}
+        classes = _headless_classes if embeds else _known_classes
         try:
-            self.model = group.load(local.path, **options)
+            self.model = group.load(local.path, get_model_classes=classes)
+            self.has_head = head is not None and self._attach(local, head)
             self.body = model_body(self.model)
             self.pooling = pooling_mode(local) if embeds else ""
             read = self.body if embeds else self.model
@@ -48,6 +57,18 @@ class Weights:
         size = sum(array.nbytes for _, array in parameters)
         self.size, self.state_size = group.broadcast(lambda: (size, StateSize.of(cache, growth)))
         self._name = local.name
+
+    def _attach(self, local: LocalModel, head: HeadFiles) -> bool:
+        """Has an MTP head read along; returns whether it can."""
+        from _mlx_server.inference.mtp import attach
+
+        try:
+            attach(local, self.model, head)
+        except Exception as error:
+            log.warning("%s decodes without its MTP head: %s", local.name, first_line(error))
+            return False
+        log.info("%s has an MTP head, from %s", local.name, head.files[0].parent.name)
+        return True
 
     def speculation(self, ends: Iterable[int]) -> Speculation | None:
         """What decodes several tokens a pass, up to one of the tokens `ends`; None for a model that
@@ -107,6 +128,23 @@ def model_body(model: Any) -> Any:
     model = getattr(model, "language_model", model)
     bodies = (getattr(model, name, None) for name in ("model", "transformer", "backbone"))
     return next(filter(None, bodies), None)
+
+
+def _known_classes(config: dict[str, Any]) -> tuple[type, type]:
+    """mlx-lm's classes for a config. Qwen3-Next's takes no converted weights with an MTP head among
+    them."""
+    from mlx_lm.utils import _get_classes
+
+    model_class, args_class = _get_classes(config)
+    if config.get("model_type") != "qwen3_next":
+        return model_class, args_class
+
+    class WithoutHead(model_class):  # type: ignore[misc, valid-type]
+        def sanitize(self, weights: dict[str, Any]) -> dict[str, Any]:
+            without = {name: one for name, one in weights.items() if "mtp." not in name}
+            return dict(super().sanitize(without))
+
+    return WithoutHead, args_class
 
 
 def _headless_classes(config: dict[str, Any]) -> tuple[type, type]:
