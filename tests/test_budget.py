@@ -68,6 +68,7 @@ def test_thinking_ends_when_its_tokens_are_spent_and_begins_as_it_would_have(eng
     assert parts(ask(engine, 1000)) == parts(ask(engine, None))
 
 
+@pytest.mark.slow
 def test_an_effort_is_worth_a_budget_where_the_template_knows_no_efforts(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

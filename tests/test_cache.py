@@ -47,6 +47,7 @@ def turns(engine: Engine, messages: list[dict], count: int) -> list[dict]:
     return messages
 
 
+@pytest.mark.slow
 def test_a_restarted_engine_goes_on_where_the_last_one_stopped(options: dict, tmp_path: Path):
     with Engine(**options, cache_dir=tmp_path) as engine:
         messages = turns(engine, LONG, 3)
@@ -59,6 +60,7 @@ def test_a_restarted_engine_goes_on_where_the_last_one_stopped(options: dict, tm
         assert generation.cached_tokens == generation.usage.cached_tokens
 
 
+@pytest.mark.slow
 def test_conversations_share_the_files_of_what_they_have_in_common(options: dict, tmp_path: Path):
     def size() -> int:
         return sum(path.stat().st_size for path in tmp_path.iterdir())
@@ -212,6 +214,7 @@ def test_a_failed_prefill_keeps_its_finished_chunks(options: dict, monkeypatch: 
         )
 
 
+@pytest.mark.slow
 def test_a_conversation_that_goes_on_is_moved_and_not_copied(options: dict):
     with Engine(**options) as engine:
         messages = turns(engine, [SYSTEM, user("begin")], 2)
@@ -292,6 +295,7 @@ def test_snapshots_stay_few(options: dict):
         assert len(line.checkpoints) <= (0 if line.trimmable else line.CHECKPOINTS + 4)
 
 
+@pytest.mark.slow
 def test_a_miss_explains_itself(folder: Path):
     with Engine(str(folder / "qwen2")) as engine:
         messages = turns(engine, [SYSTEM, user("begin")], 3)

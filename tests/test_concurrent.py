@@ -61,6 +61,7 @@ def until(generation: Generation, phase: State) -> None:
 # ------------------------------------------------------------------ company
 
 
+@pytest.mark.slow
 def test_a_greedy_answer_is_the_same_alone_and_in_a_batch_of_eight(engine: Engine):
     prompts = [f"number {n} " * (3 * n + 1) for n in range(8)]
     alone = [answer(engine, prompt, max_tokens=20 + n)[0] for n, prompt in enumerate(prompts)]
@@ -87,6 +88,7 @@ def test_requests_with_other_limits_stops_and_sampling_run_side_by_side(engine: 
     assert one == same != other
 
 
+@pytest.mark.slow
 def test_kv_that_cannot_be_batched_decodes_side_by_side_all_the_same(folder: Path):
     with Engine(str(folder / "qwen3"), kv_bits=8) as engine:
         expected = [answer(engine, f"number {n}")[0] for n in range(3)]
@@ -139,6 +141,7 @@ def test_forty_requests_decode_side_by_side(folder: Path):
             generation.cancel()
 
 
+@pytest.mark.slow
 def test_two_models_answer_at_the_same_time(folder: Path):
     with Engine(models_dirs=[folder]) as engine:
         first = engine.submit(Request("qwen2", [user("begin")], max_tokens=4000))
@@ -213,6 +216,7 @@ def test_answers_go_on_while_a_prompt_is_read(priority: Priority, steps: int):
     assert taken == steps
 
 
+@pytest.mark.slow
 def test_a_short_request_is_answered_while_a_long_prompt_is_prefilled(engine: Engine):
     long = engine.chat("long " * 600, max_tokens=1)
     until(long, State.PREFILL)
@@ -232,6 +236,7 @@ def test_an_important_request_overtakes_and_the_other_keeps_what_it_has(engine: 
     assert cold(engine, "low " * 600, max_tokens=2) == expected
 
 
+@pytest.mark.slow
 def test_a_twin_that_comes_while_the_first_is_read_does_not_read_it_again(engine: Engine):
     messages = [SYSTEM, user("twin " * 200)]
     engine.unload(engine.default.name)
@@ -382,6 +387,7 @@ def test_answers_that_outgrow_memory_wait_for_each_other_and_stay_right(
     assert "one waits after" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "phase", [State.PREFILL, pytest.param(State.DECODE, marks=pytest.mark.slow)]
 )
@@ -537,6 +543,7 @@ def test_a_step_that_fails_while_it_is_computed_is_not_blamed_on_what_comes_next
         assert beside_a_failure(engine, victim, bad, guests) == expected
 
 
+@pytest.mark.slow
 def test_a_state_that_a_failed_step_has_changed_is_not_kept(folder: Path):
     import mlx.core as mx
 

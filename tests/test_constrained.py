@@ -251,6 +251,7 @@ def test_a_begun_answer_is_continued(engine: Engine):
         ask(engine, format=TITLE, messages=[*HI, {"role": "assistant", "content": "Well,"}])
 
 
+@pytest.mark.slow
 def test_the_format_begins_behind_the_thinking():
     with Engine("demo") as engine:
         events = list(engine.chat("think then say hello", format=TITLE, max_tokens=200))
@@ -328,6 +329,7 @@ def test_a_forced_call_is_a_valid_call(engine: Engine, family: str):
             Draft202012Validator(ARGUMENTS[name]).validate(arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["hermes", "qwen_coder"])
 @pytest.mark.parametrize("pattern", [r"^\/tm?p$", "^[/]tmp$", r"^(?=\/)\/tmp", r"^\cA"])
 def test_a_pattern_that_cannot_be_held_lets_the_rest_be_held(
@@ -345,6 +347,7 @@ def test_a_pattern_that_cannot_be_held_lets_the_rest_be_held(
     assert ("patterns of tools may not be held" in caplog.text) is not known
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["hermes", "qwen_coder"])
 def test_calls_of_strict_tools_match_their_schemas_and_what_is_said_beside_them_is_free(
     engine: Engine, family: str

@@ -20,6 +20,7 @@ def engine() -> Iterator[Engine]:
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape, count",
     [

@@ -127,6 +127,7 @@ def pair(
     pair.close()
 
 
+@pytest.mark.slow
 def test_an_answer_ends_inside_a_draft_as_it_does_without(pair: Pair):
     length = len(pair.learn(QUESTION))
     whole = pair.both(QUESTION)[0].sequence.visible
@@ -260,6 +261,7 @@ def test_a_seed_gives_one_text_in_company_too(folder: Path):
         list(neighbour)
 
 
+@pytest.mark.slow
 def test_what_drafts_bring_is_told(pair: Pair, caplog: pytest.LogCaptureFixture):
     pair.learn(QUESTION)
     _, generation = pair.both(QUESTION)
@@ -278,6 +280,7 @@ def test_what_drafts_bring_is_told(pair: Pair, caplog: pytest.LogCaptureFixture)
     assert f"a pass, oracle {oracle.accepted} of {oracle.drafted} right)" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_request_may_do_without(pair: Pair):
     pair.learn(QUESTION)
     generation = pair.drafting.chat(QUESTION, max_tokens=9, speculate=False)

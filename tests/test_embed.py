@@ -301,6 +301,7 @@ def test_what_cannot_be_embedded_is_an_error_in_the_dialect(
     assert (response.status, said in text.decode()) == (status, True), text
 
 
+@pytest.mark.slow
 def test_an_embedding_model_does_not_chat(clients):
     with pytest.raises(ollama.ResponseError, match="does not support chat"):
         clients[1].chat("embed", [{"role": "user", "content": "hi"}])

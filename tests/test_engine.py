@@ -102,6 +102,7 @@ def test_a_continued_conversation_prefills_only_what_is_new_and_answers_as_if_co
     assert warm == cold(engine, messages)
 
 
+@pytest.mark.slow
 def test_conversations_share_the_system_prompt_and_answers_stay_those_of_a_cold_run(engine: Engine):
     answer(engine, [SYSTEM, user("first conversation")])
     warm, other = answer(engine, [SYSTEM, user("quite another one")])

@@ -170,6 +170,7 @@ def test_the_readmes_line_starts_an_agent_on_the_default_port(tmp_path: Path):
 # ------------------------------------------------------------------ the commands
 
 
+@pytest.mark.slow
 def test_models_are_listed_shown_and_removed(tmp_path: Path):
     give(tmp_path, "My-1B-4bit")
     flags = ["--models-dir", str(tmp_path), "--state", str(tmp_path / "presets.json")]
@@ -269,6 +270,7 @@ def test_a_model_that_memory_cannot_hold_is_refused_with_one_that_fits(tmp_path:
     )
 
 
+@pytest.mark.slow
 def test_what_is_no_mlx_model_is_told_with_a_way_out(tmp_path: Path):
     snapshot = tmp_path / "models--org--x-GGUF" / "snapshots" / "c0ffee"
     torch = tmp_path / "torch"

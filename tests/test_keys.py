@@ -46,6 +46,7 @@ def reused(server: mlx_server.MLXServer, key: str, words: str, stream: bool) -> 
     return counts.pop(), header
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [True, False])
 def test_what_was_read_for_a_key_is_reused_for_that_key_alone(
     engine: Engine,
@@ -126,6 +127,7 @@ def test_what_was_generated_for_a_key_is_remembered_for_that_key_alone(engine: E
     assert known["a"] > 100 and known["b"] == 0
 
 
+@pytest.mark.slow
 def test_what_a_key_has_used_last_decides_nothing_for_another(folder: Path):
     with Engine(models_dirs=[folder]) as engine:
         for owner, model in (("a", "qwen3"), ("b", "qwen2"), ("a", "qwen3")):

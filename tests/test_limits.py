@@ -455,6 +455,7 @@ def test_a_low_key_does_not_change_which_models_there_are(
         assert call(server, key, path, body, method)[0].status in (200, 400, 404)
 
 
+@pytest.mark.slow
 def test_a_low_key_does_not_say_how_long_a_model_stays(engine: Engine, serve: Callable):
     server = serve(engine, api_keys=KEYS)
     body = {"model": "demo", "messages": HI, "keep_alive": -1, "stream": False}

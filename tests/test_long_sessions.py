@@ -64,6 +64,7 @@ def read_anew(generation: Generation) -> int:
 # ------------------------------------------------------------------ reuse
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", kinds("llama_sliding"))
 def test_as_much_is_reused_with_tools_and_behind_results_as_without(folder: Path, kind: str):
     with Engine(str(folder / kind)) as engine:
@@ -394,6 +395,7 @@ def test_none_of_twenty_agents_and_a_session_waits_long_for_an_event_that_counts
     assert max(counts["ping"] for counts in seen.values()) > most
 
 
+@pytest.mark.slow
 def test_thinking_that_the_client_does_not_want_to_see_is_not_silence(
     serve: Callable, monkeypatch: pytest.MonkeyPatch
 ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,9 +119,11 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def one_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The head alone drafts, always a single token."""
+    """The head alone drafts, now and then and a single token: if it always did, it would guess
+    letters alone, or values alone, since each right guess skips one."""
+    coin = random.Random(3)
     monkeypatch.setattr(PromptLookup, "chances", lambda self: [])
-    monkeypatch.setattr(HeadDrafter, "PRIOR", (1.0,))
+    monkeypatch.setattr(HeadDrafter, "chances", lambda self: [1.0] if coin.random() < 0.7 else [])
 
 
 @contextmanager
@@ -139,7 +142,8 @@ def runner(engine: Engine) -> ModelRunner:
 
 
 def ask(engine: Engine, text: str, seed: int, length: int = ANSWER) -> Generation:
-    sampling = Sampling(temperature=1.0, seed=seed)
+    # Other tokens than those of the language were not in the training
+    sampling = Sampling(temperature=1.0, top_k=len(mtp_toy.KEYS), seed=seed)
     return engine.submit(Request("default", prompt=text, sampling=sampling, max_tokens=length))
 
 
@@ -217,8 +221,11 @@ def without_history(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
 
 
 def norms_shifted_twice(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
+    import mlx.core as mx
+
     for norm in (model.mtp.pre_fc_norm_embedding, model.mtp.pre_fc_norm_hidden):
         norm.weight = norm.weight + 1
+        mx.eval(norm.weight)
 
 
 def other_draws(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
@@ -254,15 +261,16 @@ def test_a_wrong_input_changes_no_answer_but_spoils_guesses(
 def test_several_guesses_change_no_answer_either(toy: Path, expected: list[list[int]]):
     with started(toy) as engine:
         told, accepted, _ = answers(engine)
-        passes = engine.totals().decode_passes
-    assert told == expected and accepted > 0.8
+        passes = engine.stats().totals.decode_passes
+    assert told == expected and accepted > 0.7
     assert passes < 0.5 * ANSWER * len(TEXTS)
 
 
 def state(cache: list[Any]) -> list[Any]:
     """The head's: the last hidden state, keys and values."""
-    keys, values = cache[-1].state
-    return [np.array(one) for one in (cache[-2][0], keys, values)]
+    last, history = cache[-2:]
+    pairs = (array[..., : history.offset, :] for array in (history.keys, history.values))
+    return [np.array(one) for one in (last[0], *pairs)]
 
 
 @pytest.mark.parametrize("bits", [None, pytest.param(8, marks=pytest.mark.slow)])
@@ -282,7 +290,7 @@ def test_what_the_head_has_read_is_what_the_model_has_read(
             ]
             told += [list(generation)[-1].tokens for generation in together]
         entries = engine.pool.prefixes.entries()
-        assert engine.totals().accepted_tokens["mtp"] > 0
+        assert engine.stats().totals.accepted_tokens["mtp"] > 0
     assert {tuple(entry.tokens) for entry in entries} <= {
         tuple(one[: len(entry.tokens)]) for one in told for entry in entries
     }

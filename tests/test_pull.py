@@ -119,6 +119,7 @@ def test_any_repo_is_pulled_by_its_id_and_only_what_a_model_needs(
     assert (cache / "models--org--own" / "refs" / "main").read_text() == COMMIT
 
 
+@pytest.mark.slow
 def test_what_is_logged_in_with_is_used(hub: FakeHub, cache: Path):
     (cache.parent / "home").mkdir(exist_ok=True)
     (cache.parent / "home" / "token").write_text("stored")
@@ -244,6 +245,7 @@ def pull(hub: FakeHub, cache: Path, *words: str, env: dict | None = None, **how)
     return subprocess.Popen(program, env=env, stdout=subprocess.PIPE, text=True, **how)
 
 
+@pytest.mark.slow
 def test_the_readmes_pull(hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(hub.repos, "mlx-community/Qwen3-8B-8bit", hub.repos["org/own"])
     program = pull(hub, cache, *shlex.split(example("mlx_server.py pull"))[2:])

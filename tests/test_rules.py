@@ -81,6 +81,7 @@ def test_a_rule_of_another_form_is_refused(text: str):
         thinking_rule(text)
 
 
+@pytest.mark.slow
 def test_the_default_holds_in_every_api(serve: Callable):
     said = {"role": "user", "content": "think then say all is well"}
     with Engine("demo") as engine:

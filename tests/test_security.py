@@ -271,6 +271,7 @@ def test_the_room_leaves_files_to_open():
         assert 0 < server.max_connections <= resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
 
 
+@pytest.mark.slow
 def test_it_asks_for_the_files_it_needs():
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, most))  # as in a Mac's terminal
@@ -291,6 +292,7 @@ def test_it_asks_for_the_files_it_needs():
 # ------------------------------------------------------------------ keys
 
 
+@pytest.mark.slow
 def test_a_server_for_others_without_a_key_warns_in_a_line_and_one_for_this_machine_does_not(
     server: Server,
 ):

@@ -280,6 +280,7 @@ def test_an_important_client_does_not_wait_for_the_others(
         agent.hang_up()
 
 
+@pytest.mark.slow
 def test_a_key_bounds_the_priority_of_its_holder_and_nonsense_is_refused(start):
     server = start("--api-key", "agent=low", "--api-key", "plain")
     assert (
@@ -399,6 +400,7 @@ DecodeBatch.step = step
 """
 
 
+@pytest.mark.slow
 def test_a_server_whose_gpu_takes_no_more_work_ends_to_be_started_anew(tmp_path: Path):
     (tmp_path / "sitecustomize.py").write_text(REFUSED_GPU)
     server = Server("--model", "demo", env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
@@ -484,6 +486,7 @@ def user(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_launchd_job_starts_the_server_from_anywhere_shows_no_keys_and_its_log_may_be_truncated(
     user: Path,
 ):
@@ -534,6 +537,7 @@ def test_a_launchd_job_starts_the_server_from_anywhere_shows_no_keys_and_its_log
     assert "GET /hung/up -> 401" in log.read_text().splitlines()[0]
 
 
+@pytest.mark.slow
 def test_a_systemd_unit_starts_the_server_whatever_the_arguments_are(user: Path):
     odd = 'we"ird\\d %h $HOME ${HOME} é\\'
     unit = printed(user, "--print-systemd", "--alias", f"{odd}=demo", "--log-file", "log", *FLAGS)
@@ -585,6 +589,7 @@ def test_a_log_that_cannot_be_written_is_told(tmp_path: Path):
     assert out.returncode == 1 and out.stderr.count("\n") == 1 and "cannot log to" in out.stderr
 
 
+@pytest.mark.slow
 def test_a_closed_stderr_does_no_harm(tmp_path: Path):
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "mlx_server.py"), "--port", "0", "--verbose"],
@@ -603,6 +608,7 @@ def test_a_closed_stderr_does_no_harm(tmp_path: Path):
     assert process.wait(60) == 0
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_ends_the_server(tmp_path: Path):
     terminal, stderr = pty.openpty()
     log = tmp_path / "log"
@@ -634,6 +640,7 @@ def test_a_clock_set_forward_unloads_nothing_and_shows_in_what_is_told(
         assert engine.loaded()[0].expires - told > 86000
 
 
+@pytest.mark.slow
 def test_a_clock_set_back_keeps_nothing(monkeypatch: pytest.MonkeyPatch):
     with Engine() as engine:
         list(engine.chat("say hi", model="demo", keep_alive=0.3))

@@ -511,6 +511,7 @@ def test_a_tag_of_ordinary_text_opens_no_call_in_an_example(
 # The built-in model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("said", ["<tool_call>oops", "<think>hm</think> ok", '"<|im_end|>"'])
 def test_the_built_in_model_takes_and_writes_a_tag_as_text(said: str):
     tools = conversation("nothing").tools

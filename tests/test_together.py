@@ -89,6 +89,7 @@ def tokens(count: int, seed: int) -> list[int]:
     return [10 + (seed * 31 + at * (7 + seed)) % 400 for at in range(count)]
 
 
+@pytest.mark.slow
 def test_what_comes_at_once_is_read_together_and_goes_on_as_if_alone(engine: Engine):
     talks = [[SYSTEM, user(f"{n} number {n} " * (2 + n % 3))] for n in range(5)]
     alone = [cold(engine, talk, max_tokens=12) for talk in talks]
@@ -121,6 +122,7 @@ def test_a_short_prompt_is_read_in_one_pass_or_two_with_a_restore_point(engine: 
     assert again == before and generation.usage.cached_tokens >= prompt - REREAD
 
 
+@pytest.mark.slow
 def test_only_the_prompt_that_cannot_be_read_fails(plain: Engine):
     prompts = [tokens(40, n) for n in range(4)]
     alone = [text(raw(plain, prompt)) for prompt in prompts]
@@ -142,6 +144,7 @@ def test_only_the_prompt_that_cannot_be_read_fails(plain: Engine):
     assert shapes[0] == (5, 41) and all(rows == 1 for rows, _ in shapes[1:])
 
 
+@pytest.mark.slow
 def test_what_a_cancelled_prompt_has_read_with_others_is_kept(plain: Engine):
     prompts = [tokens(60 + n, n) for n in range(4)]
     alone = [text(raw(plain, prompt)) for prompt in prompts]

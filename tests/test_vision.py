@@ -187,6 +187,7 @@ def test_the_answer_is_that_of_transformers_and_nothing_is_read_twice(
         assert runs(engine) == 0
 
 
+@pytest.mark.slow
 def test_the_tower_reads_an_image_once(models: Path):
     with Engine(str(models / "qwen3_vl")) as engine:
         cold = answer(engine, conversation(*FILES))
