@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
-from _mlx_server.inference.models import LocalModel
-from _mlx_server.inference.names import VENDOR_PREFIX
+from _mlx_server.inference.catalog.models import LocalModel
+from _mlx_server.inference.catalog.names import VENDOR_PREFIX
 from _mlx_server.wire.anthropic import AnthropicMessages
 from _mlx_server.wire.errors import ErrorAnswer, anthropic_error, ollama_error, openai_error
 from _mlx_server.wire.fields import Object, WireError, timestamp

@@ -24,19 +24,22 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from _mlx_server.inference.disk_cache import DiskCache
+from _mlx_server.inference.cache.disk_cache import DiskCache
+from _mlx_server.inference.catalog.library import Library
+from _mlx_server.inference.catalog.models import Loaded, LocalModel
+from _mlx_server.inference.catalog.names import plain_name
+from _mlx_server.inference.catalog.presets import Preset
+from _mlx_server.inference.decoding.runner import ModelRunner
 from _mlx_server.inference.event_queue import EventQueue
 from _mlx_server.inference.generation import Generation
 from _mlx_server.inference.group import Group, GroupLost
-from _mlx_server.inference.image_layout import DEFAULT_TOKENS
-from _mlx_server.inference.library import Library
-from _mlx_server.inference.lookup import Parting, describe_miss, look_up
+from _mlx_server.inference.images.image_layout import DEFAULT_TOKENS
 from _mlx_server.inference.memory import usable_memory
-from _mlx_server.inference.models import Loaded, LocalModel
-from _mlx_server.inference.names import plain_name
 from _mlx_server.inference.pool import ModelPool
-from _mlx_server.inference.presets import Preset
-from _mlx_server.inference.prompt import Prompt
+from _mlx_server.inference.prompt.lookup import Parting, describe_miss, look_up
+from _mlx_server.inference.prompt.prompt import Prompt
+from _mlx_server.inference.prompt.renderer import PromptRenderer
+from _mlx_server.inference.prompt.renderers import RendererTable
 from _mlx_server.inference.protocol import (
     Done,
     Embedding,
@@ -65,9 +68,6 @@ from _mlx_server.inference.protocol import (
     Usage,
     fill_sampling,
 )
-from _mlx_server.inference.renderer import PromptRenderer
-from _mlx_server.inference.renderers import RendererTable
-from _mlx_server.inference.runner import ModelRunner
 from _mlx_server.inference.scheduler import Scheduler, StepInput
 from _mlx_server.inference.sequence import Sequence, State
 

@@ -52,11 +52,11 @@ from _mlx_server.front.startup import is_taken, mlx_trouble, port_trouble, raise
 from _mlx_server.front.upstream import Upstream, is_relayed
 from _mlx_server.front.watchdog import Watchdog
 from _mlx_server.front.welcome import welcome
+from _mlx_server.inference.catalog.hub import Hub
+from _mlx_server.inference.catalog.models import LocalModel, read_shown_files
+from _mlx_server.inference.catalog.names import VENDOR_NAME, plain_name
+from _mlx_server.inference.catalog.presets import Preset
 from _mlx_server.inference.group import Group
-from _mlx_server.inference.hub import Hub
-from _mlx_server.inference.models import LocalModel, read_shown_files
-from _mlx_server.inference.names import VENDOR_NAME, plain_name
-from _mlx_server.inference.presets import Preset
 from _mlx_server.inference.protocol import (
     EngineBusy,
     EngineClosed,

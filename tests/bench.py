@@ -155,9 +155,9 @@ def reuse(args: argparse.Namespace) -> None:
 
 def render(args: argparse.Namespace) -> None:
     """Times rendering, tokenising and the look-up of a prompt that grows."""
+    from _mlx_server.inference.cache.prefix_cache import CacheEntry, PrefixCache
     from _mlx_server.inference.group import Group
-    from _mlx_server.inference.prefix_cache import CacheEntry, PrefixCache
-    from _mlx_server.inference.renderer import PromptRenderer
+    from _mlx_server.inference.prompt.renderer import PromptRenderer
     from engine import Library, Request
 
     local = Library([]).resolve(args.model, trusted=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from models import CONFIGS, build_model
 
-from _mlx_server.inference.prefix_cache import CacheEntry
+from _mlx_server.inference.cache.prefix_cache import CacheEntry
 from engine import Engine, Generation, Request
 
 LONG, SHORT, SHORTS = 40_000, 50, 15  # tokens of a conversation and of others, how many those are

@@ -21,8 +21,8 @@ from bench_parts import progress
 from bench_prompts import LIBRARY
 from models import CHATML, CONFIGS, build_model
 
-from _mlx_server.inference.pass_costs import PassCosts
-from _mlx_server.inference.speculation import Drafter
+from _mlx_server.inference.speculation.pass_costs import PassCosts
+from _mlx_server.inference.speculation.speculation import Drafter
 from engine import Engine, Usage
 
 VOCABULARY = 32000
@@ -251,7 +251,7 @@ def replay(engine: Engine, costs: FixedCosts, case: Case) -> tuple[float, float]
         spent.append(costs.cost(1 + drafters[0].drafted - before, context))
         return responses
 
-    make = mock.patch("_mlx_server.inference.runner.make_sampler", lambda *_: script)
+    make = mock.patch("_mlx_server.inference.decoding.runner.make_sampler", lambda *_: script)
     with make, mock.patch.object(speculation, "step", count):
         generation = engine.chat(case.messages, tools=TOOLS)
         list(generation)

@@ -16,11 +16,11 @@ from pathlib import Path
 from bench_prompts import excerpt
 from model_folders import make_model
 
-from _mlx_server.inference.disk_cache import DiskCache, segment_node
+from _mlx_server.inference.cache.disk_cache import DiskCache, segment_node
+from _mlx_server.inference.cache.prefix_cache import CacheEntry, PrefixCache
+from _mlx_server.inference.catalog.library import Library
 from _mlx_server.inference.group import Group
-from _mlx_server.inference.library import Library
-from _mlx_server.inference.prefix_cache import CacheEntry, PrefixCache
-from _mlx_server.inference.renderer import PromptRenderer
+from _mlx_server.inference.prompt.renderer import PromptRenderer
 from engine import Request
 
 ROOT = [1] * 4000  # tokens that all conversations begin with

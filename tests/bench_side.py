@@ -89,7 +89,7 @@ class Generate:
     def __init__(self, path: str):
         from mlx_lm.utils import load_model
 
-        from _mlx_server.inference.renderer import PromptRenderer
+        from _mlx_server.inference.prompt.renderer import PromptRenderer
         from engine import Library
 
         self._model, _ = load_model(Path(path))

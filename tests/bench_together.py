@@ -19,8 +19,8 @@ from bench_prompts import say
 from bench_side import FAILURES, Side, find_side, get
 from models import CONFIGS, build_model
 
-from _mlx_server.inference.layers import is_trimmable
-from _mlx_server.inference.prefix_cache import CacheEntry
+from _mlx_server.inference.cache.layers import is_trimmable
+from _mlx_server.inference.cache.prefix_cache import CacheEntry
 from engine import Engine, Request
 
 COUNT, TOKENS = 8, 48  # requests at once, tokens of an answer

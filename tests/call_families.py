@@ -6,7 +6,7 @@ import json
 
 from parsing import GLM, HERMES, MINIMAX, QWEN_CODER, marked, of_kind, tokenizer, tool
 
-from _mlx_server.inference.families import detect_format
+from _mlx_server.inference.output.families import detect_format
 
 NASTY = {
     "command": "\n  \tdef f(x):\n\treturn \"a\\n\" + '\\\\' # </parameter> </arg_value> "

@@ -10,7 +10,7 @@ from typing import Any
 import vision_models
 from models import CONFIGS, build_tokenizer
 
-from _mlx_server.inference.models import LocalModel, describe
+from _mlx_server.inference.catalog.models import LocalModel, describe
 
 _EXPERTS = {
     "num_experts": 4,
@@ -47,7 +47,7 @@ def weights(kind: str) -> dict[str, Any]:
     from mlx.utils import tree_flatten
     from mlx_lm.utils import _get_classes
 
-    from _mlx_server.inference.mtp import Head
+    from _mlx_server.inference.speculation.mtp import Head
 
     mx.random.seed(3)
     model_class, args_class = _get_classes(config(kind))

@@ -88,7 +88,7 @@ def untrained() -> Any:
     import mlx.core as mx
     from mlx_lm.models.qwen3_5 import Model, ModelArgs
 
-    from _mlx_server.inference.mtp import Head
+    from _mlx_server.inference.speculation.mtp import Head
 
     mx.random.seed(1)
     model = Model(ModelArgs.from_dict(CONFIG))

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from _mlx_server.inference.families import detect_format
-from _mlx_server.inference.formats import OutputFormat
-from _mlx_server.inference.parser import OutputParser
+from _mlx_server.inference.output.families import detect_format
+from _mlx_server.inference.output.formats import OutputFormat
+from _mlx_server.inference.output.parser import OutputParser
 from engine import Text, Thinking, ToolEnd, ToolInput, ToolStart
 
 

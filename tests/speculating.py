@@ -6,10 +6,10 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from _mlx_server.inference.pass_costs import PassCosts
-from _mlx_server.inference.rollback import Rollback
-from _mlx_server.inference.row_group import row_group_class
-from _mlx_server.inference.speculation import Speculation
+from _mlx_server.inference.decoding.row_group import row_group_class
+from _mlx_server.inference.speculation.pass_costs import PassCosts
+from _mlx_server.inference.speculation.rollback import Rollback
+from _mlx_server.inference.speculation.speculation import Speculation
 
 END = 2
 

@@ -15,9 +15,9 @@ import pytest
 from conftest import Server, kinds
 from test_engine import REREAD, ROOT, SYSTEM, answer, cold, user
 
-from _mlx_server.inference.disk_cache import DiskCache
-from _mlx_server.inference.prefill import PromptReader
-from _mlx_server.inference.prefix_cache import CacheEntry
+from _mlx_server.inference.cache.disk_cache import DiskCache
+from _mlx_server.inference.cache.prefix_cache import CacheEntry
+from _mlx_server.inference.decoding.prefill import PromptReader
 from engine import Engine, EngineError, Request
 
 LONG = [SYSTEM, user("long " * 600)]

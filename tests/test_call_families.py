@@ -22,8 +22,8 @@ from parsing import (
     tokenizer,
 )
 
-from _mlx_server.inference.families import detect_format
-from _mlx_server.inference.parser import OutputParser
+from _mlx_server.inference.output.families import detect_format
+from _mlx_server.inference.output.parser import OutputParser
 from engine import ToolInput, ToolStart
 
 

@@ -20,7 +20,7 @@ from parsing import (
     tool,
 )
 
-from _mlx_server.inference.parser import OutputParser
+from _mlx_server.inference.output.parser import OutputParser
 from engine import ToolInput
 
 GET_TIME = ("call", "get_time", {})

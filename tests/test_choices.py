@@ -16,8 +16,8 @@ import pytest
 from conftest import PATIENCE, ROOT, Server
 from fake_hub import FakeHub
 
-from _mlx_server.inference.choices import Choice, offer
-from _mlx_server.inference.hub import Hub
+from _mlx_server.inference.catalog.choices import Choice, offer
+from _mlx_server.inference.catalog.hub import Hub
 
 GB = 2**30
 TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}"

@@ -11,11 +11,11 @@ import pytest
 from conftest import kinds
 from test_engine import REREAD, SYSTEM, answer, cold, user
 
-from _mlx_server.inference.decode_batch import DecodeBatch
+from _mlx_server.inference.decoding.decode_batch import DecodeBatch
+from _mlx_server.inference.decoding.prefill import PromptReader
+from _mlx_server.inference.decoding.runner import ModelRunner
 from _mlx_server.inference.memory import StateSize
 from _mlx_server.inference.pool import ModelPool
-from _mlx_server.inference.prefill import PromptReader
-from _mlx_server.inference.runner import ModelRunner
 from _mlx_server.inference.scheduler import Scheduler
 from _mlx_server.inference.sequence import State
 from engine import (

@@ -30,8 +30,8 @@ from schemas import (
     tool,
 )
 
+from _mlx_server.inference.decoding.runner import ModelRunner
 from _mlx_server.inference.memory import StateSize
-from _mlx_server.inference.runner import ModelRunner
 from _mlx_server.wire.anthropic import AnthropicMessages
 from _mlx_server.wire.ollama import OllamaChat
 from engine import (

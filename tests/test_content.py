@@ -20,7 +20,7 @@ from conftest import Server
 from sdk_samples import samples
 from wire_cases import HI, brief
 
-from _mlx_server.inference.pdf import PDFError, read_pdf
+from _mlx_server.inference.images.pdf import PDFError, read_pdf
 from _mlx_server.wire import documents
 from _mlx_server.wire.anthropic import AnthropicMessages
 from _mlx_server.wire.fields import WireError

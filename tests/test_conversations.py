@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from _mlx_server.inference.conversations import ConversationMemory, Reading, answer_names
+from _mlx_server.inference.prompt.conversations import ConversationMemory, Reading, answer_names
 
 HI = {"role": "user", "content": "hi"}
 

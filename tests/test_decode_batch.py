@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from _mlx_server.inference.decode_batch import DecodeBatch, Row
+from _mlx_server.inference.cache.prefix_cache import CacheEntry
+from _mlx_server.inference.catalog.models import LocalModel
+from _mlx_server.inference.decoding.decode_batch import DecodeBatch, Row
+from _mlx_server.inference.decoding.weights import Weights
 from _mlx_server.inference.group import Group
-from _mlx_server.inference.models import LocalModel
-from _mlx_server.inference.prefix_cache import CacheEntry
-from _mlx_server.inference.weights import Weights
 from engine import Library
 
 STEP = 256  # positions by which mlx-lm's caches grow

@@ -16,8 +16,8 @@ from test_engine import answer, cold, user
 from _mlx_server.front.cli import parse_arguments
 from _mlx_server.front.metrics import Metrics
 from _mlx_server.front.request_log import RequestLog
-from _mlx_server.inference.renderer import PromptRenderer
-from _mlx_server.inference.runner import ModelRunner
+from _mlx_server.inference.decoding.runner import ModelRunner
+from _mlx_server.inference.prompt.renderer import PromptRenderer
 from _mlx_server.inference.sequence import State
 from engine import Done, Engine, Generation, Request, Sampling, Text, Token, ToolInput
 

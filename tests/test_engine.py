@@ -15,7 +15,7 @@ import pytest
 from conftest import kinds
 from models import CONFIGS, build_model
 
-from _mlx_server.inference.prefill import PromptReader
+from _mlx_server.inference.decoding.prefill import PromptReader
 from engine import (
     Done,
     Engine,

@@ -12,7 +12,7 @@ import pytest
 from call_families import FAMILIES
 from parsing import LS, QWEN_CODER, TOOLS, bash, marked, parse, pieces
 
-from _mlx_server.inference.parser import OutputParser
+from _mlx_server.inference.output.parser import OutputParser
 from engine import Text, Thinking, ToolInput, ToolStart
 
 WORD = re.compile(r"word\d+x")

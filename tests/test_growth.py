@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 from model_folders import empty_home, make_model
 
-from _mlx_server.inference.disk_cache import DiskCache, segment_node
+from _mlx_server.inference.cache.disk_cache import DiskCache, segment_node
+from _mlx_server.inference.cache.prefix_cache import CacheEntry, Checkpoint, PrefixCache
+from _mlx_server.inference.cache.prefix_tree import common_prefix
+from _mlx_server.inference.catalog.library import Library
 from _mlx_server.inference.group import Group
-from _mlx_server.inference.library import Library
-from _mlx_server.inference.prefix_cache import CacheEntry, Checkpoint, PrefixCache
-from _mlx_server.inference.prefix_tree import common_prefix
+from _mlx_server.inference.output.stops import StopMatcher
 from _mlx_server.inference.protocol import ModelNotFound
-from _mlx_server.inference.stops import StopMatcher
 
 ROOM = 1 << 40
 MORE = pytest.mark.parametrize("many", [1, pytest.param(10, marks=pytest.mark.slow)])

@@ -10,9 +10,9 @@ from call_families import FAMILIES
 from parsing import TOOLS, tool
 from schemas import SCHEMAS
 
-from _mlx_server.inference.parser import OutputParser
-from _mlx_server.inference.schema import TooComplex, has_finite_value, parameter_types
-from _mlx_server.inference.schema_limits import check_enforceable
+from _mlx_server.inference.constrained.schema import TooComplex, has_finite_value, parameter_types
+from _mlx_server.inference.constrained.schema_limits import check_enforceable
+from _mlx_server.inference.output.parser import OutputParser
 from engine import Engine, InvalidRequest, ModelNotFound
 
 # What a model that has lost its way repeats

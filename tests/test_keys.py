@@ -17,9 +17,9 @@ import mlx_server
 from _mlx_server.front.sockets import ClientDisconnected
 from _mlx_server.front.turns import Turns
 from _mlx_server.inference.bounded import BoundedMap
-from _mlx_server.inference.prefix_cache import CacheEntry
+from _mlx_server.inference.cache.prefix_cache import CacheEntry
+from _mlx_server.inference.prompt.tokenizer import TextTokenizer
 from _mlx_server.inference.protocol import EngineBusy, Priority
-from _mlx_server.inference.tokenizer import TextTokenizer
 from engine import Engine, Request
 
 FILLER = " ".join(f"word{n}" for n in range(40))

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from model_folders import add_repo, empty_home, make_model, write_weights
 
-from _mlx_server.inference.presets import Preset
+from _mlx_server.inference.catalog.presets import Preset
 from engine import EngineError, Library, ModelLoadError, ModelNotFound
 
 
@@ -334,7 +334,9 @@ def test_the_built_in_model_needs_no_folder(home):
 def test_the_built_in_model_of_an_installation(home, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     monkeypatch.setattr(
-        sys.modules["_mlx_server.inference.library"], "__file__", str(tmp_path / "a/b/c/library.py")
+        sys.modules["_mlx_server.inference.catalog.library"],
+        "__file__",
+        str(tmp_path / "a/b/c/d/library.py"),
     )
     make_model(tmp_path / "share/mlx-server/demo")
     assert [model.path for model in Library().models()] == [tmp_path / "share/mlx-server/demo"]

@@ -31,10 +31,10 @@ from _mlx_server.front.budget import BodyBudget, BodyClaim
 from _mlx_server.front.connections import Connection
 from _mlx_server.front.logs import JSONLine, OneLine, log_file
 from _mlx_server.front.upstream import CLOUD
-from _mlx_server.inference.control_tokens import ControlTokens
-from _mlx_server.inference.presets import Preset, PresetStore
+from _mlx_server.inference.catalog.presets import Preset, PresetStore
+from _mlx_server.inference.prompt.control_tokens import ControlTokens
+from _mlx_server.inference.prompt.tokenizer import TextTokenizer
 from _mlx_server.inference.protocol import EngineBusy, Priority, PromptTooLong
-from _mlx_server.inference.tokenizer import TextTokenizer
 from _mlx_server.wire.anthropic import AnthropicMessages
 from _mlx_server.wire.fields import WireError
 from _mlx_server.wire.images import Images

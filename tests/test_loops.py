@@ -22,10 +22,10 @@ from conftest import ROOT
 from models import build_tokenizer
 from tokenizers import Tokenizer
 
-from _mlx_server.inference.models import describe
-from _mlx_server.inference.parser import OutputParser
-from _mlx_server.inference.prefix_tree import common_prefix
-from _mlx_server.inference.renderer import PromptRenderer
+from _mlx_server.inference.cache.prefix_tree import common_prefix
+from _mlx_server.inference.catalog.models import describe
+from _mlx_server.inference.output.parser import OutputParser
+from _mlx_server.inference.prompt.renderer import PromptRenderer
 from _mlx_server.wire.anthropic import AnthropicMessages
 from engine import Done, Text, Thinking, ToolEnd, ToolStart, Usage
 

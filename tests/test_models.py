@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from model_folders import empty_home, make_model, write_weights
 
-from _mlx_server.inference.models import gap_marks, read_file, read_shown_files
+from _mlx_server.inference.catalog.models import gap_marks, read_file, read_shown_files
 from engine import Library, LocalModel, ModelLoadError
 
 

@@ -16,16 +16,16 @@ import pytest
 from mtp_models import FORMS, KINDS
 from speculating import FREE, tokens
 
+from _mlx_server.inference.catalog.models import describe
+from _mlx_server.inference.decoding.prefill import PromptReader
+from _mlx_server.inference.decoding.runner import ModelRunner
+from _mlx_server.inference.decoding.sampling import Sampler
+from _mlx_server.inference.decoding.weights import Weights
 from _mlx_server.inference.group import Group
-from _mlx_server.inference.head_drafter import HeadDrafter
-from _mlx_server.inference.models import describe
-from _mlx_server.inference.mtp_files import find_head
-from _mlx_server.inference.prefill import PromptReader
-from _mlx_server.inference.prompt_lookup import PromptLookup
 from _mlx_server.inference.protocol import Usage
-from _mlx_server.inference.runner import ModelRunner
-from _mlx_server.inference.sampling import Sampler
-from _mlx_server.inference.weights import Weights
+from _mlx_server.inference.speculation.head_drafter import HeadDrafter
+from _mlx_server.inference.speculation.mtp_files import find_head
+from _mlx_server.inference.speculation.prompt_lookup import PromptLookup
 from engine import Engine, Generation, Request, Sampling
 
 
@@ -44,7 +44,7 @@ def said(model: Any, prompt: list[int], chunks: list[int], guesses: int) -> list
     last token."""
     import mlx.core as mx
 
-    from _mlx_server.inference.mtp import guess
+    from _mlx_server.inference.speculation.mtp import guess
 
     cache, heard, start = model.make_cache(), [], 0
     for end in [*chunks, len(prompt) - 1]:
@@ -210,7 +210,7 @@ def one_token_off(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
 def without_history(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
     from mlx.utils import tree_map
 
-    from _mlx_server.inference import mtp
+    from _mlx_server.inference.speculation import mtp
 
     fetch = mtp.Seen.update_and_fetch
 

@@ -8,7 +8,7 @@ import re
 import pytest
 from model_folders import add_repo, make_model
 
-from _mlx_server.inference.names import best_repo, parse_name
+from _mlx_server.inference.catalog.names import best_repo, parse_name
 from engine import Library, ModelNotFound
 
 NAMES = """

@@ -11,8 +11,8 @@ import pytest
 from call_families import FAMILIES
 from parsing import QWEN_CODER, joined, pieces, tool
 
-from _mlx_server.inference.parser import OutputParser
-from _mlx_server.inference.value_end import ValueEnd
+from _mlx_server.inference.output.parser import OutputParser
+from _mlx_server.inference.output.value_end import ValueEnd
 from engine import ToolEnd, ToolInput
 
 STRING, INTEGER = {"type": "string"}, {"type": "integer"}

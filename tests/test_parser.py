@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 from parsing import GLM, HERMES, LS, MINIMAX, PLAIN, QWEN_CODER, TOOLS, bash, joined, parse
 
-from _mlx_server.inference.families import detect_format
-from _mlx_server.inference.formats import OutputFormat
-from _mlx_server.inference.parser import OutputParser
+from _mlx_server.inference.output.families import detect_format
+from _mlx_server.inference.output.formats import OutputFormat
+from _mlx_server.inference.output.parser import OutputParser
 from engine import ToolEnd, ToolInput, ToolStart
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from _mlx_server.inference.presets import PresetStore
+from _mlx_server.inference.catalog.presets import PresetStore
 from engine import EngineError, InvalidRequest, Preset, Request, Sampling
 
 HI = {"role": "user", "content": "hi"}

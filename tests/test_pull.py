@@ -22,8 +22,8 @@ import pytest
 from conftest import ROOT, Server, example
 from fake_hub import COMMIT, FakeHub, digest, serving
 
-from _mlx_server.inference.download import HubError, HubFailure, hub_error
-from _mlx_server.inference.hub import Hub
+from _mlx_server.inference.catalog.download import HubError, HubFailure, hub_error
+from _mlx_server.inference.catalog.hub import Hub
 from engine import Library
 
 HUB_VARIABLES = ("HF_ENDPOINT", "HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_HOME")

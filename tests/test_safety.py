@@ -15,10 +15,10 @@ from parsing import tool
 
 from _mlx_server.front.cli import parse_arguments
 from _mlx_server.front.options import cache_folder
-from _mlx_server.inference.models import describe
+from _mlx_server.inference.catalog.models import describe
+from _mlx_server.inference.prompt.renderer import PromptRenderer
+from _mlx_server.inference.prompt.template import Template
 from _mlx_server.inference.protocol import InvalidRequest
-from _mlx_server.inference.renderer import PromptRenderer
-from _mlx_server.inference.template import Template
 from engine import Engine
 
 # Ways out of a template, as they are known. Outside of a sandbox each shows something of Python, or

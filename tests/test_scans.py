@@ -12,11 +12,11 @@ from PIL import Image
 from test_content import document, messages, pdf
 from vision_models import PICTURES, build_vision_model, picture
 
-from _mlx_server.inference import scans
-from _mlx_server.inference.images import image_mark
-from _mlx_server.inference.models import describe
-from _mlx_server.inference.pdf import MAX_DRAWN, PDFError, draw_pdf
-from _mlx_server.inference.renderer import PromptRenderer
+from _mlx_server.inference.catalog.models import describe
+from _mlx_server.inference.images import scans
+from _mlx_server.inference.images.images import image_mark
+from _mlx_server.inference.images.pdf import MAX_DRAWN, PDFError, draw_pdf
+from _mlx_server.inference.prompt.renderer import PromptRenderer
 from _mlx_server.wire import documents
 from _mlx_server.wire.openai import OpenAIChat
 from engine import Engine, Request

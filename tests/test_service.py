@@ -36,7 +36,7 @@ SLOW = "slow " * 240  # enough words to be busy with for a while
 # says that one would have been
 HELD_DECODING = """
 import os, time
-from _mlx_server.inference.decode_batch import DecodeBatch
+from _mlx_server.inference.decoding.decode_batch import DecodeBatch
 
 step = DecodeBatch.step
 
@@ -388,7 +388,7 @@ def printed(home: Path, *flags: str) -> str:
 
 # In the server's process every decoding step fails as on a Mac whose GPU takes no more work
 REFUSED_GPU = """
-from _mlx_server.inference.decode_batch import DecodeBatch
+from _mlx_server.inference.decoding.decode_batch import DecodeBatch
 
 def step(self, *_):
     raise RuntimeError(

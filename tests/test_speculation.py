@@ -13,14 +13,14 @@ from models import CONFIGS
 from speculating import Oracle, decode, difference, row, speculate, tokens
 from tiny_families import PLAIN, RECURRENT, SEVERAL, SLIDING, UNSUPPORTED, tiny
 
-from _mlx_server.inference.constraint import Constraint, ThinkingBudget
-from _mlx_server.inference.pass_costs import PassCosts
-from _mlx_server.inference.prompt_lookup import PromptLookup
+from _mlx_server.inference.constrained.constraint import Constraint, ThinkingBudget
+from _mlx_server.inference.decoding.sampling import make_penalties, make_sampler
 from _mlx_server.inference.protocol import Sampling
-from _mlx_server.inference.quotable import without_numbers
-from _mlx_server.inference.rollback import Rollback, Unsupported
-from _mlx_server.inference.sampling import make_penalties, make_sampler
-from _mlx_server.inference.speculation import Speculation
+from _mlx_server.inference.speculation.pass_costs import PassCosts
+from _mlx_server.inference.speculation.prompt_lookup import PromptLookup
+from _mlx_server.inference.speculation.quotable import without_numbers
+from _mlx_server.inference.speculation.rollback import Rollback, Unsupported
+from _mlx_server.inference.speculation.speculation import Speculation
 
 LENGTH = 40
 
@@ -179,9 +179,9 @@ def test_a_seed_gives_the_same_answer_with_drafts(
 def matcher(load: Callable[[str], Loaded], folder: Path, pattern: str) -> Any:
     from mlx_lm.tokenizer_utils import load as load_tokenizer
 
-    from _mlx_server.inference.grammar import pattern_grammar
-    from _mlx_server.inference.grammar_compiler import GrammarCompiler
-    from _mlx_server.inference.tokenizer import TextTokenizer
+    from _mlx_server.inference.constrained.grammar import pattern_grammar
+    from _mlx_server.inference.constrained.grammar_compiler import GrammarCompiler
+    from _mlx_server.inference.prompt.tokenizer import TextTokenizer
 
     tokenizer = TextTokenizer(load_tokenizer(folder / "qwen2", eos_token_ids=[2]))
     return GrammarCompiler(tokenizer).matcher(pattern_grammar(pattern))

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from models import CHATML, build_model
 
-from _mlx_server.inference.models import describe
-from _mlx_server.inference.renderer import PromptRenderer
+from _mlx_server.inference.catalog.models import describe
+from _mlx_server.inference.prompt.renderer import PromptRenderer
 from engine import InvalidRequest, Request
 
 TOOLS = [

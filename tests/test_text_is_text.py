@@ -17,12 +17,12 @@ from conftest import ROOT
 from models import CHATML, build_tokenizer
 from parsing import joined
 
-from _mlx_server.inference.control_tokens import SPLIT, ControlTokens, unescape
+from _mlx_server.inference.catalog.models import describe
 from _mlx_server.inference.event_queue import EventQueue
-from _mlx_server.inference.models import describe
-from _mlx_server.inference.renderer import PromptRenderer
+from _mlx_server.inference.prompt.control_tokens import SPLIT, ControlTokens, unescape
+from _mlx_server.inference.prompt.renderer import PromptRenderer
+from _mlx_server.inference.prompt.tokenizer import TextTokenizer
 from _mlx_server.inference.sequence import Sequence
-from _mlx_server.inference.tokenizer import TextTokenizer
 from engine import Done, Engine, InvalidRequest, Request, Tick
 
 # Templates with the shapes of real families, and the control tokens of each.

@@ -29,7 +29,7 @@ def script(engine: Engine, monkeypatch: pytest.MonkeyPatch, *texts: str) -> list
     def make(*_: object) -> Callable[[mx.array], mx.array]:
         return lambda logprobs: mx.array([next(left, tokens[-1])])
 
-    monkeypatch.setattr("_mlx_server.inference.runner.make_sampler", make)
+    monkeypatch.setattr("_mlx_server.inference.decoding.runner.make_sampler", make)
     return tokens
 
 

@@ -16,8 +16,8 @@ from conftest import kinds
 from models import build_model
 from test_engine import REREAD, SYSTEM, answer, cold, user
 
-from _mlx_server.inference.decode_batch import DecodeBatch
-from _mlx_server.inference.layers import is_trimmable
+from _mlx_server.inference.cache.layers import is_trimmable
+from _mlx_server.inference.decoding.decode_batch import DecodeBatch
 from engine import Engine, EngineError, Generation, Priority, Request
 
 

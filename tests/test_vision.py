@@ -36,16 +36,16 @@ from vision_models import (
     png,
 )
 
-from _mlx_server.inference import images
+from _mlx_server.inference.catalog.models import describe
+from _mlx_server.inference.decoding.prefill import PromptReader
+from _mlx_server.inference.decoding.weights import Weights
 from _mlx_server.inference.group import Group
-from _mlx_server.inference.image_layout import MistralLayout, QwenLayout
-from _mlx_server.inference.images import image_mark, read_pixels
-from _mlx_server.inference.models import describe
-from _mlx_server.inference.prefill import PromptReader
-from _mlx_server.inference.renderer import PromptRenderer
+from _mlx_server.inference.images import images
+from _mlx_server.inference.images.image_layout import MistralLayout, QwenLayout
+from _mlx_server.inference.images.images import image_mark, read_pixels
+from _mlx_server.inference.images.vision import Vision
+from _mlx_server.inference.prompt.renderer import PromptRenderer
 from _mlx_server.inference.sequence import State
-from _mlx_server.inference.vision import Vision
-from _mlx_server.inference.weights import Weights
 from _mlx_server.wire.anthropic_request import count_request, messages_request
 from _mlx_server.wire.ollama import OllamaChat, OllamaGenerate
 from _mlx_server.wire.openai import OpenAIChat
@@ -314,7 +314,7 @@ def test_who_sees(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     config["text_config"].pop("rope_parameters", None)
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert "vision" not in describe("m", tmp_path).capabilities
-    monkeypatch.setattr("_mlx_server.inference.models.has_pillow", lambda: False)
+    monkeypatch.setattr("_mlx_server.inference.catalog.models.has_pillow", lambda: False)
     assert "vision" not in describe("m", models / "qwen3_vl").capabilities
 
 
@@ -650,7 +650,7 @@ def test_what_is_no_image_is_a_note(engine: Engine):
 
 
 def test_too_many_images(engine: Engine, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("_mlx_server.inference.pictures.MAX_IMAGES", 1)
+    monkeypatch.setattr("_mlx_server.inference.images.pictures.MAX_IMAGES", 1)
     with pytest.raises(InvalidRequest, match="at most 1 images"):
         engine.submit(conversation(*FILES))
 

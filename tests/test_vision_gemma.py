@@ -12,9 +12,9 @@ import pytest
 from test_vision import FILES, OTHER, answer, conversation, finish, logits_of, reference, runs
 from vision_models import build_vision_model
 
-from _mlx_server.inference.image_layout import Gemma3Layout, Gemma4Layout
-from _mlx_server.inference.models import describe
-from _mlx_server.inference.prefill import PromptReader
+from _mlx_server.inference.catalog.models import describe
+from _mlx_server.inference.decoding.prefill import PromptReader
+from _mlx_server.inference.images.image_layout import Gemma3Layout, Gemma4Layout
 from engine import Engine
 
 WHOLE = ["gemma3", "gemma4_large"]  # whose attention goes both ways within an image

@@ -20,8 +20,8 @@ from test_http import ask
 from test_vision import FILES, answer, conversation, finish, reference
 from vision_models import PICTURES, build_vision_model, png
 
-from _mlx_server.inference.images import read_pixels
-from _mlx_server.inference.prefill import PromptReader
+from _mlx_server.inference.decoding.prefill import PromptReader
+from _mlx_server.inference.images.images import read_pixels
 from _mlx_server.inference.sequence import State
 from engine import Engine, InvalidRequest, Priority, Request, Sampling
 
@@ -165,7 +165,7 @@ def test_a_quantised_cache_beside_other_requests_and_after_a_restart(seeing: str
 PEAK = """
 import io, sys
 from PIL import Image
-from _mlx_server.inference.images import read_pixels
+from _mlx_server.inference.images.images import read_pixels
 
 def peak():
     line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -201,7 +201,7 @@ def test_a_large_image_is_read_in_little_memory(form: str, tmp_path: Path):
 def test_an_image_that_is_read_in_tiles_is_that_of_a_whole(
     mode: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("_mlx_server.inference.images.TILE", 64)
+    monkeypatch.setattr("_mlx_server.inference.images.images.TILE", 64)
     noise = np.random.RandomState(3).randint(0, 256, (205, 310, len(mode)), dtype=np.uint8)
     image, file = Image.fromarray(noise, mode), io.BytesIO()
     image.save(file, "PNG")

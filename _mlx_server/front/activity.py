@@ -46,8 +46,8 @@ from collections.abc import Callable, Iterator
 from _mlx_server import __version__
 from _mlx_server.front.logs import shortened
 from _mlx_server.front.request_log import RequestLog
+from _mlx_server.inference.catalog.models import Loaded
 from _mlx_server.inference.generation import Generation
-from _mlx_server.inference.models import Loaded
 from _mlx_server.inference.protocol import Stats, Totals, without_paths
 from _mlx_server.inference.sequence import State
 from _mlx_server.wire.fields import Object

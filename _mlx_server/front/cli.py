@@ -14,7 +14,7 @@ from _mlx_server.front import options
 from _mlx_server.front.commands import COMMANDS, Run, commands_text
 from _mlx_server.front.launch import print_env
 from _mlx_server.front.service import launchd_job, service_mistake, start_command, systemd_unit
-from _mlx_server.inference.image_layout import DEFAULT_TOKENS
+from _mlx_server.inference.images.image_layout import DEFAULT_TOKENS
 
 
 class Parser(argparse.ArgumentParser):

@@ -17,7 +17,7 @@ from _mlx_server.front.client import ServerClient
 from _mlx_server.front.installed import print_table, printable
 from _mlx_server.front.options import library_of
 from _mlx_server.front.startup import folder_trouble, is_taken, mlx_trouble, port_holder
-from _mlx_server.inference.library import Library
+from _mlx_server.inference.catalog.library import Library
 from _mlx_server.inference.memory import gigabytes, usable_memory
 from _mlx_server.inference.protocol import EngineError
 

@@ -21,8 +21,8 @@ from _mlx_server.front.client import ServerClient
 from _mlx_server.front.options import api_keys, library_of, log_folder, program
 from _mlx_server.front.service import start_command
 from _mlx_server.front.startup import is_taken, mlx_trouble, port_trouble
+from _mlx_server.inference.catalog.models import LocalModel
 from _mlx_server.inference.memory import gigabytes
-from _mlx_server.inference.models import LocalModel
 from _mlx_server.inference.protocol import EngineError
 
 POLL = 0.2  # seconds between two looks at a server that starts

@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from _mlx_server.inference.library import Library
+from _mlx_server.inference.catalog.library import Library
 from _mlx_server.inference.protocol import Priority
 from _mlx_server.wire.fields import WireError
 from _mlx_server.wire.ollama_request import parse_keep_alive

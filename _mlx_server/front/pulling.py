@@ -15,8 +15,8 @@ import tty
 from _mlx_server.front.client import ServerClient
 from _mlx_server.front.installed import print_table
 from _mlx_server.front.options import library_of, program
-from _mlx_server.inference.choices import offer
-from _mlx_server.inference.hub import Hub
+from _mlx_server.inference.catalog.choices import offer
+from _mlx_server.inference.catalog.hub import Hub
 from _mlx_server.inference.memory import gigabytes, usable_memory
 from _mlx_server.inference.protocol import EngineError
 from _mlx_server.wire.ollama_models import checked_name

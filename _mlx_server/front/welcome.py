@@ -11,8 +11,8 @@ from collections.abc import Callable
 from _mlx_server.front.cli import arguments
 from _mlx_server.front.options import api_keys, program
 from _mlx_server.front.startup import folder_trouble
+from _mlx_server.inference.catalog.models import LocalModel
 from _mlx_server.inference.memory import gigabytes
-from _mlx_server.inference.models import LocalModel
 from _mlx_server.inference.protocol import ModelNotFound
 
 MOST_NAMES = 8  # models that are named, before only their number is told

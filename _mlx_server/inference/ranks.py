@@ -19,11 +19,11 @@ from multiprocessing import AuthenticationError, connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from _mlx_server.inference.decoding.weights import model_body
 from _mlx_server.inference.group import Group, GroupLost, Value
 from _mlx_server.inference.memory import usable_memory
 from _mlx_server.inference.protocol import EngineError, first_line
 from _mlx_server.inference.sequence import Sequence
-from _mlx_server.inference.weights import model_body
 
 if TYPE_CHECKING:
     import mlx.core as mx

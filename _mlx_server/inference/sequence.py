@@ -10,15 +10,16 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from _mlx_server.inference.constraint import Constraint
-from _mlx_server.inference.conversations import Call
-from _mlx_server.inference.embedding import Pooler
+from _mlx_server.inference.cache.prefix_cache import CacheEntry
+from _mlx_server.inference.catalog.models import LocalModel
+from _mlx_server.inference.constrained.constraint import Constraint
+from _mlx_server.inference.decoding.embedding import Pooler
 from _mlx_server.inference.event_queue import EventQueue
-from _mlx_server.inference.formats import OutputFormat
-from _mlx_server.inference.models import LocalModel
-from _mlx_server.inference.parser import OutputParser
-from _mlx_server.inference.prefix_cache import CacheEntry
-from _mlx_server.inference.prompt import Prompt
+from _mlx_server.inference.output.formats import OutputFormat
+from _mlx_server.inference.output.parser import OutputParser
+from _mlx_server.inference.prompt.conversations import Call
+from _mlx_server.inference.prompt.prompt import Prompt
+from _mlx_server.inference.prompt.renderer import PromptRenderer
 from _mlx_server.inference.protocol import (
     Done,
     EngineError,
@@ -33,7 +34,6 @@ from _mlx_server.inference.protocol import (
     Totals,
     Usage,
 )
-from _mlx_server.inference.renderer import PromptRenderer
 
 if TYPE_CHECKING:
     import mlx.core as mx

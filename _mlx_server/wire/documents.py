@@ -18,7 +18,13 @@ from collections.abc import Callable
 from urllib.parse import unquote_to_bytes
 
 from _mlx_server.inference.bounded import BoundedMap
-from _mlx_server.inference.pdf import NoTextError, PDFError, can_draw_pdf, can_read_pdf, read_pdf
+from _mlx_server.inference.images.pdf import (
+    NoTextError,
+    PDFError,
+    can_draw_pdf,
+    can_read_pdf,
+    read_pdf,
+)
 from _mlx_server.wire.fields import Object, WireError, field
 
 log = logging.getLogger("mlx_server")

@@ -10,7 +10,7 @@ import math
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeVar, overload
 
-from _mlx_server.inference.library import MAX_NAME
+from _mlx_server.inference.catalog.library import MAX_NAME
 
 Object = dict[str, Any]
 """A JSON object."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 
-from _mlx_server.inference.images import image_mark, is_image
+from _mlx_server.inference.images.images import image_mark, is_image
 from _mlx_server.inference.protocol import Scan
 from _mlx_server.wire.documents import elsewhere, omitted
 

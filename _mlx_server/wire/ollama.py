@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 
-from _mlx_server.inference.models import LocalModel
+from _mlx_server.inference.catalog.models import LocalModel
 from _mlx_server.inference.protocol import (
     Done,
     Event,

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from _mlx_server.inference.models import Loaded, LocalModel
-from _mlx_server.inference.presets import Preset
+from _mlx_server.inference.catalog.models import Loaded, LocalModel
+from _mlx_server.inference.catalog.presets import Preset
 from _mlx_server.wire.chat_messages import chat_turns
 from _mlx_server.wire.conversation import Turn, canonical
 from _mlx_server.wire.fields import Object, WireError, field, is_type, items, timestamp

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator
 
-from _mlx_server.inference.download import HubError, HubFailure
-from _mlx_server.inference.hub import PullProgress, PullStage
+from _mlx_server.inference.catalog.download import HubError, HubFailure
+from _mlx_server.inference.catalog.hub import PullProgress, PullStage
 from _mlx_server.wire.fields import Object, WireError
 
 _STATUS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from _mlx_server.inference.models import LocalModel
+from _mlx_server.inference.catalog.models import LocalModel
 from _mlx_server.inference.protocol import Event, Request, Token
 from _mlx_server.wire.fields import Object
 

@@ -1,0 +1,1 @@
+"""KV states of earlier requests, in memory and on disk."""

@@ -1,0 +1,1 @@
+"""A model's passes: prompts read, tokens drawn."""

@@ -1,0 +1,1 @@
+"""Images in prompts, and the towers that see them."""

@@ -1,0 +1,1 @@
+"""From tokens to thinking, text and tool calls."""

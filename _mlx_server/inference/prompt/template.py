@@ -1,0 +1,148 @@
+"""A model's chat template."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+from _mlx_server.inference.prompt.adapter import adapt
+from _mlx_server.inference.prompt.control_tokens import ControlTokens, unescape
+from _mlx_server.inference.prompt.template_traits import find_traits
+from _mlx_server.inference.protocol import InvalidRequest, Message
+
+log = logging.getLogger("mlx_server")
+
+
+class Template:
+    """A model's chat template, which renders canonical conversations.
+
+    Conversations are adapted to what the template can render, its `traits`. All their texts have
+    to be escaped, see ControlTokens: of the control tokens in a rendered text, each is the
+    template's own. `tokenizer` is mlx-lm's TokenizerWrapper."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._source = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+        self._control_tokens = ControlTokens(tokenizer)
+        self._compiled: Any = None
+        self._compiled = self._compile()
+        self.traits = find_traits(
+            lambda messages, tools: self._apply(messages, tools, True, {}), self._source
+        )
+
+    def render(
+        self,
+        messages: list[Message],
+        tools: list[dict[str, Any]],
+        options: dict[str, Any],
+        *,
+        generation: bool,
+    ) -> str:
+        """The prompt's text for escaped messages; tools are escaped here. With `generation` it ends
+        with the beginning of the assistant's turn, or inside it if the last message is the
+        assistant's and has no calls. `options` are variables for the template. Raises
+        InvalidRequest when the template refuses the conversation with any of them."""
+        tools = self._control_tokens.escape_tools(tools)
+        messages = adapt(messages, tools, self.traits)
+        last = messages[-1] if messages else {}
+        prefill = generation and last.get("role") == "assistant" and not last.get("tool_calls")
+        # Templates end a turn in their own ways, and some strip blanks: what follows the mark is
+        # cut off again.
+        if prefill:
+            messages = [*messages[:-1], {**last, "content": last["content"] + _PREFILL_END}]
+        clock = {key: options[key] for key in options.keys() & {"strftime_now"}}
+        effortless = {key: value for key, value in options.items() if key != "reasoning_effort"}
+        shown_tools = tools if self.traits.has_tools else None
+        error: Exception | None = None
+        # Some templates raise on efforts that they do not know or on enable_thinking=False
+        for variables in (options, effortless, clock):
+            try:
+                text = self._apply(messages, shown_tools, generation and not prefill, variables)
+                return text[: text.rindex(_PREFILL_END)] if prefill else text
+            except Exception as failure:
+                error = error or failure
+        reason = unescape(str(error))
+        log.warning("chat template failed: %s", reason)
+        raise InvalidRequest(f"the model's chat template cannot render this conversation: {reason}")
+
+    def escape_messages(self, messages: list[Message]) -> list[Message]:
+        """A conversation that can be rendered."""
+        return list(map(self._control_tokens.escape_message, messages))
+
+    def escape(self, text: str) -> str:
+        """A text as it stands in rendered conversations; `unescape` is the way back."""
+        return self._control_tokens.escape(text)
+
+    @property
+    def shows_dates(self) -> bool:
+        """Whether the template shows the date, and takes another clock as `strftime_now`."""
+        return self._compiled is not None and self.mentions("strftime_now")
+
+    def mentions(self, option: str) -> bool:
+        """Whether a word, such as an option's name, is in the template."""
+        return option in self._source
+
+    def _compile(self) -> Any:
+        """The template, compiled in transformers' own sandbox; None if that does not render what
+        the tokenizer's own method renders. That method first copies all that the template may see,
+        which takes longer than the rendering."""
+        probe = [{"role": "user", "content": "a"}]
+        try:
+            from transformers.utils.chat_template_utils import _compile_jinja_template
+
+            compiled = _compile_jinja_template(self._source)
+            ours = self._fill(compiled, probe, None, True, {})
+            theirs = self._apply(probe, None, True, {})
+            # A clock may stand in them
+            return compiled if re.sub(r"\d", "", ours) == re.sub(r"\d", "", theirs) else None
+        except Exception:  # that function is not public, and a template may be anything
+            return None
+
+    def _apply(
+        self,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None,
+        generation: bool,
+        options: dict[str, Any],
+    ) -> str:
+        if self._compiled is not None:
+            return self._fill(self._compiled, messages, tools, generation, options)
+        text: str = self._tokenizer.apply_chat_template(
+            messages,
+            tools=tools or None,
+            add_generation_prompt=generation,
+            tokenize=False,
+            **options,
+        )
+        return text
+
+    def _fill(
+        self,
+        compiled: Any,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None,
+        generation: bool,
+        options: dict[str, Any],
+    ) -> str:
+        variables = {
+            **self._tokenizer.special_tokens_map,
+            "enable_thinking": self._tokenizer.has_thinking,
+            **options,
+        }
+        text: str = compiled.render(
+            messages=messages,
+            tools=tools or None,
+            add_generation_prompt=generation,
+            **variables,
+        )
+        return text
+
+
+# Stands behind the message that the model is to continue
+_PREFILL_END = "\u2063\u2063end\u2063\u2063"
+
+
+def plain_text(messages: list[Message]) -> str:
+    """The conversation for a model without a chat template: base models continue plain text."""
+    return "\n\n".join(message["content"] for message in messages)

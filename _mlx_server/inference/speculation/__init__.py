@@ -1,0 +1,1 @@
+"""Several tokens a pass."""
