@@ -4,6 +4,7 @@ that are none."""
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import random
@@ -42,7 +43,7 @@ from _mlx_server.inference.decoding.weights import Weights
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.images import images
 from _mlx_server.inference.images.image_layout import MistralLayout, QwenLayout
-from _mlx_server.inference.images.images import image_mark, read_pixels
+from _mlx_server.inference.images.images import UNREADABLE, image_mark, read_pixels
 from _mlx_server.inference.images.vision import Vision
 from _mlx_server.inference.prompt.renderer import PromptRenderer
 from _mlx_server.inference.sequence import State
@@ -626,6 +627,19 @@ def test_hostile_files_are_refused(engine: Engine, name: str):
         with pytest.raises(InvalidRequest):
             engine.count_tokens(request)
     assert engine.stats().waiting == before
+
+
+def test_a_damaged_file_that_stays_in_a_conversation_is_a_note(engine: Engine):
+    damaged = HOSTILE["cut PNG"]
+    asked = conversation(damaged, max_tokens=1)
+    answered = [{"role": "assistant", "content": "ok"}, {"role": "user", "content": "Go on."}]
+    further_back = dataclasses.replace(asked, messages=[*asked.messages, *answered])
+    by_a_tool = messages_request(in_tool_result(damaged))
+    for request in (further_back, by_a_tool):
+        done = finish(engine.submit(request))
+        assert UNREADABLE in engine.renderer(engine.default).decode(done.tokens)
+    with pytest.raises(InvalidRequest):
+        engine.submit(asked)
 
 
 @pytest.mark.slow

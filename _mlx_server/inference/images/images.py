@@ -29,6 +29,7 @@ TILE = 1024  # pixels on a side of what is resized at once
 MAX_ASPECT = 200  # longer side by shorter side
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
 UNSEEN = "[image omitted: this model cannot see images]"
+UNREADABLE = "[image omitted: its file cannot be read]"
 
 # Begins every mark. It is random, so that no text holds it by chance or by intent, and made of
 # digits, which no template escapes, trims or changes.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from _mlx_server.inference.images.image_layout import ImageLayout, Placement, ma
 from _mlx_server.inference.images.images import (
     MARK,
     MAX_IMAGES,
+    UNREADABLE,
     UNSEEN,
     has_pillow,
     placed_mark,
@@ -86,7 +88,9 @@ class PictureFinder:
 
     def find(self, request: Request) -> tuple[Request, dict[int, Picture]]:
         """The request with a mark for each image that tells its tokens, and the images by their
-        tokens. Raises InvalidRequest for what is no image."""
+        tokens. Raises InvalidRequest for a file that is no image, if the user has just sent it; one
+        that stands further back, or that a tool has read, comes with every request from then on, so
+        a note takes its place."""
         request, files = unfold_scans(request, sees=self.layout is not None)
         if not files:
             return request, {}
@@ -97,12 +101,20 @@ class PictureFinder:
             raise InvalidRequest(
                 f"at most {MAX_IMAGES} images are allowed, and there are {len(files)}"
             )
-        pictures = [self._picture(self.layout, *one) for one in files.items()]
-        marks = {
-            mark: placed_mark(one.token, one.placement.rows, one.placement.columns)
-            for mark, one in zip(files, pictures, strict=True)
-        }
-        return self._replaced(request, marks), {one.token: one for one in pictures}
+        pictures: dict[int, Picture] = {}
+        marks: dict[str, str] = {}
+        for mark, content in files.items():
+            try:
+                one = self._picture(self.layout, mark, content)
+            except InvalidRequest as error:
+                if mark in _last_words(request.messages):
+                    raise
+                log.info("%s is not shown an image: %s", self._local.name, error)
+                marks[mark] = UNREADABLE
+            else:
+                marks[mark] = placed_mark(one.token, one.placement.rows, one.placement.columns)
+                pictures[one.token] = one
+        return self._replaced(request, marks), pictures
 
     def _replaced(self, request: Request, marks: dict[str, str]) -> Request:
         """The request with other texts in place of the marks."""
@@ -135,6 +147,12 @@ class PictureFinder:
             log.info("%s is not shown images: pip install 'mlx-server[vision]'", name)
         else:
             log.info("%s cannot see images: a note stands in their place", name)
+
+
+def _last_words(messages: Sequence[Message]) -> str:
+    """What the user has said since the model's last answer."""
+    new = itertools.takewhile(lambda one: one["role"] != "assistant", reversed(messages))
+    return "\n".join(one["content"] for one in new if one["role"] == "user")
 
 
 def read_settings(local: LocalModel) -> dict[str, Any]:
