@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def train() -> None:
     from mlx_lm.models import qwen3_5
     from tokenizers import Tokenizer
 
-    folder = Path("/tmp/mtp_toy")
+    folder = Path(tempfile.mkdtemp())
     build_tokenizer(folder, TEMPLATE)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     letters = KEYS + VALUES
