@@ -137,7 +137,7 @@ def test_forty_requests_decode_side_by_side(folder: Path):
         for generation, said in zip(running, expected, strict=True):
             while generation.usage.completion_tokens < 8:
                 next(generation)
-            assert generation.sequence.raw.startswith(said)
+            assert generation.sequence.raw.startswith(said.rstrip("\ufffd"))  # half a letter
             generation.cancel()
 
 
@@ -218,7 +218,7 @@ def test_answers_go_on_while_a_prompt_is_read(priority: Priority, steps: int):
 
 @pytest.mark.slow
 def test_a_short_request_is_answered_while_a_long_prompt_is_prefilled(engine: Engine):
-    long = engine.chat("long " * 600, max_tokens=1)
+    long = engine.chat("long " * 3000, max_tokens=1)
     until(long, State.PREFILL)
     assert answer(engine, "short", max_tokens=2)[1].usage.completion_tokens == 2
     assert long.sequence.state is State.PREFILL
@@ -593,7 +593,6 @@ def test_logits_that_are_no_numbers_fail_the_request_and_leave_no_trace(engine: 
     engine.unload(engine.default.name)
     answer(engine, "loads the model")
     model = runtime(engine).model
-    runtime(engine).weights.model = lambda *args, **kwargs: model(*args, **kwargs)
     runtime(engine).decode_batch.model = lambda *args, **kwargs: (
         model(*args, **kwargs) * mx.array(float("nan"))
     )

@@ -235,7 +235,7 @@ def test_who_joins_and_leaves_changes_no_answer(pair: Pair):
 
 @pytest.mark.slow
 def test_a_paused_request_goes_on_with_the_same_tokens(pair: Pair):
-    expected = pair.learn(QUESTION, max_tokens=100)
+    expected = pair.learn(QUESTION, max_tokens=300)
     decode, paused = pair.runner.decode, []
 
     def pausing(alone: bool) -> None:
@@ -247,7 +247,7 @@ def test_a_paused_request_goes_on_with_the_same_tokens(pair: Pair):
                 pair.runner.admit(sequence)
 
     pair.runner.decode = pausing
-    generation = pair.drafting.chat(QUESTION, sampling=GREEDY, max_tokens=100)
+    generation = pair.drafting.chat(QUESTION, sampling=GREEDY, max_tokens=300)
     done = list(generation)[-1]
     assert any(paused) and done.tokens[generation.prompt_tokens :] == expected
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE
 from PIL import Image
 from test_content import document, messages, pdf
 from vision_models import PICTURES, build_vision_model, picture
@@ -120,7 +121,7 @@ def test_time_and_memory_are_bounded():
     with pytest.raises(PDFError, match="takes too much memory"):
         draw_pdf(bomb, memory=2**28)
     noise = Image.effect_noise((1500, 1400), 200)
-    pages, count = draw_pdf(scan(*[noise] * 19))
+    pages, count = draw_pdf(scan(*[noise] * 19), seconds=PATIENCE)
     assert count == 19 and len(pages) < 19
 
 

@@ -71,14 +71,16 @@ def test_claude_code_reads_an_image(kind: str, tmp_path: Path, serve):
             assert session.say(text).strip() == '"seen"'
         session.close()
         metrics = ask(server, "GET", "/metrics")[1]
-    [result] = [
+    results = [
         block
         for one in session.seen
         if one["type"] == "user" and isinstance(one["message"]["content"], list)
         for block in one["message"]["content"]
         if block["type"] == "tool_result"
     ]
-    assert [block["type"] for block in result["content"]] == ["image"]
+    assert results  # an agent may well read it again
+    for result in results:
+        assert [block["type"] for block in result["content"]] == ["image"]
     assert re.search(r"^mlx_server_images_read_total 1$", str(metrics, "utf-8"), re.MULTILINE)
 
 
