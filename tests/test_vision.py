@@ -33,6 +33,7 @@ from vision_models import (
     START,
     TEXT,
     build_vision_model,
+    convert,
     picture,
     png,
 )
@@ -275,30 +276,20 @@ def test_a_request_that_is_cancelled_within_an_image_goes_on_later(models: Path,
 @pytest.mark.parametrize("kind", ["qwen3_vl", "mistral3"])
 def test_a_tower_in_mlx_form_that_is_quantised(models: Path, kind: str, tmp_path: Path):
     """As mlx-vlm writes it: other names, channels last, and some layers quantised."""
-    build_vision_model(kind, tmp_path)
-    weights = mx.load(str(tmp_path / "model.safetensors"))
-    changed = {}
-    for name, value in weights.items():
-        new = name
+
+    def in_mlx_form(name: str, value: mx.array) -> tuple[str, mx.array]:
         if kind == "qwen3_vl":
-            new = name.replace("model.visual.", "vision_tower.")
-            new = new.replace("model.language_model.", "language_model.model.")
-            new = new.replace("lm_head.", "language_model.lm_head.")
+            name = name.replace("model.visual.", "vision_tower.")
+            name = name.replace("model.language_model.", "language_model.model.")
+            name = name.replace("lm_head.", "language_model.lm_head.")
         else:
-            new = name.replace("vision_tower.", "vision_tower.vision_model.")
-        if new.endswith(("patch_embed.proj.weight", "patch_conv.weight")):
-            value = value.moveaxis(1, -1)
-        layers = ("vision_tower.merger.linear", "multi_modal_projector.linear_2")
-        if new.startswith(layers) and value.ndim == 2:
-            packed = mx.quantize(value, group_size=64, bits=8)
-            layer = new.removesuffix(".weight")
-            changed |= dict(zip((new, f"{layer}.scales", f"{layer}.biases"), packed, strict=True))
-        else:
-            changed[new] = value
-    mx.save_safetensors(str(tmp_path / "model.safetensors"), changed, {"format": "mlx"})
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization"] = {"group_size": 64, "bits": 8}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+            name = name.replace("vision_tower.", "vision_tower.vision_model.")
+        kernel = name.endswith(("patch_embed.proj.weight", "patch_conv.weight"))
+        return name, value.moveaxis(1, -1) if kernel else value
+
+    layers = ("vision_tower.merger.linear", "multi_modal_projector.linear_2")
+    build_vision_model(kind, tmp_path)
+    convert(tmp_path, in_mlx_form, lambda name: name.startswith(layers), group_size=64)
     assert "vision" in describe("m", tmp_path).capabilities
     _, plain = logits_of(models / kind, 1000)
     _, logits = logits_of(tmp_path, 1000)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from test_vision import FILES, OTHER, answer, conversation, finish, logits_of, reference, runs
-from vision_models import build_vision_model
+from vision_models import build_vision_model, convert
 
 from _mlx_server.inference.catalog.models import describe
 from _mlx_server.inference.decoding.prefill import PromptReader
@@ -75,19 +74,7 @@ def in_mlx_form(name: str, value: mx.array) -> tuple[str, mx.array]:
 )
 def test_a_tower_in_mlx_form_that_is_quantised(models: Path, tmp_path: Path, kind: str, layer: str):
     build_vision_model(kind, tmp_path)
-    changed: dict[str, mx.array] = {}
-    for old, value in mx.load(str(tmp_path / "model.safetensors")).items():
-        name, value = in_mlx_form(old, value)
-        if name.endswith(layer):
-            inner = name.removesuffix(".weight")
-            packed = mx.quantize(value, group_size=32, bits=8)
-            changed |= dict(zip((name, f"{inner}.scales", f"{inner}.biases"), packed, strict=True))
-        else:
-            changed[name] = value
-    mx.save_safetensors(str(tmp_path / "model.safetensors"), changed, {"format": "mlx"})
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization"] = {"group_size": 32, "bits": 8}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    convert(tmp_path, in_mlx_form, lambda name: name.endswith(layer), group_size=32)
     assert "vision" in describe("m", tmp_path).capabilities
     _, plain = logits_of(models / kind, 1000)
     _, logits = logits_of(tmp_path, 1000)

@@ -7,10 +7,15 @@ import io
 import json
 import re
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from models import CHATML, build_tokenizer
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 FOLDER = Path(__file__).parent / "vision"
 MARKS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
@@ -341,3 +346,28 @@ def build_vision_model(kind: str, path: Path, *, tower: bool = True) -> Path:
     }
     mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "pt"})
     return path
+
+
+def convert(
+    folder: Path,
+    changed: Callable[[str, mx.array], tuple[str, mx.array]],
+    quantised: Callable[[str], bool],
+    group_size: int,
+) -> None:
+    """Changes a model's weights as a conversion would, and keeps those that are `quantised`, by
+    their new names, in 8 bits."""
+    import mlx.core as mx
+
+    weights: dict[str, mx.array] = {}
+    for old, value in mx.load(str(folder / "model.safetensors")).items():
+        name, value = changed(old, value)
+        if quantised(name) and value.ndim == 2:
+            layer = name.removesuffix(".weight")
+            packed = mx.quantize(value, group_size=group_size, bits=8)
+            weights |= dict(zip((name, f"{layer}.scales", f"{layer}.biases"), packed, strict=True))
+        else:
+            weights[name] = value
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization"] = {"group_size": group_size, "bits": 8}
+    (folder / "config.json").write_text(json.dumps(config))

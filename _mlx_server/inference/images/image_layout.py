@@ -47,6 +47,8 @@ class ImageLayout(ABC):
     std: tuple[float, ...]
     around = ""
     both_ways: Literal["all", "sliding", "none"] = "none"
+    _start: int  # the tokens in front of an image and behind it
+    _end: int
 
     @abstractmethod
     def __init__(
@@ -57,9 +59,16 @@ class ImageLayout(ABC):
     def place(self, width: int, height: int) -> Placement:
         """What becomes of an image of this size."""
 
-    @abstractmethod
     def tokens(self, token: int, rows: int, columns: int) -> list[int]:
         """The tokens of an image, in which `token` stands for each of its parts."""
+        return [self._start, *[token] * (rows * columns), self._end]
+
+    def _set_colours(
+        self, settings: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> None:
+        """Takes `mean` and `std` where the settings have none."""
+        self.mean = tuple(map(float, settings.get("image_mean") or mean))
+        self.std = tuple(map(float, settings.get("image_std") or std))
 
 
 class QwenLayout(ImageLayout):
@@ -78,8 +87,7 @@ class QwenLayout(ImageLayout):
         most_pixels = settings.get("max_pixels") or size.get("longest_edge") or 16777216
         self._most = max(self.side**2, min(int(most_pixels), most * self.side**2))
         self._least = min(int(least_pixels), self._most)
-        self.mean = tuple(map(float, settings.get("image_mean") or _SQUARE))
-        self.std = tuple(map(float, settings.get("image_std") or _SQUARE))
+        self._set_colours(settings, _SQUARE, _SQUARE)
         self.token = int(config["image_token_id"])
         self._start = int(config["vision_start_token_id"])
         self._end = int(config["vision_end_token_id"])
@@ -94,9 +102,6 @@ class QwenLayout(ImageLayout):
             scale = math.sqrt(self._least / pixels) / side
             rows, columns = math.ceil(height * scale), math.ceil(width * scale)
         return Placement(columns * side, rows * side, rows, columns)
-
-    def tokens(self, token: int, rows: int, columns: int) -> list[int]:
-        return [self._start, *[token] * (rows * columns), self._end]
 
 
 class MistralLayout(ImageLayout):
@@ -115,8 +120,7 @@ class MistralLayout(ImageLayout):
         edge = size.get("longest_edge") or min(size.get("height", 1024), size.get("width", 1024))
         self._edge = int(edge)
         self._most = most
-        self.mean = tuple(map(float, settings.get("image_mean") or _CLIP_MEAN))
-        self.std = tuple(map(float, settings.get("image_std") or _CLIP_STD))
+        self._set_colours(settings, _CLIP_MEAN, _CLIP_STD)
         self.token = int(config.get("image_token_index") or config["image_token_id"])
         self._row_end, self._end = names["[IMG_BREAK]"], names["[IMG_END]"]
 
@@ -158,16 +162,12 @@ class Gemma3Layout(ImageLayout):
         if self._rows * self.merge != self.side:
             raise ValueError(f"{self.side} patches do not make {self._rows} tokens")
         self.filter = int(settings.get("resample") or BILINEAR)
-        self.mean = tuple(map(float, settings.get("image_mean") or _SQUARE))
-        self.std = tuple(map(float, settings.get("image_std") or _SQUARE))
+        self._set_colours(settings, _SQUARE, _SQUARE)
         self.token = _token(config, "image")
         self._start, self._end = _token(config, "boi"), _token(config, "eoi")
 
     def place(self, width: int, height: int) -> Placement:
         return Placement(self._pixels, self._pixels, self._rows, self._rows)
-
-    def tokens(self, token: int, rows: int, columns: int) -> list[int]:
-        return [self._start, *[token] * (rows * columns), self._end]
 
 
 class Gemma4Layout(ImageLayout):
@@ -180,10 +180,8 @@ class Gemma4Layout(ImageLayout):
         self.patch, self.merge = int(tower["patch_size"]), int(tower["pooling_kernel_size"])
         self._most = max(1, min(int(settings.get("max_soft_tokens") or 280), most))
         self.filter = int(settings.get("resample") or BICUBIC)
-        self.mean = tuple(map(float, settings.get("image_mean") or (0, 0, 0)))
-        self.std = tuple(map(float, settings.get("image_std") or (1, 1, 1)))
-        if not settings.get("do_normalize"):
-            self.mean, self.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        known = settings if settings.get("do_normalize") else {}
+        self._set_colours(known, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
         if text.get("use_bidirectional_attention") == "vision":
             self.both_ways = "sliding"
         self.token = int(text.get("pad_token_id") or 0)  # its embedding for layers is used, too
@@ -198,9 +196,6 @@ class Gemma4Layout(ImageLayout):
         elif columns == 0:
             rows, columns = min(max(1, height // width), self._most), 1
         return Placement(columns * side, rows * side, rows, columns)
-
-    def tokens(self, token: int, rows: int, columns: int) -> list[int]:
-        return [self._start, *[token] * (rows * columns), self._end]
 
 
 def _token(config: dict[str, Any], name: str) -> int:

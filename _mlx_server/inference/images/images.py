@@ -5,6 +5,7 @@ the file states was found to be reasonable. Files come from outside and may be a
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import io
@@ -16,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from _mlx_server.inference.protocol import InvalidRequest
+from _mlx_server.inference.protocol import InvalidRequest, Message, Request
 
 if TYPE_CHECKING:
     import numpy
@@ -69,6 +70,19 @@ def lasting(text: str) -> str:
     """A text whose marks are the same in every process, and still no text from outside: those are
     UTF-8 and hold no half of a surrogate pair."""
     return text.replace(_RANDOM, "\udc80") if _RANDOM in text else text
+
+
+def replace_marks(request: Request, texts: dict[str, str], other: str | None = None) -> Request:
+    """The request with texts in place of marks, by mark, and with `other` in place of those that
+    have none; without it they stay."""
+
+    def replaced(message: Message) -> Message:
+        def text(found: re.Match[str]) -> str:
+            return texts.get(found[0], found[0] if other is None else other)
+
+        return {**message, "content": MARK.sub(text, message["content"])}
+
+    return dataclasses.replace(request, messages=list(map(replaced, request.messages)))
 
 
 def read_pixels(

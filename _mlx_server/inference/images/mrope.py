@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy
 
-from _mlx_server.inference.images.tower_qwen import rotate
+from _mlx_server.inference.images.tower_parts import rotate
 
 
 class Positions:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import logging
@@ -14,13 +13,13 @@ from _mlx_server.inference.bounded import BoundedMap
 from _mlx_server.inference.catalog.models import LocalModel, read_json_file
 from _mlx_server.inference.images.image_layout import ImageLayout, Placement, make_layout
 from _mlx_server.inference.images.images import (
-    MARK,
     MAX_IMAGES,
     UNREADABLE,
     UNSEEN,
     has_pillow,
     placed_mark,
     read_pixels,
+    replace_marks,
 )
 from _mlx_server.inference.images.scans import unfold_scans
 from _mlx_server.inference.protocol import InvalidRequest, Message, Request
@@ -96,7 +95,7 @@ class PictureFinder:
             return request, {}
         if self.layout is None:
             self._log_unseen()
-            return self._replaced(request, dict.fromkeys(files, UNSEEN)), {}
+            return replace_marks(request, dict.fromkeys(files, UNSEEN), UNSEEN), {}
         if len(files) > MAX_IMAGES:
             raise InvalidRequest(
                 f"at most {MAX_IMAGES} images are allowed, and there are {len(files)}"
@@ -114,16 +113,7 @@ class PictureFinder:
             else:
                 marks[mark] = placed_mark(one.token, one.placement.rows, one.placement.columns)
                 pictures[one.token] = one
-        return self._replaced(request, marks), pictures
-
-    def _replaced(self, request: Request, marks: dict[str, str]) -> Request:
-        """The request with other texts in place of the marks."""
-
-        def replaced(message: Message) -> Message:
-            content = MARK.sub(lambda found: marks.get(found[0], UNSEEN), message["content"])
-            return {**message, "content": content}
-
-        return dataclasses.replace(request, messages=list(map(replaced, request.messages)))
+        return replace_marks(request, marks, UNSEEN), pictures
 
     def _picture(self, layout: ImageLayout, mark: str, content: bytes) -> Picture:
         if known := self._known.get(mark):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import hashlib
 import logging
 import threading
 
 from _mlx_server.inference.bounded import BoundedMap
-from _mlx_server.inference.images.images import MARK, MAX_IMAGES, image_mark
+from _mlx_server.inference.images.images import MAX_IMAGES, image_mark, replace_marks
 from _mlx_server.inference.images.pdf import MAX_DRAWN, PDFError, draw_pdf
-from _mlx_server.inference.protocol import Message, Request, Scan
+from _mlx_server.inference.protocol import Request, Scan
 
 log = logging.getLogger("mlx_server")
 
@@ -29,21 +27,14 @@ def unfold_scans(request: Request, *, sees: bool) -> tuple[Request, dict[str, by
         if not isinstance(file, Scan):
             files[mark] = file
             continue
-        pages, count = _pages(file) if sees else ((), 0)
+        pages, count = _pages(mark, file) if sees else ((), 0)
         if not any(pages) or len(files) + len(pages) > MAX_IMAGES:
             _log_once(file.note)
             texts[mark] = file.note
             continue
         texts[mark] = _text(pages, count)
         files |= {image_mark(page): page for page in pages if page}
-    if not texts:
-        return request, files
-
-    def unfolded(message: Message) -> Message:
-        content = MARK.sub(lambda found: texts.get(found[0], found[0]), message["content"])
-        return {**message, "content": content}
-
-    return dataclasses.replace(request, messages=list(map(unfolded, request.messages))), files
+    return (replace_marks(request, texts) if texts else request), files
 
 
 @functools.lru_cache(4096)
@@ -66,17 +57,16 @@ _PAGES: BoundedMap[tuple[tuple[bytes, ...], int]] = BoundedMap(
 )
 
 
-def _pages(scan: Scan) -> tuple[tuple[bytes, ...], int]:
+def _pages(mark: str, scan: Scan) -> tuple[tuple[bytes, ...], int]:
     """The files of a scan's first pages, b"" for one that cannot be drawn, and how many pages there
-    are."""
-    key = hashlib.sha256(scan.content).hexdigest()
-    found = _PAGES.get(key)
+    are. `mark` stands for it."""
+    found = _PAGES.get(mark)
     if found is None:
         with _DRAWING:
-            found = _PAGES.get(key)  # another request may have drawn them meanwhile
+            found = _PAGES.get(mark)  # another request may have drawn them meanwhile
             if found is None:
                 found = _drawn(scan.content)
-                _PAGES.put(key, found)
+                _PAGES.put(mark, found)
     return found
 
 

@@ -14,7 +14,7 @@ import numpy
 from mlx.utils import tree_flatten
 
 from _mlx_server.inference.images.image_layout import Gemma3Layout, Gemma4Layout
-from _mlx_server.inference.images.tower_qwen import attend, rotate
+from _mlx_server.inference.images.tower_parts import attend, colours, rotate, with_flat_kernel
 
 _THETA = 100.0
 
@@ -36,8 +36,7 @@ class Gemma3Tower(nn.Module):
         """What is read in place of an image's tokens, (tokens, hidden size), and nothing else.
         `pixels` are (height, width, 3) bytes."""
         layout = self._layout
-        x = mx.array(pixels).astype(mx.float32) / 255
-        x = (x - mx.array(layout.mean)) / mx.array(layout.std)
+        x = colours(pixels, layout)
         x = self.embeddings(_patches(x, layout.patch).swapaxes(1, 2).flatten(1))
         x = self.post_layernorm(self.encoder(x))
         return self.multi_modal_projector(_pooled(x, layout.side, layout.side, layout.merge)), []
@@ -48,14 +47,9 @@ class Gemma3Tower(nn.Module):
         return 4 * (8 * self.post_layernorm.weight.size + 2 * self._inner)
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """The weights of a checkpoint as they are here: a patch is a flat list of numbers, channel
-        by channel. MLX's own checkpoints have the channels last."""
-        name = "embeddings.patch_embedding.weight"
-        kernel = weights[name]
-        if kernel.shape[-1] != kernel.shape[-2]:
-            kernel = kernel.moveaxis(-1, 1)
+        """The weights of a checkpoint as they are here, without the head of the tower alone."""
         kept = {key: value for key, value in weights.items() if not key.startswith("head.")}
-        return {**kept, name: kernel.flatten(1)}
+        return with_flat_kernel(kept, "embeddings.patch_embedding.weight")
 
 
 class _SiglipEmbeddings(nn.Module):
@@ -149,8 +143,7 @@ class Gemma4Tower(nn.Module):
         """What is read in place of an image's tokens, (tokens, hidden size), and nothing else.
         `pixels` are (height, width, 3) bytes."""
         layout = self._layout
-        x = mx.array(pixels).astype(mx.float32) / 255
-        x = ((x - mx.array(layout.mean)) / mx.array(layout.std) - 0.5) * 2
+        x = (colours(pixels, layout) - 0.5) * 2
         rows, columns = (length // layout.patch for length in pixels.shape[:2])
         down, across = numpy.indices((rows, columns)).reshape(2, -1)
         x = self.patch_embedder(_patches(x, layout.patch).flatten(1), down, across)

@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy
 
 from _mlx_server.inference.images.image_layout import MistralLayout
-from _mlx_server.inference.images.tower_qwen import attend, rotate
+from _mlx_server.inference.images.tower_parts import attend, colours, rotate, with_flat_kernel
 
 _ACTIVATIONS = {"silu": nn.silu, "gelu": nn.gelu, "gelu_pytorch_tanh": nn.gelu_approx}
 
@@ -49,18 +49,13 @@ class PixtralTower(nn.Module):
         return 4 * (8 * self.ln_pre.weight.size + 3 * self.transformer.inner)
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """The weights of a checkpoint as they are here: a patch is a flat list of numbers, channel
-        by channel. MLX's own checkpoints have the channels last."""
-        kernel = weights["patch_conv.weight"]
-        if kernel.shape[-1] != kernel.shape[-2]:
-            kernel = kernel.moveaxis(-1, 1)
-        return {**weights, "patch_conv.weight": kernel.reshape(kernel.shape[0], -1)}
+        """The weights of a checkpoint as they are here."""
+        return with_flat_kernel(weights, "patch_conv.weight")
 
     def _patches(self, pixels: numpy.ndarray, height: int, width: int) -> mx.array:
         """(patches, numbers of a patch)"""
         patch, channels = self._layout.patch, pixels.shape[-1]
-        x = mx.array(pixels).astype(mx.float32) / 255
-        x = (x - mx.array(self._layout.mean)) / mx.array(self._layout.std)
+        x = colours(pixels, self._layout)
         x = x.reshape(height, patch, width, patch, channels).transpose(0, 2, 4, 1, 3)
         return x.reshape(height * width, -1).astype(self.patch_conv.weight.dtype)
 

@@ -13,17 +13,18 @@ import mlx.nn as nn
 import numpy
 
 from _mlx_server.inference.images.image_layout import QwenLayout
+from _mlx_server.inference.images.tower_parts import attend, colours, rotate, with_flat_kernel
 
-_FUSED = 64, 80, 128  # sizes of heads for which Metal has a kernel that keeps no table of scores
 _THETA = 10000.0
 
 
 class QwenTower(nn.Module):
     """From an image's pixels to what the language model reads in place of its tokens. `config` is
-    the model's `vision_config`."""
+    the model's."""
 
     def __init__(self, config: dict[str, Any], layout: QwenLayout):
         super().__init__()
+        config = config["vision_config"]
         size, channels = config["hidden_size"], config.get("in_channels", 3)
         square = layout.merge**2
         self.patch_embed = _PatchEmbed(channels * layout.frames * layout.patch**2, size)
@@ -61,19 +62,14 @@ class QwenTower(nn.Module):
         return 4 * (8 * block.norm1.weight.size + 2 * block.mlp.linear_fc1.bias.size)
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """The weights of a checkpoint as they are here: a patch is a flat list of numbers, channel
-        by channel. MLX's own checkpoints have the channels last."""
-        kernel = weights["patch_embed.proj.weight"]
-        if kernel.shape[-1] != kernel.shape[-2]:
-            kernel = kernel.moveaxis(-1, 1)
-        return {**weights, "patch_embed.proj.weight": kernel.reshape(kernel.shape[0], -1)}
+        """The weights of a checkpoint as they are here."""
+        return with_flat_kernel(weights, "patch_embed.proj.weight")
 
     def _patches(self, pixels: numpy.ndarray) -> mx.array:
         """(patches, numbers of a patch): an image is a film of one picture that stands still."""
         patch, merge, frames = self._layout.patch, self._layout.merge, self._layout.frames
         height, width, channels = pixels.shape
-        x = mx.array(pixels).astype(mx.float32) / 255
-        x = (x - mx.array(self._layout.mean)) / mx.array(self._layout.std)
+        x = colours(pixels, self._layout)
         squares = height // patch // merge, merge, patch, width // patch // merge, merge, patch
         x = x.reshape(*squares, channels).transpose(0, 3, 1, 4, 6, 2, 5)
         x = mx.repeat(x[:, :, :, :, :, None], frames, axis=5)
@@ -151,27 +147,6 @@ class _Merger(nn.Module):
         x = x.reshape(-1, self.norm.weight.size)
         x = self.norm(x).reshape(-1, self._joined)
         return self.linear_fc2(nn.gelu(self.linear_fc1(x)))
-
-
-def attend(
-    queries: mx.array, keys: mx.array, values: mx.array, scale: float | None = None
-) -> mx.array:
-    """Attention of all patches to all: (heads, patches, size of a head). `scale` is that of the
-    scores, if it is not the usual one."""
-    head = queries.shape[-1]
-    more = next((fused for fused in _FUSED if fused >= head), head) - head
-    parts = (queries, keys, values)
-    padded = (mx.pad(part[None], [(0, 0)] * 3 + [(0, more)]) for part in parts)  # changes no score
-    return mx.fast.scaled_dot_product_attention(*padded, scale=scale or head**-0.5)[0, ..., :head]
-
-
-def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """Rotates the first numbers of each vector, two for one of `cos` and `sin`, whose axes are x's
-    last two."""
-    half = cos.shape[-1]
-    first, second = x[..., :half].astype(mx.float32), x[..., half : 2 * half].astype(mx.float32)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return mx.concatenate([*(part.astype(x.dtype) for part in turned), x[..., 2 * half :]], axis=-1)
 
 
 def _places(shape: tuple[int, ...], layout: QwenLayout) -> tuple[numpy.ndarray, numpy.ndarray]:

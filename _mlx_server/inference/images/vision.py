@@ -200,14 +200,14 @@ def _make_tower(config: dict[str, Any], layout: ImageLayout) -> Tower:
     from _mlx_server.inference.images.tower_pixtral import PixtralTower
     from _mlx_server.inference.images.tower_qwen import QwenTower
 
-    if isinstance(layout, QwenLayout):
-        return QwenTower(config["vision_config"], layout)
-    if isinstance(layout, Gemma3Layout):
-        return Gemma3Tower(config, layout)
-    if isinstance(layout, Gemma4Layout):
-        return Gemma4Tower(config, layout)
-    assert isinstance(layout, MistralLayout)
-    return PixtralTower(config, layout)
+    towers: dict[type[ImageLayout], Any] = {
+        Gemma3Layout: Gemma3Tower,
+        Gemma4Layout: Gemma4Tower,
+        MistralLayout: PixtralTower,
+        QwenLayout: QwenTower,
+    }
+    tower: Tower = towers[type(layout)](config, layout)
+    return tower
 
 
 def _load_tower(local: LocalModel, layout: ImageLayout) -> Tower:
