@@ -7,7 +7,10 @@ import base64
 import io
 import json
 import logging
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -224,6 +227,21 @@ def test_time_and_memory_are_bounded():
     stream = b"<< /Filter /FlateDecode /Length %d >>\nstream\n%s\n" % (len(bomb), bomb)
     with pytest.raises(PDFError, match="takes too much memory"):
         read_pdf(head + stream + tail, memory=150 * 2**20)
+
+
+def test_a_process_that_holds_much_memory_reads_a_pdf():
+    program = f"""
+from _mlx_server.inference.images.pdf import read_pdf
+held = bytearray(b"x" * (300 << 20))  # as the server holds a model's weights
+print(read_pdf({HELLO!r}, memory=256 << 20))"""
+    out = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    assert "Hello" in out.stdout
 
 
 def test_a_pdf_is_read_once(monkeypatch: pytest.MonkeyPatch):

@@ -128,10 +128,16 @@ def _limit(seconds: float, memory: int) -> None:
 
 
 def _watch(memory: int) -> None:
-    unit = 1 if sys.platform == "darwin" else 1024
-    while resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit < memory:
+    start = _peak()  # on Linux a new process begins with the peak of the one that started it
+    while _peak() - start < memory:
         time.sleep(_WATCH_SECONDS)
     os._exit(1)
+
+
+def _peak() -> int:
+    """The most memory that this process has held, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _extract(data: bytes) -> dict[str, Any]:
