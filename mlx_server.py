@@ -22,9 +22,7 @@ if sys.version_info < (3, 11):  # noqa: UP036
 
 import argparse
 import contextlib
-import dataclasses
 import errno
-import json
 import logging
 import logging.handlers
 import os
@@ -32,17 +30,17 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import dialects
 from _mlx_server import __version__
 from _mlx_server.front import page
-from _mlx_server.front.answers import send_progress, send_stream, send_whole
+from _mlx_server.front.answers import send_stream, send_whole
 from _mlx_server.front.cli import is_for_eval, parse_arguments, selected_command
 from _mlx_server.front.commands import run_command
 from _mlx_server.front.connections import ConnectionServer
-from _mlx_server.front.http import HTTPHandler
-from _mlx_server.front.logs import shortened, start_logging
+from _mlx_server.front.logs import start_logging
+from _mlx_server.front.model_routes import ModelRoutes
 from _mlx_server.front.options import ThinkingDefault, api_keys, cache_folder, program, url_of
 from _mlx_server.front.relay import relay
 from _mlx_server.front.request_log import RequestLog
@@ -52,10 +50,7 @@ from _mlx_server.front.startup import is_taken, mlx_trouble, port_trouble, raise
 from _mlx_server.front.upstream import Upstream, is_relayed
 from _mlx_server.front.watchdog import Watchdog
 from _mlx_server.front.welcome import welcome
-from _mlx_server.inference.catalog.hub import Hub
-from _mlx_server.inference.catalog.models import LocalModel, read_shown_files
-from _mlx_server.inference.catalog.names import VENDOR_NAME, plain_name
-from _mlx_server.inference.catalog.presets import Preset
+from _mlx_server.inference.catalog.models import LocalModel
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.protocol import (
     EngineBusy,
@@ -66,24 +61,16 @@ from _mlx_server.inference.protocol import (
 )
 from _mlx_server.wire.anthropic_request import count_request
 from _mlx_server.wire.embeddings import Embeddings
-from _mlx_server.wire.fields import Object, WireError, field, short_name
+from _mlx_server.wire.fields import Object, WireError, short_name
 from _mlx_server.wire.ollama_models import (
-    checked_name,
     find_tag,
-    ollama_create,
-    ollama_ps,
-    ollama_show,
 )
-from _mlx_server.wire.pull import ollama_pull
 from _mlx_server.wire.reply import Reply
 from engine import Engine
 
 STOPPING = 20.0  # seconds within which everything ends once the running answers had their time
 # The API level of Ollama's that is spoken; clients parse it and refuse what is too old
 OLLAMA_VERSION = "0.35.0"
-
-# Organisations whose models clients ask for, though they are never installed
-VENDORS = ("anthropic", "openai")
 
 log = logging.getLogger("mlx_server")
 
@@ -157,7 +144,7 @@ class MLXServer(ConnectionServer):
         self.server_close()
 
 
-class Handler(HTTPHandler):
+class Handler(ModelRoutes):
     """One connection. `ROUTES` says which method answers what."""
 
     server: MLXServer
@@ -168,10 +155,6 @@ class Handler(HTTPHandler):
         if self.server.engine is None:
             raise EngineClosed("the server has no engine")
         return self.server.engine
-
-    def resolve(self, name: str) -> LocalModel:
-        """The model that a name means to whoever asks. Raises ModelNotFound."""
-        return self.engine.resolve(name, self.exchange.owner)
 
     @property
     def endpoint(self) -> dialects.Endpoint:
@@ -210,26 +193,6 @@ class Handler(HTTPHandler):
             allowed = ", ".join([*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"])
             raise WireError(405, "405 method not allowed", {"Allow": allowed})
         return handle
-
-    def read_object(self) -> Object:
-        """The body as JSON; the model that it names is noted. Raises WireError."""
-        body = self.read_json()
-        name = body.get("model") or body.get("name")
-        self.exchange.model = short_name(name) if isinstance(name, str) else None
-        return body
-
-    def require_manager(self, to: str = "create, copy, pull, delete or unload models") -> None:
-        """Raises WireError if the request's key is one for low priority: whoever holds it may use
-        the models, but neither change which there are nor see or end what others do."""
-        if self.exchange.highest_priority is Priority.LOW:
-            raise WireError(403, f"this API key may not {to}")
-
-    def read_model_name(self) -> str:
-        """The model that the body names. Raises WireError if it names none."""
-        self.read_object()
-        if self.exchange.model is None:
-            raise WireError(400, "model is required")
-        return self.exchange.model
 
     def priority(self, reply: Reply, model: str) -> Priority:
         """How important a request is: see `chosen_priority`. Raises WireError."""
@@ -421,91 +384,6 @@ class Handler(HTTPHandler):
 
     def get_tags(self) -> None:
         self.send_json(dialects.tag_list(self.engine.models(), self.upstream_tags()))
-
-    def post_show(self) -> None:
-        name, engine = self.read_model_name(), self.engine
-        local = self.resolve(name)
-        template, generation = read_shown_files(local)
-        context, preset = engine.context_length(local), engine.preset(name)
-        if preset is not None and self.exchange.highest_priority is Priority.LOW:
-            preset = dataclasses.replace(preset, system="", messages=[])
-        self.send_json(ollama_show(local, context, template, generation, name, preset))
-
-    def delete_model(self) -> None:
-        self.require_manager()
-        name = self.read_model_name()
-        self.engine.delete(name)
-        self.send(200, b"")
-
-    def post_copy(self) -> None:
-        self.require_manager()
-        body = self.read_object()
-        source, name = (
-            checked_name(body.get(key), f"{key} {shortened(json.dumps(body.get(key)))} is invalid")
-            for key in ("source", "destination")
-        )
-        self.require_free(name)
-        preset = dataclasses.replace(self.base(source), name=name, modified=time.time())
-        self.engine.keep(preset)
-        self.send(200, b"")
-
-    def post_create(self) -> None:
-        self.require_manager()
-        body = self.read_object()
-        name = checked_name(self.exchange.model, "invalid model name")
-        source = field(body, "from", str, default="")
-        if not source and not body.get("files"):
-            raise WireError(400, "neither 'from' or 'files' was specified")
-        self.require_free(name)
-        preset = ollama_create(body, name, self.base(source) if source else Preset(name, ""))
-
-        def create() -> Generator[Object, None, None]:
-            self.engine.keep(preset)
-            yield {"status": "writing manifest"}
-            yield {"status": "success"}
-
-        send_progress(self, create(), field(body, "stream", bool, default=True))
-
-    def require_free(self, name: str) -> None:
-        """Raises WireError for a name that a preset must not take: others mean something else by
-        it."""
-        plain = plain_name(name)
-        org, _, last = plain.rpartition("/")
-        if org in VENDORS or VENDOR_NAME.fullmatch(last):
-            raise WireError(400, f"'{name}' is a name that clients ask for; take another")
-        if self.engine.preset(name) is not None:
-            return
-        with contextlib.suppress(ModelNotFound):
-            model = self.resolve(name)
-            raise WireError(400, f"'{name}' is the name of an installed model, {model.name}")
-
-    def base(self, source: str) -> Preset:
-        """The preset that a name means, or an empty one of its model."""
-        local = self.resolve(short_name(source))
-        return self.engine.preset(source) or Preset(local.name, local.name)
-
-    def post_pull(self) -> None:
-        self.require_manager()
-        body = self.read_object()
-        name = (self.exchange.model or "").removeprefix("https://")
-        steps = Hub(self.engine.hub).pull(checked_name(name, "invalid model name"))
-        send_progress(self, ollama_pull(steps), field(body, "stream", bool, default=True))
-
-    def post_push(self) -> None:
-        self.read_object()
-        named = bool(self.exchange.model)
-        raise WireError(400, "models cannot be pushed from here" if named else "model is required")
-
-    def get_blob(self) -> None:
-        raise WireError(404, "this server keeps no blobs")
-
-    def post_blob(self) -> None:
-        raise WireError(
-            400, "this server keeps no blobs: a model can be created 'from' an installed one"
-        )
-
-    def get_ps(self) -> None:
-        self.send_json(ollama_ps(self.engine.loaded()))
 
     def get_status(self) -> None:
         self.send_json({"cloud": {"disabled": True, "source": "config"}})
