@@ -23,8 +23,11 @@ ROOT = Path(__file__).parent.parent
 PATIENCE = 240.0  # seconds after which something hangs, however busy the machine is
 
 
-def kinds(*fast: str, among: Iterable[str] = CONFIGS) -> list:
-    """Parameters of a fixture: the kinds of random models, of which those not named are slow."""
+CACHES = ("qwen2", "llama_sliding", "hybrid")  # kinds of random models, one of each cache class
+
+
+def kinds(*fast: str, among: Iterable[str] = CACHES) -> list:
+    """Parameters of a fixture: kinds of random models, of which those not named are slow."""
     slow = pytest.mark.slow
     return [kind if kind in fast else pytest.param(kind, marks=slow) for kind in among]
 

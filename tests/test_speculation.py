@@ -155,7 +155,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("kind", kinds("qwen2"))
+@pytest.mark.parametrize("kind", kinds("qwen2", among=CONFIGS))
 @pytest.mark.parametrize(
     "setting", ["penalised and sampled", *slow("sampled", "filtered", "penalised")]
 )
