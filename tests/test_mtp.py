@@ -22,7 +22,8 @@ from _mlx_server.inference.decoding.runner import ModelRunner
 from _mlx_server.inference.decoding.sampling import Sampler
 from _mlx_server.inference.decoding.weights import Weights
 from _mlx_server.inference.group import Group
-from _mlx_server.inference.protocol import Usage
+from _mlx_server.inference.pool import ModelPool
+from _mlx_server.inference.protocol import ModelLoadError, Usage
 from _mlx_server.inference.speculation.head_drafter import HeadDrafter
 from _mlx_server.inference.speculation.mtp_files import find_head
 from _mlx_server.inference.speculation.prompt_lookup import PromptLookup
@@ -103,6 +104,22 @@ def test_a_head_is_found_in_every_form(tmp_path: Path, kind: str):
     for form in FORMS:
         most = 0.5 if form == "quantised" else 1e-4
         assert np.abs(heard[form] - heard["raw"])[0].max() < most, form
+
+
+def test_a_head_in_a_folder_of_its_own_counts_before_it_is_loaded(tmp_path: Path):
+    model = mtp_models.build(tmp_path, "qwen3_5", "sidecar")
+    head = (tmp_path / "Some-1B-MTP-bf16" / "model.safetensors").stat().st_size
+    for memory, speculation, fits in (
+        (model.size + head, True, True),
+        (model.size + head - 1, True, False),
+        (model.size + head - 1, False, True),
+    ):
+        pool = ModelPool(memory, 0, None, None, None, Group(), speculates=speculation)
+        if fits:
+            pool.check_size(model, lambda: [])
+        else:
+            with pytest.raises(ModelLoadError, match="needs .* of memory"):
+                pool.check_size(model, lambda: [])
 
 
 # ------------------------------------------------------------------ what guesses are worth

@@ -10,14 +10,14 @@ from collections.abc import Callable
 
 from _mlx_server.inference.cache.disk_cache import DiskCache
 from _mlx_server.inference.cache.prefix_cache import PrefixCache
-from _mlx_server.inference.catalog.models import Loaded, LocalModel, fingerprint
+from _mlx_server.inference.catalog.models import Loaded, LocalModel
 from _mlx_server.inference.decoding.runner import ModelRunner
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.memory import StateSize, gigabytes, usable_memory
 from _mlx_server.inference.prompt.renderer import PromptRenderer
 from _mlx_server.inference.protocol import EngineBusy, ModelLoadError, Priority, PromptTooLong
 from _mlx_server.inference.sequence import Sequence
-from _mlx_server.inference.speculation.mtp_files import find_head
+from _mlx_server.inference.speculation.mtp_files import Identity, weights_size
 
 log = logging.getLogger("mlx_server")
 
@@ -58,6 +58,7 @@ class ModelPool:
         self._paused: list[Sequence] = []  # of which the engine does not know yet
         # By name of each model that was loaded once: bytes of the weights and of a state
         self._sizes: dict[str, tuple[int, StateSize]] = {}
+        self._waiting: dict[str, tuple[LocalModel, int]] = {}  # bytes, by name, until it is loaded
 
     def sequences(self) -> list[Sequence]:
         """All requests that were admitted and have not ended."""
@@ -107,10 +108,17 @@ class ModelPool:
         return min(self._cache_limit, self._room())
 
     def fingerprint(self, local: LocalModel) -> str:
-        """What names the KV states of a model that is not loaded: see `models.fingerprint`. From
-        any thread."""
-        head = find_head(local) if self.speculates else None
-        return fingerprint(local, self._kv_bits, head.files if head else ())
+        """What names the KV states of a model that is not loaded. From any thread."""
+        return Identity.of(local, self._kv_bits, self.speculates).fingerprint
+
+    def _size(self, local: LocalModel) -> int:
+        """Bytes of this process's part of the weights of a model that is not loaded. Files are
+        looked at once, however long it waits for room."""
+        known = self._waiting.get(local.name)
+        if known is None or known[0] is not local:
+            known = local, weights_size(local, self.speculates) // self._group.size
+            self._waiting[local.name] = known
+        return known[1]
 
     def open(
         self, local: LocalModel, renderer: PromptRenderer, priority: Priority
@@ -119,7 +127,7 @@ class ModelPool:
         ModelLoadError, and EngineBusy if idle models are kept from it."""
         if runner := self.runners.get(local.name):
             return runner
-        size = local.size // self._group.size
+        size = self._size(local)
         while not self._has_room_for(size):
             if not self._unload_idle(priority):
                 return None
@@ -138,6 +146,7 @@ class ModelPool:
             )
             self.runners = {**self.runners, local.name: runner}
         finally:
+            self._waiting.pop(local.name, None)
             self._clean()
         self._sizes = {**self._sizes, local.name: (runner.size, runner.state_size)}
         return runner
@@ -203,8 +212,7 @@ class ModelPool:
     def check_size(self, local: LocalModel, installed: Callable[[], list[LocalModel]]) -> None:
         """Raises ModelLoadError for a model that never fits into memory, with advice which of the
         installed ones does."""
-        size = local.size // self._group.size
-        if size <= self.memory:
+        if local.name in self.runners or (size := self._size(local)) <= self.memory:
             return
         advice = "take a smaller or more quantised one"
         chatting = [model for model in installed() if "completion" in model.capabilities]

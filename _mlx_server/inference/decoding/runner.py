@@ -13,7 +13,7 @@ from typing import Any
 
 from _mlx_server.inference.cache.disk_cache import DiskCache
 from _mlx_server.inference.cache.prefix_cache import PrefixCache
-from _mlx_server.inference.catalog.models import LocalModel, fingerprint
+from _mlx_server.inference.catalog.models import LocalModel
 from _mlx_server.inference.decoding.decode_batch import DecodeBatch, Row
 from _mlx_server.inference.decoding.prefill import PromptReader
 from _mlx_server.inference.decoding.sampling import make_penalties, make_sampler, token_logprobs
@@ -25,7 +25,7 @@ from _mlx_server.inference.prompt.renderer import PromptRenderer
 from _mlx_server.inference.protocol import EngineError, InvalidRequest, Priority
 from _mlx_server.inference.sequence import Sequence, State
 from _mlx_server.inference.speculation.head_drafter import HeadDrafter
-from _mlx_server.inference.speculation.mtp_files import find_head
+from _mlx_server.inference.speculation.mtp_files import Identity
 
 log = logging.getLogger("mlx_server")
 
@@ -59,9 +59,9 @@ class ModelRunner:
         started = time.perf_counter()
         log.info("loading %s, %s", local.name, gigabytes(local.size))
         self.local, self.renderer, self.prefixes = local, renderer, prefixes
-        head = find_head(local) if speculates else None
-        self.fingerprint = fingerprint(local, kv_bits, head.files if head else ())
-        self.weights = Weights(local, kv_bits, group, head)
+        identity = Identity.of(local, kv_bits, speculates)
+        self.fingerprint = identity.fingerprint
+        self.weights = Weights(local, kv_bits, group, identity.head)
         self.model = self.weights.model
         self.size: int = self.weights.size
         self.vision: Vision | None = None

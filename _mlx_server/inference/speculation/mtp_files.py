@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from _mlx_server.inference.catalog.library import hub_folder, snapshots, subfolders
-from _mlx_server.inference.catalog.models import LocalModel, read_header
+from _mlx_server.inference.catalog.models import LocalModel, fingerprint, read_header
 from _mlx_server.inference.catalog.names import NameParts, parse_name
 
 _FAMILIES = ("qwen3_next", "qwen3_5")  # beginnings of model types
@@ -35,6 +35,29 @@ class HeadFiles:
             return tensor
         match = _IN_CHECKPOINT.fullmatch(tensor)
         return match[1] if match else None
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a model's KV states depend on besides the tokens: `fingerprint` names it, and `head` has
+    the files of the MTP head whose state is kept with the model's. Whoever looks for states of a
+    model that is not loaded and whoever loads it make it alike."""
+
+    head: HeadFiles | None
+    fingerprint: str
+
+    @classmethod
+    def of(cls, local: LocalModel, kv_bits: int | None, speculates: bool) -> Identity:
+        """As it is on the disk now. From any thread."""
+        head = find_head(local) if speculates else None
+        return cls(head, fingerprint(local, kv_bits, head.files if head else ()))
+
+
+def weights_size(local: LocalModel, speculates: bool) -> int:
+    """Bytes of a model's weights, with those of a head that is not among its own files."""
+    head = find_head(local) if speculates else None
+    beside = [path for path in (head.files if head else ()) if path.parent != local.path]
+    return local.size + sum(path.stat().st_size for path in beside)
 
 
 def find_head(local: LocalModel) -> HeadFiles | None:
