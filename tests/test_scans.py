@@ -109,8 +109,10 @@ def test_pages_are_bounded(engine: Engine, monkeypatch: pytest.MonkeyPatch):
     limit = f"[all other pages omitted: at most {MAX_DRAWN} are shown]"
     assert limit in renderer.decode(prompt.tokens)
     monkeypatch.setattr(scans, "MAX_IMAGES", 2)
-    prompt = renderer.prompt(ask(SCAN, scan(*reversed(PAGES))))
-    assert len(prompt.images) == 2 and NOTE in renderer.decode(prompt.tokens)
+    other = scan(*[Image.fromarray(picture(10, 10, seed)) for seed in range(2)])
+    prompt = renderer.prompt(ask(SCAN, other))  # the older one is a note
+    assert len(prompt.images) == 2
+    assert renderer.decode(prompt.tokens).index(NOTE) < prompt.images[0].start
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ from _mlx_server.inference.decoding.weights import Weights
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.images import images
 from _mlx_server.inference.images.image_layout import MistralLayout, QwenLayout
-from _mlx_server.inference.images.images import UNREADABLE, image_mark, read_pixels
+from _mlx_server.inference.images.images import OLD, UNREADABLE, image_mark, read_pixels
 from _mlx_server.inference.images.vision import Vision
 from _mlx_server.inference.prompt.renderer import PromptRenderer
 from _mlx_server.inference.sequence import State
@@ -654,10 +654,48 @@ def test_what_is_no_image_is_a_note(engine: Engine):
         assert not request.images and request.messages[0]["content"].startswith("[image omitted: ")
 
 
-def test_too_many_images(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+def test_too_many_images_of_a_user(engine: Engine, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("_mlx_server.inference.images.pictures.MAX_IMAGES", 1)
     with pytest.raises(InvalidRequest, match="at most 1 images"):
         engine.submit(conversation(*FILES))
+
+
+def session(count: int) -> Request:
+    """A tool has read so many images, some of them twice, one after the other."""
+    small = [png(picture(20, 20, seed % 5)) for seed in range(count)]
+    said = [{"role": "user", "content": "Look."}]
+    for number, file in enumerate(small):
+        call = {"name": "Read", "arguments": {"path": str(number)}}
+        one = {"id": f"call{number:05d}", "type": "function", "function": call}
+        said += [
+            {"role": "assistant", "content": "", "tool_calls": [one]},
+            {"role": "tool", "tool_call_id": one["id"], "content": image_mark(file)},
+        ]
+    return Request("default", said, images=shown(*small), max_tokens=1)
+
+
+def test_of_too_many_images_in_a_session_the_newest_are_shown(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    """The oldest go in blocks, so that most turns begin as the turns before them."""
+    monkeypatch.setattr("_mlx_server.inference.images.pictures.MAX_IMAGES", 6)
+    renderer = engine.renderer(engine.resolve("default"))
+    gone, kept, before = [], [], None
+    for count in range(5, 14):
+        prompt = renderer.prompt(session(count))
+        gone.append(renderer.decode(prompt.tokens).count(OLD))
+        assert len(prompt.images) == count - gone[-1] <= 6
+        kept.append(before is not None and prompt.tokens[: len(before)] == before)
+        before = prompt.tokens[: prompt.body]
+    assert gone == [0, 0, 3, 3, 3, 6, 6, 6, 9]
+    assert [count for count, same in zip(gone[1:], kept[1:], strict=True) if not same] == [3, 6, 9]
+    last = session(9)
+    last.messages += [
+        {"role": "assistant", "content": "Well."},
+        {"role": "user", "content": "".join(last.images)},
+    ]
+    prompt = renderer.prompt(last)  # 14, of which the user has just sent 5
+    assert renderer.decode(prompt.tokens).count(OLD) == 9 and len(prompt.images) == 5
 
 
 def test_a_mark_of_another_process_is_text(engine: Engine):

@@ -23,13 +23,14 @@ if TYPE_CHECKING:
     import numpy
     from PIL.Image import Image
 
-MAX_IMAGES = 100  # of a request
+MAX_IMAGES = 100  # that are shown of a conversation
 MAX_PIXELS = 32_000_000  # of a file: a 6K screen has 20 million, and each takes 4 bytes to decode
 MAX_WEBP_PIXELS = 8_500_000  # each takes 16 bytes; a 4K screen has 8.3 million
 TILE = 1024  # pixels on a side of what is resized at once
 MAX_ASPECT = 200  # longer side by shorter side
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
 UNSEEN = "[image omitted: this model cannot see images]"
+OLD = "[image omitted: only newer ones are shown]"
 UNREADABLE = "[image omitted: its file cannot be read]"
 
 # Begins every mark. It is random, so that no text holds it by chance or by intent, and made of
@@ -83,6 +84,25 @@ def replace_marks(request: Request, texts: dict[str, str], other: str | None = N
         return {**message, "content": MARK.sub(text, message["content"])}
 
     return dataclasses.replace(request, messages=list(map(replaced, request.messages)))
+
+
+def marks_in(text: str) -> list[str]:
+    """The marks of a text, in their order."""
+    return [found[0] for found in MARK.finditer(text)]
+
+
+def replace_oldest(request: Request, note: str, count: int) -> Request:
+    """The request with a note in place of each of its first `count` marks."""
+    places = itertools.count()
+
+    def replaced(found: re.Match[str]) -> str:
+        return note if next(places) < count else found[0]
+
+    messages = [
+        {**message, "content": MARK.sub(replaced, message["content"])}
+        for message in request.messages
+    ]
+    return dataclasses.replace(request, messages=messages)
 
 
 def read_pixels(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import itertools
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,12 +16,15 @@ from _mlx_server.inference.catalog.models import LocalModel, read_json_file
 from _mlx_server.inference.images.image_layout import ImageLayout, Placement, make_layout
 from _mlx_server.inference.images.images import (
     MAX_IMAGES,
+    OLD,
     UNREADABLE,
     UNSEEN,
     has_pillow,
+    marks_in,
     placed_mark,
     read_pixels,
     replace_marks,
+    replace_oldest,
 )
 from _mlx_server.inference.images.scans import unfold_scans
 from _mlx_server.inference.protocol import InvalidRequest, Message, Request
@@ -87,22 +92,26 @@ class PictureFinder:
 
     def find(self, request: Request) -> tuple[Request, dict[int, Picture]]:
         """The request with a mark for each image that tells its tokens, and the images by their
-        tokens. Raises InvalidRequest for a file that is no image, if the user has just sent it; one
-        that stands further back, or that a tool has read, comes with every request from then on, so
-        a note takes its place."""
+        tokens. Raises InvalidRequest for a file that is no image, and for too many images, if the
+        user has just sent them; what stands further back, or what a tool has read, comes with every
+        request from then on, so a note takes its place."""
+        said = marks_in(_last_words(request.messages))
+        asked = sum(isinstance(request.images.get(mark), bytes) for mark in said)
         request, files = unfold_scans(request, sees=self.layout is not None)
         if not files:
             return request, {}
         if self.layout is None:
             self._log_unseen()
             return replace_marks(request, dict.fromkeys(files, UNSEEN), UNSEEN), {}
-        if len(files) > MAX_IMAGES:
-            raise InvalidRequest(
-                f"at most {MAX_IMAGES} images are allowed, and there are {len(files)}"
-            )
+        if asked > MAX_IMAGES:
+            raise InvalidRequest(f"at most {MAX_IMAGES} images are allowed, and there are {asked}")
+        request = self._without_oldest(request, files)
+        shown = {mark for one in request.messages for mark in marks_in(one["content"])}
         pictures: dict[int, Picture] = {}
         marks: dict[str, str] = {}
         for mark, content in files.items():
+            if mark not in shown:
+                continue
             try:
                 one = self._picture(self.layout, mark, content)
             except InvalidRequest as error:
@@ -114,6 +123,24 @@ class PictureFinder:
                 marks[mark] = placed_mark(one.token, one.placement.rows, one.placement.columns)
                 pictures[one.token] = one
         return replace_marks(request, marks, UNSEEN), pictures
+
+    def _without_oldest(self, request: Request, files: Mapping[str, bytes]) -> Request:
+        """The request with at most MAX_IMAGES of its `files`, counting each place where one stands.
+        Notes take the places of the oldest: of half of MAX_IMAGES at once, so that a session that
+        grows reads its images anew only now and then."""
+        texts = [message["content"] for message in request.messages]
+        places = [mark in files for text in texts for mark in marks_in(text)]
+        excess = sum(places) - MAX_IMAGES
+        if excess <= 0:
+            return request
+        half = max(1, MAX_IMAGES // 2)
+        dropped = math.ceil(excess / half) * half
+        new = sum(mark in files for mark in marks_in(_last_words(request.messages)))
+        if new <= MAX_IMAGES:
+            dropped = min(dropped, sum(places) - new)
+        log.info("%s is not shown the oldest %d images", self._local.name, dropped)
+        counts = list(itertools.accumulate(places))
+        return replace_oldest(request, OLD, bisect.bisect_left(counts, dropped) + 1)
 
     def _picture(self, layout: ImageLayout, mark: str, content: bytes) -> Picture:
         if known := self._known.get(mark):

@@ -19,16 +19,16 @@ _DRAWING = threading.Lock()  # one file is drawn at a time
 
 def unfold_scans(request: Request, *, sees: bool) -> tuple[Request, dict[str, bytes]]:
     """The request with marks for the pages of its scans, or with their notes where the model does
-    not see or pages cannot be drawn, and the files of all its images by their marks. No more pages
-    are shown than images are allowed."""
+    not see or pages cannot be drawn, and the files of all its images by their marks. Scans in front
+    of more images than are shown are not drawn."""
     files: dict[str, bytes] = {}
     texts: dict[str, str] = {}
-    for mark, file in request.images.items():
+    for mark, file in reversed(request.images.items()):
         if not isinstance(file, Scan):
             files[mark] = file
             continue
-        pages, count = _pages(mark, file) if sees else ((), 0)
-        if not any(pages) or len(files) + len(pages) > MAX_IMAGES:
+        pages, count = _pages(mark, file) if sees and len(files) < MAX_IMAGES else ((), 0)
+        if not any(pages):
             _log_once(file.note)
             texts[mark] = file.note
             continue
