@@ -9,8 +9,6 @@ import io
 import json
 import random
 import struct
-import subprocess
-import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +16,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import PATIENCE, Server, examples, kinds
+from conftest import kinds
 from models import build_tokenizer
 from PIL import Image
-from test_http import ask
 from test_text_is_text import FAMILIES
 from vision_models import (
     CONFIGS,
@@ -475,64 +472,6 @@ def test_how_many_tokens_an_image_has_for_mistral(
     tokens = layout.tokens(-7, found.rows, found.columns)
     assert tokens.count(12) == found.rows - 1 and tokens.count(-7) == found.rows * found.columns
     assert tokens[-1] == 13 and (len(tokens) <= most or placed == (1, 1))
-
-
-@pytest.mark.slow
-def test_over_http_and_after_a_restart(models: Path, tmp_path: Path):
-    """The same text from every API; another process finds what this one has read."""
-    flags = "--model", str(models / "qwen3_vl"), "--cache-dir", str(tmp_path / "cache")
-    server = Server(*flags, cached=True)
-    texts = set()
-    for path, body in bodies(*FILES).items():
-        response, text = ask(server, "POST", path, body)
-        assert response.status == 200, text
-        found = json.loads(text)
-        texts.add(
-            found["content"][0]["text"]
-            if path == "/v1/messages"
-            else found["choices"][0]["message"]["content"]
-            if path == "/v1/chat/completions"
-            else found["output"][-1]["content"][0]["text"]
-            if path == "/v1/responses"
-            else found["message"]["content"]
-            if path == "/api/chat"
-            else found["response"]
-        )
-        if path == "/api/generate":
-            assert all(token >= 0 for token in found["context"])
-    assert len(texts) == 1
-    body = bodies(*FILES)["/v1/messages"]
-    counted = {key: value for key, value in body.items() if key != "max_tokens"}
-    count = json.loads(ask(server, "POST", "/v1/messages/count_tokens", counted)[1])
-    usage = json.loads(ask(server, "POST", "/v1/messages", body)[1])["usage"]
-    read = usage["input_tokens"] + usage["cache_read_input_tokens"]
-    assert read + usage["cache_creation_input_tokens"] == count["input_tokens"]
-    tags = json.loads(ask(server, "GET", "/api/tags")[1])["models"]
-    assert {"vision" in model["capabilities"] for model in tags if "qwen3" in model["name"]} == {
-        True
-    }
-    shown = json.loads(ask(server, "POST", "/api/show", {"model": "default"})[1])
-    assert "vision" in shown["capabilities"]
-    said = [{"role": "assistant", "content": texts.pop()}, {"role": "user", "content": "And now?"}]
-    body["messages"] += said
-    warm = json.loads(ask(server, "POST", "/v1/messages", body)[1])
-    assert server.stop() == 0
-    server = Server(*flags, cached=True)
-    again = json.loads(ask(server, "POST", "/v1/messages", body)[1])
-    assert again["content"] == warm["content"]
-    assert again["usage"]["cache_read_input_tokens"] >= count["input_tokens"]
-    assert server.stop() == 0
-
-
-@pytest.mark.slow
-def test_the_example_of_the_documentation(models: Path, tmp_path: Path):
-    (shown,) = examples("docs/images.md")
-    (tmp_path / "screenshot.png").write_bytes(FILES[0])
-    server = Server("--model", str(models / "qwen3_vl"), "--max-tokens", "20")
-    command = [sys.executable, "-c", shown.code.replace("http://localhost:11435", server.url)]
-    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
-    assert out.returncode == 0, out.stderr
-    assert server.stop() == 0
 
 
 # Files that are none
