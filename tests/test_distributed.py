@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import socket
@@ -15,10 +16,13 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
+import mlx.core as mx
 import pytest
 from conftest import ROOT, Server
 from models import CONFIGS, build_model
+from vision_models import PICTURES, build_vision_model, png
 
+from _mlx_server.inference.images.images import UNSEEN
 from _mlx_server.inference.ranks import accept_peers
 from mlx_server import main
 
@@ -103,6 +107,36 @@ def test_two_processes_answer_as_one_does(
     group = Group(tmp_path, 2, "--model", str(model), *flags)
     try:
         assert conversation(group.server) == alone
+        assert group.stop() == [0, 0]
+    finally:
+        group.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, flags", [("qwen3_5", []), ("ministral3", ["--pipeline"])])
+def test_two_processes_that_could_see_get_a_note(kind: str, flags: list[str], tmp_path: Path):
+    model = build_vision_model(kind, tmp_path / kind)
+    if kind == "qwen3_5":  # two cannot share its output head evenly
+        config = json.loads((model / "config.json").read_text())
+        config["text_config"]["tie_word_embeddings"] = True
+        (model / "config.json").write_text(json.dumps(config))
+        weights: Any = mx.load(str(model / "model.safetensors"))
+        del weights["lm_head.weight"]
+        mx.save_safetensors(str(model / "model.safetensors"), weights, {"format": "pt"})
+    source = {"type": "base64", "media_type": "image/png"}
+    data = base64.b64encode(png(PICTURES[0])).decode()
+    content = [{"type": "image", "source": {**source, "data": data}}]
+    note = [{"type": "text", "text": UNSEEN}]
+    group = Group(tmp_path, 2, "--model", str(model), *flags)
+    try:
+        answers = [
+            ask(group.server, "", messages=[{"role": "user", "content": shown}], max_tokens=9)
+            for shown in (content, note, content)
+        ]
+        assert len({json.dumps(answer["content"]) for answer in answers}) == 1
+        with urlopen(f"{group.server.url}/api/tags", timeout=60) as answer:
+            assert b'"vision"' not in answer.read()
+        group.server.wait_for("cannot see images")
         assert group.stop() == [0, 0]
     finally:
         group.kill()
