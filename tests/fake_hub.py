@@ -20,7 +20,7 @@ class FakeHub(ThreadingHTTPServer):
     """A hub of repos {name: {file: content}}: an API that lists them, and files behind a redirect
     to another host, as https://huggingface.co/docs/hub/api has it.
 
-    `listed` is what the list says of repos beside their names.
+    `listed` is what the list says of repos beside their names, `cards` what their pages say.
 
     `asked` are methods and paths, with their Range and Authorization. `cut` is how many bytes of a
     file arrive before the connection ends, `cuts` how often that happens. `pause` is in seconds,
@@ -34,6 +34,7 @@ class FakeHub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.repos = repos
         self.listed: dict[str, dict] = {}
+        self.cards: dict[str, dict] = {}
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.storage = socket.create_server(("127.0.0.1", 0))
         self.reset()
@@ -116,7 +117,8 @@ class HubHandler(BaseHTTPRequestHandler):
             files.append(file)
         config = json.loads(self.server.repos[repo].get("config.json", b"{}"))
         kept = {key: config[key] for key in ("architectures", "model_type") if key in config}
-        return {"id": repo, "sha": self.server.commit, "config": kept, "siblings": files}
+        about = {"config": kept, "siblings": files, "cardData": self.server.cards.get(repo)}
+        return {"id": repo, "sha": self.server.commit, **about}
 
     def redirect(self, repo: str, name: str) -> None:
         content = self.server.repos[repo][name]
@@ -151,8 +153,9 @@ class HubHandler(BaseHTTPRequestHandler):
     def send_file(self, name: str, repo: str) -> None:
         hub = self.server
         content = hub.damage(name, hub.repos[repo][name])
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
-        rest = content[int(wanted[1]) if wanted else 0 :]
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
+        end = int(wanted[2]) + 1 if wanted and wanted[2] else len(content)
+        rest = content[int(wanted[1]) if wanted else 0 : end]
         self.send_response(206 if wanted else 200)
         self.send_header("Content-Length", str(len(rest)))
         self.end_headers()

@@ -17,6 +17,7 @@ from mtp_models import FORMS, KINDS
 from speculating import FREE, tokens
 
 from _mlx_server.inference.catalog.models import describe
+from _mlx_server.inference.catalog.mtp_files import find_head
 from _mlx_server.inference.decoding.prefill import PromptReader
 from _mlx_server.inference.decoding.runner import ModelRunner
 from _mlx_server.inference.decoding.sampling import Sampler
@@ -25,7 +26,6 @@ from _mlx_server.inference.group import Group
 from _mlx_server.inference.pool import ModelPool
 from _mlx_server.inference.protocol import ModelLoadError, Usage
 from _mlx_server.inference.speculation.head_drafter import HeadDrafter
-from _mlx_server.inference.speculation.mtp_files import find_head
 from _mlx_server.inference.speculation.prompt_lookup import PromptLookup
 from engine import Engine, Generation, Request, Sampling
 

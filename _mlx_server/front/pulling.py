@@ -16,7 +16,7 @@ from _mlx_server.front.client import ServerClient
 from _mlx_server.front.installed import print_table
 from _mlx_server.front.options import library_of, program
 from _mlx_server.inference.catalog.choices import offer
-from _mlx_server.inference.catalog.hub import Hub
+from _mlx_server.inference.catalog.hub import Hub, PullStage
 from _mlx_server.inference.memory import gigabytes, usable_memory
 from _mlx_server.inference.protocol import EngineError
 from _mlx_server.wire.ollama_models import checked_name
@@ -36,6 +36,9 @@ def pull_model(args: argparse.Namespace) -> None:
     print(f"pulling {repo}, {gigabytes(size)}: {why}", flush=True)
     with contextlib.closing(hub.pull(repo)) as steps, ProgressBar(size) as bar:
         for step in steps:
+            if step.stage is PullStage.HEAD:
+                print(step.said, flush=True)
+                bar.expect(step.more)
             if step.file:
                 bar.show(step.file.digest, step.completed)
     print(f"pulled {repo}; {_next(args, repo)}")
@@ -116,6 +119,10 @@ class ProgressBar:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
+
+    def expect(self, more: int) -> None:
+        """Takes in that so many bytes are to come besides."""
+        self._bar.total += more
 
     def show(self, file: str, completed: int) -> None:
         """Takes in how many bytes of a file are there."""

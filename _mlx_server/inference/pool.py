@@ -11,13 +11,13 @@ from collections.abc import Callable
 from _mlx_server.inference.cache.disk_cache import DiskCache
 from _mlx_server.inference.cache.prefix_cache import PrefixCache
 from _mlx_server.inference.catalog.models import Loaded, LocalModel
+from _mlx_server.inference.catalog.mtp_files import Identity, weights_size
 from _mlx_server.inference.decoding.runner import ModelRunner
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.memory import StateSize, gigabytes, usable_memory
 from _mlx_server.inference.prompt.renderer import PromptRenderer
 from _mlx_server.inference.protocol import EngineBusy, ModelLoadError, Priority, PromptTooLong
 from _mlx_server.inference.sequence import Sequence
-from _mlx_server.inference.speculation.mtp_files import Identity, weights_size
 
 log = logging.getLogger("mlx_server")
 

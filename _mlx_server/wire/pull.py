@@ -41,7 +41,7 @@ def ollama_pull(steps: Generator[PullProgress]) -> Generator[Object, None, None]
 
 def _progress(step: PullProgress) -> Object:
     if step.file is None:
-        return {"status": _SAID[step.stage]}
+        return {"status": step.said or _SAID[step.stage]}
     return {
         "status": f"pulling {step.file.digest[:12]}",
         "digest": f"sha256:{step.file.digest}",

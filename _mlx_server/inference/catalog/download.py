@@ -22,7 +22,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +73,27 @@ class RemoteFile:
 
 
 @dataclass(frozen=True)
+class Span:
+    """Bytes of a repo's file, from `start` up to `end`."""
+
+    file: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Order:
-    """What is to be downloaded: files of a repo's commit, in this order, to a cache folder."""
+    """What is to be downloaded: files of a repo's commit, in this order, to a cache folder. With
+    `spans` it is a single safetensors file of a new make: `header` and those bytes, to the path
+    `target`."""
 
     repo: str
     commit: str
     cache: str
     files: list[RemoteFile]
+    header: str = ""
+    spans: list[Span] = field(default_factory=list)
+    target: str = ""
 
 
 def download(order: Order) -> Generator[tuple[RemoteFile, int]]:
@@ -113,6 +127,30 @@ def download(order: Order) -> Generator[tuple[RemoteFile, int]]:
     finally:
         _stop(process)
         process.stdout.close()
+
+
+def read_span(repo: str, commit: str, span: Span) -> Generator[bytes]:
+    """Bytes of a repo's file, as they come. Raises exceptions of huggingface_hub, and ValueError if
+    others come than were asked for."""
+    from huggingface_hub import get_session, get_token, hf_hub_url
+
+    token, left = get_token(), span.end - span.start
+    headers = {"Range": f"bytes={span.start}-{span.end - 1}", "Accept-Encoding": "identity"}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
+    url = hf_hub_url(repo, span.file, revision=commit)
+    session: Any = get_session()
+    with session.stream("GET", url, headers=headers, follow_redirects=True) as answer:
+        answer.raise_for_status()
+        if answer.status_code != 206:
+            raise ValueError("parts of files are not to be had")
+        for part in answer.iter_bytes():
+            left -= len(part)
+            if left < 0:
+                break
+            yield part
+    if left:
+        raise ValueError(f"{abs(left)} bytes too {'few' if left > 0 else 'many'}")
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
@@ -248,6 +286,25 @@ def _bring(order: Order, reporter: _Reporter) -> None:
         reporter.progress()
 
 
+def _bring_spans(order: Order, reporter: _Reporter) -> None:
+    """Writes the file that an order's spans make, under its name when it is whole."""
+    target = Path(order.target)
+    target.parent.mkdir(exist_ok=True)
+    part = target.with_suffix(f".{os.getpid()}.incomplete")
+    try:
+        with part.open("wb") as stream:
+            header = order.header.encode()
+            stream.write(len(header).to_bytes(8, "little") + header)
+            for span in order.spans:
+                for data in read_span(order.repo, order.commit, span):
+                    stream.write(data)
+                    reporter.completed = stream.tell()
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+    reporter.progress()
+
+
 def _check(file: RemoteFile, link: Path) -> None:
     """Removes a file from the cache if its content is wrong, and raises HubError. Blobs that are
     links, to the store that repos share, were checked by Xet as they came; the library checks only
@@ -265,9 +322,11 @@ def main() -> int:
     try:
         order = json.load(sys.stdin)
         files = [RemoteFile(**file) for file in order.pop("files")]
+        spans = [Span(**span) for span in order.pop("spans")]
         with _Reporter() as reporter:
             try:
-                _bring(Order(**order, files=files), reporter)
+                bring = _bring_spans if spans else _bring
+                bring(Order(**order, files=files, spans=spans), reporter)
             except Exception as error:
                 failure = hub_error(error, order["repo"])
                 reporter.write({"error": str(failure), "reason": failure.reason.name})

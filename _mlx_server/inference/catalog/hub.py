@@ -25,9 +25,17 @@ from _mlx_server.inference.catalog.download import (
     download,
     hub_error,
 )
-from _mlx_server.inference.catalog.models import shortcoming, unsupported
+from _mlx_server.inference.catalog.models import (
+    LocalModel,
+    describe,
+    shortcoming,
+    unsupported,
+)
+from _mlx_server.inference.catalog.mtp_files import can_have_head, find_head
+from _mlx_server.inference.catalog.mtp_pull import INDEX, SINGLE, head_order, sidecars
 from _mlx_server.inference.catalog.names import best_repo, parse_name
 from _mlx_server.inference.memory import gigabytes
+from _mlx_server.inference.protocol import EngineError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -43,16 +51,20 @@ class PullStage(enum.Enum):
     FILE = "some bytes of a file are there"
     CHECKED = "all files are there, and their content is right"
     LINKED = "the cache's main revision is this one"
+    HEAD = "the model's MTP head is wanted as well"
     DONE = "the model can be used"
 
 
 @dataclass(frozen=True)
 class PullProgress:
-    """One step of a pull. At FILE, `completed` bytes of `file` are there."""
+    """One step of a pull. At FILE, `completed` bytes of `file` are there; at HEAD, `said` tells
+    where a head comes from or why there is none, and `more` how many bytes come for it."""
 
     stage: PullStage
     file: RemoteFile | None = None
     completed: int = 0
+    said: str = ""
+    more: int = 0
 
 
 class Hub:
@@ -69,13 +81,14 @@ class Hub:
 
     def pull(self, name: str) -> Generator[PullProgress]:
         """Downloads the model that a name means, or what is missing of it. Closing the iterator
-        stops that. Raises HubError.
+        stops that. Raises HubError. A model that was trained with an MTP head and has lost it when
+        it was converted gets one, if the hub has it; whatever keeps it from that fails nothing.
 
         The cache's `main` revision changes when all is there. Before that, the new revision has no
         config.json, or not all of its weights, and so is no model yet. Files that have arrived
         whole are kept if the rest fails."""
         repo = self.find(name)
-        commit, files = self._list(repo)
+        commit, files, base = self._list(repo)
         yield PullProgress(PullStage.LISTED)
         folder = self._cache / f"models--{repo.replace('/', '--')}"
         with _alone(self._cache / ".locks" / folder.name / "pull.lock", repo):
@@ -92,6 +105,7 @@ class Hub:
                         yield PullProgress(PullStage.FILE, file, completed)
             yield PullProgress(PullStage.CHECKED)
             _point_main(folder, commit, repo)
+            yield from self._pull_head(repo, snapshot, base)
         yield PullProgress(PullStage.LINKED)
         log.info("pulled %s", repo)
         yield PullProgress(PullStage.DONE)
@@ -186,21 +200,16 @@ class Hub:
         except Exception as error:
             raise hub_error(error, "the list of models") from error
 
-    def _list(self, repo: str) -> tuple[str, list[RemoteFile]]:
-        """A repo's last commit and those of its files that are wanted, in the order in which they
-        are to be downloaded. Raises HubError."""
+    def _list(self, repo: str) -> tuple[str, list[RemoteFile], str]:
+        """A repo's last commit, those of its files that are wanted, in the order in which they are
+        to be downloaded, and the repo of the model that it was made from, as far as it says so.
+        Raises HubError."""
+        info, files = self._listed(repo, self.FILES)
         try:
-            info = self.api.model_info(repo, revision="main", files_metadata=True)
-            names = [file.rfilename for file in info.siblings or []]
-            files = [
-                _remote_file(file)
-                for file in info.siblings or []
-                if any(fnmatch.fnmatchcase(file.rfilename, pattern) for pattern in self.FILES)
-            ]
-            commit = info.sha
-            if not commit or not re.fullmatch(r"[\da-f]{40}", commit):
-                raise ValueError(f"{commit} is no commit")
             why = unsupported(info.config or {})
+            names = [file.rfilename for file in info.siblings or []]
+            bases = getattr(info.card_data, "base_model", None)
+            base = bases[0] if isinstance(bases, list) and bases else bases
         except Exception as error:
             raise hub_error(error, repo) from error
         if not any(file.name.endswith(".safetensors") for file in files):
@@ -209,7 +218,67 @@ class Hub:
             raise HubError(HubFailure.NO_MODEL, f"{repo} cannot be used: {why}")
         # A folder counts as a model once it has config.json and all weights that its index names
         files.sort(key=lambda file: (file.name == "config.json", file.name.endswith("safetensors")))
-        return commit, files
+        return str(info.sha), files, base if isinstance(base, str) else ""
+
+    def _listed(self, repo: str, patterns: tuple[str, ...]) -> tuple[ModelInfo, list[RemoteFile]]:
+        """What the hub says of a repo, and those of its files whose names fit. Raises HubError."""
+        try:
+            info = self.api.model_info(repo, revision="main", files_metadata=True)
+            files = [
+                _remote_file(file)
+                for file in info.siblings or []
+                if any(fnmatch.fnmatchcase(file.rfilename, pattern) for pattern in patterns)
+            ]
+            if not info.sha or not re.fullmatch(r"[\da-f]{40}", info.sha):
+                raise ValueError(f"{info.sha} is no commit")
+        except Exception as error:
+            raise hub_error(error, repo) from error
+        return info, files
+
+    def _pull_head(self, repo: str, snapshot: Path, base: str) -> Generator[PullProgress]:
+        """Brings the MTP head of a model that has come without it."""
+        try:
+            local = describe(repo, snapshot)
+            if not can_have_head(local) or find_head(local):
+                return
+            order = self._find_head(local, base)
+            size = sum(file.size for file in order.files)
+            said = f"with the MTP head of {order.repo}, {gigabytes(size)}: several tokens a pass"
+            log.info("%s comes %s", repo, said)
+            yield PullProgress(PullStage.HEAD, said=said, more=size)
+            folder = self._cache / f"models--{order.repo.replace('/', '--')}"
+            self._check_space(order.repo, snapshot if order.spans else folder, order.files)
+            with contextlib.closing(download(order)) as reports:
+                for file, completed in reports:
+                    yield PullProgress(PullStage.FILE, file, completed)
+            if not order.spans:
+                _point_main(folder, order.commit, order.repo)
+        except Exception as error:
+            why = error if isinstance(error, EngineError) else hub_error(error, "an MTP head")
+            log.info("%s comes without an MTP head: %s", repo, why)
+            yield PullProgress(PullStage.HEAD, said=f"without an MTP head: {why}")
+
+    def _find_head(self, local: LocalModel, base: str) -> Order:
+        """How the MTP head of a model can be had: from a sidecar, or from the checkpoint of the
+        model `base`. It is one layer, so what is as large as the model is none. Raises HubError,
+        and exceptions of huggingface_hub."""
+        for repo in sidecars(local.name, self._search("mtp")):
+            info, files = self._listed(repo, ("config.json", "*.safetensors"))
+            if sum(file.size for file in files) <= local.size // 2:
+                return Order(repo, str(info.sha), str(self._cache), files)
+        if not base:
+            raise HubError(HubFailure.NOT_FOUND, "it does not say which model it was made from")
+        info, files = self._listed(base, (INDEX, SINGLE))
+        names = [file.name for file in files]
+        index = self.read_json(base, INDEX) if INDEX in names else None
+        order = None
+        if names:
+            order = head_order(base, str(info.sha), index, self._cache, local.path)
+        if order is None:
+            raise HubError(HubFailure.NOT_FOUND, f"{base} has none")
+        if order.files[0].size > local.size // 2:
+            raise HubError(HubFailure.NO_MODEL, f"that of {base} is too large to be one")
+        return order
 
     def _check_space(self, repo: str, folder: Path, files: list[RemoteFile]) -> None:
         """Raises HubError if the disk has no room for files, those apart whose content another

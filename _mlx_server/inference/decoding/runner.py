@@ -14,6 +14,7 @@ from typing import Any
 from _mlx_server.inference.cache.disk_cache import DiskCache
 from _mlx_server.inference.cache.prefix_cache import PrefixCache
 from _mlx_server.inference.catalog.models import LocalModel
+from _mlx_server.inference.catalog.mtp_files import Identity
 from _mlx_server.inference.decoding.decode_batch import DecodeBatch, Row
 from _mlx_server.inference.decoding.prefill import PromptReader
 from _mlx_server.inference.decoding.sampling import make_penalties, make_sampler, token_logprobs
@@ -25,7 +26,6 @@ from _mlx_server.inference.prompt.renderer import PromptRenderer
 from _mlx_server.inference.protocol import EngineError, InvalidRequest, Priority
 from _mlx_server.inference.sequence import Sequence, State
 from _mlx_server.inference.speculation.head_drafter import HeadDrafter
-from _mlx_server.inference.speculation.mtp_files import Identity
 
 log = logging.getLogger("mlx_server")
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from _mlx_server.inference.cache.layers import is_opaque
 from _mlx_server.inference.catalog.models import LocalModel, load_error
+from _mlx_server.inference.catalog.mtp_files import HeadFiles
 from _mlx_server.inference.decoding.embedding import pooling_mode
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.memory import StateSize
 from _mlx_server.inference.protocol import first_line
-from _mlx_server.inference.speculation.mtp_files import HeadFiles
 from _mlx_server.inference.speculation.speculation import Speculation
 
 log = logging.getLogger("mlx_server")

@@ -23,7 +23,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from _mlx_server.inference.catalog.models import LocalModel
-from _mlx_server.inference.speculation.mtp_files import HeadFiles
+from _mlx_server.inference.catalog.mtp_files import HeadFiles
 
 _EXPERT = re.compile(r"(.+\.mlp)\.experts\.(\d+)\.(.+)")
 

@@ -17,6 +17,8 @@ from _mlx_server.inference.catalog.names import NameParts, parse_name
 
 _FAMILIES = ("qwen3_next", "qwen3_5")  # beginnings of model types
 _IN_CHECKPOINT = re.compile(r"(?:\w+\.)*?mtp\.(.+)")
+INSIDE = "mtp"  # the folder within a model's that may hold its head
+RAW = "as_trained"  # in a file's metadata: its norms are as trainers save them
 _JOINT = "fc.weight"  # joins a hidden state and the next token; no other kind of head has it
 
 
@@ -31,10 +33,23 @@ class HeadFiles:
 
     def name(self, tensor: str) -> str | None:
         """A tensor's name within the head; None for one that is no part of it."""
-        if not self.prefixed:
-            return tensor
-        match = _IN_CHECKPOINT.fullmatch(tensor)
-        return match[1] if match else None
+        return name_in_head(tensor) if self.prefixed else tensor
+
+
+def name_in_head(tensor: str) -> str | None:
+    """The name within a head of a checkpoint's tensor; None for one that is no part of it."""
+    match = _IN_CHECKPOINT.fullmatch(tensor)
+    return match[1] if match else None
+
+
+def can_have_head(local: LocalModel) -> bool:
+    """Whether models of this family were trained with a head of the kind that is used here."""
+    return local.family.startswith(_FAMILIES)
+
+
+def is_head_of(head: str, model: str) -> bool:
+    """Whether a repo's name says that it is a head for the model of a name."""
+    return _is_for(parse_name(head), parse_name(model))
 
 
 @dataclass(frozen=True)
@@ -64,7 +79,7 @@ def find_head(local: LocalModel) -> HeadFiles | None:
     """The model's head, if there is one for it: in the model's folder, in a folder `mtp` within it,
     or in one beside it or in the Hugging Face cache whose name is the model's with the word MTP and
     any quantisation, as in "Qwen3.8-27B-MTP-4bit". One of the same quantisation is preferred."""
-    if not local.family.startswith(_FAMILIES):
+    if not can_have_head(local):
         return None
     return next(filter(None, map(_read, [local.path, *_sidecars(local)])), None)
 
@@ -80,7 +95,10 @@ def _read(folder: Path) -> HeadFiles | None:
     if any(_JOINT in names for names in found.values()):
         files = tuple(path for path, names in found.items() if names - {None})
         raw = any(
-            name.endswith("conv1d.weight") and tensor["shape"][-1] != 1
+            name == "__metadata__"
+            and RAW in tensor
+            or name.endswith("conv1d.weight")
+            and tensor["shape"][-1] != 1
             for header in headers.values()
             for name, tensor in header.items()
         )
@@ -92,7 +110,7 @@ def _read(folder: Path) -> HeadFiles | None:
 
 def _sidecars(local: LocalModel) -> Iterator[Path]:
     """Folders that may hold the model's head, the likeliest first."""
-    yield local.path / "mtp"
+    yield local.path / INSIDE
     beside, name = local.path.parent, local.name
     if beside.name == "snapshots":
         beside, name = beside.parents[1], beside.parent.name.removeprefix("models--")
