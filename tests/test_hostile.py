@@ -64,10 +64,7 @@ def costly(family: str, beginnings: list[str], repetitions: list[str]) -> dict[s
         for repeated in repetitions:
             pumped = repeated.replace("START", start or "<|channel|>").replace("END", end)
             pumped = pumped.replace("OPEN", first).replace("CLOSE", second)
-            # Behind what looks like a call up to 4,000 characters are searched: a bound that the
-            # shorter of the two texts does not reach
-            most = 12 if "OPEN" in repeated else 8
-            if pumped and (growth := grows(answer, pumped, 2500 // len(pumped))) >= most:
+            if pumped and (growth := grows(answer, pumped, 2500 // len(pumped))) >= 8:
                 found[before + pumped] = growth
     return found
 

@@ -59,17 +59,17 @@ class ValueSyntax:
     """How one value that is text ends: at one of `ends`, if one of `next_argument` or
     `arguments_end` follows, blanks aside.
 
-    `opening` and `closing` are patterns of what begins and what ends a value. `opener` is the text
-    that begins one, if that differs from what ends one. With `escapes` the value is a string of
-    JSON, inside which no quote stands as it is.
+    `opener` begins a value and `closer` ends it. If both are the same quote, there is no `opener`,
+    and `before_string` is a pattern of what stands before a quote that begins a string. With
+    `escapes` the value is a string of JSON, inside which no quote stands as it is.
     """
 
     ends: tuple[str, ...]
     next_argument: tuple[str, ...]
     arguments_end: tuple[str, ...]
-    opening: str
-    closing: str
+    closer: str
     opener: str = ""
+    before_string: str = ""
     escapes: bool = False
 
 
@@ -136,15 +136,13 @@ class ObjectSyntax(BaseSyntax):
 
     def value(self, quote: str) -> ValueSyntax:
         """How a string within `quote` ends."""
-        closing = re.escape(quote)
         escapes = len(quote) == 1
-        before = r"[:=\[({,]" if escapes else rf"(?:[{{,]\s*+{BARE_KEY}|\[|,)"
         return ValueSyntax(
             ends=(quote,),
             next_argument=self.next_argument,
             arguments_end=self.arguments_end,
-            opening=rf"{before}\s*+{closing}",
-            closing=closing,
+            closer=quote,
+            before_string=r"[:=\[({,]" if escapes else rf"[{{,]\s*+{BARE_KEY}|\[|,",
             escapes=escapes,
         )
 
@@ -174,8 +172,7 @@ class TagSyntax(BaseSyntax):
             ends=(f"\n{end}", end) if self.own_lines else (end,),
             next_argument=self.next_argument,
             arguments_end=self.arguments_end,
-            opening=re.escape(start),
-            closing=re.escape(end),
+            closer=end,
             opener=start,
         )
 

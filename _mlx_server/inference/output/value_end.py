@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from _mlx_server.inference.output.call_syntax import ValueSyntax
 from _mlx_server.inference.output.marks import comes_next
+from _mlx_server.inference.output.nesting import BEHIND, Nesting, begins_string
 
 
 @dataclass
@@ -47,15 +46,15 @@ class ValueEnd:
         self._is_expected = is_expected
         self._values = self._calls = 0  # opened within the value
         self._behind = ""  # what came last of the value
-        # How far the text behind the present mark was searched, and how many values are open there
-        self._searched = self._open = 0
-        self._nesting = _nesting(syntax, self._start_tag)
+        self._position = 0  # how long the value is so far
+        self._nesting = Nesting(syntax, self._start_tag)
         counted = () if syntax.escapes else (syntax.opener, self._start_tag)
         self.marks = (*syntax.ends, *counted, self._end_tag)
 
     def pass_text(self, text: str) -> None:
         """Go on behind a text of the value."""
-        self._behind = (self._behind + text)[-150:]
+        self._behind = (self._behind + text)[-BEHIND:]
+        self._position += len(text)
 
     def is_at(self, mark: str, rest: str, buffer: TextBuffer) -> bool | None:
         """Whether the value ends at a mark behind which the buffer holds `rest`; None while more
@@ -73,7 +72,6 @@ class ValueEnd:
             self._values += mark == self._syntax.opener
             self._calls += mark == self._start_tag
         if over is False:
-            self._searched = self._open = 0
             self.pass_text(mark)
         return over
 
@@ -108,13 +106,12 @@ class ValueEnd:
         was opened within the value, `strange` whether the next argument is not expected."""
         doubtful = inside or strange
         reach = self.FAR if doubtful else self.NEAR
-        while found := self._nesting.search(rest, self._searched, reach):
-            self._searched = found.end()
-            if not doubtful and (found["opens"] or found["call"]):
-                return True
-            if found["closes"] and not self._open:
+        at = self._position + len(buffer.text) - len(rest)
+        if doubtful:
+            if self._nesting.closes_more(at, rest, reach):
                 return False
-            self._open += bool(found["opens"]) - bool(found["closes"])
+        elif (closes := self._nesting.first_closes(at, rest, reach)) is not None:
+            return not closes
         if len(rest) >= reach:
             return not inside or self._is_expected(rest) is True
         if buffer.ended:
@@ -124,15 +121,4 @@ class ValueEnd:
     @property
     def _quote_opens(self) -> bool:
         """Whether a quote that comes next looks like one that begins a string."""
-        syntax = self._syntax
-        if syntax.opener:
-            return False
-        return re.search(rf"(?:{syntax.opening})\Z", self._behind + syntax.ends[0]) is not None
-
-
-@functools.lru_cache(256)
-def _nesting(syntax: ValueSyntax, start_tag: str) -> re.Pattern[str]:
-    """Finds what begins and what ends values and calls. Inside JSON calls have no tags."""
-    values = f"(?P<closes>{syntax.closing})|(?P<opens>{syntax.opening})"
-    escape, call = (r"\\.", "") if syntax.escapes else ("", re.escape(start_tag))
-    return re.compile(f"{escape or '(?!)'}|{values}|(?P<call>{call or '(?!)'})", re.DOTALL)
+        return begins_string(self._syntax, self._behind)
