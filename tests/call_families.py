@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 from parsing import GLM, HERMES, MINIMAX, QWEN_CODER, marked, of_kind, tokenizer, tool
 
@@ -104,6 +105,15 @@ def python(name, arguments):
     return f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
 
 
+def minicpm(name, arguments):
+    def write(value):
+        text = plain(value)
+        return f"<![CDATA[{text}]]>" if re.search("[<&\n]", text) else text
+
+    parameters = (f'<param name="{key}">{write(value)}</param>' for key, value in arguments.items())
+    return f'"{name}">{"".join(parameters)}'
+
+
 def gemma_call(quote):
     return lambda name, arguments: f"call:{name}" + gemma(arguments, quote)
 
@@ -160,6 +170,13 @@ FAMILIES = {
         prefixed(INVOKE, "atem:"),
         "",
         "</atem:function_calls>",
+    ),
+    "minicpm 5": (
+        of_kind("minicpm5"),
+        "<function name=",
+        minicpm,
+        "</function>\n<function name=",
+        "</function>",
     ),
     "deepseek r1": (
         marked("<｜tool▁calls▁begin｜>"),

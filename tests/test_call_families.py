@@ -181,7 +181,19 @@ def test_the_opening_of_a_demanded_call_is_all_up_to_its_arguments(family):
             [bash()],
         ),
         ("minicpm5", '<function name="Bash"><param name="command">ls</param></function>', [bash()]),
-        ("minicpm5", '<function name="Bash"><param name="command">ls</par', None),
+        (
+            "minicpm5",
+            '<function name="Bash"><param name="command"> \n<![CDATA[a </param> b]]>\n</param>'
+            "\n<param name='timeout'>5</param>\n</function>",
+            [bash("a </param> b", timeout=5)],
+        ),
+        (
+            "minicpm5",
+            '<function name="Bash"><param name="command"><![x]></param></function>',
+            [bash("<![x]>")],
+        ),
+        ("minicpm5", '<function name="Bash"><param name="command">ls</par', [bash("ls</par")]),
+        ("minicpm5", '<function name="Bash"> runs </function>', None),
     ],
 )
 def test_parsers_of_mlx_lm(kind, text, expected):

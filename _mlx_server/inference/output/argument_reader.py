@@ -109,7 +109,7 @@ class ArgumentReader:
             key = argument[1].strip()
             self._begin_argument(key)
             buffer.text = buffer.text[argument.end() :]
-            value = syntax.value(key)
+            value = syntax.value(key, argument[0])
             if argument.re.groups > 1 and argument[2] not in (None, "true", "string"):
                 text = yield from self._collect(value)
                 self._writer.write_value(_parse_value(text, "", '"'), text)

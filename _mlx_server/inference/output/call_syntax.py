@@ -29,6 +29,8 @@ _JSON_KEY = r'"((?:[^"\\<]|\\.){0,200}+)"\s*+:\s*+'
 JSON_ARGUMENT = pattern(_JSON_KEY, r"(?=\S)")
 # The bracket that opens a JSON object, once its first key or its end has come.
 JSON_START = rf"\{{(?=\s*+(?:\}}|{_JSON_KEY}))"
+# What a value stands between that holds its own family's tags: https://www.w3.org/TR/xml/#sec-cdata-sect
+CDATA = ("<![CDATA[", "]]>")
 # A key without quotes.
 BARE_KEY = r"([^\s{}\[\]:,<](?:[^{}\[\]:,<]*[^\s{}\[\]:,<])?)\s*+:"
 
@@ -153,23 +155,30 @@ class TagSyntax(BaseSyntax):
     far as it is always the same. In both KEY stands for the argument's name.
 
     The second group of `argument`, if it has one, tells the value's type: anything but "string" or
-    "true" (it is a string) means JSON.
+    "true" (it is a string) means JSON. With `cdata` a value may be a CDATA section, whose start then
+    belongs to `argument`.
     """
 
     value_start: str
     value_end: str
     # Whether the newline behind `argument` and the one before `value_end` are no part of the value.
     own_lines: bool = False
+    cdata: bool = False
 
     @property
     def markup(self) -> tuple[str, ...]:
-        return (*super().markup, self.value_end)
+        return (*super().markup, self.value_end, *(CDATA if self.cdata else ()))
 
-    def value(self, key: str) -> ValueSyntax:
-        """How the value of the argument `key` ends."""
+    def value(self, key: str, before: str) -> ValueSyntax:
+        """How the value of the argument `key` ends, whose `argument` matched the text `before`."""
         start, end = (text.replace("KEY", key) for text in (self.value_start, self.value_end))
+        ends = (f"\n{end}", end) if self.own_lines else (end,)
+        if self.cdata and before.endswith(CDATA[0]):
+            start = CDATA[0]
+            ends = tuple(f"{CDATA[1]}{blank}{end}" for blank in ("", "\n"))
+            end = CDATA[1]
         return ValueSyntax(
-            ends=(f"\n{end}", end) if self.own_lines else (end,),
+            ends=ends,
             next_argument=self.next_argument,
             arguments_end=self.arguments_end,
             closer=end,

@@ -14,6 +14,7 @@ from typing import Any
 
 from _mlx_server.inference.output.call_syntax import (
     BARE_KEY,
+    CDATA,
     JSON_START,
     CallSyntax,
     CallTemplate,
@@ -212,6 +213,33 @@ def _invokes(prefix: str = "", kind_of: Callable[[str], str] | None = None) -> T
     )
 
 
+_HALF_CDATA = "|".join(re.escape(CDATA[0][:length]) for length in range(1, len(CDATA[0])))
+
+# `<function name="N"><param name="K">V</param></function>`, where a V with lines or markup is a CDATA
+# section: MiniCPM 5. The call tag ends before the name.
+_MINICPM = TagSyntax(
+    head=pattern(
+        r"""["']?+([^"'<>\n]++)["']?+\s*+>""",
+        r"(?=\s*+<(?:param\s|/function>|function name=))",
+    ),
+    argument=pattern(
+        r"""\s*+<param\s++name\s*+=\s*+["']?+([^"'<>\n]++)["']?+\s*+>""",
+        rf"(?:\s*+{re.escape(CDATA[0])}|(?!\s*+(?:{_HALF_CDATA})\Z)(?=\s*+\S))",
+    ),
+    value_start="<param name=",
+    value_end="</param>",
+    cdata=True,
+    next_argument=("<param name=",),
+    arguments_end=(),
+    tail=pattern(r"\s*+"),
+    template=CallTemplate(
+        head='"NAME">',
+        before_value='<param name="KEY">',
+        after_value="</param>",
+        tail="",
+    ),
+)
+
 # MiniMax M3: a mark before each tag, and a tag for each argument's name
 _M3 = "]<]minimax[>["
 _M3_RE = re.escape(_M3)
@@ -288,6 +316,7 @@ _BY_PARSER = {
     "muse_spark": OutputFormat(syntaxes=(_invokes("atem:"),)),
     "mistral": _or_json(_MISTRAL),
     "mistral, list": OutputFormat(parse=parse_json_calls, syntaxes=(_JSON_LIST, _MISTRAL)),
+    "minicpm5": OutputFormat(syntaxes=(_MINICPM,)),
     "gemma4": OutputFormat(syntaxes=(_gemma('<|"|>'),)),
     "function_gemma": OutputFormat(syntaxes=(_gemma("<escape>"),)),
     "kimi_k2": OutputFormat(syntaxes=(_KIMI_K2,)),

@@ -61,7 +61,9 @@ class Nesting:
         if text == self._syntax.opener:
             opened = 1
         elif text == self._syntax.closer:
-            opens = begins_string(self._syntax, rest[max(0, found.start() - BEHIND) : found.start()])
+            opens = begins_string(
+                self._syntax, rest[max(0, found.start() - BEHIND) : found.start()]
+            )
             opened = 1 if opens else -1
         self._last_depth += opened
         self._places.append((self._searched, opened))
