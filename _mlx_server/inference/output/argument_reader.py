@@ -6,6 +6,7 @@ import ast
 import functools
 import json
 import re
+import sys
 from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
@@ -61,8 +62,9 @@ class ArgumentReader:
         return self._read_object(syntax, types)
 
     def skip_object(self, syntax: ObjectSyntax) -> Steps[None]:
-        """Read to the end of the JSON object that the buffer begins inside of, if it ends."""
-        end, missing = yield from self._find_end(syntax, ["}"])
+        """Read to the end of the JSON object that the buffer begins inside of, if it ends soon: an
+        id may be left of it. A further search would be made again behind each call."""
+        end, missing = yield from self._find_end(syntax, ["}"], MAX_HEAD)
         if not missing:
             self._buffer.text = self._buffer.text[end:]
 
@@ -183,10 +185,13 @@ class ArgumentReader:
                 return
             yield
 
-    def _find_end(self, syntax: ObjectSyntax, closing: list[str]) -> Steps[tuple[int, str]]:
+    def _find_end(
+        self, syntax: ObjectSyntax, closing: list[str], most: int = sys.maxsize
+    ) -> Steps[tuple[int, str]]:
         """Where the value ends that the buffer begins with, and which brackets are missing there
-        because of an end tag or the end of the text. `closing` are the closing brackets of the
-        objects that the buffer begins inside of: then it is these that end."""
+        because of an end tag, the end of the text or that of the `most` characters to search.
+        `closing` are the closing brackets of the objects that the buffer begins inside of: then it
+        is these that end."""
         buffer, quotes = self._buffer, syntax.quotes
         waited_for = Marks((*quotes, self._end_tag))
         outside = Marks((*quotes, *"{}[](),", self._end_tag)).pattern
@@ -194,9 +199,9 @@ class ArgumentReader:
         while True:
             quote = closing[-1] if closing and closing[-1] in quotes else ""
             marks = _in_string(quote) if quote else outside
-            found = marks.search(buffer.text, position)
+            found = marks.search(buffer.text, position, most)
             if found is None:
-                if buffer.ended:
+                if buffer.ended or len(buffer.text) >= most:
                     return len(buffer.text), "".join(reversed(closing))
                 unsure = max(1, waited_for.partial_length(buffer.text))
                 position = max(position, len(buffer.text) - unsure)

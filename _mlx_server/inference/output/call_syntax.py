@@ -155,8 +155,8 @@ class TagSyntax(BaseSyntax):
     far as it is always the same. In both KEY stands for the argument's name.
 
     The second group of `argument`, if it has one, tells the value's type: anything but "string" or
-    "true" (it is a string) means JSON. With `cdata` a value may be a CDATA section, whose start then
-    belongs to `argument`.
+    "true" (it is a string) means JSON. With `cdata` a value may be a CDATA section, whose start
+    then belongs to `argument`.
     """
 
     value_start: str

@@ -215,8 +215,8 @@ def _invokes(prefix: str = "", kind_of: Callable[[str], str] | None = None) -> T
 
 _HALF_CDATA = "|".join(re.escape(CDATA[0][:length]) for length in range(1, len(CDATA[0])))
 
-# `<function name="N"><param name="K">V</param></function>`, where a V with lines or markup is a CDATA
-# section: MiniCPM 5. The call tag ends before the name.
+# `<function name="N"><param name="K">V</param></function>`, where a V with lines or markup is a
+# CDATA section: MiniCPM 5. The call tag ends before the name.
 _MINICPM = TagSyntax(
     head=pattern(
         r"""["']?+([^"'<>\n]++)["']?+\s*+>""",
