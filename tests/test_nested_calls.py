@@ -99,6 +99,25 @@ def test_a_value_may_hold_calls(name: str):
                 assert events == [("call", *call) for call in calls], (kind, cutting)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "gemma 4" else pytest.param(name, marks=pytest.mark.slow)
+        for name in FAMILIES
+    ],
+)
+def test_strings_in_arrays_may_hold_calls(name: str):
+    family, dice = Family(name), random.Random(name)
+    tools = [tool("Edit", edits={"type": "array"}, file_path=STRING), *TOOLS]
+    for kind, content in family.contents().items():
+        arguments = {"edits": [{"old": "x", "new": content}, [content]], "file_path": "a.txt"}
+        for call in (("Edit", arguments), ("Edit", dict(reversed(arguments.items())))):
+            text = family.block(call)
+            for cutting in ([text], list(text), random_pieces(text, dice)):
+                events = told(OutputParser(family.format, tools), cutting)
+                assert events == [("call", *call)], (kind, cutting)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_is_spelled_without_control_tokens_is_text_within_a_value(name: str):

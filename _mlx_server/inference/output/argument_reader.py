@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Generator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from _mlx_server.inference.constrained.schema import ParameterTypes, coerce
 from _mlx_server.inference.output.call_syntax import (
@@ -25,6 +25,7 @@ from _mlx_server.inference.output.marks import Marks, comes_next
 from _mlx_server.inference.output.value_end import TextBuffer, ValueEnd
 
 T = TypeVar("T")
+_Span = tuple[int, int, int, int]  # of a string: its beginning, its text's, its text's end, its end
 Steps = Generator[None, None, T]  # reads one thing; yields whenever it needs more text
 
 _ESCAPE = r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\."
@@ -33,7 +34,17 @@ _HALF_ESCAPE = (
 )
 _HALF_KEY = re.compile(r'(?:"[^"\s]*(?:"\s*:?\s*)?)?')
 _HALF_TAGS = re.compile(r"\s*+.{0,150}")
+_KEY = re.compile(rf"(?<=[{{,])\s*{BARE_KEY}")
 _CLOSING = {"{": "}", "[": "]", "(": ")"}
+
+
+class _Found(NamedTuple):
+    """Where a value ends that is no string, which brackets are missing there because of an end tag
+    or the text's end, and its strings in quotes of the family's own."""
+
+    end: int
+    missing: str
+    strings: list[_Span]
 
 
 class ArgumentReader:
@@ -64,9 +75,9 @@ class ArgumentReader:
     def skip_object(self, syntax: ObjectSyntax) -> Steps[None]:
         """Read to the end of the JSON object that the buffer begins inside of, if it ends soon: an
         id may be left of it. A further search would be made again behind each call."""
-        end, missing = yield from self._find_end(syntax, ["}"], MAX_HEAD)
-        if not missing:
-            self._buffer.text = self._buffer.text[end:]
+        found = yield from self._find_end(syntax, ["}"], MAX_HEAD)
+        if not found.missing:
+            self._buffer.text = self._buffer.text[found.end :]
 
     def _read_object(self, syntax: ObjectSyntax, types: ParameterTypes) -> Steps[bool]:
         buffer, bracket = self._buffer, syntax.arguments_end[0]
@@ -89,9 +100,10 @@ class ArgumentReader:
                 buffer.text = buffer.text[len(quote) :]
                 yield from self._read_string(syntax.value(quote), types[key])
             else:
-                end, missing = yield from self._find_end(syntax, [])
-                text, buffer.text = buffer.text[:end].strip(), buffer.text[end:]
-                self._writer.write_value(_parse_value(text, missing, syntax.quotes[0]), text)
+                found = yield from self._find_end(syntax, [])
+                text, buffer.text = buffer.text[: found.end], buffer.text[found.end :]
+                source = _with_json_strings(text, found.strings) if syntax.own_quotes else text
+                self._writer.write_value(_parse_value(source, found.missing, text), text.strip())
 
     def _read_tags(self, syntax: TagSyntax, types: ParameterTypes) -> Steps[bool]:
         buffer = self._buffer
@@ -114,7 +126,7 @@ class ArgumentReader:
             value = syntax.value(key, argument[0])
             if argument.re.groups > 1 and argument[2] not in (None, "true", "string"):
                 text = yield from self._collect(value)
-                self._writer.write_value(_parse_value(text, "", '"'), text)
+                self._writer.write_value(_parse_value(text), text)
             else:
                 yield from self._read_string(value, types[key])
 
@@ -187,12 +199,11 @@ class ArgumentReader:
 
     def _find_end(
         self, syntax: ObjectSyntax, closing: list[str], most: int = sys.maxsize
-    ) -> Steps[tuple[int, str]]:
-        """Where the value ends that the buffer begins with, and which brackets are missing there
-        because of an end tag, the end of the text or that of the `most` characters to search.
-        `closing` are the closing brackets of the objects that the buffer begins inside of: then it
-        is these that end."""
-        buffer, quotes = self._buffer, syntax.quotes
+    ) -> Steps[_Found]:
+        """Where the value ends that the buffer begins with. No more than `most` characters are
+        searched. `closing` are the closing brackets of the objects that the buffer begins inside
+        of: then it is these that end."""
+        buffer, quotes, strings = self._buffer, syntax.quotes, list[_Span]()
         waited_for = Marks((*quotes, self._end_tag))
         outside = Marks((*quotes, *"{}[](),", self._end_tag)).pattern
         position = 0
@@ -202,21 +213,51 @@ class ArgumentReader:
             found = marks.search(buffer.text, position, most)
             if found is None:
                 if buffer.ended or len(buffer.text) >= most:
-                    return len(buffer.text), "".join(reversed(closing))
+                    return _Found(len(buffer.text), "".join(reversed(closing)), strings)
                 unsure = max(1, waited_for.partial_length(buffer.text))
                 position = max(position, len(buffer.text) - unsure)
                 yield
                 continue
             mark = found[0]
             if not quote and (mark == self._end_tag or not closing and mark in "}]),"):
-                return found.start(), "".join(reversed(closing))
+                return _Found(found.start(), "".join(reversed(closing)), strings)
             position = found.end()
-            if not quote and (mark in _CLOSING or mark in quotes):
+            if syntax.own_quotes and mark in quotes:
+                end, position = yield from self._find_string_end(syntax.element(mark), position)
+                strings.append((found.start(), found.end(), end, position))
+            elif not quote and (mark in _CLOSING or mark in quotes):
                 closing.append(_CLOSING.get(mark, mark))
             elif mark != "," and not mark.startswith("\\"):
                 closing.pop()
-                if not closing:
-                    return position, ""
+            else:
+                continue
+            if not closing:
+                return _Found(position, "", strings)
+
+    def _find_string_end(self, value: ValueSyntax, position: int) -> Steps[tuple[int, int]]:
+        """Where the text of a string within an array or an object ends, which begins at a position
+        of the buffer, and where its quote does. An end tag may end it, too."""
+        buffer, value_end = self._buffer, ValueEnd(value, self._call_tags, lambda text: False)
+        marks = Marks(value_end.marks)
+        while True:
+            found = marks.pattern.search(buffer.text, position)
+            if found is None and buffer.ended:
+                return len(buffer.text), len(buffer.text)
+            unsure = marks.partial_length(buffer.text)
+            reached = found.start() if found else max(position, len(buffer.text) - unsure)
+            value_end.pass_text(buffer.text[position:reached])
+            position = reached
+            if found is None:
+                yield
+                continue
+            rest = buffer.text[found.end() : found.end() + 2 * ValueEnd.FAR]
+            over = value_end.is_at(found[0], rest, buffer)
+            if over:
+                return position, found.end() if found[0] in value.ends else position
+            if over is None:
+                yield
+            else:
+                position = found.end()
 
 
 @functools.lru_cache(256)
@@ -229,9 +270,8 @@ def _up_to(marks: tuple[str, ...], escapes: bool) -> re.Pattern[str]:
 
 @functools.lru_cache(16)
 def _in_string(quote: str) -> re.Pattern[str]:
-    """Matches the quote that ends a string, or an escape; quotes that are tags need none."""
-    escape = r"\\.|" if len(quote) == 1 else ""
-    return re.compile(rf"{escape}{re.escape(quote)}", re.DOTALL)
+    """Matches the quote that ends a string, or an escape."""
+    return re.compile(rf"\\.|{re.escape(quote)}", re.DOTALL)
 
 
 def _unescape(text: str) -> str:
@@ -246,18 +286,16 @@ def _unescape(text: str) -> str:
     return re.sub(_ESCAPE, resolve, text, flags=re.DOTALL)
 
 
-def _parse_value(text: str, missing: str, quote: str) -> Any:
-    """The JSON or Python value that `text` spells, if need be with the closing brackets it is
-    `missing`; else `text` itself. Its strings stand within `quote`."""
-    for source in (text.strip(), text.strip() + missing):
-        if quote != '"':
-            source = _with_json_strings(source, quote)
+def _parse_value(source: str, missing: str = "", text: str | None = None) -> Any:
+    """The JSON or Python value that `source` spells, if need be with the closing brackets it is
+    `missing`; else the `text` that it was made from."""
+    for whole in (source.strip(), source.strip() + missing):
         for parse in (_parse_json, ast.literal_eval):
             try:
-                return parse(source)
+                return parse(whole)
             except Exception:  # literal_eval fails with almost any type of exception
                 continue
-    return text
+    return (source if text is None else text).strip()
 
 
 def _parse_json(text: str) -> Any:
@@ -267,13 +305,12 @@ def _parse_json(text: str) -> Any:
     return value
 
 
-def _with_json_strings(text: str, quote: str) -> str:
-    """An object in which strings stand within `quote` and keys within nothing, as JSON."""
-    quoted = re.escape(quote)
-    tokens = re.compile(rf"{quoted}(.*?){quoted}|(?<=[{{,])\s*{BARE_KEY}", re.DOTALL)
-
-    def as_json(token: re.Match[str]) -> str:
-        string, key = token.groups()
-        return f"{json.dumps(key)}:" if key else json.dumps(string)
-
-    return tokens.sub(as_json, text)
+def _with_json_strings(text: str, strings: list[_Span]) -> str:
+    """An object in which `strings` stand and keys within nothing, as JSON."""
+    pieces, position = [], 0
+    for start, begin, end, behind in [*strings, (len(text),) * 4]:
+        pieces.append(_KEY.sub(lambda key: f"{json.dumps(key[1])}:", text[position:start]))
+        if begin > start:
+            pieces.append(json.dumps(text[begin:end]))
+        position = behind
+    return "".join(pieces)

@@ -12,6 +12,7 @@ There are two kinds of arguments. In an `ObjectSyntax` they are a JSON object or
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -136,6 +137,15 @@ class ObjectSyntax(BaseSyntax):
             name = json.dumps(name, ensure_ascii=False)[1:-1]
         return super().head_for(name)
 
+    @property
+    def own_quotes(self) -> bool:
+        """Whether the quotes are tags, not JSON's."""
+        return len(self.quotes[0]) > 1
+
+    def element(self, quote: str) -> ValueSyntax:
+        """How a string within `quote` ends that stands in an array or an object."""
+        return dataclasses.replace(self.value(quote), arguments_end=("]", "}"))
+
     def value(self, quote: str) -> ValueSyntax:
         """How a string within `quote` ends."""
         escapes = len(quote) == 1
@@ -172,7 +182,7 @@ class TagSyntax(BaseSyntax):
     def value(self, key: str, before: str) -> ValueSyntax:
         """How the value of the argument `key` ends, whose `argument` matched the text `before`."""
         start, end = (text.replace("KEY", key) for text in (self.value_start, self.value_end))
-        ends = (f"\n{end}", end) if self.own_lines else (end,)
+        ends: tuple[str, ...] = (f"\n{end}", end) if self.own_lines else (end,)
         if self.cdata and before.endswith(CDATA[0]):
             start = CDATA[0]
             ends = tuple(f"{CDATA[1]}{blank}{end}" for blank in ("", "\n"))

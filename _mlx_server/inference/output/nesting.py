@@ -37,7 +37,7 @@ class Nesting:
     def closes_more(self, position: int, rest: str, reach: int) -> bool:
         """Whether a value ends in `reach` characters of `rest` that has begun before it."""
         self._search(position, rest, reach)
-        closings = self._closings.get(self._depth - 1)
+        closings = self._closings[self._depth - 1]
         while closings and closings[0] <= position:
             closings.popleft()
         return bool(closings) and closings[0] <= position + reach

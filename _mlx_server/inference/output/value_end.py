@@ -60,11 +60,11 @@ class ValueEnd:
         """Whether the value ends at a mark behind which the buffer holds `rest`; None while more
         text may tell."""
         if mark in self._syntax.ends:
-            over = self._ends_value(rest, buffer)
+            over = self._ends_value(self._position + len(mark), rest, buffer)
             if over is False:
                 self._values = max(0, self._values + (1 if self._quote_opens else -1))
         elif mark == self._end_tag:
-            over = self._ends_call(rest, buffer)
+            over = self._ends_call(self._position + len(mark), rest, buffer)
             if over is False:
                 self._calls = max(0, self._calls - 1)
         else:
@@ -75,7 +75,7 @@ class ValueEnd:
             self.pass_text(mark)
         return over
 
-    def _ends_value(self, rest: str, buffer: TextBuffer) -> bool | None:
+    def _ends_value(self, at: int, rest: str, buffer: TextBuffer) -> bool | None:
         syntax = self._syntax
         closing = (*syntax.arguments_end, self._end_tag)
         over = comes_next(rest, (*syntax.next_argument, *closing), buffer.ended)
@@ -91,22 +91,22 @@ class ValueEnd:
                 if expected is not False:
                     return expected
                 strange = True
-        return self._look_ahead(rest, inside, strange, buffer)
+        return self._look_ahead(at, rest, inside, strange, buffer)
 
-    def _ends_call(self, rest: str, buffer: TextBuffer) -> bool | None:
+    def _ends_call(self, at: int, rest: str, buffer: TextBuffer) -> bool | None:
         """Whether an end tag is the call's, and not a part of the value. Then nothing follows or
         another call."""
         over = comes_next(rest, (self._start_tag,), buffer.ended)
-        return self._look_ahead(rest, self._calls > 0, False, buffer) if over else over
+        return self._look_ahead(at, rest, self._calls > 0, False, buffer) if over else over
 
     def _look_ahead(
-        self, rest: str, inside: bool, strange: bool, buffer: TextBuffer
+        self, at: int, rest: str, inside: bool, strange: bool, buffer: TextBuffer
     ) -> bool | None:
-        """Whether `rest` goes on behind the value, not within it. `inside` is whether something
-        was opened within the value, `strange` whether the next argument is not expected."""
+        """Whether `rest`, which stands at a position, goes on behind the value, not within it.
+        `inside` is whether something was opened within the value, `strange` whether the next
+        argument is not expected."""
         doubtful = inside or strange
         reach = self.FAR if doubtful else self.NEAR
-        at = self._position + len(buffer.text) - len(rest)
         if doubtful:
             if self._nesting.closes_more(at, rest, reach):
                 return False
