@@ -7,9 +7,13 @@ import base64
 import io
 import json
 import logging
+import os
+import shlex
 import subprocess
 import sys
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +258,26 @@ def test_a_pdf_is_read_once(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(documents, "read_pdf", count)
     data = pdf("read once")
     assert [shown(data), shown(data, title="T")] == ["text", "T\ntext"] and reads == [data]
+
+
+def test_a_pdf_that_takes_long_holds_no_other_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The first one's process waits until it is let go."""
+    gate, began, python = (tmp_path / name for name in ("gate", "began", "python"))
+    os.mkfifo(gate)
+    run = shlex.join([sys.executable])
+    python.write_text(f'#!/bin/sh\nmkdir {began} && cat {gate} >&2\nexec {run} "$@"\n')
+    python.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(shown, pdf("takes long"))
+        for _ in range(1000):
+            if began.exists():
+                break
+            time.sleep(0.01)
+        assert began.exists()
+        assert "is short" in shown(pdf("is short")) and not first.done()
+        gate.write_text("go")
+        assert "takes long" in first.result()
 
 
 @pytest.mark.parametrize(

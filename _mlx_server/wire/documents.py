@@ -33,7 +33,9 @@ _ELSEWHERE = "it is kept elsewhere, and this server does not fetch it"
 _TEXT_TYPE = re.compile(r"text/.*|application/(?:.*[+./-])?(?:json|xml|ya?ml|javascript|toml|sql)")
 _LONGEST_NAME = 200  # characters
 _PDFS: BoundedMap[str | PDFError] = BoundedMap(64)  # the texts of PDFs by the files' hashes
-_READING = threading.Lock()  # one file is read at a time
+# So many files are read at a time. A client with a key for low priority has one read at most, since
+# its requests are prepared one after the other, and so leaves a place to others.
+_PLACES = threading.Semaphore(3)
 
 OnScan = Callable[[bytes, str], str]
 """Takes a PDF without text, and the note for it; returns what stands for it."""
@@ -153,8 +155,8 @@ def _read_once(content: bytes) -> str | PDFError:
     found = _PDFS.get(key)
     if found is not None:
         return found
-    with _READING:
-        found = _PDFS.get(key)  # another request may have read it meanwhile
+    with _PLACES:
+        found = _PDFS.get(key)  # another request may have read it while this one waited
         if found is None:
             try:
                 found = read_pdf(content)

@@ -14,7 +14,7 @@ from _mlx_server.inference.protocol import Request, Scan
 log = logging.getLogger("mlx_server")
 
 _KEPT = 64 << 20  # bytes of pages: a conversation comes with every request
-_DRAWING = threading.Lock()  # one file is drawn at a time
+_PLACES = threading.Semaphore(3)  # for files that are drawn at a time: one at most for low keys
 
 
 def unfold_scans(request: Request, *, sees: bool) -> tuple[Request, dict[str, bytes]]:
@@ -62,8 +62,8 @@ def _pages(mark: str, scan: Scan) -> tuple[tuple[bytes, ...], int]:
     are. `mark` stands for it."""
     found = _PAGES.get(mark)
     if found is None:
-        with _DRAWING:
-            found = _PAGES.get(mark)  # another request may have drawn them meanwhile
+        with _PLACES:
+            found = _PAGES.get(mark)  # another request may have drawn them while this one waited
             if found is None:
                 found = _drawn(scan.content)
                 _PAGES.put(mark, found)
