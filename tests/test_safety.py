@@ -1,4 +1,9 @@
-"""Sentences of the README's "Safety" that no other file tests."""
+"""What docs/security.md says and no other file tests, in its order.
+
+The others: test_security.py and test_http.py have web pages, other machines, framing, names and
+paths; test_limits.py bodies, connections, logs and who manages; test_keys.py and test_activity.py
+what keys see and share; test_hostile.py costs; test_watchdog.py what hangs; test_growth.py the
+folder of the prompt cache."""
 
 from __future__ import annotations
 
@@ -13,14 +18,18 @@ from jinja2.ext import loopcontrols
 from models import CHATML, build_model
 from parsing import tool
 
+from _mlx_server.front import body, budget, connections, sockets
 from _mlx_server.front.cli import parse_arguments
 from _mlx_server.front.options import cache_folder
+from _mlx_server.inference.catalog import library
 from _mlx_server.inference.catalog.models import describe
+from _mlx_server.inference.pool import ModelPool
 from _mlx_server.inference.prompt.renderer import PromptRenderer
 from _mlx_server.inference.prompt.template import Template
 from _mlx_server.inference.protocol import InvalidRequest
 from engine import Engine
 
+PAGE = Path(__file__).parents[1] / "docs" / "security.md"
 # Ways out of a template, as they are known. Outside of a sandbox each shows something of Python, or
 # changes what it was given.
 ESCAPES = [
@@ -65,6 +74,33 @@ def asked() -> list[dict]:
     return [{"role": "user", "content": "hello"}]
 
 
+def test_without_flags_only_this_machine_is_served():
+    """It listens on 127.0.0.1."""
+    assert parse_arguments([]).host == "127.0.0.1"
+
+
+WORDS = {1 / 4: "a quarter", 2: "two minutes", 5: "five minutes"}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        f"{sockets.MAX_HEAD >> 10} KB of head",
+        f"{body.MAX_BODY >> 20} MB of body",
+        f"{budget.BUDGET >> 20} MB for all bodies together",
+        f"{WORDS[sockets.REQUEST_DEADLINE / 60]} to arrive",
+        f"{connections.MAX_CONNECTIONS} connections",
+        f"{WORDS[connections.ADDRESS_SHARE]} for one remote address",
+        f"none has more than {library.MAX_NAME} characters",
+        f"in the last {WORDS[ModelPool.KEPT / 60]}",
+        f"A step that hangs for {WORDS[Engine.STUCK / 60]} ends the process",
+    ],
+)
+def test_the_page_says_the_limits_that_there_are(said: str):
+    """Each number of the page; other tests have smaller ones."""
+    assert said in " ".join(PAGE.read_text().split())
+
+
 @pytest.fixture(scope="module")
 def renderer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PromptRenderer]:
     path = tmp_path_factory.mktemp("model") / "m"
@@ -73,6 +109,8 @@ def renderer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PromptRendere
 
 @pytest.mark.parametrize("escape", ESCAPES)
 def test_no_template_gets_out_of_its_sandbox(renderer: PromptRenderer, escape: str):
+    """None of a model's code runs; templates run in a sandbox."""
+
     def raise_exception(message: str) -> None:
         raise ValueError(message)
 
@@ -98,6 +136,7 @@ def test_no_template_gets_out_of_its_sandbox(renderer: PromptRenderer, escape: s
 
 @pytest.mark.parametrize("place", ["format", "tools"])
 def test_references_to_other_places_are_not_followed(demo: Engine, place: str):
+    """URLs are never fetched."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/schema.json"
@@ -119,11 +158,8 @@ def demo() -> Iterator[Engine]:
         yield engine
 
 
-def test_without_flags_only_this_machine_is_served():
-    assert parse_arguments([]).host == "127.0.0.1"
-
-
 def test_nothing_is_kept_on_disk_without_a_cache_folder(tmp_path: Path, monkeypatch):
+    """`--no-cache-dir` leaves nothing in the folder of the prompt cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))
     assert Path(cache_folder(parse_arguments([]))).is_relative_to(tmp_path)
