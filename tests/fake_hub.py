@@ -20,7 +20,8 @@ class FakeHub(ThreadingHTTPServer):
     """A hub of repos {name: {file: content}}: an API that lists them, and files behind a redirect
     to another host, as https://huggingface.co/docs/hub/api has it.
 
-    `listed` is what the list says of repos beside their names, `cards` what their pages say.
+    `listed` is what the list says of repos beside their names, `cards` what their pages say,
+    `sizes` are those of repos' weights that are told instead of the true ones.
 
     `asked` are methods and paths, with their Range and Authorization. `cut` is how many bytes of a
     file arrive before the connection ends, `cuts` how often that happens. `pause` is in seconds,
@@ -35,6 +36,7 @@ class FakeHub(ThreadingHTTPServer):
         self.repos = repos
         self.listed: dict[str, dict] = {}
         self.cards: dict[str, dict] = {}
+        self.sizes: dict[str, int] = {}
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.storage = socket.create_server(("127.0.0.1", 0))
         self.reset()
@@ -90,9 +92,11 @@ class HubHandler(BaseHTTPRequestHandler):
         if hub.status:
             return self.send_error(hub.status)
         if url.path == "/api/models":
-            search = dict(parse_qsl(url.query)).get("search", "").lower()
+            query = dict(parse_qsl(url.query))
             found = [{"id": repo, **hub.listed.get(repo, {})} for repo in hub.repos]
-            return self.send_json([model for model in found if search in model["id"].lower()])
+            found.sort(key=lambda model: -model.get("downloads", 0))
+            found = [one for one in found if query.get("search", "").lower() in one["id"].lower()]
+            return self.send_json(found[: int(query.get("limit", 1000))])
         repo = "/".join(parts[3:5] if parts[1] == "api" else parts[1:3])
         if repo not in hub.repos:
             return self.send_error(401)
@@ -107,9 +111,10 @@ class HubHandler(BaseHTTPRequestHandler):
         for name, content in self.server.repos[repo].items():
             file = {"rfilename": name, "size": len(content), "blobId": "b" * 40}
             if name.endswith(".safetensors"):
+                file["size"] = self.server.sizes.get(repo, len(content))
                 file["lfs"] = {
                     "sha256": digest(name, content),
-                    "size": len(content),
+                    "size": file["size"],
                     "pointerSize": 130,
                 }
             else:

@@ -59,12 +59,11 @@ def _chosen(hub: Hub, memory: int) -> tuple[str, int, str]:
     choices = offer(hub, memory)[:MOST]
     if not choices:
         raise EngineError(f"the hub lists no model for {gigabytes(memory)} of memory")
-    print(f"models with tools that suit the {gigabytes(memory)} of memory that can be used:\n")
-    rows = [("", "NAME", "SIZE", "CONTEXT", "SEES", "WHY")]
-    for number, choice in enumerate(choices, 1):
-        one = choice.candidate
-        window, sees = f"{choice.context_length:,}", "yes" if one.sees else "no"
-        rows.append((f"{number}", one.repo, gigabytes(one.size), window, sees, choice.why))
+    print(f"models that suit the {gigabytes(memory)} of memory that can be used:\n")
+    rows = [("", "NAME", "SIZE", "CONTEXT", "TOOLS", "SEES", "WHY")]
+    for number, one in enumerate(choices, 1):
+        window, sees = f"{one.context_length:,}", "yes" if one.sees else "no"
+        rows.append((f"{number}", one.repo, gigabytes(one.size), window, "yes", sees, one.why))
     print_table(rows, right=(2, 3))
     if not sys.stdin.isatty():
         raise EngineError("say which: pull NAME")
@@ -73,8 +72,8 @@ def _chosen(hub: Hub, memory: int) -> tuple[str, int, str]:
     number = 1 if key in ("\r", "\n") else int(key) if key.isdecimal() else 0
     if not 1 <= number <= len(choices):
         raise EngineError("nothing was pulled")
-    chosen = choices[number - 1].candidate
-    return chosen.repo, hub.size(chosen.repo), choices[number - 1].why
+    chosen = choices[number - 1]
+    return chosen.repo, chosen.size, chosen.why
 
 
 def _keystroke(question: str) -> str:

@@ -20,7 +20,7 @@ function bytes(n) {
 
 function seconds(s) {
   if (s == null) return "–";
-  if (s < 60) return `${s.toFixed(s < 1 ? 2 : s < 10 ? 1 : 0)} s`;
+  if (s < 60) return `${s.toFixed(s < 1 ? 2 : s < 10 ? 1 : 0)}\u00a0s`;
   return s < 3600 ? `${Math.floor(s / 60)} min ${Math.round(s % 60)} s` : `${Math.floor(s / 3600)} h ${Math.floor((s % 3600) / 60)} min`;
 }
 
