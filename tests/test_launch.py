@@ -137,8 +137,8 @@ def test_codex_is_told_by_its_flags_and_opencode_by_its_environment(
     config = json.loads(env["OPENCODE_CONFIG_CONTENT"])
     assert words == [] and config["model"] == config["small_model"] == "mlx/demo"
     assert config["provider"]["mlx"]["options"]["baseURL"] == f"{server.url}/v1"
-    limit = {"context": 40960, "output": 5120}
-    assert config["provider"]["mlx"]["models"]["demo"]["limit"] == limit
+    model = config["provider"]["mlx"]["models"]["demo"]
+    assert model["limit"] == {"context": 40960, "output": 5120} and not model["attachment"]
     assert not list(machine.home.iterdir())
 
 
@@ -359,3 +359,19 @@ def test_codex_answers(machine: Machine):
     out = machine.run("launch", "codex", "--port", port, "--", *words)
     assert (out.returncode, out.stdout) == (0, "hello from codex\n"), out.stderr
     assert not listens(port)
+
+
+@pytest.mark.clients
+def test_opencode_runs_a_tool_and_can_choose_no_vendors_model(machine: Machine):
+    real("OPENCODE_CLI", "opencode", machine)
+    port = free_port()
+    words = ["run", "--format", "json", "run", "echo", "hello"]
+    out = machine.run("launch", "opencode", "--port", port, "--", *words)
+    events = [json.loads(line) for line in out.stdout.splitlines()]
+    parts = [event["part"] for event in events]
+    (call,) = [part["state"] for part in parts if part["type"] == "tool"]
+    assert (call["input"]["command"], call["output"]) == ("echo hello", "hello\n"), out.stderr
+    said = [part["text"] for part in parts if part["type"] == "text"]
+    assert (out.returncode, said) == (0, ["The tool answered: hello"]) and not listens(port)
+    menu = machine.run("launch", "opencode", "--port", port, "--", "models")
+    assert (menu.returncode, menu.stdout) == (0, "mlx/demo\n")

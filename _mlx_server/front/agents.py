@@ -29,8 +29,8 @@ _PERMISSIONS = (
 
 @dataclass(frozen=True)
 class Target:
-    """The server and model that an agent is to use. `context` is in tokens, `max_tokens` the most
-    of an answer, `tiers` the models that stand for Claude's, by TIERS."""
+    """The server and model that an agent is to use, which may see images. `context` is in tokens,
+    `max_tokens` the most of an answer, `tiers` the models that stand for Claude's, by TIERS."""
 
     url: str
     key: str | None
@@ -38,6 +38,7 @@ class Target:
     context: int
     max_tokens: int | None = None
     tiers: dict[str, str] = field(default_factory=dict)
+    sees: bool = False
 
     @property
     def max_output(self) -> int:
@@ -136,16 +137,30 @@ def _codex_flags(target: Target, words: Sequence[str]) -> list[str]:
 
 def _opencode_variables(target: Target) -> dict[str, str]:
     """https://opencode.ai/docs/config, https://opencode.ai/docs/providers"""
-    limit = {"context": target.context, "output": target.max_output}
+    model = {
+        "name": target.model,
+        "tool_call": True,
+        "attachment": target.sees,
+        "modalities": {"input": ["text", *["image"] * target.sees], "output": ["text"]},
+        "limit": {"context": target.context, "output": target.max_output},
+    }
     provider = {
         "npm": "@ai-sdk/openai-compatible",
         "name": "mlx-server",
         "options": {"baseURL": f"{target.url}/v1", "apiKey": target.key or "none"},
-        "models": {target.model: {"name": target.model, "tool_call": True, "limit": limit}},
+        "models": {target.model: model},
     }
-    model = f"mlx/{target.model}"
-    config = {"provider": {"mlx": provider}, "model": model, "small_model": model}
-    return {"OPENCODE_CONFIG_CONTENT": json.dumps(config)}
+    name = f"mlx/{target.model}"
+    config = {
+        "provider": {"mlx": provider},
+        "model": name,
+        "small_model": name,
+        "enabled_providers": ["mlx"],  # its menu and its agents cannot choose a vendor's model
+    }
+    return {
+        "OPENCODE_CONFIG_CONTENT": json.dumps(config),
+        "OPENCODE_DISABLE_MODELS_FETCH": "1",  # the list of vendors' models
+    }
 
 
 AGENTS = {

@@ -119,7 +119,8 @@ def _target(args: argparse.Namespace, name: str | None = None) -> Target:
     # Where an alias says nothing else, they mean the default model of the server
     tiers = {tier: model.name if name == standard.name else name for tier, name in tiers.items()}
     context = min(filter(None, [model.context_length, args.context]))
-    return Target(client.url, key, model.name, context, args.max_tokens, tiers)
+    sees = "vision" in model.capabilities
+    return Target(client.url, key, model.name, context, args.max_tokens, tiers, sees)
 
 
 class _Server:
