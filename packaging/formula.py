@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -84,7 +85,8 @@ def formula(url: str) -> str:
 
 
 def wheels(wanted: list[str]) -> list[dict[str, str]]:
-    """Name, URL and SHA-256 of each package that these requirements need on a Mac."""
+    """Name, URL and SHA-256 of each package that these requirements need on a Mac. Raises OSError
+    if pip's index lies on this machine, where others cannot get it."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         target = ["--target", folder, "--only-binary=:all:", "--python-version", PYTHON]
@@ -95,12 +97,15 @@ def wheels(wanted: list[str]) -> list[dict[str, str]]:
         installed = json.loads(report.read_text("utf-8"))["install"]
     found = [
         {
-            "name": one["metadata"]["name"].lower(),
+            "name": re.sub(r"[-_.]+", "-", one["metadata"]["name"]).lower(),
             "url": one["download_info"]["url"],
             "sha256": one["download_info"]["archive_info"]["hashes"]["sha256"],
         }
         for one in installed
     ]
+    for one in found:
+        if not one["url"].startswith("https://"):
+            raise OSError(f"{one['name']} comes from {one['url']}, which others cannot reach")
     return sorted(found, key=lambda one: one["name"])
 
 
