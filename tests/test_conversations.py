@@ -16,6 +16,21 @@ def test_a_reading_is_all_tokens_of_those_before_it():
     assert memory.tokens("four") is None
 
 
+def test_a_conversation_that_comes_again_is_not_put_together_again_but_never_stale():
+    memory = ConversationMemory()
+    memory.learn({"one": Reading("", [1, 2], {}), "two": Reading("one", [3], {})})
+    found = memory.tokens("two")
+    assert memory.tokens("two") is found
+    memory.learn({"three": Reading("two", [4, 5], {})})
+    assert memory.tokens("three") == [1, 2, 3, 4, 5]
+    assert memory.tokens("two") == found == [1, 2, 3]
+    assert memory.tokens("three") == [1, 2, 3, 4, 5]
+    memory.learn({"one": Reading("", [9, 9], {})})
+    assert memory.tokens("three") == [9, 9, 3, 4, 5]
+    assert memory.tokens("one") == [9, 9]
+    assert found == [1, 2, 3]
+
+
 def test_readings_that_lead_in_a_circle_are_none():
     memory = ConversationMemory()
     memory.learn({"a": Reading("b", [1], {}), "b": Reading("a", [2], {})})

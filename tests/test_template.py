@@ -3,6 +3,7 @@ model families have."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from models import CHATML, build_model
 
 from _mlx_server.inference.catalog.models import describe
 from _mlx_server.inference.prompt.renderer import PromptRenderer
+from _mlx_server.inference.prompt.template import with_fast_attributes
 from engine import InvalidRequest, Request
 
 TOOLS = [
@@ -218,3 +220,27 @@ def test_traits_are_found_by_probing(tmp_path: Path):
     assert strict.short_ids and not plain.short_ids
     assert not strict.user_after_tool and plain.user_after_tool
     assert not one.parallel_calls and plain.parallel_calls
+
+
+def test_a_template_sees_of_every_value_what_the_sandbox_lets_it_see():
+    from jinja2.runtime import LoopContext, Undefined
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    source = "{{ messages }}"
+    ordinary = _compile_jinja_template(source).environment
+    fast = with_fast_attributes(_compile_jinja_template(source), source).environment
+    loop = LoopContext([1, 2, 3], Undefined)
+    next(loop)
+    message = {"role": "user", "items": 1, "_own": 2, "__class__": 3}
+    for value in (message, "text", loop, [1], 1, None, str, len, lambda: 1):
+        for name in {*dir(value), *message, "content", "format", "_absent"}:
+            expected, found = (one.getattr(value, name) for one in (ordinary, fast))
+            assert type(found) is type(expected), (value, name)
+            if isinstance(expected, Undefined):
+                with pytest.raises(Exception) as theirs:
+                    str(expected + "")
+                with pytest.raises(type(theirs.value), match=re.escape(str(theirs.value))):
+                    str(found + "")
+            elif not callable(expected):
+                assert found == expected
+    assert ordinary.getattr is not fast.getattr

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,7 @@ class _Match:
     that the template renders behind them, within the text of the whole conversation."""
 
     index: int
-    tokens: list[int]
+    tokens: Sequence[int]
     text: str
     rest: str
 
@@ -115,7 +115,7 @@ class ChatRenderer:
             text = self._render(chat)
             match = _Match(-1, [], text, text)
         rest = self._tokenizer.encode(match.rest, most - len(match.tokens))
-        tokens = match.tokens + rest
+        tokens = [*match.tokens, *rest]
         if len(tokens) > most:
             raise PromptTooLong(len(tokens), int(most))
         return self._prompt(request, chat, root, match, tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import operator
 import threading
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -56,6 +57,10 @@ class ConversationMemory:
         self._readings: dict[str, Reading] = {}  # by key, the latest used last
         self._keys: dict[str, str] = {}  # by name
         self._size = 0
+        # The conversation that was asked for last, in parts and as one list. It mostly comes again,
+        # and to make the integers of a long one takes longer than all else that is done with it.
+        # Replaced as a whole, and neither list is changed.
+        self._latest: tuple[list[Sequence[int]], list[int]] = [], []
 
     def follow(self, start: str, messages: Iterable[Message]) -> list[str]:
         """The key behind each message of a conversation that begins with the key `start`."""
@@ -70,7 +75,7 @@ class ConversationMemory:
             keys.append(key)
         return keys
 
-    def tokens(self, key: str) -> list[int] | None:
+    def tokens(self, key: str) -> Sequence[int] | None:
         """All tokens of a reading; None if it, or one that it goes on from, is not there."""
         parts: list[Sequence[int]] = []
         with self._lock:
@@ -81,9 +86,16 @@ class ConversationMemory:
                 self._readings[key] = reading
                 parts.append(reading.tokens)
                 key = reading.before
-        found: list[int] = []
-        for part in reversed(parts):
-            found.extend(part)
+        parts.reverse()
+        known, found = self._latest
+        if len(known) > len(parts) or not all(map(operator.is_, known, parts)):
+            known, found = [], []
+        new = array("q")
+        for part in parts[len(known) :]:
+            new.extend(part)
+        if new:
+            found = found + new.tolist()
+        self._latest = parts, found
         return found
 
     def get(self, key: str) -> Reading | None:
