@@ -118,7 +118,7 @@ def test_a_long_conversation_keeps_its_state_while_short_ones_come_and_go(
         together = [engine.chat(f"number {n}", max_tokens=12) for n in range(3)]
         assert [text(generation) for generation in together] == short
     assert group.in_place and all(map(lambda *pair: pair[0] is pair[1], layers, group.prompt_cache))
-    while long.usage.completion_tokens < 60:
+    while long.usage.completion_tokens < 70:  # the text of the last ones may be still to come
         next(long)
     assert long.sequence.raw.startswith(expected)
     long.cancel()
