@@ -120,7 +120,7 @@ def test_a_long_conversation_keeps_its_state_while_short_ones_come_and_go(
     assert group.in_place and all(map(lambda *pair: pair[0] is pair[1], layers, group.prompt_cache))
     while long.usage.completion_tokens < 70:  # the text of the last ones may be still to come
         next(long)
-    assert long.sequence.raw.startswith(expected)
+    assert long.sequence.raw.startswith(expected.rstrip("\ufffd"))  # half a letter
     long.cancel()
 
 

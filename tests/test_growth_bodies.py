@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import gc
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -154,10 +155,14 @@ def engine() -> Iterator[Engine]:
 
 def cost(work: Callable[[], object]) -> float:
     """Seconds of this thread's time."""
+    gc.collect()
+    gc.disable()  # it would walk through all that the tests before have left
     began = time.thread_time()
     with contextlib.suppress(WireError, EngineError):  # too many may be refused, if that is soon
         work()
-    return time.thread_time() - began
+    took = time.thread_time() - began
+    gc.enable()
+    return took
 
 
 def check_growth(work: Callable[[dict], object], make: Callable[[int], dict]) -> None:

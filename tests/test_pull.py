@@ -46,7 +46,7 @@ def pulling(tmp_path_factory) -> Iterator[tuple[FakeHub, Server, Path]]:
     demo = {
         path.name: path.read_bytes()
         for path in (ROOT / "tests" / "demo").iterdir()
-        if path.suffix != ".py"
+        if path.suffix not in ("", ".py")  # without the folder of compiled modules
     }
     folder = tmp_path_factory.mktemp("pulling")
     repos = {
