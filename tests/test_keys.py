@@ -81,6 +81,24 @@ def test_a_flood_of_less_important_prompts_pushes_nothing_important_out():
         assert read(300, Priority.HIGH) > 100
 
 
+@pytest.mark.slow
+def test_such_a_flood_pushes_nothing_important_out_on_disk_either(tmp_path: Path):
+    def read(first: int, priority: Priority) -> int:
+        tokens = [first, *range(10, 130)]
+        with Engine("demo", cache_dir=tmp_path, cache_dir_limit=limit) as engine:
+            answer = engine.submit(Request("demo", prompt=tokens, priority=priority, max_tokens=1))
+            list(answer)
+        return answer.usage.cached_tokens
+
+    limit = 1 << 30
+    read(300, Priority.HIGH)
+    limit = int(3.5 * sum(path.stat().st_size for path in tmp_path.iterdir()))
+    for number in range(301, 306):
+        read(number, Priority.LOW)
+    assert read(300, Priority.HIGH) > 100
+    assert read(301, Priority.LOW) == 0
+
+
 def test_a_single_key_and_none_have_one_cache(engine: Engine, serve: Callable):
     single = serve(engine, api_keys={"one": Priority.NORMAL})
     assert reused(serve(engine), "", "first", False)[0] == 0

@@ -25,10 +25,10 @@ from _mlx_server.inference.cache.layers import (
     pack_layer,
     unpack_layer,
 )
-from _mlx_server.inference.cache.prefix_cache import CacheEntry, Checkpoint
+from _mlx_server.inference.cache.prefix_cache import CacheEntry, Checkpoint, PrefixCache
 from _mlx_server.inference.cache.prefix_tree import PrefixTree
 from _mlx_server.inference.prompt.conversations import Reading
-from _mlx_server.inference.protocol import first_line
+from _mlx_server.inference.protocol import Priority, first_line
 
 log = logging.getLogger("mlx_server")
 
@@ -62,7 +62,8 @@ class DiskCache:
     node and checksum, given when it is complete. A file that is torn, foreign or not what its name
     says is never used. All files together, the one being written included, stay within `limit`
     bytes: the least recently used segment that no other one follows goes first. A chain's files
-    count as used together, by their modification times.
+    count as used together, by their modification times, and earlier for less important requests, as
+    in the prefix cache.
 
     The files hold conversations: nobody else may open the folder, and none is written to through a
     link.
@@ -164,9 +165,9 @@ class DiskCache:
             chain.append(segment)
         return chain[::-1], longest
 
-    def load(self, chain: list[Segment], length: int) -> CacheEntry | None:
-        """The state that a chain restores; None if one of its files turns out to be bad. On the MLX
-        thread."""
+    def load(self, chain: list[Segment], length: int, priority: Priority) -> CacheEntry | None:
+        """The state that a chain restores for a request of a priority; None if one of its files
+        turns out to be bad. On the MLX thread."""
         parts, tokens, checkpoints = [], [], {}
         for segment in chain:
             try:
@@ -180,7 +181,7 @@ class DiskCache:
             if not segment.trimmable:
                 kept = [None if is_trimmable(layer) else layer for layer in layers]
                 checkpoints[len(tokens)] = Checkpoint(kept)
-        self._touch(chain)
+        self._touch(chain, priority)
         joined = [concatenate_layers(list(layers)) for layers in zip(*parts, strict=True)]
         entry = CacheEntry(tokens, joined, checkpoints)
         if entry.trimmable and length == len(tokens):
@@ -221,7 +222,8 @@ class DiskCache:
             "trimmable": json.dumps(entry.trimmable),
         }
         try:
-            if not self._write_segment(chain, parent, tokens, entry.layers(start, end), notes):
+            layers = entry.layers(start, end)
+            if not self._write_segment(chain, parent, tokens, layers, notes, entry.priority):
                 message = "prompt cache on disk: there is no room for %d tokens"
                 log.info(message, end)
                 return True
@@ -238,6 +240,7 @@ class DiskCache:
         tokens: list[int],
         layers: list[Any],
         notes: dict[str, str],
+        priority: Priority,
     ) -> bool:
         """Writes one file behind a chain; returns whether there was room for it."""
         from mlx_lm.models.cache import save_prompt_cache
@@ -258,19 +261,21 @@ class DiskCache:
         node = segment_node(parent, tokens)
         path = self.folder / f"{node}.{checksum}.safetensors"
         os.replace(self._writing, path)
+        used = _time_of_use(priority)
+        os.utime(path, ns=(used, used))
         self._add(_read_segment(path, node))
-        self._touch(chain)
+        self._touch(chain, priority)
         # Another process may have written at the same time
         self._make_room(0, {segment.node for segment in chain})
         return True
 
-    def _touch(self, chain: list[Segment]) -> None:
+    def _touch(self, chain: list[Segment], priority: Priority) -> None:
         """Notes that a chain has been used, for other processes in the files' times."""
-        now = time.time_ns()
         for segment in chain:
+            used = max(_time_of_use(priority), self._used.get(segment.node, 0))
             with contextlib.suppress(OSError):
-                os.utime(segment.path, ns=(now, now))
-            self._note_use(segment, now)
+                os.utime(segment.path, ns=(used, used))
+            self._note_use(segment, used)
 
     def _note_use(self, segment: Segment, used: int) -> None:
         """Comes when a segment was used and when its last follower has gone."""
@@ -345,6 +350,11 @@ class DiskCache:
 _EMPTY: PrefixTree[Segment] = PrefixTree()
 # Bytes of a file's header; one of ours has some thousand tokens and the answers that end there
 MOST_HEADER = 16 * 2**20
+
+
+def _time_of_use(priority: Priority) -> int:
+    """What counts as the time of use by a request of a priority, in nanoseconds of unix time."""
+    return time.time_ns() - int(PrefixCache.STEP * 1e9) * priority
 
 
 def _make_private(folder: Path) -> None:

@@ -117,7 +117,7 @@ class PromptReader:
         if self._disk_cache is not None and sequence.entry is None:
             chain, kept = self._disk_cache.find(self._fingerprint, tokens[:-1], owner)
             if kept > max(cached, len(entry.tokens) if entry else 0):
-                entry = self._disk_cache.load(chain, kept)
+                entry = self._disk_cache.load(chain, kept, sequence.request.priority)
         if entry is None and cached > have:
             entry = self._prefixes.take(match)
             sequence.searched = self._prefixes.version
