@@ -46,7 +46,7 @@ from _mlx_server.front.relay import relay
 from _mlx_server.front.request_log import RequestLog
 from _mlx_server.front.rules import apply_thinking, chosen_priority, first_match
 from _mlx_server.front.sockets import ClientDisconnected
-from _mlx_server.front.startup import is_taken, mlx_trouble, port_trouble, raise_file_limit
+from _mlx_server.front.startup import is_taken, mlx_trouble, port_trouble, prepare_process
 from _mlx_server.front.upstream import Upstream, is_relayed
 from _mlx_server.front.watchdog import Watchdog
 from _mlx_server.front.welcome import welcome
@@ -453,7 +453,7 @@ def _main(argv: Sequence[str]) -> int:
     if trouble := mlx_trouble():
         log.critical("%s", trouble)
         return 1
-    raise_file_limit()
+    prepare_process()
     try:
         return _run(args)
     except EngineError as error:

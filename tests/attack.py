@@ -184,10 +184,12 @@ def first_token(port: int, words: str) -> float:
         answer = connection.getresponse()
         if answer.status != 200:
             raise RuntimeError(f"{answer.status}: {answer.read()!r}")
+        lines = []
         for line in answer:
             if line.startswith(b"data:") and b"content_block_delta" in line:
                 return time.monotonic() - began
-    raise RuntimeError("an answer without text")
+            lines.append(line)
+    raise RuntimeError(f"an answer without text: {lines}")
 
 
 def answered(port: int) -> int:

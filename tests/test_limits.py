@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import gc
 import gzip
+import itertools
 import json
 import logging
 import os
+import platform
 import socket
 import stat
 import subprocess
@@ -16,12 +18,13 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, Server
 from test_http import ask
 
 import mlx_server
@@ -30,6 +33,7 @@ from _mlx_server.front.body import decompress, parse_json
 from _mlx_server.front.budget import BodyBudget, BodyClaim
 from _mlx_server.front.connections import Connection
 from _mlx_server.front.logs import JSONLine, OneLine, log_file
+from _mlx_server.front.startup import ARENAS
 from _mlx_server.front.upstream import CLOUD
 from _mlx_server.inference.catalog.presets import Preset, PresetStore
 from _mlx_server.inference.prompt.control_tokens import ControlTokens
@@ -287,6 +291,35 @@ def test_an_idle_connection_holds_no_body(engine: Engine, serve: Callable):
             return True
 
         assert traced_growth(send) < 2 << 20
+
+
+def pools(process: int) -> int:
+    """How many pools glibc has beside the first: each begins at a multiple of 64 MB, the part of it
+    that is not in use yet is not accessible."""
+    found, size = 0, 64 << 20
+    spans = []
+    for line in Path(f"/proc/{process}/maps").read_text().splitlines():
+        addresses, rights, *_ = line.split()
+        spans.append((*(int(at, 16) for at in addresses.split("-")), rights))
+    for (start, end, rights), (unused, last, locked) in itertools.pairwise(spans):
+        pool = start % size == 0 and end == unused and last == start + size
+        found += pool and (rights, locked) == ("rw-p", "---p")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_threads_share_pools_of_memory():
+    """Each pool keeps what the largest request took."""
+    server = Server()
+    with ThreadPoolExecutor(16) as pool:
+        body = {"model": "demo", "messages": [{"role": "user", "content": "word " * 20_000}]}
+        answers = [
+            pool.submit(ask, server, "POST", "/v1/messages/count_tokens", body) for _ in range(64)
+        ]
+        assert all(one.result()[0].status == 200 for one in answers)
+    assert 0 < pools(server.process.pid) <= ARENAS
+    assert server.stop() == 0
 
 
 @pytest.mark.slow
