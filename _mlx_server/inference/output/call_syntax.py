@@ -30,7 +30,8 @@ _JSON_KEY = r'"((?:[^"\\<]|\\.){0,200}+)"\s*+:\s*+'
 JSON_ARGUMENT = pattern(_JSON_KEY, r"(?=\S)")
 # The bracket that opens a JSON object, once its first key or its end has come.
 JSON_START = rf"\{{(?=\s*+(?:\}}|{_JSON_KEY}))"
-# What a value stands between that holds its own family's tags: https://www.w3.org/TR/xml/#sec-cdata-sect
+# What a value stands between that holds its own family's tags.
+# https://www.w3.org/TR/xml/#sec-cdata-sect
 CDATA = ("<![CDATA[", "]]>")
 # A key without quotes.
 BARE_KEY = r"([^\s{}\[\]:,<](?:[^{}\[\]:,<]*[^\s{}\[\]:,<])?)\s*+:"
