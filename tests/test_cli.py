@@ -81,7 +81,7 @@ def test_the_servers_models_are_listed_and_unloaded_at_the_keyboard(server: Serv
     assert run("stop", "demo", *port).stdout == "unloaded demo\n"
     assert len(run("ps", *port).stdout.splitlines()) == 1
     out = run("ps", "--port", "1")
-    assert out.returncode == 1 and "http://127.0.0.1:1 cannot be asked: " in out.stderr
+    assert out.returncode == 1 and "no server listens at http://127.0.0.1:1; " in out.stderr
 
 
 def test_folders_without_models_are_told_at_the_start(tmp_path: Path):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from _mlx_server.front.options import api_keys, reached
+from _mlx_server.front.options import api_keys, program, reached
 from _mlx_server.inference.protocol import EngineError
 
 PATIENCE = 10.0  # seconds that a short answer may take
@@ -73,6 +73,9 @@ class ServerClient:
         try:
             status, content = self._request(method, path, body, patience)
             answer = json.loads(content) if content else {}
+        except ConnectionRefusedError:
+            how = f"no server listens at {self.url}; to start it: {program()}"
+            raise ServerError(how) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "strerror", None) or "its answer is none"
             raise ServerError(f"the server at {self.url} cannot be asked: {reason}") from None

@@ -62,7 +62,7 @@ COMMANDS = {
     "ps": Command("the models in the running server's memory", list_loaded),
     "stop": Command("unload a model from the running server's memory", unload_model, "NAME"),
     "doctor": Command("what a bug report needs", examine),
-    "help": Command("this text", _help),
+    "help": Command("this text", _help, "[COMMAND]"),
 }
 
 

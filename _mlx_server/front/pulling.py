@@ -56,6 +56,7 @@ def _next(args: argparse.Namespace, repo: str) -> str:
 def _chosen(hub: Hub, memory: int) -> tuple[str, int, str]:
     """Repo, size in bytes and reason of the model that one keystroke has taken. Raises EngineError
     if none was."""
+    print("asking the hub which models suit this machine ...", file=sys.stderr, flush=True)
     choices = offer(hub, memory)[:MOST]
     if not choices:
         raise EngineError(f"the hub lists no model for {gigabytes(memory)} of memory")

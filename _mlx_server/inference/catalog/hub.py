@@ -160,6 +160,8 @@ class Hub:
         """What asks the hub."""
         from huggingface_hub import HfApi  # takes most of a second
 
+        # It warns at each of its attempts; what fails in the end is raised
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         return HfApi()
 
     def listing(self, most: int) -> list[ModelInfo]:
