@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bench_api import Answer
@@ -89,20 +89,38 @@ def prefill(side: Side | Generate, plan: Plan, salt: str) -> Figures:
 
 
 def decode(side: Side | Generate, plan: Plan, salt: str) -> Figures:
-    answer = side.ask(say(STORY.format(salt), plan.tokens))
+    """A story; where drafts can be forbidden also with and without them, in turn, alone and two at
+    once."""
+    figures = {"decode": speed(side, say(STORY.format(salt), plan.tokens))}
+    if isinstance(side, Side) and side.api != "chat":
+        drafting = replace(side, api="ollama")
+        sides = [(drafting, ""), (replace(drafting, drafts=False), "_plain")]
+        if salt[-1] in "13579":  # runs begin with the one and with the other
+            sides.reverse()
+        for one, key in sides:
+            figures[f"story{key}"] = speed(one, say(STORY.format(f"{salt}{key}"), plan.tokens))
+            figures[f"two{key}"] = together(one, 2, plan, f"{salt}{key}")
+    return figures
+
+
+def speed(side: Side | Generate, body: dict) -> float:
+    """Tokens a second of an answer, behind its first one."""
+    answer = side.ask(body)
     if answer.tokens < 2 or not answer.rest:
         raise ValueError(f"an answer of {answer.tokens} tokens that came at once has no speed")
-    return {"decode": (answer.tokens - 1) / answer.rest}
+    return (answer.tokens - 1) / answer.rest
+
+
+def together(side: Side, count: int, plan: Plan, salt: str) -> float:
+    """Tokens a second of so many stories at once."""
+    bodies = [say(STORY.format(f"{salt} {count} {n}"), plan.tokens) for n in range(count)]
+    with ThreadPoolExecutor(count) as pool:
+        answers = list(pool.map(side.ask, bodies))
+    return sum(a.tokens for a in answers) / max(a.first + a.rest for a in answers)
 
 
 def concurrent(side: Side, plan: Plan, salt: str) -> Figures:
-    def together(count: int) -> float:
-        bodies = [say(STORY.format(f"{salt} {count} {n}"), plan.tokens) for n in range(count)]
-        with ThreadPoolExecutor(count) as pool:
-            answers = list(pool.map(side.ask, bodies))
-        return sum(a.tokens for a in answers) / max(a.first + a.rest for a in answers)
-
-    return {"one": together(1), "concurrent": together(8)}
+    return {"one": together(side, 1, plan, salt), "concurrent": together(side, 8, plan, salt)}
 
 
 def contended(side: Side, plan: Plan, salt: str) -> Figures:
@@ -143,7 +161,7 @@ def calibrate(side: Side, other: Side | Generate | None, seconds: float) -> Plan
 
     per_word = warm_up(side).prompt / small.words
     read = prefill(side, small, small.salt)["prefill"]
-    write = decode(side, small, small.salt)["decode"]
+    write = speed(side, say(STORY.format(small.salt), small.tokens))
     prompt = max(100, min(8000, read * seconds / 2))
     long = max(2 * prompt, read)  # it has to take a while
     if isinstance(other, Side):

@@ -25,6 +25,7 @@ class Side:
     api: a key of `APIS`; model: the model's name in that API.
     tells: whether the server tells what of a prompt it had read before.
     context: tokens to ask Ollama for; 0 leaves it to the server.
+    drafts: whether it may decode several tokens a pass; only Ollama's API can forbid it.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Side:
     about: str = ""
     tells: bool = True
     context: int = 0
+    drafts: bool = True
 
     def ask(self, body: dict) -> Answer:
         """Sends a Messages API body, streamed, in the server's API.
@@ -46,6 +48,8 @@ class Side:
         payload = form({"temperature": 0, **body, "model": self.model, "stream": True})
         if self.api == "ollama" and self.context:  # with another one it would load the model anew
             payload["options"]["num_ctx"] = self.context
+        if not self.drafts:
+            payload["options"]["draft_num_predict"] = 0
         answer, pieces, started, seen = Answer(), 0, time.perf_counter(), 0.0
         with request(self.url, path, payload) as response:
             if response.status != 200:

@@ -30,6 +30,8 @@ ROWS = [
     Row("reread", "prefilled per new token", "tokens", False),
     Row("prefill", "prefill", "tokens/s", True, label=Generate.name),
     Row("decode", "decode", "tokens/s", True, label=Generate.name),
+    Row("story", "decode, drafts allowed", "tokens/s", True, "story_plain", "no drafts"),
+    Row("two", "2 streams, drafts allowed", "tokens/s", True, "two_plain", "no drafts"),
     Row("concurrent", "8 streams together", "tokens/s", True, "one", "one stream"),
     Row("contended", "first token behind a long prompt", "s", False, "chunk", "512 tokens of it"),
     Row("memory", "peak memory", "GB", False),
@@ -77,10 +79,10 @@ class Table:
         """A panel for each row, as PNG."""
         from matplotlib.figure import Figure
 
-        sheet = Figure(figsize=(14, 7), layout="constrained")
+        sheet = Figure(figsize=(17, 7), layout="constrained")
         sheet.suptitle("\n".join(self.head), fontsize=8)
         sheet.get_layout_engine().set(h_pad=0.2, w_pad=0.2)
-        for row, panel in zip(ROWS, sheet.subplots(2, 4).flat, strict=True):
+        for row, panel in zip(ROWS, sheet.subplots(2, 5).flat, strict=True):
             one, two = self.ours.get(row.key), self.theirs.get(row.key)
             bars = panel.bar([0, 1], [one or 0, two or 0], 0.6, color=["#2a6f97", "#b8bcc2"])
             panel.bar_label(bars, [number(one), number(two)], padding=2)
