@@ -6,6 +6,8 @@ from __future__ import annotations
 import http.client
 import itertools
 import json
+import os
+import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,11 +20,13 @@ from schemas import obj, tool
 from test_engine import REREAD, SYSTEM, answer, cold, user
 
 from _mlx_server.front import answers
+from _mlx_server.inference.prompt.control_tokens import unescape
 from _mlx_server.wire.anthropic import AnthropicMessages
 from engine import Engine, Generation, Request, Sampling, Thinking, Tick
 
 READ = tool("Read", obj(path={"enum": ["a.txt", "b.txt"]}))
 WRITE = tool("Write", obj(path={"enum": ["a.txt", "b.txt"]}, text={"enum": ["x"]}))
+EDITS = int(os.environ.get("EDITS", "40"))  # of a conversation, by its client
 # Small enough that 128,000 tokens are read within a minute
 NARROW = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 1}
 NARROW |= {"num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 200_000}
@@ -409,3 +413,46 @@ def test_thinking_that_the_client_does_not_want_to_see_is_not_silence(
     types = [event["type"] for event in events]
     start, stop = types.index("content_block_start"), types.index("content_block_stop")
     assert len(thoughts) > 3 and types[start:stop].count("ping") > 3
+
+
+def edited(messages: list[dict], chance: random.Random) -> tuple[list[dict], str]:
+    """A conversation with one message changed, or dropped with all behind it but the last one, and
+    the words that have come in."""
+    words = f"changed {chance.randrange(10**9)}"
+    at = chance.randrange(len(messages) - 1)
+    changed = {**messages[at], "content": words}
+    if chance.random() < 0.2 and changed["role"] == "user":
+        return [*messages[:at], changed], words
+    return [*messages[:at], changed, *messages[at + 1 :]], words
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3", "llama_sliding"])
+def test_what_a_client_changes_is_answered_as_if_it_had_never_been_otherwise(
+    kind: str, folder: Path
+):
+    """The reference has an empty cache for each request, and reads the tokens that the other one
+    has read in part before."""
+    chance, reused = random.Random(kind), 0
+    messages = [{"role": "system", "content": SYSTEM["content"][:150]}]
+    with Engine(str(folder / kind)) as engine, Engine(str(folder / kind), cache_limit=1) as fresh:
+        for turn in range(6):
+            messages.append(user(f"Say {turn}. " * chance.randrange(2, 9)))
+            said, _ = answer(engine, messages, max_tokens=3)
+            messages.append({"role": "assistant", "content": said})
+        messages.append(user("And now?"))
+        renderer = fresh.renderer(fresh.default)
+        template = renderer.template
+        for _ in range(EDITS):
+            changed, words = edited(messages, chance)
+            said, generation = answer(engine, changed, max_tokens=3)
+            tokens = generation.sequence.prompt.tokens
+            cold = fresh.submit(Request("default", prompt=tokens, max_tokens=3))
+            assert "".join(cold.text()) == said
+            assert cold.usage.cached_tokens == 0
+            reused += generation.usage.cached_tokens > 0
+            # Behind the change stands what the template makes of it, which knows of nothing else
+            anew = template.render(template.escape_messages(changed), [], {}, generation=True)
+            read = renderer.decode(tokens)
+            assert read.rpartition(words)[2] == unescape(anew).rpartition(words)[2] != ""
+    assert reused > EDITS / 2
