@@ -23,7 +23,7 @@ from _mlx_server.inference.cache.prefix_tree import common_prefix
 from _mlx_server.inference.catalog.library import Library
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.output.stops import StopMatcher
-from _mlx_server.inference.protocol import ModelNotFound
+from _mlx_server.inference.protocol import ModelNotFound, Priority
 
 ROOM = 1 << 40
 MORE = pytest.mark.parametrize("many", [1, pytest.param(10, marks=pytest.mark.slow)])
@@ -348,7 +348,7 @@ def test_weeks_of_use_leave_the_files_of_live_entries_within_the_limit(
         said.append(tokens)
         chain, kept = disk.find("m", tokens[:-1])
         if dice.random() < 0.5 and kept:
-            assert disk.load(chain, kept).tokens == tokens[:kept]
+            assert disk.load(chain, kept, Priority.NORMAL).tokens == tokens[:kept]
         entry = make(tokens, [len(tokens) // 2, len(tokens)])
         entry.model, entry.root = "m", len(tokens) // 2
         cache.put(entry)
