@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import gc
 import gzip
-import itertools
 import json
 import logging
 import os
@@ -18,13 +17,12 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Server
+from conftest import ROOT
 from test_http import ask
 
 import mlx_server
@@ -293,33 +291,35 @@ def test_an_idle_connection_holds_no_body(engine: Engine, serve: Callable):
         assert traced_growth(send) < 2 << 20
 
 
-def pools(process: int) -> int:
-    """How many pools glibc has beside the first: each begins at a multiple of 64 MB, the part of it
-    that is not in use yet is not accessible."""
-    found, size = 0, 64 << 20
-    spans = []
-    for line in Path(f"/proc/{process}/maps").read_text().splitlines():
-        addresses, rights, *_ = line.split()
-        spans.append((*(int(at, 16) for at in addresses.split("-")), rights))
-    for (start, end, rights), (unused, last, locked) in itertools.pairwise(spans):
-        pool = start % size == 0 and end == unused and last == start + size
-        found += pool and (rights, locked) == ("rw-p", "---p")
-    return found
+POOLS = """
+import ctypes, sys, threading
+from _mlx_server.front.startup import bound_arenas
+
+if "bounded" in sys.argv:
+    bound_arenas()
+everyone = threading.Barrier(17)
 
 
-@pytest.mark.slow
+def work():
+    held = [bytes(1000) for _ in range(100)]
+    everyone.wait()
+
+
+for _ in range(16):
+    threading.Thread(target=work).start()
+everyone.wait()
+libc = ctypes.CDLL(None)
+libc.malloc_info(0, ctypes.c_void_p.in_dll(libc, "stdout"))
+"""
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
-def test_threads_share_pools_of_memory():
+@pytest.mark.parametrize("bounded", [True, False])
+def test_threads_share_pools_of_memory(bounded: bool):
     """Each pool keeps what the largest request took."""
-    server = Server()
-    with ThreadPoolExecutor(16) as pool:
-        body = {"model": "demo", "messages": [{"role": "user", "content": "word " * 20_000}]}
-        answers = [
-            pool.submit(ask, server, "POST", "/v1/messages/count_tokens", body) for _ in range(64)
-        ]
-        assert all(one.result()[0].status == 200 for one in answers)
-    assert 0 < pools(server.process.pid) <= ARENAS
-    assert server.stop() == 0
+    command = [sys.executable, "-c", POOLS, "bounded" if bounded else "as it is"]
+    told = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert (0 < told.count("<heap nr=") <= ARENAS) == bounded
 
 
 @pytest.mark.slow

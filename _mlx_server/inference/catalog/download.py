@@ -261,6 +261,8 @@ def _bring(order: Order, reporter: _Reporter) -> None:
 
         def __init__(self, *args: Any, **options: Any):
             super().__init__(*args, **{**options, "disable": True})
+            reporter.completed = int(self.n)
+            reporter.progress()  # what was there before: it tells nothing of the speed
 
         def update(self, n: float | None = 1) -> None:
             self.n += n or 0
