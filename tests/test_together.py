@@ -18,18 +18,19 @@ from test_engine import REREAD, SYSTEM, answer, cold, user
 
 from _mlx_server.inference.cache.layers import is_trimmable
 from _mlx_server.inference.decoding.decode_batch import DecodeBatch
+from _mlx_server.inference.speculation.pass_costs import PassCosts
 from engine import Engine, EngineError, Generation, Priority, Request
 
 
 @pytest.fixture(scope="module", params=kinds("llama_sliding"))
 def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
-    with Engine(str(folder / request.param)) as engine:
+    with Engine(str(folder / request.param), speculation=False) as engine:  # measures no passes
         yield engine
 
 
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> Iterator[Engine]:
-    with Engine(str(folder / "qwen2")) as engine:
+    with Engine(str(folder / "qwen2"), speculation=False) as engine:
         yield engine
 
 
@@ -120,6 +121,20 @@ def test_a_short_prompt_is_read_in_one_pass_or_two_with_a_restore_point(engine: 
     assert generation.usage.prefilled_tokens == prompt - 1
     again, generation = answer(engine, [user("hello")], max_tokens=4)
     assert again == before and generation.usage.cached_tokens >= prompt - REREAD
+
+
+@pytest.mark.parametrize("widest, length", [(1.5, 40), (400.0, 39)])
+def test_a_prompts_end_is_read_with_the_answers_first_pass_where_that_is_quicker(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, widest: float, length: int
+):
+    """`widest` is how long a pass of 32 tokens takes, one of a single token being 1."""
+    costs = PassCosts({1: 1.0, 32: widest})
+    monkeypatch.setattr(PassCosts, "measure", lambda *_: costs)
+    with Engine(str(folder / "qwen2")) as engine:
+        with at_once(engine) as shapes:
+            generation = raw(engine, tokens(40, 1))
+        text(generation)
+    assert shapes[0] == (1, length)
 
 
 @pytest.mark.slow

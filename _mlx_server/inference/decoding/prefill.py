@@ -19,6 +19,7 @@ from _mlx_server.inference.group import Group
 from _mlx_server.inference.images.vision import Vision
 from _mlx_server.inference.protocol import Embedding
 from _mlx_server.inference.sequence import Sequence
+from _mlx_server.inference.speculation.pass_costs import PassCosts
 
 log = logging.getLogger("mlx_server")
 
@@ -32,7 +33,8 @@ class PromptReader:
     their next checkpoint; with the padding they are at most a chunk, a large one with experts.
     Copying their states into shared caches and back must cost less than it saves (`_pays_off`). A
     request that can have a chunk or more from another waits for that. The end of a prompt, up to
-    `TAIL` tokens, is read by the pass that picks the first token of the answer."""
+    `TAIL` tokens, is read by the pass that picks the first token of the answer, as far as that is
+    quicker than a pass of its own (`_tail_length`)."""
 
     CHUNK = 512  # tokens; larger ones gain no speed but memory peaks and waiting time
     # With experts a chunk reads the weights of all of them, and larger ones gain up to a fifth:
@@ -46,9 +48,7 @@ class PromptReader:
     # Tokens that a restore point has to save: fewer are read again in less time than the pass takes
     # that ends there, most of which is reading the weights.
     WORTH = 64
-    # Tokens of a prompt's end that the first pass of decoding reads. It computes logits for all of
-    # them, of which the last one's are used.
-    TAIL = 64
+    TAIL = 64  # tokens of a prompt's end that the first pass of decoding reads
     PROGRESS = 4.0  # seconds between two log lines on the progress of a long prompt
 
     def __init__(
@@ -61,11 +61,13 @@ class PromptReader:
         disk_cache: DiskCache | None,
         decode_batch: DecodeBatch,
         group: Group,
+        costs: PassCosts | None,
     ):
-        """`name` is the model's in the log."""
+        """`name` is the model's in the log, `costs` are those of its passes if they are known."""
         self._name, self._fingerprint = name, fingerprint
         self._weights, self._vision = weights, vision
         self._prefixes, self._disk_cache, self._decode_batch = prefixes, disk_cache, decode_batch
+        self._tail = _tail_length(len(weights.new_cache()), costs)
         self._chunk = self.CHUNK
         # With other processes waiting in a collective, no chunk may take long.
         self._chunk_alone = self.LARGE if weights.has_experts and group.size == 1 else 0
@@ -221,7 +223,7 @@ class PromptReader:
         left = len(prompt.tokens) - start
         if left <= 1:
             return True
-        if left > min(self.TAIL, self._chunk) or sequence.limit <= 0 or self._marks(sequence):
+        if left > min(self._tail, self._chunk) or sequence.limit <= 0 or self._marks(sequence):
             return False
         return not prompt.images or prompt.images[-1].end <= start
 
@@ -384,3 +386,14 @@ def _most_like(sequence: Sequence, running: tuple[Sequence, ...]) -> tuple[int, 
         if shared > most:
             most, donor = shared, other
     return most, donor
+
+
+def _tail_length(layers: int, costs: PassCosts | None) -> int:
+    """How many tokens of a prompt's end the first pass of decoding reads. A pass of which only the
+    states are wanted leaves out what comes behind the last layer's keys and values, since MLX
+    computes nothing that is not used: about a layer's work for each token. So much a further pass
+    may cost, most of which is reading the weights; where they are read fast, as by a CPU, it is
+    less than that for a few tokens already."""
+    if costs is None:
+        return PromptReader.TAIL
+    return int(min(PromptReader.TAIL, layers * costs.tokens_in_a_pass))

@@ -90,6 +90,7 @@ class ModelRunner:
             disk_cache,
             self.decode_batch,
             group,
+            self.speculation.costs if self.speculation else None,
         )
         log.info("loaded %s in %.1f s", local.name, time.perf_counter() - started)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -55,6 +56,12 @@ class PassCosts:
             run()
             seconds.append(time.perf_counter() - started)
         return min(seconds)
+
+    @property
+    def tokens_in_a_pass(self) -> float:
+        """How many tokens more a pass reads in the time that one of a single token takes."""
+        more = (self._loaded[ROWS[-1]] - self._loaded[1]) / (ROWS[-1] - 1)
+        return self._loaded[1] / more if more > 0 else math.inf
 
     def _one(self, context: int) -> float:
         """Seconds of a pass that reads a single token."""
