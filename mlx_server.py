@@ -26,6 +26,7 @@ import errno
 import logging
 import logging.handlers
 import os
+import queue
 import shlex
 import signal
 import threading
@@ -112,8 +113,8 @@ class MLXServer(ConnectionServer):
             self.begin_stop()
 
     def begin_stop(self, drain: float = 0.0) -> None:
-        """Calls `stop` in another thread and returns at once, for signal handlers. A second call
-        ends the running answers without waiting for them any longer."""
+        """Calls `stop` in another thread and returns at once. A second call ends the running
+        answers without waiting for them any longer."""
         if self._stopper is None:
             if running := self.answers:
                 message = (
@@ -551,13 +552,18 @@ def _listen(args: argparse.Namespace) -> MLXServer:
 
 def _serve(args: argparse.Namespace, server: MLXServer, engine: Engine, watchdog: Watchdog) -> None:
     """Answers until a signal, or an engine that has failed, ends it."""
+    # A handler may interrupt whoever holds a lock, itself as well. So it takes none, as this queue
+    # takes none, and a thread does the work.
+    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
 
-    def stop(*_: object) -> None:
-        server.begin_stop(args.drain)
-        watchdog.end_within(args.drain + STOPPING)
+    def stop() -> None:
+        while signals.get():
+            watchdog.end_within(args.drain + STOPPING)
+            server.begin_stop(args.drain)
 
+    threading.Thread(target=stop, name="signals", daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
+        signal.signal(number, lambda number, _: signals.put(number))
     # Only a terminal that is closed sends SIGHUP to end its programs
     if not sys.stderr or not sys.stderr.isatty():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -150,6 +150,32 @@ def test_a_signal_ends_running_work_with_an_error_and_the_program_with_0(number:
     assert server.process.wait(60) == 0
 
 
+# A signal comes while what another one has begun holds the watchdog's lock
+INTERRUPTED = """
+import faulthandler, os, signal, sys, time
+import mlx_server
+
+later = faulthandler.dump_traceback_later
+
+
+def interrupted(seconds, **options):
+    if seconds > 1000:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+    later(seconds, **options)
+
+
+faulthandler.dump_traceback_later = interrupted
+sys.exit(mlx_server.main())
+"""
+
+
+def test_a_signal_that_comes_while_another_is_handled_ends_the_server():
+    server = Server("--drain", "1000", command=(sys.executable, "-c", INTERRUPTED))
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(60) == 0
+
+
 @pytest.mark.slow
 def test_a_second_signal_ends_what_the_first_lets_run():
     server = Server("--drain", "1000")

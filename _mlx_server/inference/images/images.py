@@ -141,7 +141,7 @@ def _resized(image: Image, size: tuple[int, int], filter: int) -> Image:
         tile = image.crop((first, upper, last, lower))
         if image.has_transparency_data:
             tile = tile.convert("RGBA")
-            if tile.getchannel("A").getextrema() != (255, 255):  # as screenshots are not
+            if tile.getchannel("A").getextrema() != (255, 255):  # screenshots are opaque
                 tile = Image.alpha_composite(Image.new("RGBA", tile.size, "white"), tile)
         scale = image.width / size[0], image.height / size[1]
         box = (
