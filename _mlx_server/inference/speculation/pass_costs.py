@@ -18,7 +18,7 @@ class PassCosts:
     alone. On the MLX thread."""
 
     GAIN = 1.05  # tokens in the time of one, below which a draft is not worth it
-    RUNS = 6  # of which the fastest counts
+    RUNS = 3  # of which the fastest counts; the start waits for them
     SLOW = 0.1  # seconds behind which no further one begins
     SAMPLES = 64  # passes of a kind that are kept
     FEW = 5  # passes of a kind that say nothing yet
