@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
 COMMIT = "c" * 40
@@ -54,6 +55,13 @@ class FakeHub(ThreadingHTTPServer):
     def fetched(self) -> list[str]:
         """The files whose content was asked for, in that order."""
         return [path.split("/", 4)[4] for _, path, _, _ in self.asked if path.startswith("/cdn/")]
+
+
+def demo_files() -> dict[str, bytes]:
+    """The files of the built-in model, without the modules and the folder of compiled ones."""
+    folder = Path(__file__).parent / "demo"
+    paths = [path for path in folder.iterdir() if path.suffix not in ("", ".py")]
+    return {path.name: path.read_bytes() for path in paths}
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import PATIENCE, ROOT, Server
-from fake_hub import FakeHub, serving
+from conftest import PATIENCE, Server
+from fake_hub import FakeHub, demo_files, serving
 from test_http import LONG, ask
 from test_pull import environment
 from test_relay import TAGS, Foreign, running
@@ -137,12 +137,7 @@ def driver() -> Iterator:
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[FakeHub]:
-    demo = {
-        path.name: path.read_bytes()
-        for path in (ROOT / "tests" / "demo").iterdir()
-        if path.suffix not in ("", ".py")  # without the folder of compiled modules
-    }
-    with serving({"mlx-community/Tiny-1B-Instruct-4bit": demo}) as hub:
+    with serving({"mlx-community/Tiny-1B-Instruct-4bit": demo_files()}) as hub:
         yield hub
 
 

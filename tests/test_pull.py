@@ -20,7 +20,7 @@ from pathlib import Path
 import ollama
 import pytest
 from conftest import ROOT, Server, example
-from fake_hub import COMMIT, FakeHub, digest, serving
+from fake_hub import COMMIT, FakeHub, demo_files, digest, serving
 
 from _mlx_server.inference.catalog.download import HubError, HubFailure, hub_error
 from _mlx_server.inference.catalog.hub import Hub
@@ -43,11 +43,7 @@ def environment(hub: str, cache: Path, **more: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def pulling(tmp_path_factory) -> Iterator[tuple[FakeHub, Server, Path]]:
     """A hub, a server that pulls from it, and that one's cache."""
-    demo = {
-        path.name: path.read_bytes()
-        for path in (ROOT / "tests" / "demo").iterdir()
-        if path.suffix not in ("", ".py")  # without the folder of compiled modules
-    }
+    demo = demo_files()
     folder = tmp_path_factory.mktemp("pulling")
     repos = {
         "mlx-community/Tiny-1B-Instruct-4bit": demo,

@@ -271,8 +271,9 @@ class DiskCache:
 
     def _touch(self, chain: list[Segment], priority: Priority) -> None:
         """Notes that a chain has been used, for other processes in the files' times."""
+        now = _time_of_use(priority)
         for segment in chain:
-            used = max(_time_of_use(priority), self._used.get(segment.node, 0))
+            used = max(now, self._used.get(segment.node, 0))
             with contextlib.suppress(OSError):
                 os.utime(segment.path, ns=(used, used))
             self._note_use(segment, used)

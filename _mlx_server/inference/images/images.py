@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from _mlx_server.inference.protocol import InvalidRequest, Message, Request
+from _mlx_server.inference.protocol import InvalidRequest, Request
 
 if TYPE_CHECKING:
     import numpy
@@ -76,33 +76,27 @@ def lasting(text: str) -> str:
 def replace_marks(request: Request, texts: dict[str, str], other: str | None = None) -> Request:
     """The request with texts in place of marks, by mark, and with `other` in place of those that
     have none; without it they stay."""
-
-    def replaced(message: Message) -> Message:
-        def text(found: re.Match[str]) -> str:
-            return texts.get(found[0], found[0] if other is None else other)
-
-        return {**message, "content": MARK.sub(text, message["content"])}
-
-    return dataclasses.replace(request, messages=list(map(replaced, request.messages)))
-
-
-def marks_in(text: str) -> list[str]:
-    """The marks of a text, in their order."""
-    return [found[0] for found in MARK.finditer(text)]
+    return _replaced(request, lambda mark: texts.get(mark, mark if other is None else other))
 
 
 def replace_oldest(request: Request, note: str, count: int) -> Request:
     """The request with a note in place of each of its first `count` marks."""
     places = itertools.count()
+    return _replaced(request, lambda mark: note if next(places) < count else mark)
 
-    def replaced(found: re.Match[str]) -> str:
-        return note if next(places) < count else found[0]
 
+def _replaced(request: Request, text: Callable[[str], str]) -> Request:
+    """The request with what `text` makes of each mark, in their order."""
     messages = [
-        {**message, "content": MARK.sub(replaced, message["content"])}
+        {**message, "content": MARK.sub(lambda found: text(found[0]), message["content"])}
         for message in request.messages
     ]
     return dataclasses.replace(request, messages=messages)
+
+
+def marks_in(text: str) -> list[str]:
+    """The marks of a text, in their order."""
+    return [found[0] for found in MARK.finditer(text)]
 
 
 def read_pixels(
