@@ -128,8 +128,8 @@ def target(args: argparse.Namespace, *flags: str) -> Iterator[Side]:
 def random_model(kind: str, slow: bool) -> Iterator[str]:
     """A model of random weights that has no way to stop early: `slow`, so large that its arithmetic
     takes the time, or tiny, with the habits of its kind's templates."""
+    from habits import FAMILIES, LAST_WORDS, STRIPPED, XML_CALL, template
     from models import CONFIGS, build_model
-    from test_append_only import FAMILIES, LAST_WORDS, STRIPPED, XML_CALL, template
 
     config = {**CONFIGS[kind], "max_position_embeddings": 131072}
     if slow:

@@ -10,12 +10,23 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import anthropic
 import pytest
 from conftest import ROOT, Server
+from habits import FAMILIES
 from models import build_tokenizer
+from recorded import (
+    DEFERRED,
+    RECORDED,
+    TOOLS,
+    assistant,
+    body,
+    record,
+    results,
+    use,
+    user,
+)
 
 from _mlx_server.inference.cache.prefix_tree import common_prefix
 from _mlx_server.inference.catalog.models import describe
@@ -24,81 +35,6 @@ from _mlx_server.inference.prompt.prompt import Prompt
 from _mlx_server.inference.prompt.renderer import PromptRenderer
 from _mlx_server.wire.anthropic import AnthropicMessages
 from engine import Done, Text, Thinking, ToolEnd, ToolStart, Usage
-
-# Templates with the habits of real families
-
-JSON_CALL = """<tool_call>
-{"name": "{{ tool_call.name }}", "arguments": {{ tool_call.arguments | tojson }}}
-</tool_call>"""
-XML_CALL = """<tool_call>\n<function={{ tool_call.name }}>
-{% for key, value in tool_call.arguments.items() %}<parameter={{ key }}>
-{{ value if value is string else value | tojson }}
-</parameter>
-{% endfor %}</function>\n</tool_call>"""
-KEPT = "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
-LAST_WORDS = (
-    "{% set ns = namespace(at=0) %}{% for m in messages %}"
-    "{% if m.role == 'user' %}{% set ns.at = loop.index0 %}{% endif %}{% endfor %}"
-)
-STRIPPED = KEPT.replace("m.reasoning_content %}", "m.reasoning_content and loop.index0 > ns.at %}")
-
-
-def refuse(condition: str) -> str:
-    reason = "refused: " + condition.replace("'", "")
-    return f"{{% if {condition} %}}{{{{ raise_exception('{reason}') }}}}{{% endif %}}"
-
-
-def template(call: str = JSON_CALL, thinking: str = KEPT, check: str = "", top: str = "") -> str:
-    return f"""{top}{{% if tools %}}<|im_start|>system
-{{% if messages[0].role == 'system' %}}{{{{ messages[0].content }}}}
-
-{{% endif %}}# Tools
-
-You may call these functions:
-<tools>
-{{% for tool in tools %}}{{{{ tool | tojson }}}}
-{{% endfor %}}</tools>
-
-Write each call as JSON inside tags:
-<tool_call>
-{{"name": NAME, "arguments": ARGUMENTS}}
-</tool_call><|im_end|>
-{{% elif messages[0].role == 'system' %}}<|im_start|>system
-{{{{ messages[0].content }}}}<|im_end|>
-{{% endif %}}{{% for m in messages %}}{check}{{% if m.role == 'tool' %}}<|im_start|>user
-<tool_response>
-{{{{ m.content }}}}
-</tool_response><|im_end|>
-{{% elif m.role == 'assistant' %}}<|im_start|>assistant
-{thinking}{{{{ m.content.strip() }}}}{{% for c in m.tool_calls or [] %}}
-{{%- set tool_call = c.function %}}{{% if m.content or not loop.first %}}
-{{% endif %}}{call}{{% endfor %}}<|im_end|>
-{{% elif m.role == 'user' or not loop.first %}}<|im_start|>{{{{ m.role }}}}
-{{{{ m.content.strip() }}}}<|im_end|>
-{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}<|im_start|>assistant
-{{% endif %}}"""
-
-
-NO_MID_SYSTEM = refuse("m.role == 'system' and not loop.first")
-NINE = refuse("m.role == 'tool' and m.tool_call_id | length != 9") + (
-    "{% for c in m.tool_calls or [] %}" + refuse("c.id | length != 9") + "{% endfor %}"
-)
-ALTERNATES = refuse(
-    "not loop.first and m.role == 'user' and loop.previtem.role in ('user', 'tool')"
-)
-FAMILIES = {
-    "json": template(),
-    "xml": template(call=XML_CALL),
-    "stripped": template(thinking=STRIPPED, top=LAST_WORDS),
-    "thoughtless": template(thinking=""),
-    "strict": template(check=ALTERNATES + NO_MID_SYSTEM),
-    "nine": template(check=NINE),
-    "one call": template(check=refuse("(m.tool_calls or []) | length > 1")),
-    "dated": template(
-        top="<|im_start|>system\nToday is {{ strftime_now('%d %B %Y, %H:%M:%S') }}.<|im_end|>\n"
-    ),
-}
-
 
 FAST = ("json", "stripped", "nine")
 
@@ -124,163 +60,6 @@ def build_renderer(path: Path, template: str) -> PromptRenderer:
 @pytest.fixture
 def renderer(family: str, tmp_path: Path) -> PromptRenderer:
     return build_renderer(tmp_path, FAMILIES[family])
-
-
-# Requests as a client makes them
-
-
-def tool(name: str, **kinds: str) -> dict:
-    return {
-        "name": name,
-        "description": f"{name} it.",
-        "input_schema": {
-            "type": "object",
-            "properties": {key: {"type": kind} for key, kind in kinds.items()},
-        },
-    }
-
-
-TOOLS = [
-    tool("Bash", command="string", timeout="number", background="boolean"),
-    tool("Write", path="string", content="string", replace_all="boolean"),
-]
-BILLING = "x-anthropic-billing-header: cc_version=2.1.330.{:03x}; cc_entrypoint=cli;"
-
-
-def body(messages: list[dict], number: int = 0, tools: list[dict] = TOOLS) -> dict:
-    """A request as Claude Code makes it: the cache marks on the last block, single texts as strings
-    but where they are marked."""
-    *before, last = messages
-    blocks = (
-        [{"type": "text", "text": last["content"]}]
-        if isinstance(last["content"], str)
-        else last["content"]
-    )
-    marked = [*blocks[:-1], {**blocks[-1], "cache_control": {"type": "ephemeral"}}]
-    return {
-        "model": "m",
-        "max_tokens": 100,
-        "tools": tools,
-        "thinking": {"type": "adaptive"},
-        "system": [
-            {"type": "text", "text": BILLING.format(number)},
-            {"type": "text", "text": "You are careful.", "cache_control": {"type": "ephemeral"}},
-        ],
-        "messages": [*before, {**last, "content": marked}],
-    }
-
-
-def use(call_id: str, name: str = "Bash", **arguments: Any) -> dict:
-    return {"type": "tool_use", "id": call_id, "name": name, "input": arguments}
-
-
-def results(*pairs: tuple[str, Any]) -> dict:
-    return {
-        "role": "user",
-        "content": [
-            {"type": "tool_result", "tool_use_id": i, "content": content} for i, content in pairs
-        ],
-    }
-
-
-def assistant(*blocks: dict | str) -> dict:
-    return {
-        "role": "assistant",
-        "content": [{"type": "text", "text": b} if isinstance(b, str) else b for b in blocks],
-    }
-
-
-def user(*texts: str) -> dict:
-    return {
-        "role": "user",
-        "content": texts[0]
-        if len(texts) == 1
-        else [{"type": "text", "text": text} for text in texts],
-    }
-
-
-def system(text: str) -> dict:
-    return {"role": "system", "content": text}
-
-
-# Recorded sessions
-
-DEFERRED = {**tool("Fetch", url="string"), "defer_loading": True}
-RECORDED: dict[str, list[list[dict]]] = {  # what each request adds to the one before
-    "tool rounds": [
-        [user("<system-reminder>\nbe kind\n</system-reminder>", "list the files")],
-        [assistant("I look.", use("a1", command="ls")), results(("a1", "one\ntwo"))],
-        [
-            assistant(use("a2", command="cat one")),
-            results(
-                ("a2", [{"type": "text", "text": "first"}, {"type": "text", "text": "second"}])
-            ),
-        ],
-        [assistant("There are two."), user("thanks")],
-        [assistant("You are welcome.\n"), user("bye", "now")],
-    ],
-    "system messages": [
-        [user("hello"), system("the date is Monday")],
-        [assistant("Hi."), user("list"), system("<total_tokens>14000 tokens left</total_tokens>")],
-        [
-            assistant(use("a1", command="ls")),
-            results(("a1", "one")),
-            system("<total_tokens>13900 tokens left</total_tokens>"),
-        ],
-        [
-            assistant(use("a2", command="ls")),
-            results(("a2", "two")),
-            system("first"),
-            system("second"),
-            user("and now?"),
-        ],
-        [assistant("Done."), system("the mode has changed"), user("go on"), system("last")],
-        [assistant("All right."), user("end")],
-    ],
-    "parallel results in completion order": [
-        [user("look twice")],
-        [
-            assistant(use("a1", command="ls"), use("a2", command="pwd")),
-            results(("a2", "/tmp"), ("a1", "one")),
-        ],
-        [
-            assistant(use("a3", command="ls"), use("a4", command="pwd")),
-            results(("a3", "one"), ("a4", "/tmp")),
-            system("hurry"),
-        ],
-        [assistant("Same as before."), user("good")],
-    ],
-    "interrupted turns": [
-        [user("count to a million")],
-        [assistant("1 2 3"), user("[Request interrupted by user]", "only to ten")],
-        [
-            assistant(use("a1", command="seq 10")),
-            {
-                "role": "user",
-                "content": [
-                    {
-                        "type": "tool_result",
-                        "tool_use_id": "a1",
-                        "content": "The user doesn't want this.",
-                        "is_error": True,
-                    },
-                    {"type": "text", "text": "[Request interrupted by user for tool use]"},
-                ],
-            },
-            user("just say it"),
-        ],
-        [assistant("1 to 10"), user("fine")],
-    ],
-}
-
-
-def record(name: str) -> list[dict]:
-    messages: list[dict] = []
-    bodies = []
-    for number, added in enumerate(RECORDED[name]):
-        messages = [*messages, *added]
-        bodies.append(body(messages, number))
-    return bodies
 
 
 def goes_on(before: Prompt, after: Prompt) -> bool:
