@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-from _mlx_server.inference.prompt.conversations import ConversationMemory, Reading, answer_names
+import json
+import random
+
+from _mlx_server.inference.prompt.conversations import (
+    ConversationMemory,
+    KnownMessage,
+    Reading,
+    answer_names,
+)
+from _mlx_server.inference.prompt.history import HistoryMemo
+from _mlx_server.inference.protocol import Message
 
 HI = {"role": "user", "content": "hi"}
+
+
+def follow(memory: ConversationMemory, start: str, messages: list[Message]) -> list[str]:
+    return memory.follow(start, [KnownMessage(message, message) for message in messages])
 
 
 def test_a_reading_is_all_tokens_of_those_before_it():
@@ -41,7 +55,7 @@ def test_readings_that_lead_in_a_circle_are_none():
 
 def test_an_answer_is_found_however_a_client_sends_it_back():
     memory = ConversationMemory()
-    (asked,) = memory.follow("root", [HI])
+    (asked,) = follow(memory, "root", [HI])
     calls = [("id1", "Bash", {"command": "ls"})]
     names = answer_names(asked, "I look.", "hm", calls)
     memory.learn({"answer": Reading("", [1], dict.fromkeys(names, "answer"))})
@@ -51,7 +65,7 @@ def test_an_answer_is_found_however_a_client_sends_it_back():
         call = {"id": id, "type": "function", "function": function}
         answer = {"role": "assistant", "content": text, "tool_calls": [call]}
         more = {"reasoning_content": thinking} if thinking else {}
-        return memory.follow("root", [HI, {**answer, **more}])[-1]
+        return follow(memory, "root", [HI, {**answer, **more}])[-1]
 
     assert back("id1", {"command": "ls", "timeout": 9}) == "answer"  # rewritten
     assert back("call_1", {"command": "ls"}) == "answer"  # with an id of the client's
@@ -59,8 +73,8 @@ def test_an_answer_is_found_however_a_client_sends_it_back():
     assert back("call_1", {"command": "rm"}) != "answer"
     assert back("id1", {"command": "ls"}, "other") != "answer"
     assert back("id1", {"command": "ls"}, text="I lie.") != "answer"
-    changed = memory.follow("root", [{**HI, "content": "ho"}])[-1]
-    assert changed != asked and memory.follow("other root", [HI]) != [asked]
+    changed = follow(memory, "root", [{**HI, "content": "ho"}])[-1]
+    assert changed != asked and follow(memory, "other root", [HI]) != [asked]
 
 
 def test_the_oldest_readings_make_room():
@@ -71,4 +85,81 @@ def test_the_oldest_readings_make_room():
         if key == "b":
             assert memory.tokens("a") == half  # used again: "b" is the oldest now
     assert memory.tokens("b") is None and memory.tokens("a") == memory.tokens("c") == half
-    assert memory.follow("", []) == []
+    assert follow(memory, "", []) == []
+
+
+# What is made of messages once
+
+
+def shout(message: Message) -> Message:
+    return {**message, "content": message["content"].upper()}
+
+
+def call(arguments: dict) -> Message:
+    function = {"name": "Bash", "arguments": arguments}
+    calls = [{"id": "a", "type": "function", "function": function}]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+def test_of_a_conversation_that_comes_again_only_what_is_new_is_prepared():
+    made: list[str] = []
+
+    def escape(message: Message) -> Message:
+        made.append(message["content"])
+        return shout(message)
+
+    memo = HistoryMemo(escape)
+    for turn in range(2, 12):
+        messages = [{"role": "user", "content": f"x{at}"} for at in range(turn)]
+        assert [one.escaped for one in memo.prepare(messages)] == list(map(shout, messages))
+    assert made == [f"x{at}" for at in range(11)]
+    assert memo.prepare([]) == []
+
+
+ALIKE = [1, True, 1.0, "1", None, 0.0, -0.0, [1], [True], {"b": 1, "c": 2}, {"c": 2, "b": 1}]
+
+
+def test_a_message_that_is_only_equal_is_prepared_anew():
+    memo = HistoryMemo(lambda message: json.loads(json.dumps(message)))
+    for _ in range(2):
+        for value in ALIKE:
+            messages = [HI, HI, call({"a": value}), call({"a": value, "b": value}), HI]
+            found = [one.escaped for one in memo.prepare(messages)]
+            assert json.dumps(found) == json.dumps(messages)
+
+
+def test_edited_conversations_are_prepared_as_if_they_came_first():
+    rng = random.Random(3)
+    memo = HistoryMemo(shout)
+    memory = ConversationMemory()
+    messages: list[Message] = [HI]
+    for _ in range(400):
+        at = rng.randrange(len(messages) + 1)
+        other = {"role": rng.choice(["user", "tool"]), "content": "a" * rng.randrange(3)}
+        edit = rng.choice(["append", "append", "append", "replace", "drop", "insert"])
+        if edit == "append":
+            messages = [*messages, rng.choice([other, call({"a": rng.choice(ALIKE)})])]
+        elif edit == "insert":
+            messages = [*messages[:at], other, *messages[at:]]
+        elif edit == "replace":
+            messages = [*messages[:at], other, *messages[at + 1 :]]
+        else:
+            messages = messages[:at]
+        messages = json.loads(json.dumps(messages))
+        found = memo.prepare(messages)
+        assert json.dumps([one.escaped for one in found]) == json.dumps(list(map(shout, messages)))
+        for start in ("root", "other"):
+            assert memory.follow(start, found) == follow(memory, start, messages)
+
+
+def test_what_is_no_plain_json_is_prepared_as_well():
+    class Text(str):
+        pass
+
+    deep: dict = {}
+    for _ in range(3000):
+        deep = {"a": deep}
+    memo = HistoryMemo(shout)
+    for message in ({"role": "user", "content": Text("hi")}, {**HI, "more": deep}):
+        for _ in range(2):
+            assert memo.prepare([HI, message])[1].escaped["content"] == "HI"

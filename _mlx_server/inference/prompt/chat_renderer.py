@@ -9,6 +9,7 @@ import json
 import os
 import re
 import secrets
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +20,12 @@ from _mlx_server.inference.prompt.control_tokens import alternatives, unescape
 from _mlx_server.inference.prompt.conversations import (
     Call,
     ConversationMemory,
+    KnownMessage,
     Reading,
     answer_names,
     message_calls,
 )
+from _mlx_server.inference.prompt.history import HistoryMemo, exact_bytes
 from _mlx_server.inference.prompt.prompt import Prompt
 from _mlx_server.inference.prompt.template import Template
 from _mlx_server.inference.prompt.tokenizer import TextTokenizer
@@ -80,6 +83,7 @@ class ChatRenderer:
 
     REMEMBERED = 4096  # beginnings of conversations and of turns, and answers with calls
     ROOTS = 32  # pairs of a system message and tools
+    TEXTS = 8 * 2**20  # bytes of rendered texts
     FULL = 0.75  # of the window: a longer prompt gives up old thinking
 
     def __init__(
@@ -94,9 +98,13 @@ class ChatRenderer:
         self._turn_end = _turn_end(tokenizer, format)
         self._roots: BoundedMap[_Root] = BoundedMap(self.ROOTS)
         self._openers: BoundedMap[str] = BoundedMap(self.REMEMBERED)
+        self._histories = HistoryMemo(template.escape_message)
         self._births: BoundedMap[datetime.datetime] = BoundedMap(self.REMEMBERED)
         self._ends: BoundedMap[str] = BoundedMap(self.REMEMBERED)  # of messages, by their keys
-        self._thoughts: BoundedMap[str] = BoundedMap(self.REMEMBERED)  # by the id of a call
+        # Escaped, by the id of a call
+        self._thoughts: BoundedMap[str] = BoundedMap(self.REMEMBERED)
+        # Of conversations without an answer that was generated here, by their keys
+        self._texts: BoundedMap[str] = BoundedMap(self.TEXTS, lambda key, text: sys.getsizeof(text))
 
     def prompt(self, request: Request, window: int | None, most: float) -> Prompt:
         """Renders and tokenises a conversation. `window` is how many tokens prompt and answer may
@@ -107,8 +115,9 @@ class ChatRenderer:
         history = request.messages
         if history and _is_open(history[-1]):
             history = history[:-1]
-        keys = self._memory.follow(root.key, history)
-        messages = self._template.escape_messages(self._with_thoughts(request.messages))
+        known = self._histories.prepare(request.messages)
+        keys = self._memory.follow(root.key, known[: len(history)])
+        messages = self._with_thoughts(known)
         chat = _Chat(messages, tools, options, history, keys)
         match = self._match(chat)
         if match is None or self._gives_up_thinking(request, chat, match, window):
@@ -126,7 +135,7 @@ class ChatRenderer:
         opener = self._opener(chat, match.text)
         body = len(tokens) - len(self._tokenizer.encode(opener)) if opener else 0
         if body and len(chat.keys) == len(chat.messages) and not request.context:
-            self._remember_body(chat, root, match, tokens[len(match.tokens) : body])
+            self._remember_body(chat, root, match, tokens[len(match.tokens) : body], opener)
         length = len(tokens)
         turn = self._turn(chat, match.text, length)
         opening = self._format.call_prefix(request.tool_choice) if chat.tools else ""
@@ -162,7 +171,7 @@ class ChatRenderer:
         if not prompt.key:
             return ""
         for id, _, _ in calls[:1] if thinking else []:
-            self._thoughts.put(id, thinking)
+            self._thoughts.put(id, self._template.escape(thinking))
         if tokens and tokens[-1] in self._tokenizer.end_tokens:
             tokens = tokens[:-1]
         begun = request.messages[-1]["content"] if _is_open(request.messages[-1]) else ""
@@ -175,8 +184,11 @@ class ChatRenderer:
         self._memory.learn({key: reading})
         return key
 
-    def _remember_body(self, chat: _Chat, root: _Root, match: _Match, tokens: list[int]) -> None:
-        """Keeps the `tokens` that are read behind a match and before the answer."""
+    def _remember_body(
+        self, chat: _Chat, root: _Root, match: _Match, tokens: list[int], opener: str
+    ) -> None:
+        """Keeps the `tokens` that are read behind a match and before the answer, which begins with
+        `opener`."""
         if match.index == len(chat.keys) - 1:
             return
         before = chat.keys[match.index] if match.index >= 0 else ""
@@ -197,6 +209,8 @@ class ChatRenderer:
                 names |= dict.fromkeys(found, chat.keys[index])
         reading = Reading(before, tokens, names, thoughtful)
         self._memory.learn({chat.keys[-1]: reading})
+        if _MARK not in match.text:
+            self._texts.put(chat.keys[-1], match.text[: len(match.text) - len(opener)])
 
     def _match(self, chat: _Chat) -> _Match | None:
         """The most that was read of a conversation, as far as the rest can be rendered behind
@@ -229,9 +243,13 @@ class ChatRenderer:
         return (text, text[end.start() :]) if end else None
 
     def _behind(self, chat: _Chat, index: int) -> tuple[str, str] | None:
-        """The conversation's text, with a mark at the end of a message that is no answer, and what
-        follows that message's turn; None if the template closes the turn in another way when the
-        conversation goes on."""
+        """The conversation's text, and what of it follows the turn of a message that is no answer;
+        None if the template closes the turn in another way when the conversation goes on."""
+        known = self._texts.get(chat.keys[index])
+        if known is not None:
+            text = self._render(chat)
+            if text.startswith(known):
+                return text, text[len(known) :]
         message = chat.messages[index]
         marked = {**message, "content": message["content"] + _MARK}
 
@@ -262,16 +280,16 @@ class ChatRenderer:
             return False
         return len(self._tokenizer.encode(self._render(chat), window)) < length
 
-    def _with_thoughts(self, messages: list[Message]) -> list[Message]:
-        """The conversation with the thinking before calls where the client has left it out: the
-        template decides whether to show it."""
-        shown = list(messages)
-        for at, message in enumerate(messages):
-            calls = message.get("tool_calls") or []
-            if not calls or message.get("reasoning_content"):
+    def _with_thoughts(self, known: list[KnownMessage]) -> list[Message]:
+        """The conversation, escaped, with the thinking before calls where the client has left it
+        out: the template decides whether to show it."""
+        shown = [one.escaped for one in known]
+        for at, one in enumerate(known):
+            calls = one.message.get("tool_calls") or []
+            if not calls or one.message.get("reasoning_content"):
                 continue
             if thinking := self._thoughts.get(calls[0].get("id", "")):
-                shown[at] = {**message, "reasoning_content": thinking}
+                shown[at] = {**one.escaped, "reasoning_content": thinking}
         return shown
 
     # -- the template
@@ -324,7 +342,7 @@ class ChatRenderer:
         """What tells a template the date: that of the conversation's beginning. With a new date at
         its beginning, a whole prompt would have to be prefilled again at midnight."""
         first = next((at for at, message in enumerate(messages) if message["role"] == "user"), 0)
-        key = hashlib.sha256(json.dumps(messages[: first + 1]).encode()).hexdigest()
+        key = hashlib.sha256(exact_bytes(messages[: first + 1])).hexdigest()
         return self._births.get_or_make(key, datetime.datetime.now).strftime
 
     def _opener(self, chat: _Chat, text: str) -> str:
@@ -367,8 +385,8 @@ class ChatRenderer:
             key = hashlib.sha256(shared.encode("utf-8", "surrogatepass")).hexdigest()[:32]
             return _Root(key, len(self._tokenizer.encode(shared, most)) if head or tools else 0)
 
-        begun = json.dumps([head, tools, options], default=repr)
-        key = hashlib.sha256(begun.encode()).hexdigest()[:32]
+        begun = exact_bytes([head, tools]) + json.dumps(options, default=repr).encode()
+        key = hashlib.sha256(begun).hexdigest()[:32]
         try:
             return self._roots.get_or_make(key, measure)
         except InvalidRequest:

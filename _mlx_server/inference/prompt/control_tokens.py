@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import re
 import secrets
 from collections.abc import Iterable
 from typing import Any
 
 from _mlx_server.inference.bounded import BoundedMap
+from _mlx_server.inference.prompt.history import exact_bytes
 from _mlx_server.inference.protocol import Message
 
 Tools = list[dict[str, Any]]
@@ -32,7 +32,7 @@ class ControlTokens:
     a control token there. TextTokenizer removes SPLIT again. `wrapped` is mlx-lm's
     TokenizerWrapper. Thread-safe."""
 
-    # Bytes of JSON: lists of tools are long, and clients send the same ones every time
+    # Bytes: lists of tools are long, and clients send the same ones every time
     REMEMBERED = 4 * 2**20
 
     def __init__(self, wrapped: Any):
@@ -90,9 +90,9 @@ class ControlTokens:
 
     def escape_tools(self, tools: Tools) -> Tools:
         """Tool definitions, all of whose texts are escaped."""
-        text = json.dumps(tools).encode()
-        key = hashlib.sha256(text).hexdigest()
-        return self._tools.get_or_make(key, lambda: (len(text), self._escape_value(tools)))[1]
+        written = exact_bytes(tools)
+        key = hashlib.sha256(written).hexdigest()
+        return self._tools.get_or_make(key, lambda: (len(written), self._escape_value(tools)))[1]
 
     def _escape_value(self, value: Any) -> Any:
         if isinstance(value, str):

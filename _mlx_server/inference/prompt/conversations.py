@@ -32,6 +32,23 @@ class Reading:
     thoughtful: bool = False
 
 
+class KnownMessage:
+    """A message with what is made of it: `escaped`, as a template is given it, and its names. Any
+    thread may use it."""
+
+    def __init__(self, message: Message, escaped: Message):
+        self.message, self.escaped = message, escaped
+        self._names: tuple[str | None, list[str]] = None, []  # with the key; replaced as a whole
+
+    def names(self, key: str) -> list[str]:
+        """The names under which the message may lead on from a key: see `message_names`."""
+        before, names = self._names
+        if before != key:
+            names = list(message_names(key, self.message))
+            self._names = key, names
+        return names
+
+
 class ConversationMemory:
     """Finds the tokens that a conversation was read as when it comes again with more messages.
 
@@ -62,11 +79,11 @@ class ConversationMemory:
         # Replaced as a whole, and neither list is changed.
         self._latest: tuple[list[Sequence[int]], list[int]] = [], []
 
-    def follow(self, start: str, messages: Iterable[Message]) -> list[str]:
+    def follow(self, start: str, messages: Iterable[KnownMessage]) -> list[str]:
         """The key behind each message of a conversation that begins with the key `start`."""
         keys, key = [], start
         for message in messages:
-            for name in message_names(key, message):
+            for name in message.names(key):
                 with self._lock:
                     known = self._keys.get(name)
                 if known is not None:

@@ -68,7 +68,11 @@ class Template:
 
     def escape_messages(self, messages: list[Message]) -> list[Message]:
         """A conversation that can be rendered."""
-        return list(map(self._control_tokens.escape_message, messages))
+        return list(map(self.escape_message, messages))
+
+    def escape_message(self, message: Message) -> Message:
+        """A message of a conversation that can be rendered."""
+        return self._control_tokens.escape_message(message)
 
     def escape(self, text: str) -> str:
         """A text as it stands in rendered conversations; `unescape` is the way back."""
