@@ -427,7 +427,7 @@ def edited(messages: list[dict], chance: random.Random) -> tuple[list[dict], str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["qwen3", "llama_sliding"])
+@pytest.mark.parametrize("kind", ["qwen3", "llama_sliding", "hybrid"])
 def test_what_a_client_changes_is_answered_as_if_it_had_never_been_otherwise(
     kind: str, folder: Path
 ):
