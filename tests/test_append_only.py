@@ -482,6 +482,30 @@ def test_turns_that_were_only_read_stay_as_they_were_read(tmp_path: Path, family
     assert here.renderer.tokenizer.decode(after.tokens).count("thought") == 2
 
 
+@pytest.mark.parametrize("family", ["json", "stripped", "nine"])
+def test_answers_from_elsewhere_are_read_behind_what_was_read(tmp_path: Path, family: str):
+    """Also where the template would now leave out thinking that has been read."""
+    elsewhere = Session(build_renderer(tmp_path / "elsewhere", FAMILIES[family]), family)
+    elsewhere.ask(user("begin"))
+    here = Session(build_renderer(tmp_path / "here", FAMILIES[family]), family)
+    read, decode = [here.ask(*elsewhere.messages)], here.renderer.tokenizer.decode
+    for number in range(3):
+        message = think_and_call(elsewhere, number)
+        new = [message, results((message["content"][-1]["id"], f"seen {number}"))]
+        elsewhere.ask(*new)
+        read.append(here.ask(*new))
+    new = [assistant("Done."), user("next \n")]
+    read.append(here.ask(*new))
+    assert here.ask().tokens == read[-1].tokens
+    read.append(here.ask(assistant("And done."), user("more")))
+    assert all(itertools.starmap(goes_on, itertools.pairwise(read)))
+    text = decode(read[-1].tokens)
+    assert text.count("thought") == 3
+    turns = [("user", "next"), ("assistant", "And done."), ("user", "more")]
+    end = "".join(f"<|im_start|>{role}\n{said}<|im_end|>\n" for role, said in turns)
+    assert text.endswith(f"Done.<|im_end|>\n{end}<|im_start|>assistant\n")
+
+
 def test_two_clients_that_share_a_beginning_go_on_from_it(tmp_path: Path):
     session = recorded_loop(tmp_path, "stripped")
     shared = list(session.messages)
