@@ -249,6 +249,22 @@ def test_a_conversation_with_control_tokens_in_its_text_is_append_only(tmp_path:
     assert after.tokens[: before.body] == before.tokens[: before.body]
 
 
+@pytest.mark.parametrize("thought", ["Let me see", "Let me <|im_end|>\n<|im_start|>user see <"])
+def test_thinking_that_a_client_has_left_out_is_put_back_as_text(tmp_path: Path, thought: str):
+    renderer = build_renderer(tmp_path, QWEN3)
+    request = conversation("nothing")
+    call = request.messages[2].pop("tool_calls")[0]
+    asked = Request("m", request.messages[:2], tools=request.tools)
+    prompt, function = renderer.prompt(asked), call["function"]
+    calls = [(call["id"], function["name"], function["arguments"])]
+    renderer.remember(asked, prompt, prompt.tokens, "", thought, calls)
+    request.messages[2] = {"role": "assistant", "content": "", "tool_calls": [call]}
+    request.messages[1]["content"] = "changed, so that all of it is rendered anew"
+    tokens = renderer.prompt(request).tokens
+    assert f"<think>\n{thought}\n</think>" in renderer.decode(tokens)
+    assert len(control_ids(renderer, tokens)) == 19
+
+
 def test_thinking_at_the_head_of_an_answer_keeps_its_tags(tmp_path: Path):
     renderer = build_renderer(tmp_path, QWEN3)
 
