@@ -354,6 +354,7 @@ class Handler(ModelRoutes):
             self.send_json({"status": "ok"})
 
     def get_metrics(self) -> None:
+        self.require_manager("see what others do")
         healthy = self.engine.health() is None
         text = self.server.metrics.text(self.engine.stats(), healthy)
         self.send(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")

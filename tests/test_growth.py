@@ -24,6 +24,7 @@ from _mlx_server.inference.catalog.library import Library
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.output.stops import StopMatcher
 from _mlx_server.inference.protocol import ModelNotFound, Priority
+from engine import Engine
 
 ROOM = 1 << 40
 MORE = pytest.mark.parametrize("many", [1, pytest.param(10, marks=pytest.mark.slow)])
@@ -89,6 +90,15 @@ def recurrent_layers(tokens: list[int], marks: list[int]) -> CacheEntry:
         return cache
 
     return CacheEntry(tokens, [layer()], {at: Checkpoint([layer()]) for at in marks if at})
+
+
+# ---- tokens that a client gives
+
+
+def test_tokens_of_a_client_are_checked_without_asking_for_each_how_many_there_are():
+    with Engine("demo") as engine:
+        renderer = engine.renderer(engine.resolve("demo"))
+        assert work(lambda: renderer.check_tokens([5] * 1000)) < 20 * 1000
 
 
 # ---- the prefix cache

@@ -488,6 +488,15 @@ def test_a_low_key_does_not_change_which_models_there_are(
         assert call(server, key, path, body, method)[0].status in (200, 400, 404)
 
 
+@pytest.mark.parametrize("path", ["/activity", "/metrics"])
+def test_a_low_key_does_not_see_what_others_do(engine: Engine, serve: Callable, path: str):
+    server = serve(engine, api_keys=KEYS)
+    response, text = call(server, "guest", path, {}, "GET")
+    assert response.status == 403 and "may not see" in text
+    for key in ("agent", "boss"):
+        assert call(server, key, path, {}, "GET")[0].status == 200
+
+
 @pytest.mark.slow
 def test_a_low_key_does_not_say_how_long_a_model_stays(engine: Engine, serve: Callable):
     server = serve(engine, api_keys=KEYS)

@@ -193,8 +193,9 @@ class TextTokenizer:
 
     def check_tokens(self, tokens: Iterable[int]) -> None:
         """Raises InvalidRequest for ids that no token has."""
+        count = len(self.wrapped)  # takes longer than the rest
         for token in tokens:
-            if not 0 <= token < len(self.wrapped):
+            if not 0 <= token < count:
                 raise InvalidRequest(f"the model has no token {token}")
 
     def gap_tokens(self) -> tuple[str, ...]:
