@@ -36,7 +36,7 @@ from collections.abc import Callable, Mapping, Sequence
 import dialects
 from _mlx_server import __version__
 from _mlx_server.front import page
-from _mlx_server.front.answers import send_stream, send_whole
+from _mlx_server.front.answers import send_stream, send_whole, take_event
 from _mlx_server.front.cli import is_for_eval, parse_arguments, selected_command
 from _mlx_server.front.commands import run_command
 from _mlx_server.front.connections import ConnectionServer
@@ -264,12 +264,12 @@ class Handler(ModelRoutes):
                         generation = engine.submit(request, model)
                     record.generations = [generation]
                     for event in generation:
-                        reply.event(event)
+                        take_event(self, reply, event)
                         if record.cancelled or self.is_client_gone():
                             generation.cancel()
                             record.check()
                             raise ClientDisconnected
-                self.send_json(reply.whole())
+                self.send_large_json(reply.whole())
         finally:
             record.embeddings(model.name, reply)
 

@@ -284,7 +284,7 @@ HONOURED: list[tuple[type, dict, dict]] = [
     ),
     *((ask, {"keep_alive": -1}, {"keep_alive": -1}) for ask in (OllamaChat, OllamaGenerate)),
     *(
-        (ask, {"logprobs": True, "top_logprobs": 3}, {"logprobs": 3})
+        (ask, {"logprobs": True, "top_logprobs": 3}, {"logprobs": 3, "max_tokens": 1 << 16})
         for ask in (OllamaChat, OllamaGenerate)
     ),
     *(

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import time
+import tracemalloc
 from collections.abc import Callable
 
 import pytest
 from call_families import FAMILIES
+from conftest import Server
 from parsing import TOOLS, tool
 from schemas import SCHEMAS
+from test_http import ask
 
+import dialects
 from _mlx_server.inference.constrained.schema import TooComplex, has_finite_value, parameter_types
 from _mlx_server.inference.constrained.schema_limits import check_enforceable
 from _mlx_server.inference.output.parser import OutputParser
-from engine import Engine, InvalidRequest, ModelNotFound
+from _mlx_server.inference.protocol import Token
+from _mlx_server.wire import reply
+from _mlx_server.wire.ollama_embeddings import OllamaEmbed
+from _mlx_server.wire.reply import Reply
+from engine import Embedding, Engine, InvalidRequest, ModelNotFound, Text
 
 # What a model that has lost its way repeats
 REPEATED = [
@@ -179,3 +188,92 @@ def test_a_long_name_is_not_found(demo):
         with pytest.raises(ModelNotFound) as raised:
             demo.resolve(name)
         assert len(str(raised.value)) < 1000
+
+
+# ------------------------------------------------------------------ long answers
+
+SAYS = {"model": "demo", "messages": [{"role": "user", "content": "count to 9"}]}
+WITH_LOGPROBS = [
+    ("/v1/chat/completions", {**SAYS, "logprobs": True, "top_logprobs": 20, "n": 4}, 4),
+    ("/v1/completions", {"model": "demo", "prompt": ["a", "b"], "logprobs": 20, "n": 3}, 6),
+    ("/api/chat", {**SAYS, "logprobs": True, "top_logprobs": 20}, 1),
+    (
+        "/v1/responses",
+        {
+            "model": "demo",
+            "input": "count to 9",
+            "top_logprobs": 20,
+            "include": ["message.output_text.logprobs"],
+        },
+        1,
+    ),
+]
+LIMITS = {"max_tokens": 10**6, "max_output_tokens": 10**6, "options": {"num_predict": 10**6}}
+ONE = Token("a", b"a", -0.5)
+SEEN = Token("a", b"a", -0.5, [ONE] * 20)
+
+
+def reply_of(path: str, body: dict) -> Reply:
+    made = dialects.ENDPOINTS[path].reply
+    assert made is not None
+    return made(body, "req_1")
+
+
+def test_vectors_are_kept_as_numbers_of_four_bytes():
+    vector = [1 / (1 + at) for at in range(1000)]
+    embeddings = OllamaEmbed({"model": "demo", "input": ["a"] * 500})
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(500):
+            embeddings.event(Embedding(vector))
+        assert tracemalloc.get_traced_memory()[0] - before < 500 * 1000 * 5
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_long_answer_is_written_in_pieces_between_which_others_run(server: Server):
+    count = 200
+    short, one = ask(server, "POST", "/api/embed", {"model": "demo", "input": ["a"]})
+    long, many = ask(server, "POST", "/api/embed", {"model": "demo", "input": ["a"] * count})
+    assert "Content-Length" in short.headers and "Transfer-Encoding" not in short.headers
+    assert long.headers["Transfer-Encoding"] == "chunked"
+    assert json.loads(many)["embeddings"] == json.loads(one)["embeddings"] * count
+
+
+@pytest.mark.parametrize(
+    "path, body, answers", WITH_LOGPROBS, ids=[one[0] for one in WITH_LOGPROBS]
+)
+def test_an_answer_ends_before_its_log_probabilities_are_too_many(
+    path: str, body: dict, answers: int
+):
+    for limits in ({}, LIMITS):
+        requests = reply_of(path, {**body, **limits}).requests
+        most = sum((request.max_tokens or 10**9) * 21 for request in requests)
+        assert len(requests) == answers and most <= reply.MAX_LOGPROBS
+    without = {**body, "logprobs": None, "include": []}
+    assert reply_of(path, {**without, **LIMITS}).requests[0].max_tokens == 10**6
+
+
+@pytest.mark.parametrize("path, body, _", WITH_LOGPROBS, ids=[one[0] for one in WITH_LOGPROBS])
+def test_what_is_kept_of_log_probabilities_counts(path: str, body: dict, _: int):
+    whole, stream = (reply_of(path, {**body, "stream": stream}) for stream in (False, True))
+    for one in (whole, stream):
+        one.open(type("Accepted", (), {"id": "1", "prompt_tokens": 3, "cached_tokens": 0})())
+        for _ in range(10):
+            one.event(Text("a", [SEEN]))
+    assert whole.held >= 10 * 21 * 500
+    repeats = path == "/v1/responses"  # in the stream's last events
+    assert stream.held == (whole.held if repeats else 0)
+
+
+def test_an_answer_for_which_there_is_no_memory_fails(
+    server: Server, serve: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(reply, "LOGPROB_BYTES", 1 << 30)
+    with Engine("demo") as engine:
+        body = {**SAYS, "logprobs": True}
+        response, text = ask(serve(engine), "POST", "/v1/chat/completions", body)
+        assert response.status == 413 and b"fewer texts" in text
+        streamed = ask(serve(engine), "POST", "/v1/chat/completions", {**body, "stream": True})
+        assert streamed[0].status == 200 and b"[DONE]" in streamed[1]

@@ -13,7 +13,7 @@ from _mlx_server.front.sockets import ClientDisconnected
 from _mlx_server.inference.generation import Generation
 from _mlx_server.inference.protocol import Done, EngineError, Event, Tick
 from _mlx_server.wire.fields import Object, WireError
-from _mlx_server.wire.reply import Reply
+from _mlx_server.wire.reply import Frames, Reply
 
 # Seconds without a byte after which a stream says that it is alive; clients count on 5
 PING_AFTER = 4.0
@@ -30,7 +30,7 @@ def send_stream(
     try:
         stream.write(reply.open(generations[0]))
         for event in _events(client, generations, record):
-            frames = [] if isinstance(event, Tick) else reply.event(event)
+            frames = [] if isinstance(event, Tick) else take_event(client, reply, event)
             stream.write(frames)
             # An event that the client is not shown, such as hidden thinking, is silence as well
             if not frames and stream.silence >= PING_AFTER:
@@ -50,9 +50,19 @@ def send_whole(
     reply.open(first)
     for event in _events(client, generations, record):
         if not isinstance(event, Tick):
-            reply.event(event)
+            take_event(client, reply, event)
     headers = prompt_cache_header(first, first.usage.cached_tokens)
-    client.send_json(reply.whole(), headers=headers)
+    client.send_large_json(reply.whole(), headers)
+
+
+def take_event(client: HTTPHandler, reply: Reply, event: Event) -> Frames:
+    """What to send for an event. Raises WireError and EngineBusy if there is no room for what the
+    reply keeps of it."""
+    before = reply.held
+    frames = reply.event(event)
+    if reply.held > before:
+        client.claim(reply.held - before)
+    return frames
 
 
 def _events(

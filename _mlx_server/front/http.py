@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import http.client
+import itertools
 import logging
 import secrets
 import socket
@@ -30,7 +31,7 @@ from _mlx_server.front.sockets import (
     is_disconnected,
     is_readable,
 )
-from _mlx_server.front.stream import BodyWriter, Stream, content_type, encode_json
+from _mlx_server.front.stream import BodyWriter, Stream, content_type, encode_json, json_pieces
 from _mlx_server.inference.protocol import EngineBusy, EngineError, Priority
 from _mlx_server.wire.fields import Object, WireError
 
@@ -195,6 +196,15 @@ class HTTPHandler(BaseHTTPRequestHandler):
         self.exchange.body_read = True
         return self.exchange.body
 
+    def claim(self, size: int) -> None:
+        """Counts so many bytes of an answer as this request's. Raises WireError and EngineBusy if
+        there is no room for them."""
+        try:
+            self._claim.add(size)
+        except WireError:
+            fewer = "ask for fewer texts, tokens or log probabilities"
+            raise WireError(413, f"the answer takes too much memory; {fewer}") from None
+
     def _send_continue(self) -> None:
         """Tells a client that waits for it to send its body (RFC 9110, 10.1.1)."""
         expected = self.headers.get("Expect", "").lower() == "100-continue"
@@ -238,6 +248,18 @@ class HTTPHandler(BaseHTTPRequestHandler):
     ) -> None:
         """Sends a whole answer in JSON. Raises OSError."""
         self.send(status, encode_json(value), self.dialect.content_type, headers)
+
+    def send_large_json(self, value: Object, headers: Mapping[str, str] | None = None) -> None:
+        """Sends a whole answer in JSON, whose body follows in pieces if it is long. Raises
+        OSError."""
+        kind, pieces = self.dialect.content_type, json_pieces(value)
+        first, second = next(pieces), next(pieces, None)
+        if second is None:
+            return self.send(200, first, kind, headers)
+        out = self.start_body(200, {**(headers or {}), "Content-Type": kind})
+        for piece in itertools.chain((first, second), pieces):
+            out.write(piece)
+        out.end()
 
     def start_body(
         self, status: int, headers: Mapping[str, str], length: int | None = None

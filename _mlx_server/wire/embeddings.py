@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 
 from _mlx_server.inference.protocol import Done, Embedding, Event, Request, Usage
 from _mlx_server.wire.fields import WireError
@@ -38,7 +39,8 @@ class Embeddings(Reply):
             for text in texts
         ] or [self.request]
         self._requests[-1].keep_alive = keep_alive
-        self.vectors: list[list[float]] = []
+        # As the model gives numbers, in 32 bits: lists of them would take eight times as much
+        self.vectors: list[array[float]] = []
         self.usages: list[Usage] = []
         self._dimensions = dimensions
 
@@ -49,7 +51,8 @@ class Embeddings(Reply):
     def event(self, event: Event) -> Frames:
         match event:
             case Embedding(vector):
-                self.vectors.append(vector)
+                self.vectors.append(array("f", self.shaped(vector)))
+                self.held += self.vectors[-1].itemsize * len(vector)
             case Done():
                 self.usages.append(event.usage)
         return []
@@ -59,7 +62,8 @@ class Embeddings(Reply):
         """Tokens of all texts."""
         return sum(usage.prompt_tokens for usage in self.usages)
 
-    def unit_vectors(self) -> list[list[float]]:
-        """The vectors, cut and then scaled to length 1."""
-        vectors = [vector[: self._dimensions] for vector in self.vectors]
-        return [[number / (math.hypot(*vector) or 1.0) for number in vector] for vector in vectors]
+    def shaped(self, vector: list[float]) -> list[float]:
+        """A vector as it is sent: cut and then scaled to length 1."""
+        vector = vector[: self._dimensions]
+        length = math.hypot(*vector) or 1.0
+        return [number / length for number in vector]

@@ -33,7 +33,7 @@ class OllamaEmbed(Embeddings):
         load = sum(usage.load_seconds for usage in self.usages[:1])
         return {
             "model": self.request.model,
-            "embeddings": self.unit_vectors(),
+            "embeddings": self.vectors,
             "prompt_eval_count": self.tokens,
             "total_duration": int(total * 1e9),
             "load_duration": int(load * 1e9),
@@ -54,6 +54,9 @@ class OllamaEmbeddings(Embeddings):
             truncate=True,
             keep_alive=parse_keep_alive(body.get("keep_alive")),
         )
+
+    def shaped(self, vector: list[float]) -> list[float]:
+        return vector
 
     def whole(self) -> Object:
         return {"embedding": self.vectors[0] if self.vectors else []}

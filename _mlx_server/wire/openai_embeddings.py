@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import struct
+from array import array
 from typing import Any
 
 from _mlx_server.wire.embeddings import Embeddings
@@ -36,7 +37,7 @@ class OpenAIEmbeddings(Embeddings):
                 "index": index,
                 "embedding": vector if self._encoding == "float" else _packed(vector),
             }
-            for index, vector in enumerate(self.unit_vectors())
+            for index, vector in enumerate(self.vectors)
         ]
         return {
             "object": "list",
@@ -68,6 +69,6 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _packed(vector: list[float]) -> str:
+def _packed(vector: array[float]) -> str:
     """A vector as little-endian floats of 32 bits, in base64."""
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

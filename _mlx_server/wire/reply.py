@@ -31,13 +31,14 @@ class Reply:
     sent: "events" (server-sent events, named by the object's "type"), "data" (server-sent events
     without names) or "lines" (NDJSON). With `unload` nothing is generated: the model is to be
     unloaded, and `whole` is the answer. Every event of the generations goes through `event`, even
-    if the answer is not streamed."""
+    if the answer is not streamed. `held` is about how many bytes it keeps of them beside texts."""
 
     request: Request
     dialect: str
     stream: bool
     framing: str
     unload = False
+    held = 0
 
     @property
     def requests(self) -> list[Request]:
@@ -66,8 +67,26 @@ class Reply:
         raise NotImplementedError
 
     def whole(self) -> Object:
-        """The body of an answer that is not streamed. Complete after the last `Done`."""
+        """The body of an answer that is not streamed, in which arrays stand for lists. Complete
+        after the last `Done`."""
         raise NotImplementedError
+
+
+MAX_LOGPROBS = 1 << 18  # of all tokens of an answer, those that are only likely included
+LOGPROB_BYTES = 1024  # that one of them takes until the answer is sent, at most
+
+
+def bound_logprobs(request: Request, answers: int = 1) -> None:
+    """Lets each of a request's answers end before their log probabilities are too many: those of a
+    token take thousands of bytes, where its text takes four."""
+    if request.logprobs is not None:
+        most = max(1, MAX_LOGPROBS // (answers * (1 + request.logprobs)))
+        request.max_tokens = most if request.max_tokens is None else min(request.max_tokens, most)
+
+
+def logprob_bytes(tokens: list[Token]) -> int:
+    """About how many bytes the log probabilities of some tokens take."""
+    return LOGPROB_BYTES * sum(1 + len(token.top) for token in tokens)
 
 
 def token_objects(tokens: list[Token]) -> list[Object]:

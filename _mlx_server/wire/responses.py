@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from dataclasses import dataclass
@@ -23,7 +24,14 @@ from _mlx_server.wire.errors import openai_error
 from _mlx_server.wire.fields import Object, WireError, field, items
 from _mlx_server.wire.images import Images
 from _mlx_server.wire.openai_request import fill_conversation, openai_request
-from _mlx_server.wire.reply import Accepted, Frames, Reply, token_objects
+from _mlx_server.wire.reply import (
+    Accepted,
+    Frames,
+    Reply,
+    bound_logprobs,
+    logprob_bytes,
+    token_objects,
+)
 from _mlx_server.wire.responses_request import responses_tools, responses_turns
 
 # Fields that need a server which remembers earlier requests
@@ -89,6 +97,7 @@ class OpenAIResponses(Reply):
         self._tools = responses_tools(items(body, "tools", dict))
         if "message.output_text.logprobs" in items(body, "include", str):
             self.request.logprobs = field(body, "top_logprobs", int, default=0, low=0, high=20)
+            bound_logprobs(self.request)
         images = Images()
         turns = [
             Turn("system", field(body, "instructions", str, default="")),
@@ -122,6 +131,7 @@ class OpenAIResponses(Reply):
             case Thinking(text):
                 return self._write_text("reasoning", text)
             case Text(text, tokens):
+                self.held += logprob_bytes(tokens)
                 return self._write_text("message", text, token_objects(tokens))
             case ToolStart(id, name):
                 return self._start_call(id, name)
@@ -162,15 +172,13 @@ class OpenAIResponses(Reply):
             if item_type == "message":
                 fields["role"] = "assistant"
             frames = self._start_item(item_type, **fields)
-            self._output[-1][form.key] = [{**form.part, "text": ""}]
-            frames.append(
-                self._item_event(f"{form.part_event}.added", part={**form.part, "text": ""})
-            )
+            self._output[-1][form.key] = [_empty(form)]
+            frames.append(self._item_event(f"{form.part_event}.added", part=_empty(form)))
         part = self._output[-1][form.key][0]
         part["text"] += text
         delta = self._item_event(f"{form.text_event}.delta", delta=text)
         if logprobs:
-            part["logprobs"] = [*part["logprobs"], *logprobs]
+            part["logprobs"] += logprobs
             delta["logprobs"] = logprobs
         return [*frames, delta]
 
@@ -242,6 +250,11 @@ class OpenAIResponses(Reply):
         event = {"type": f"response.{name}", "sequence_number": self._event_count, **fields}
         self._event_count += 1
         return event
+
+
+def _empty(form: _TextItem) -> Object:
+    """A part without text, whose lists are its own."""
+    return {**copy.deepcopy(form.part), "text": ""}
 
 
 def _new_response(request: Request, body: Object) -> Object:
