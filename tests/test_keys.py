@@ -18,6 +18,8 @@ from _mlx_server.front.sockets import ClientDisconnected
 from _mlx_server.front.turns import Turns
 from _mlx_server.inference.bounded import BoundedMap
 from _mlx_server.inference.cache.prefix_cache import CacheEntry
+from _mlx_server.inference.generation import Generation
+from _mlx_server.inference.pool import ModelPool
 from _mlx_server.inference.prompt.tokenizer import TextTokenizer
 from _mlx_server.inference.protocol import EngineBusy, Priority
 from engine import Engine, Request
@@ -215,6 +217,35 @@ def test_nothing_that_costs_time_is_done_for_a_low_key_before_its_turn(
         assert call(server, "boss", path, body)[0].status == 200
         assert not waits.done()
     assert waits.result()[0].status == 200
+
+
+def test_few_less_important_requests_are_in_work_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ModelPool, "MOST_LOW", 3, raising=False)
+    with Engine("demo") as engine:
+
+        def begin(n: int, priority: Priority) -> Generation:
+            return engine.chat(f"{n} count to 100", max_tokens=10_000, priority=priority)
+
+        low = [begin(n, Priority.LOW) for n in range(8)]
+        others = [begin(n, Priority.NORMAL) for n in range(4)]
+        list(engine.chat("say hi", max_tokens=1, priority=Priority.HIGH))
+        working = [one.request.priority for one in engine.pool.sequences()]
+        assert (working.count(Priority.LOW), working.count(Priority.NORMAL)) == (3, 4)
+        for one in [*low[:6], *others]:
+            one.cancel()
+        assert [next(iter(one.text())) for one in low[6:]]
+        for one in low:
+            one.cancel()
+
+
+def test_how_much_is_kept_for_others_is_not_told(engine: Engine, serve: Callable):
+    server = serve(engine, api_keys=KEYS)
+    list(engine.chat("say hi", max_tokens=1))
+    sizes = {
+        key: json.loads(call(server, key, "/api/ps", {}, "GET")[1])["models"][0]["size"]
+        for key in ("guest", "boss")
+    }
+    assert sizes["guest"] == engine.resolve("demo").size < sizes["boss"]
 
 
 # ------------------------------------------------------------------ memory

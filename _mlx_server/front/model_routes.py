@@ -155,4 +155,7 @@ class ModelRoutes(HTTPHandler):
         )
 
     def get_ps(self) -> None:
-        self.send_json(ollama_ps(self.engine.loaded()))
+        loaded = self.engine.loaded()
+        if self.exchange.highest_priority is Priority.LOW:  # without what is kept for others
+            loaded = [dataclasses.replace(one, size=one.model.size) for one in loaded]
+        self.send_json(ollama_ps(loaded))

@@ -31,12 +31,14 @@ class ModelPool:
     lower priority, which are paused, and otherwise waits until others are through. When answers
     grow beyond what was expected, the latest request of the lowest priority is paused.
     `max_loaded` bounds the number of models. An idle model stays for `KEPT` seconds if only a
-    request that is less important than its own were has a use for the room: it is refused.
+    request that is less important than its own were has a use for the room: it is refused. Of
+    requests of low priority at most `MOST_LOW` are in work, as all share each step.
 
     Only the MLX thread changes it. Any thread may read it: the dicts are replaced by every
     change."""
 
     KEPT = 300.0
+    MOST_LOW = 32  # a step for hundreds would take several times as long as one for the others
     WRITE_DELAY = 1.0  # seconds without work after which the prefix cache is written to disk
 
     def __init__(
@@ -159,6 +161,10 @@ class ModelPool:
         """Whether a request can begin now, if the prefix cache makes room for it. Raises
         PromptTooLong if it never can, and EngineBusy if idle models are kept from it."""
         need, priority = runner.reserve(sequence), sequence.request.priority
+        if priority is Priority.LOW:
+            low = sum(one.request.priority is Priority.LOW for one in self.sequences())
+            if low >= self.MOST_LOW:
+                return False
         while self.committed + need > self.memory:
             if self._unload_idle(priority, runner) or self._pause_lower(sequence, need):
                 continue
