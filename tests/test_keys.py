@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from test_http import ask
-from test_limits import HI, KEYS, call
+from test_limits import HI, KEYS, call, until
 
 import mlx_server
 from _mlx_server.front.sockets import ClientDisconnected
@@ -217,6 +217,21 @@ def test_nothing_that_costs_time_is_done_for_a_low_key_before_its_turn(
         assert call(server, "boss", path, body)[0].status == 200
         assert not waits.done()
     assert waits.result()[0].status == 200
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/api/embed"])
+def test_half_of_the_connections_are_for_important_keys(engine: Engine, serve: Callable, path: str):
+    server = serve(engine, api_keys=KEYS)
+    server.max_connections = 4
+    body = {"model": "demo", "messages": HI, "input": "hi", "options": {"num_predict": 1}}
+    with ThreadPoolExecutor() as pool:
+        with server.turns.take(Priority.LOW, gone):
+            waiting = [pool.submit(call, server, "guest", path, body) for _ in range(2)]
+            until(lambda: server.connections - server.waiting == 2)
+            assert call(server, "guest", path, body)[0].status == 503
+            assert call(server, "agent", path, body)[0].status == 200
+        assert [one.result()[0].status for one in waiting] == [200, 200]
+    assert call(server, "guest", path, body)[0].status == 200
 
 
 def test_few_less_important_requests_are_in_work_at_a_time(monkeypatch: pytest.MonkeyPatch):

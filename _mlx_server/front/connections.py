@@ -25,6 +25,8 @@ from _mlx_server.inference.protocol import Priority
 MAX_CONNECTIONS = 512  # fewer where the process may not open twice as many files
 # The part of them that one remote address may have. All programs of this machine have the same
 ADDRESS_SHARE = 1 / 4
+# The part of them that requests with keys for low priority may keep the server at work for
+LOW_SHARE = 1 / 2
 # Connections beyond these that still get an answer, an error; what comes after them is closed
 MAX_REFUSALS = 32
 
@@ -38,6 +40,7 @@ class Connection:
         self.address = address
         self.served = True  # otherwise its requests are refused
         self.closed = False
+        self.less_important = False  # whether the latest request had a key for low priority
         self._socket = client
         self._waiting_since: float | None = time.monotonic()
 
@@ -166,6 +169,13 @@ class ConnectionServer(ThreadingHTTPServer):
         """How many of them have no request that is worked on."""
         connections = list(self._connections.values())
         return sum(one.waiting_since is not None for one in connections)
+
+    @property
+    def has_room_for_low(self) -> bool:
+        """Whether one more request with a key for low priority may be worked on."""
+        connections = list(self._connections.values())
+        working = sum(one.less_important and one.waiting_since is None for one in connections)
+        return working <= self.max_connections * LOW_SHARE
 
     def connection(self, client: Any) -> Connection:
         """What is known of a client's socket."""

@@ -160,7 +160,9 @@ class HTTPHandler(BaseHTTPRequestHandler):
             key = check_key(self.headers, self.server.api_keys)
             self.exchange.highest_priority = self.server.api_keys[key]
             self.exchange.owner = self.server.owners.get(key, "")
-        low = self.exchange.highest_priority is Priority.LOW
+        low = self._place.less_important = self.exchange.highest_priority is Priority.LOW
+        if low and not self.server.has_room_for_low:
+            raise EngineBusy("requests with such keys have too many connections")
         self._claim = BodyClaim(self.server.bodies, BUDGET // 2 if low else BUDGET)
 
     def log_message(self, format: str, *args: Any) -> None:
