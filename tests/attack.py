@@ -35,7 +35,7 @@ THREADS = 4  # that send the same attack
 SETTLED = 60.0  # seconds within which the memory has to be back
 # Bytes more than before that may be held then beside the prompt cache: other caches within their
 # limits, and what the allocator cannot give back
-SLACK = 192 << 20
+SLACK = 96 << 20
 KEYS = {"low": "attack-low", "high": "attack-high"}
 HI = [{"role": "user", "content": "say hi"}]
 CHAT = {"model": "demo", "messages": HI, "stream": False, "options": {"num_predict": 4}}
@@ -288,11 +288,13 @@ def measure(port: int, pid: int, seconds: float, rows: list[str]) -> Report:
     attacks = answered(port) - earlier - len(attacked)
     until = time.monotonic() + SETTLED
     while True:
-        after, cached = resident(pid), figure(port, "prefix_cache_bytes")
-        if after - cached <= before + SLACK or time.monotonic() > until:
-            return Report(alone, attacked, before, after, cached, max(0.0, chunk), attacks)
         ask()
         time.sleep(1)
+        at_work = figure(port, "running_requests") + figure(port, "waiting_requests")
+        after, cached = resident(pid), figure(port, "prefix_cache_bytes")
+        is_back = not at_work and after - cached <= before + SLACK
+        if is_back or time.monotonic() > until:
+            return Report(alone, attacked, before, after, cached, max(0.0, chunk), attacks)
 
 
 def main() -> int:
