@@ -35,7 +35,7 @@ THREADS = 4  # that send the same attack
 SETTLED = 60.0  # seconds within which the memory has to be back
 # Bytes more than before that may be held then beside the prompt cache: other caches within their
 # limits, and what the allocator cannot give back
-SLACK = 96 << 20
+SLACK = 128 << 20
 KEYS = {"low": "attack-low", "high": "attack-high"}
 HI = [{"role": "user", "content": "say hi"}]
 CHAT = {"model": "demo", "messages": HI, "stream": False, "options": {"num_predict": 4}}
