@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import importlib.util
 import json
 import time
 import tracemalloc
@@ -174,6 +176,23 @@ def test_schemas_of_use_are_enforceable():
 def demo():
     with Engine("demo") as engine:
         yield engine
+
+
+def test_documents_are_read_without_looking_for_the_reader_each_time():
+    looked: list[str] = []
+    find_spec = importlib.util.find_spec
+
+    def counted(name: str) -> object:
+        looked.append(name)
+        return find_spec(name)
+
+    block = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf"}}
+    block["source"]["data"] = base64.b64encode(b"%PDF-1.4\n").decode()
+    body = {"model": "m", "max_tokens": 1, "messages": [{"role": "user", "content": [block] * 50}]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", counted)
+        reply_of("/v1/messages", body)
+    assert len(looked) <= 2
 
 
 def test_stop_sequences_are_bounded(demo):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import importlib.util
 import io
 import itertools
@@ -46,11 +47,13 @@ class NoTextError(PDFError):
     """A PDF has no text."""
 
 
+@functools.cache
 def can_read_pdf() -> bool:
     """Whether pypdf is installed: the extra `documents`."""
     return importlib.util.find_spec("pypdf") is not None
 
 
+@functools.cache
 def can_draw_pdf() -> bool:
     """Whether pypdfium2 is installed: the extra `scans`."""
     return importlib.util.find_spec("pypdfium2") is not None
