@@ -412,6 +412,7 @@ class Engine:
             max_waiting=self._max_queue,
             running=sum(one.state is not State.WAITING for one in pool.sequences()),
             loaded=len(pool.runners),
+            unmeasured=pool.unmeasured,
             weights=pool.weights,
             states=pool.states,
             prefix_cache_bytes=pool.prefixes.nbytes,
@@ -541,7 +542,7 @@ class Engine:
         with self._lock:
             while not self._closing:
                 sequences = [*self._queue, *self.pool.sequences()]
-                if sequences or self._unloads:
+                if sequences or self._unloads or self.pool.unmeasured:
                     self._step_began = time.monotonic()
                     cancelled = [one for one in sequences if one.cancelled]
                     self._queue = [one for one in self._queue if not one.cancelled]
@@ -649,13 +650,12 @@ class Engine:
             self._queue.remove(sequence)
 
     def _tidy(self) -> None:
-        """Unloads what is due and not in use, and writes to disk when there is nothing else to
-        do."""
+        """Unloads what is due and not in use; measures, or writes to disk, when nobody waits."""
         with self._lock:
             wanted = {name for name, _ in self._unloads}
         self.pool.unload_due(wanted)
-        if not self._queue and not self.pool.sequences():
-            self.pool.write_segment()
+        idle = not self._queue and not self.pool.sequences()
+        self.pool.use_pause(idle, self._synchronize)
         with self._lock:
             for name, done in self._unloads:
                 if name not in self.pool.runners:

@@ -157,6 +157,9 @@ def calibrate(side: Side, other: Side | Generate | None, seconds: float) -> Plan
     def warm_up(one: Side | Generate) -> Answer:
         progress(f"warming up {one.name}")
         answers = [one.ask(say(text(f"{small.salt} {n}", small.words), 8)) for n in range(2)]
+        with contextlib.suppress(LookupError):  # others do not tell
+            while isinstance(one, Side) and figure(one.url, "unmeasured_models"):
+                time.sleep(0.02)
         return answers[0]
 
     per_word = warm_up(side).prompt / small.words

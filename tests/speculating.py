@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from _mlx_server.inference.decoding.row_group import row_group_class
 from _mlx_server.inference.speculation.pass_costs import PassCosts
 from _mlx_server.inference.speculation.rollback import Rollback
 from _mlx_server.inference.speculation.speculation import Speculation
+from engine import Engine
 
 END = 2
 
@@ -115,6 +117,19 @@ def speculate(
             logprobs.append(response.logprobs)
         speculation.settle()
     return answer, logprobs, passes
+
+
+def until(done: Callable[[], bool]) -> None:
+    """Waits for what another thread does."""
+    deadline = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def until_measured(engine: Engine) -> None:
+    """Waits until it is known what the passes of the models in memory cost."""
+    until(lambda: engine.stats().loaded > 0 and not engine.stats().unmeasured)
 
 
 def difference(one: list[Any], other: list[Any]) -> float:

@@ -14,7 +14,7 @@ import mtp_toy
 import numpy as np
 import pytest
 from mtp_models import FORMS, KINDS
-from speculating import FREE, tokens
+from speculating import FREE, tokens, until_measured
 
 from _mlx_server.inference.catalog.models import describe
 from _mlx_server.inference.catalog.mtp_files import find_head
@@ -281,6 +281,15 @@ def test_several_guesses_change_no_answer_either(toy: Path, expected: list[list[
         passes = engine.stats().totals.decode_passes
     assert told == expected and accepted > 0.7
     assert passes < 0.5 * ANSWER * len(TEXTS)
+
+
+def test_what_a_guess_takes_is_measured(toy: Path):
+    with Engine(str(toy)) as engine:
+        until_measured(engine)
+        speculation = runner(engine).speculation
+    assert speculation is not None
+    gain = {name: speculation.costs.best_draft([1.0] * 31, 0, name)[1] for name in ("", "mtp")}
+    assert gain["mtp"] < gain[""]
 
 
 def state(cache: list[Any]) -> list[Any]:

@@ -301,6 +301,19 @@ def test_a_pass_that_costs_more_than_it_brings_is_not_made():
     assert PassCosts({1: 1.0, 2: 2.0, 32: 32.0}).best_draft([1.0] * 31, 0)[0] == 0
 
 
+def test_costs_are_measured_a_pass_at_a_time_and_known_with_the_last_one():
+    costs, passes, prepared = PassCosts(), [], []
+
+    def prepare() -> Callable[[], None]:
+        prepared.append(len(passes))
+        return lambda: passes.append(0)
+
+    for steps, _ in enumerate(costs.measure(passes.append, {"head": prepare})):
+        assert not costs.known and len(passes) + len(prepared) <= steps
+    assert costs.known and list(dict.fromkeys(passes)) == [1, 2, 4, 8, 16, 32, 0]
+    assert prepared == [len(passes) - passes.count(0)]
+
+
 def test_costs_are_corrected_between_requests_only():
     costs = PassCosts({1: 1.0, 2: 1.0, 32: 1.0})
     for _ in range(9):

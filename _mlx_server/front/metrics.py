@@ -85,6 +85,7 @@ def _engine_metrics(stats: Stats) -> list[str]:
         ("waiting_requests", "Requests that wait.", stats.waiting),
         ("running_requests", "Requests that are prefilled or decoded.", stats.running),
         ("loaded_models", "Models in memory.", stats.loaded),
+        ("unmeasured_models", "Those still without drafts.", stats.unmeasured),
         ("prefix_cache_bytes", "KV states of earlier prompts.", stats.prefix_cache_bytes),
         ("prefix_cache_limit_bytes", "Most bytes of them.", stats.prefix_cache_limit),
         ("memory_bytes", "What MLX holds.", stats.memory),

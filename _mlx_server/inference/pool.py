@@ -231,6 +231,11 @@ class ModelPool:
             f"{gigabytes(self.memory)} can be used; {advice}"
         )
 
+    @property
+    def unmeasured(self) -> int:
+        """How many models have passes that are still to be measured."""
+        return sum(runner.unmeasured for runner in self.runners.values())
+
     def next_due(self) -> float | None:
         """When something has to be written or unloaded next if nothing else happens, in monotonic
         seconds."""
@@ -254,9 +259,21 @@ class ModelPool:
         for name in names:
             self.unload(name)
 
-    def write_segment(self) -> None:
-        """Writes one segment to the disk cache, if a model has been idle long enough: only one,
-        since a request may have come by then."""
+    def use_pause(self, idle: bool, synchronize: Callable[[], None]) -> None:
+        """Measures a pass or writes a segment to the disk cache if the engine is `idle`: only one,
+        since a request may have come by then. As long as there are requests, each that ends lets
+        its model measure a pass, since they may never cease to come; what is computed for the
+        others is waited for before, by `synchronize`."""
+        runners = self.runners.values()
+        measuring = (one for one in runners if one.unmeasured and (idle or one.ended))
+        if runner := next(measuring, None):
+            synchronize()
+            runner.measure()
+        elif idle:
+            self._write_segment()
+
+    def _write_segment(self) -> None:
+        """Writes one segment to the disk cache, if a model has been idle long enough."""
         for runner in self.runners.values():
             idle = time.monotonic() - runner.used
             if idle >= self.WRITE_DELAY and runner.has_unwritten():

@@ -308,12 +308,14 @@ class Totals:
 class Stats:
     """The engine at this moment. `memory` is what MLX holds, `memory_limit` what it may, `weights`
     and `states` (of running requests) what is known of the former, all in bytes. `max_waiting` is
-    how many requests of normal priority may wait."""
+    how many requests of normal priority may wait, `unmeasured` how many of the loaded models decode
+    without drafts until their passes have been measured."""
 
     waiting: int
     max_waiting: int
     running: int
     loaded: int
+    unmeasured: int
     weights: int
     states: int
     prefix_cache_bytes: int

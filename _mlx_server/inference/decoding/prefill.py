@@ -19,7 +19,6 @@ from _mlx_server.inference.group import Group
 from _mlx_server.inference.images.vision import Vision
 from _mlx_server.inference.protocol import Embedding
 from _mlx_server.inference.sequence import Sequence
-from _mlx_server.inference.speculation.pass_costs import PassCosts
 
 log = logging.getLogger("mlx_server")
 
@@ -61,13 +60,12 @@ class PromptReader:
         disk_cache: DiskCache | None,
         decode_batch: DecodeBatch,
         group: Group,
-        costs: PassCosts | None,
     ):
-        """`name` is the model's in the log, `costs` are those of its passes if they are known."""
+        """`name` is the model's in the log."""
         self._name, self._fingerprint = name, fingerprint
         self._weights, self._vision = weights, vision
         self._prefixes, self._disk_cache, self._decode_batch = prefixes, disk_cache, decode_batch
-        self._tail = _tail_length(len(weights.new_cache()), costs)
+        self._layers = len(weights.new_cache())
         self._chunk = self.CHUNK
         # With other processes waiting in a collective, no chunk may take long.
         self._chunk_alone = self.LARGE if weights.has_experts and group.size == 1 else 0
@@ -223,9 +221,22 @@ class PromptReader:
         left = len(prompt.tokens) - start
         if left <= 1:
             return True
-        if left > min(self._tail, self._chunk) or sequence.limit <= 0 or self._marks(sequence):
+        most = min(self._tail_length(), self._chunk)
+        if left > most or sequence.limit <= 0 or self._marks(sequence):
             return False
         return not prompt.images or prompt.images[-1].end <= start
+
+    def _tail_length(self) -> int:
+        """How many tokens of a prompt's end the first pass of decoding reads, `TAIL` if it is not
+        known what passes cost. A pass of which only the states are wanted leaves out what comes
+        behind the last layer's keys and values, since MLX computes nothing that is not used: about
+        a layer's work for each token. So much a further pass may cost, most of which is reading the
+        weights; where they are read fast, as by a CPU, it is less than that for a few tokens
+        already."""
+        speculation = self._decode_batch.speculation
+        if speculation is None or not speculation.costs.known:
+            return self.TAIL
+        return int(min(self.TAIL, self._layers * speculation.costs.tokens_in_a_pass))
 
     def _marks(self, sequence: Sequence) -> list[int]:
         """The lengths ahead at which a request gets a checkpoint: a pass ends there. From the last
@@ -386,14 +397,3 @@ def _most_like(sequence: Sequence, running: tuple[Sequence, ...]) -> tuple[int, 
         if shared > most:
             most, donor = shared, other
     return most, donor
-
-
-def _tail_length(layers: int, costs: PassCosts | None) -> int:
-    """How many tokens of a prompt's end the first pass of decoding reads. A pass of which only the
-    states are wanted leaves out what comes behind the last layer's keys and values, since MLX
-    computes nothing that is not used: about a layer's work for each token. So much a further pass
-    may cost, most of which is reading the weights; where they are read fast, as by a CPU, it is
-    less than that for a few tokens already."""
-    if costs is None:
-        return PromptReader.TAIL
-    return int(min(PromptReader.TAIL, layers * costs.tokens_in_a_pass))

@@ -74,6 +74,7 @@ class ModelRunner:
         self.used = time.monotonic()
         # When the latest request of each priority has ended, in monotonic seconds
         self.uses: dict[Priority, float] = {}
+        self.ended = False  # whether one has ended since a pass was measured
         self._disk_cache, self._group, self._room = disk_cache, group, room
         ends = renderer.tokenizer.eos_token_ids
         images = ImageRows(self.vision) if self.vision else None
@@ -90,7 +91,6 @@ class ModelRunner:
             disk_cache,
             self.decode_batch,
             group,
-            self.speculation.costs if self.speculation else None,
         )
         log.info("loaded %s in %.1f s", local.name, time.perf_counter() - started)
 
@@ -492,6 +492,7 @@ class ModelRunner:
 
     def _release(self, sequence: Sequence) -> None:
         self._remove(sequence)
+        self.ended = True
         self.used = self.uses[sequence.request.priority] = time.monotonic()
         if sequence.request.keep_alive is not None:
             self.keep_alive = sequence.request.keep_alive
@@ -499,7 +500,27 @@ class ModelRunner:
     def _remove(self, sequence: Sequence) -> None:
         self.sequences = tuple(one for one in self.sequences if one is not sequence)
 
-    # -- the disk
+    # -- when nobody waits
+
+    @property
+    def unmeasured(self) -> bool:
+        """Whether passes are still to be measured."""
+        return self.speculation is not None and self.speculation.unmeasured
+
+    def measure(self) -> None:
+        """Measures a pass. If it fails, the model decodes without drafts."""
+        import mlx.core as mx
+
+        assert self.speculation is not None
+        self.ended = False
+        try:
+            self.speculation.measure()
+        except Exception as error:
+            self._after_failure(error)
+            name = self.local.name
+            log.warning("%s decodes without drafts: measuring has failed", name, exc_info=error)
+        if not self.unmeasured:
+            mx.clear_cache()
 
     def has_unwritten(self) -> bool:
         """Whether there is something to write to the disk cache."""

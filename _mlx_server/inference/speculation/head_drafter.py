@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
-
-from _mlx_server.inference.speculation.pass_costs import PassCosts
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -83,9 +81,9 @@ class HeadDrafter:
         return list(self._guessed)
 
 
-def measure_head(model: Any, cache: list[Any], costs: PassCosts) -> None:
-    """Measures how long the head of a model takes for a token. `cache` is a new one, which is used
-    up."""
+def prepare_head(model: Any, cache: list[Any]) -> Callable[[], object]:
+    """What has the head of a model draft a token, so that its time can be measured. `cache` is a
+    new one, which is used up."""
     import mlx.core as mx
     from mlx_lm.sample_utils import greedy_sampler
 
@@ -93,6 +91,4 @@ def measure_head(model: Any, cache: list[Any], costs: PassCosts) -> None:
 
     model(mx.array([[0]]), cache=cache)
     mx.eval([layer.state for layer in cache])
-    costs.measure_drafting(
-        NAME, lambda: guess(model, cache, 0, 1, lambda logprobs, at: greedy_sampler(logprobs))
-    )
+    return lambda: guess(model, cache, 0, 1, lambda logprobs, at: greedy_sampler(logprobs))

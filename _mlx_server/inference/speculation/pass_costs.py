@@ -3,55 +3,61 @@
 from __future__ import annotations
 
 import collections
+import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
 ROWS = (1, 2, 3, 4, 8, 16, 32)  # tokens of the passes that are told apart
 WIDEST = ROWS[-1] - 1  # tokens of a draft
 
 
 class PassCosts:
-    """How long passes of one model take on this machine, measured when it is loaded, and corrected
-    by the passes of real requests between requests: within one, what is decided depends on tokens
-    alone. On the MLX thread."""
+    """How long passes of one model take on this machine, measured once it is loaded, while nobody
+    waits, and corrected by the passes of real requests between requests: within one, what is
+    decided depends on tokens alone. On the MLX thread."""
 
     GAIN = 1.05  # tokens in the time of one, below which a draft is not worth it
-    RUNS = 3  # of which the fastest counts; the start waits for them
+    RUNS = 3  # of which the fastest counts
     SLOW = 0.1  # seconds behind which no further one begins
     SAMPLES = 64  # passes of a kind that are kept
     FEW = 5  # passes of a kind that say nothing yet
 
-    def __init__(self, seconds: Mapping[int, float]):
+    def __init__(self, seconds: Mapping[int, float] | None = None):
         """`seconds` that passes take which read as many tokens as some of `ROWS` say, the first and
-        the last of which must be there, in a short context."""
-        self._loaded = dict(seconds)
+        the last of which must be there, in a short context. Without them no cost is known until all
+        of them have been measured."""
+        self._measured = dict(seconds or {})
         self._table: dict[tuple[int, int], float] = {}
         self._drafting: dict[str, float] = {}  # seconds of a drafter for a token
         self._noted: dict[tuple[int, int], collections.deque[float]] = {}
         self._drafts: dict[str, collections.deque[float]] = {}
 
-    @classmethod
-    def measure(cls, model: Any, new_cache: Callable[[], list[Any]]) -> PassCosts:
-        """Measures a model that has just been loaded."""
-        return cls({rows: cls._time(model, new_cache, rows) for rows in ROWS if rows != 3})
+    @property
+    def known(self) -> bool:
+        """Whether anything can be asked of them."""
+        return bool(self._measured)
 
-    @classmethod
-    def _time(cls, model: Any, new_cache: Callable[[], list[Any]], rows: int) -> float:
-        import mlx.core as mx
+    def measure(
+        self,
+        read: Callable[[int], object],
+        drafters: Mapping[str, Callable[[], Callable[[], object]]],
+    ) -> Generator[None, None, None]:
+        """Measures them, in steps of a pass each; they are known with the last one. `read` reads so
+        many tokens in a short context. What the function of a drafter returns drafts a token."""
+        measured = {}
+        for rows in ROWS:
+            if rows != 3:  # of a few tokens, those are known between which it lies
+                measured[rows] = yield from self._fastest(functools.partial(read, rows))
+        for name, prepare in drafters.items():
+            yield
+            self._drafting[name] = yield from self._fastest(prepare())
+        self._measured = measured
 
-        tokens = mx.zeros((1, rows), mx.int32)
-        return cls._fastest(lambda: mx.eval(model(tokens, cache=new_cache())))
-
-    def measure_drafting(self, drafter: str, draft: Callable[[], object]) -> None:
-        """Measures how long a drafter takes for a token, which `draft` drafts."""
-        self._drafting[drafter] = self._fastest(draft)
-
-    @classmethod
-    def _fastest(cls, run: Callable[[], object]) -> float:
+    def _fastest(self, run: Callable[[], object]) -> Generator[None, None, float]:
         seconds: list[float] = []
-        while len(seconds) < cls.RUNS and sum(seconds) < cls.SLOW:  # the first compiles kernels
+        while len(seconds) < self.RUNS and sum(seconds) < self.SLOW:  # the first compiles kernels
+            yield
             started = time.perf_counter()
             run()
             seconds.append(time.perf_counter() - started)
@@ -60,12 +66,12 @@ class PassCosts:
     @property
     def tokens_in_a_pass(self) -> float:
         """How many tokens more a pass reads in the time that one of a single token takes."""
-        more = (self._loaded[ROWS[-1]] - self._loaded[1]) / (ROWS[-1] - 1)
-        return self._loaded[1] / more if more > 0 else math.inf
+        more = (self._measured[ROWS[-1]] - self._measured[1]) / (ROWS[-1] - 1)
+        return self._measured[1] / more if more > 0 else math.inf
 
     def _one(self, context: int) -> float:
         """Seconds of a pass that reads a single token."""
-        return self._table.get((1, _depth(context)), self._loaded[1])
+        return self._table.get((1, _depth(context)), self._measured[1])
 
     def cost(self, rows: int, context: int) -> float:
         """What a pass that reads so many tokens behind `context` others costs, as a multiple of one
@@ -76,8 +82,8 @@ class PassCosts:
         real = [self._table[known, depth] for known in wider if (known, depth) in self._table]
         if one and real:
             return max(1.0, min(real) / one)
-        seconds = min(self._loaded[known] for known in wider if known in self._loaded)
-        return max(1.0, seconds / self._loaded[1])
+        seconds = min(self._measured[known] for known in wider if known in self._measured)
+        return max(1.0, seconds / self._measured[1])
 
     def best_draft(
         self, chances: Sequence[float], context: int, drafter: str = ""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from _mlx_server.inference.speculation.head_drafter import measure_head
+from _mlx_server.inference.speculation.head_drafter import NAME, prepare_head
 from _mlx_server.inference.speculation.pass_costs import PassCosts
 from _mlx_server.inference.speculation.rollback import Rollback, Unsupported
 
@@ -70,11 +70,23 @@ class Speculation:
     `RowGroup`, its `row`. On the MLX thread.
 
     The caches hold more than what counts between `step` and `settle`: that takes them back to the
-    tokens that were taken. Nobody may look at the row in between."""
+    tokens that were taken. Nobody may look at the row in between.
 
-    def __init__(self, model: Any, rollback: Rollback, costs: PassCosts, ends: Iterable[int]):
+    There are no drafts until it is known what passes cost. That is measured a pass at a time, by
+    `measure`, as long as it is `unmeasured`."""
+
+    def __init__(
+        self,
+        model: Any,
+        rollback: Rollback,
+        costs: PassCosts,
+        ends: Iterable[int],
+        measuring: Iterable[None] = (),
+    ):
+        """Each item of `measuring` is a pass that makes `costs` known."""
         self._model, self.rollback, self.costs = model, rollback, costs
-        self._ends = frozenset(ends)
+        self._ends, self._measuring = frozenset(ends), iter(measuring)
+        self.unmeasured = not costs.known
         self._block: _Block | None = None
         self._known: Any = None  # the row whose pending token is known without waiting for it
         self._began = 0.0  # when the last step began, if its time says something
@@ -91,10 +103,24 @@ class Speculation:
         except Unsupported as reason:
             log.info("%s decodes without speculation: %s", name, reason)
             return None
-        costs = PassCosts.measure(model, new_cache)
+        costs, drafters = PassCosts(), {}
+
+        def read(rows: int) -> None:
+            import mlx.core as mx
+
+            mx.eval(model(mx.zeros((1, rows), mx.int32), cache=new_cache()))
+
         if hasattr(model, "mtp"):
-            measure_head(model, new_cache(), costs)
-        return cls(model, rollback, costs, ends)
+            drafters[NAME] = lambda: prepare_head(model, new_cache())
+        return cls(model, rollback, costs, ends, costs.measure(read, drafters))
+
+    def measure(self) -> None:
+        """A pass of those by which costs are measured. If one fails, they stay unknown."""
+        more, self._began = False, 0.0
+        try:
+            more = next(self._measuring, self) is None
+        finally:
+            self.unmeasured = more
 
     def step(self, row: Any, drafters: Sequence[Drafter]) -> list[Any]:
         """The row's next tokens, one or several, as mlx-lm's responses. The last token of an answer
@@ -150,6 +176,8 @@ class Speculation:
         as no draft is worth it, the pending token is not waited for: meanwhile the model computes
         the next one."""
         tokens, sampler = row.tokens[0], row.samplers[0]
+        if not self.costs.known:
+            return None
         if not hasattr(sampler, "pick") and not _is_greedy(sampler):
             return None
         for drafter in drafters:
