@@ -339,9 +339,12 @@ def test_closing_ends_running_work_with_an_error(folder: Path):
         engine.chat("too late")
 
 
-def test_importing_the_engine_is_cheap():
-    slow = "{'mlx', 'mlx_lm', 'transformers', 'numpy', 'huggingface_hub', 'llguidance'}"
-    script = f"import sys, engine; print(sorted({slow} & set(sys.modules)))"
+@pytest.mark.parametrize("module", ["engine", "mlx_server"])
+def test_importing_the_engine_or_the_server_is_cheap(module: str):
+    slow = {"mlx", "mlx_lm", "transformers", "numpy", "huggingface_hub", "llguidance"}
+    commands = {"doctor", "launch", "pulling"}
+    slow |= {"plistlib", "importlib.metadata", *(f"_mlx_server.front.{one}" for one in commands)}
+    script = f"import sys, {module}; print(sorted({slow} & set(sys.modules)))"
     out = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -12,7 +12,6 @@ from typing import NoReturn
 from _mlx_server import __version__
 from _mlx_server.front import options
 from _mlx_server.front.commands import COMMANDS, Run, commands_text
-from _mlx_server.front.launch import print_env
 from _mlx_server.front.service import launchd_job, service_mistake, start_command, systemd_unit
 from _mlx_server.inference.images.image_layout import DEFAULT_TOKENS
 
@@ -342,6 +341,8 @@ def _mistake(args: argparse.Namespace) -> str | None:
 def selected_command(args: argparse.Namespace, argv: Sequence[str]) -> Run | None:
     """What is to be done instead of serving, None for serving."""
     if args.print_env:
+        from _mlx_server.front.launch import print_env  # which the server itself does not need
+
         return print_env
     if args.service:
         return functools.partial(_print_service, argv)

@@ -1,4 +1,5 @@
-"""The commands: what is done instead of serving."""
+"""The commands: what is done instead of serving. The server itself needs none of them, so those
+that are slow to import are imported when they run."""
 
 from __future__ import annotations
 
@@ -8,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from _mlx_server.front.agents import AGENTS
-from _mlx_server.front.doctor import examine
 from _mlx_server.front.installed import (
     list_loaded,
     list_models,
@@ -16,8 +16,6 @@ from _mlx_server.front.installed import (
     show_model,
     unload_model,
 )
-from _mlx_server.front.launch import launch
-from _mlx_server.front.pulling import pull_model
 from _mlx_server.front.startup import mlx_trouble
 from _mlx_server.inference.protocol import EngineError
 from _mlx_server.wire.fields import WireError
@@ -46,6 +44,24 @@ class Command:
         return None if self.takes else f"nothing stands behind it, not '{word}' either"
 
 
+def _launch(args: argparse.Namespace) -> int:
+    from _mlx_server.front.launch import launch
+
+    return launch(args)
+
+
+def _pull(args: argparse.Namespace) -> None:
+    from _mlx_server.front.pulling import pull_model
+
+    pull_model(args)
+
+
+def _examine(args: argparse.Namespace) -> int:
+    from _mlx_server.front.doctor import examine
+
+    return examine(args)
+
+
 def _help(args: argparse.Namespace) -> None:
     print(args.help_text, end="")
 
@@ -53,15 +69,15 @@ def _help(args: argparse.Namespace) -> None:
 _LIST = Command("the installed models", list_models)
 COMMANDS = {
     "serve": Command("answer requests, as without a command"),
-    "launch": Command("start an agent that uses this server", launch, "AGENT"),
-    "pull": Command("download a model: qwen3:8b, ORG/NAME, or choose one", pull_model, "[NAME]"),
+    "launch": Command("start an agent that uses this server", _launch, "AGENT"),
+    "pull": Command("download a model: qwen3:8b, ORG/NAME, or choose one", _pull, "[NAME]"),
     "list": _LIST,
     "ls": _LIST,
     "show": Command("what is known of an installed model", show_model, "NAME"),
     "rm": Command("delete an installed model", remove_model, "NAME"),
     "ps": Command("the models in the running server's memory", list_loaded),
     "stop": Command("unload a model from the running server's memory", unload_model, "NAME"),
-    "doctor": Command("what a bug report needs", examine),
+    "doctor": Command("what a bug report needs", _examine),
     "help": Command("this text", _help, "[COMMAND]"),
 }
 

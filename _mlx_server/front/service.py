@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import plistlib
 import re
 import sys
 from collections.abc import Sequence
@@ -83,6 +82,8 @@ def launchd_job(args: argparse.Namespace, command: list[str]) -> str:
         "StandardErrorPath": f"{logs}/mlx-server.err",
         "EnvironmentVariables": _environment(),
     }
+    import plistlib  # slow to import for the server itself, with the XML parser that it needs
+
     given = {key: value for key, value in job.items() if value}
     return plistlib.dumps(given, sort_keys=False).decode()
 
