@@ -11,7 +11,7 @@ from models import CHATML, build_model
 
 from _mlx_server.inference.catalog.models import describe
 from _mlx_server.inference.prompt.renderer import PromptRenderer
-from _mlx_server.inference.prompt.template import with_fast_attributes
+from _mlx_server.inference.prompt.template import speed_up
 from engine import InvalidRequest, Request
 
 TOOLS = [
@@ -226,9 +226,9 @@ def test_a_template_sees_of_every_value_what_the_sandbox_lets_it_see():
     from jinja2.runtime import LoopContext, Undefined
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    source = "{{ messages }}"
-    ordinary = _compile_jinja_template(source).environment
-    fast = with_fast_attributes(_compile_jinja_template(source), source).environment
+    ordinary, fast = (_compile_jinja_template(text).environment for text in ("ordinary", "fast"))
+    for _ in range(2):
+        speed_up(fast)
     loop = LoopContext([1, 2, 3], Undefined)
     next(loop)
     message = {"role": "user", "items": 1, "_own": 2, "__class__": 3}

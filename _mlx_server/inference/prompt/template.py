@@ -95,9 +95,10 @@ class Template:
         try:
             from transformers.utils.chat_template_utils import _compile_jinja_template
 
-            compiled = with_fast_attributes(_compile_jinja_template(self._source), self._source)
-            ours = self._fill(compiled, probe, None, True, {})
+            compiled = _compile_jinja_template(self._source)  # once: their method has it from there
             theirs = self._apply(probe, None, True, {})
+            speed_up(compiled.environment)
+            ours = self._fill(compiled, probe, None, True, {})
             # A clock may stand in them
             return compiled if re.sub(r"\d", "", ours) == re.sub(r"\d", "", theirs) else None
         except Exception:  # that function is not public, and a template may be anything
@@ -143,13 +144,14 @@ class Template:
         return text
 
 
-def with_fast_attributes(compiled: Any, source: str) -> Any:
-    """The same template in the same sandbox, with a short way to what most of the time of a long
-    conversation goes to: the keys of messages, methods of texts, the state of loops. What the
-    sandbox hides stays hidden: only what it would return unchanged is taken this way."""
+def speed_up(environment: Any) -> None:
+    """Gives a template's sandbox a short way to what most of the time of a long conversation goes
+    to: the keys of messages, methods of texts, the state of loops. What the sandbox hides stays
+    hidden: only what it would return unchanged is taken this way."""
     from jinja2.runtime import LoopContext
 
-    environment = compiled.environment.overlay()
+    if "getattr" in vars(environment):  # by an earlier call: each template has one sandbox
+        return
     sandboxed, undefined = environment.getattr, environment.undefined
     plain = {
         kind: {name for name in dir(kind) if not name.startswith(("_", "format"))}
@@ -166,7 +168,6 @@ def with_fast_attributes(compiled: Any, source: str) -> Any:
         return sandboxed(value, name)
 
     environment.getattr = attribute
-    return environment.from_string(source)
 
 
 # Stands behind the message that the model is to continue
