@@ -244,3 +244,19 @@ def test_a_template_sees_of_every_value_what_the_sandbox_lets_it_see():
             elif not callable(expected):
                 assert found == expected
     assert ordinary.getattr is not fast.getattr
+
+
+def test_a_template_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from jinja2 import Environment
+
+    source = CHATML + "{# of this test alone #}"
+    build_model("qwen2", tmp_path / "model", template=source)
+    compile_source, compiled = Environment.compile, []
+
+    def count(self: Environment, given: str, *args: object, **kwargs: object) -> object:
+        compiled.append(given)
+        return compile_source(self, given, *args, **kwargs)
+
+    monkeypatch.setattr(Environment, "compile", count)
+    PromptRenderer(describe("model", tmp_path / "model"))
+    assert compiled == [source]

@@ -146,10 +146,13 @@ class ModelPool:
                 self._room,
                 self.speculates,
             )
-            self.runners = {**self.runners, local.name: runner}
+        except BaseException:
+            self._clean()
+            raise
         finally:
             self._waiting.pop(local.name, None)
-            self._clean()
+        self.runners = {**self.runners, local.name: runner}
+        self._settle()
         self._sizes = {**self._sizes, local.name: (runner.size, runner.state_size)}
         return runner
 
@@ -319,9 +322,14 @@ class ModelPool:
         return sequences
 
     def _clean(self) -> None:
+        """Frees what nothing refers to any more but itself. It takes a while."""
+        gc.collect()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Gives buffers back that are not in use, and keeps the weights that there are."""
         import mlx.core as mx
 
-        gc.collect()
         mx.clear_cache()
         self._wire()
 

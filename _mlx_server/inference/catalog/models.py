@@ -125,9 +125,11 @@ def _describe(name: str, path: Path) -> LocalModel:
 def unsupported(config: dict[str, Any]) -> str:
     """Why mlx-lm cannot load a model with this config.json, as far as its type tells; "" if it
     can."""
-    kind, known = config.get("model_type"), _known_types()
+    kind, folder = config.get("model_type"), _mlx_lm_folder()
     # One with Python code of its own is refused when it is loaded
-    if not isinstance(kind, str) or not known or kind in known or "model_file" in config:
+    if not isinstance(kind, str) or folder is None or "model_file" in config:
+        return ""
+    if kind in _written_types(folder) or kind in _other_types(folder):
         return ""
     import importlib.metadata  # takes 20 ms
 
@@ -136,14 +138,26 @@ def unsupported(config: dict[str, Any]) -> str:
 
 
 @functools.cache
-def _known_types() -> frozenset[str]:
-    """The model types that the installed mlx-lm loads; none if it does not show them. Its sources
-    tell, since it takes seconds to import."""
+def _mlx_lm_folder() -> Path | None:
+    """Where the sources of the installed mlx-lm are, which tell the model types that it loads: it
+    takes seconds to import. None if it does not show them."""
     spec = importlib.util.find_spec("mlx_lm")
     if spec is None or not spec.submodule_search_locations:
-        return frozenset()
-    folder = Path(spec.submodule_search_locations[0])
-    types = {file.stem for file in (folder / "models").glob("*.py")}
+        return None
+    return Path(spec.submodule_search_locations[0])
+
+
+@functools.cache
+def _written_types(folder: Path) -> frozenset[str]:
+    """The model types that have a file of their own."""
+    names = os.listdir(folder / "models")
+    return frozenset(name.removesuffix(".py") for name in names if name.endswith(".py"))
+
+
+@functools.cache
+def _other_types(folder: Path) -> frozenset[str]:
+    """Those that are loaded as others. To parse what tells them takes 10 ms."""
+    types: set[str] = set()
     for statement in ast.parse((folder / "utils.py").read_text("utf-8")).body:
         match statement:
             case ast.Assign(targets=[ast.Name("MODEL_REMAPPING")]):
