@@ -75,6 +75,10 @@ def ask(engine: Engine, length: int = 32, limit: int = 4, **fields: Any) -> Gene
     return engine.submit(Request("qwen2", prompt=prompt, max_tokens=limit, **fields))
 
 
+def until_decoding(generation: Generation) -> None:
+    until(lambda: generation.sequence.decoding)
+
+
 def written(generation: Generation) -> list[int]:
     *_, done = generation
     tokens: list[int] = done.tokens[generation.prompt_tokens :]
@@ -122,7 +126,7 @@ def test_where_requests_never_cease_each_that_ends_leaves_time_for_a_pass(
 ):
     with Engine(models_dirs=[folder]) as engine:
         endless, ended = ask(engine, limit=3000), 0
-        next(iter(endless))
+        until_decoding(endless)
         while engine.stats().unmeasured:
             assert len(written(ask(engine))) == 4
             ended += 1
@@ -142,7 +146,7 @@ def test_a_pass_that_fails_costs_the_drafts_of_its_model_and_nothing_else(
     passes.before = fail
     with Engine(models_dirs=[folder]) as engine:
         company = ask(engine, 40, 200)
-        next(iter(company))
+        until_decoding(company)
         while engine.stats().unmeasured:
             assert len(written(ask(engine))) == 4
         told = written(company)
@@ -159,7 +163,7 @@ def test_a_pass_that_fails_costs_the_drafts_of_its_model_and_nothing_else(
 def test_a_model_may_go_before_it_is_measured(folder: Path, passes: Passes):
     with Engine(models_dirs=[folder]) as engine:
         running = ask(engine, limit=3000, keep_alive=0.0)
-        next(iter(running))
+        until_decoding(running)
         model = weakref.ref(engine.pool.runners["qwen2"].model)
         running.cancel()
         until(lambda: not engine.stats().loaded)
