@@ -13,8 +13,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import ollama
@@ -360,6 +362,29 @@ def test_a_hub_that_cannot_be_asked_is_an_error(hub: FakeHub, cache: Path, env: 
     program = pull(hub, cache, "pull", "org/own", env=env, stderr=subprocess.PIPE)
     _, told = program.communicate(timeout=60)
     assert program.returncode == 1 and said in told and "Traceback" not in told
+
+
+class Mute(BaseHTTPRequestHandler):
+    """Hangs up on every request, as it does that counts them."""
+
+    def do_HEAD(self):
+        self.server.asked.append(self.path)
+
+    do_GET = do_HEAD
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny:1b", "org/own"])
+def test_a_hub_that_never_answers_is_asked_once(tmp_path: Path, hub: FakeHub, name: str):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Mute) as mute:
+        mute.asked = []
+        threading.Thread(target=mute.serve_forever, args=(0.05,), daemon=True).start()
+        env = {"HF_ENDPOINT": f"http://127.0.0.1:{mute.server_port}"}
+        program = pull(hub, tmp_path / "hub", "pull", name, env=env, stderr=subprocess.PIPE)
+        _, told = program.communicate(timeout=60)
+        mute.shutdown()
+    assert program.returncode == 1 and "Server disconnected" in told and told.count("\n") == 1
+    assert mute.asked == ["/"]
 
 
 def test_a_disk_that_is_too_small_or_read_only_is_an_error(

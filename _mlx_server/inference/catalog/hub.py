@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mlx_server")
 
+_REACH_SECONDS = 10.0  # for a hub to say anything at all
+
 
 class PullStage(enum.Enum):
     """What a pull has come to."""
@@ -157,12 +159,19 @@ class Hub:
 
     @functools.cached_property
     def api(self) -> HfApi:
-        """What asks the hub."""
-        from huggingface_hub import HfApi  # takes most of a second
+        """What asks the hub, which can be reached. Raises HubError."""
+        from huggingface_hub import HfApi, get_session  # takes most of a second
 
         # It warns at each of its attempts; what fails in the end is raised
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-        return HfApi()
+        api = HfApi()
+        try:  # Its own requests wait without end for an answer, or try six times to connect
+            get_session().head(
+                api.endpoint, headers=_token(), timeout=_REACH_SECONDS, follow_redirects=False
+            )
+        except Exception as error:
+            raise hub_error(error, "the hub") from error
+        return api
 
     def listing(self, most: int) -> list[ModelInfo]:
         """The `most` models of mlx-community that were downloaded most in the last 30 days, with
@@ -180,13 +189,11 @@ class Hub:
 
     def read_json(self, repo: str, name: str) -> Any:
         """A JSON file of a repo, which does not get into the cache. Raises HubError."""
-        from huggingface_hub import get_session, get_token, hf_hub_url
+        from huggingface_hub import get_session, hf_hub_url
 
-        token = get_token()
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
         try:
             url = hf_hub_url(repo, name, endpoint=self.api.endpoint)
-            answer = get_session().get(url, headers=headers, follow_redirects=True)
+            answer = get_session().get(url, headers=_token(), follow_redirects=True)
             answer.raise_for_status()
             return answer.json()
         except Exception as error:
@@ -296,6 +303,14 @@ class Hub:
                 HubFailure.NO_SPACE,
                 f"{repo} needs {sum(needed.values())} bytes, and {free} are free on the disk",
             )
+
+
+def _token() -> dict[str, str]:
+    """The headers that say who is logged in."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def _remote_file(file: RepoSibling) -> RemoteFile:
