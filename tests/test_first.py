@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import pty
 import re
 import shlex
 import shutil
@@ -196,6 +197,30 @@ def test_models_are_listed_shown_and_removed(tmp_path: Path):
         again.returncode == 1
         and again.stderr == "mlx-server: model 'My-1B-4bit' not found; installed: demo\n"
     )
+
+
+def typed(answer: str, *words: str) -> tuple[int, str]:
+    """The exit status of the program at a terminal where a line was typed, and what it said."""
+    keyboard, terminal = pty.openpty()
+    os.write(keyboard, answer.encode() + b"\n")
+    env = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
+    files = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+    status = subprocess.run([*PROGRAM, *words], env=env, timeout=120, **files).returncode
+    said = os.read(keyboard, 4096).decode()
+    os.close(keyboard), os.close(terminal)
+    return status, said.replace("\r\n", "\n").removeprefix(answer + "\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, asked", [("my:1b", "delete My-1B-4bit, 5 MB? [y/N] "), ("demo", "")]
+)
+def test_at_a_terminal_rm_asks_first_but_not_in_vain(tmp_path: Path, name: str, asked: str):
+    folder = give(tmp_path, "My-1B-4bit")
+    command = "rm", "--models-dir", str(tmp_path), "--state", str(tmp_path / "presets.json"), name
+    refused = "" if asked else "model 'demo' is not this server's to delete"
+    assert typed("n", *command) == (1, f"{asked}mlx-server: {refused or 'nothing was deleted'}\n")
+    assert typed("y", *command)[0] == bool(refused) and folder.exists() == bool(refused)
 
 
 # ------------------------------------------------------------------ the log

@@ -84,8 +84,10 @@ def remove_model(args: argparse.Namespace) -> None:
         names = ", ".join(model.name for model in meant)
         raise EngineError(f"'{args.name}' may mean several models; say which: {names}")
     model = meant[0] if meant else library.resolve(args.name)
+    name = model.name if meant else args.name
+    library.deletable(name, model)  # else the question would be in vain
     _ask(f"delete {printable(model.name)}, {gigabytes(model.size)}")
-    library.delete(model.name if meant else args.name, model)
+    library.delete(name, model)
     print(f"deleted {printable(model.name)}")
 
 

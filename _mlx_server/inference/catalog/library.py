@@ -278,13 +278,9 @@ class Library:
         model: LocalModel,
         release: Callable[[LocalModel], None] = lambda model: None,
     ) -> None:
-        """Deletes a model's files, once `release` has returned. Raises InvalidRequest if `name` is
-        not its whole one or it is not ours to delete, and EngineError."""
-        if plain_name(name) != model.name.lower():
-            raise InvalidRequest(f"to delete a model, say its whole name: '{model.name}'")
-        folder = self.folder(model)
-        if folder is None:
-            raise InvalidRequest(f"model '{model.name}' is not this server's to delete")
+        """Deletes a model's files, once `release` has returned. Raises as `deletable` does, and
+        EngineError."""
+        folder = self.deletable(name, model)
         release(model)
         try:
             if folder.name.startswith("models--"):
@@ -296,7 +292,17 @@ class Library:
             raise EngineError(f"model '{model.name}' cannot be deleted: {error.strerror}") from None
         log.info("deleted %s", folder)
 
-    def folder(self, model: LocalModel) -> Path | None:
+    def deletable(self, name: str, model: LocalModel) -> Path:
+        """What holds a model's files and nothing else. Raises InvalidRequest if `name` is not its
+        whole one or it is not ours to delete."""
+        if plain_name(name) != model.name.lower():
+            raise InvalidRequest(f"to delete a model, say its whole name: '{model.name}'")
+        folder = self._folder(model)
+        if folder is None:
+            raise InvalidRequest(f"model '{model.name}' is not this server's to delete")
+        return folder
+
+    def _folder(self, model: LocalModel) -> Path | None:
         """What holds a model's files and nothing else, if it is ours to delete: it lies in
         `models_dirs` or the Hugging Face cache, not only by a link, and is not the demo."""
         path = Path(os.path.realpath(model.path))
