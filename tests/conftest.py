@@ -22,6 +22,8 @@ from engine import Engine
 ROOT = Path(__file__).parent.parent
 PATIENCE = 240.0  # seconds after which something hangs, however busy the machine is
 
+# A shell lets what it starts in the background ignore Ctrl-C, and so would all that is started here
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CACHES = ("qwen2", "llama_sliding", "hybrid")  # kinds of random models, one of each cache class
 
