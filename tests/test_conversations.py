@@ -95,6 +95,13 @@ def shout(message: Message) -> Message:
     return {**message, "content": message["content"].upper()}
 
 
+def known(memo: HistoryMemo, messages: list[Message]) -> list[KnownMessage]:
+    """What is known of a conversation that is read."""
+    history = memo.prepare(messages)
+    memo.keep(history)
+    return history.messages
+
+
 def call(arguments: dict) -> Message:
     function = {"name": "Bash", "arguments": arguments}
     calls = [{"id": "a", "type": "function", "function": function}]
@@ -111,9 +118,12 @@ def test_of_a_conversation_that_comes_again_only_what_is_new_is_prepared():
     memo = HistoryMemo(escape)
     for turn in range(2, 12):
         messages = [{"role": "user", "content": f"x{at}"} for at in range(turn)]
-        assert [one.escaped for one in memo.prepare(messages)] == list(map(shout, messages))
+        assert [one.escaped for one in known(memo, messages)] == list(map(shout, messages))
     assert made == [f"x{at}" for at in range(11)]
-    assert memo.prepare([]) == []
+    assert known(memo, []) == []
+    for _ in range(2):  # refused, and not kept
+        memo.prepare([HI])
+    assert made[-2:] == [HI["content"]] * 2
 
 
 ALIKE = [1, True, 1.0, "1", None, 0.0, -0.0, [1], [True], {"b": 1, "c": 2}, {"c": 2, "b": 1}]
@@ -124,7 +134,7 @@ def test_a_message_that_is_only_equal_is_prepared_anew():
     for _ in range(2):
         for value in ALIKE:
             messages = [HI, HI, call({"a": value}), call({"a": value, "b": value}), HI]
-            found = [one.escaped for one in memo.prepare(messages)]
+            found = [one.escaped for one in known(memo, messages)]
             assert json.dumps(found) == json.dumps(messages)
 
 
@@ -146,7 +156,7 @@ def test_edited_conversations_are_prepared_as_if_they_came_first():
         else:
             messages = messages[:at]
         messages = json.loads(json.dumps(messages))
-        found = memo.prepare(messages)
+        found = known(memo, messages)
         assert json.dumps([one.escaped for one in found]) == json.dumps(list(map(shout, messages)))
         for start in ("root", "other"):
             assert memory.follow(start, found) == follow(memory, start, messages)
@@ -162,4 +172,4 @@ def test_what_is_no_plain_json_is_prepared_as_well():
     memo = HistoryMemo(shout)
     for message in ({"role": "user", "content": Text("hi")}, {**HI, "more": deep}):
         for _ in range(2):
-            assert memo.prepare([HI, message])[1].escaped["content"] == "HI"
+            assert known(memo, [HI, message])[1].escaped["content"] == "HI"

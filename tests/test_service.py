@@ -270,7 +270,7 @@ def test_an_important_client_does_not_wait_for_the_others(
     until_held(hold)
     agents = [messages(server, f"{n} " + SLOW, headers=key) for n in range(3)]
     bot = chat(server, "slow " * 50, headers=headers, options={"num_predict": 2})
-    until(server, "waiting_requests", 4, key)
+    until(server, "waiting_requests", 4, headers)
     hold.unlink()
     assert json.loads([*first.lines()][-1])["done"] is True
     assert json.loads([*bot.lines()][-1])["done"] is True

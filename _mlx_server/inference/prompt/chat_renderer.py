@@ -116,8 +116,8 @@ class ChatRenderer:
         if history and _is_open(history[-1]):
             history = history[:-1]
         known = self._histories.prepare(request.messages)
-        keys = self._memory.follow(root.key, known[: len(history)])
-        messages = self._with_thoughts(known)
+        keys = self._memory.follow(root.key, known.messages[: len(history)])
+        messages = self._with_thoughts(known.messages)
         chat = _Chat(messages, tools, options, history, keys)
         match = self._match(chat)
         if match is None or self._gives_up_thinking(request, chat, match, window):
@@ -127,6 +127,7 @@ class ChatRenderer:
         tokens = [*match.tokens, *rest]
         if len(tokens) > most:
             raise PromptTooLong(len(tokens), int(most))
+        self._histories.keep(known)
         return self._prompt(request, chat, root, match, tokens)
 
     def _prompt(

@@ -20,10 +20,11 @@ _HEAD = len(marshal.dumps([], _FORMAT))  # in front of a list's items
 
 
 @dataclass(frozen=True)
-class _History:
+class History:
     """A conversation: its messages as bytes, one behind the other, where each of them ends there,
-    and what is known of them."""
+    and what is known of them. `key` finds it again; "" if it is not to be kept."""
 
+    key: str
     written: bytes
     ends: list[int]
     messages: list[KnownMessage]
@@ -35,6 +36,9 @@ class _History:
         return bisect.bisect_left(
             self.ends, True, key=lambda end: not written.startswith(self.written[:end], _HEAD)
         )
+
+
+_EMPTY = History("", b"", [], [])
 
 
 class HistoryMemo:
@@ -49,27 +53,31 @@ class HistoryMemo:
 
     def __init__(self, escape: Callable[[Message], Message]):
         self._escape = escape
-        self._histories: BoundedMap[_History] = BoundedMap(  # by what their first messages are
+        self._histories: BoundedMap[History] = BoundedMap(  # by what their first messages are
             self.REMEMBERED, lambda key, history: 2 * len(history.written) + 4096
         )
 
-    def prepare(self, messages: list[Message]) -> list[KnownMessage]:
-        """The messages of a conversation, with what is made of them."""
+    def prepare(self, messages: list[Message]) -> History:
+        """A conversation with what is made of its messages, which is not kept yet."""
         try:
             written = marshal.dumps(messages, _FORMAT)
-            opening = str(hash(marshal.dumps(messages[:2], _FORMAT)))
+            key = str(hash(marshal.dumps(messages[:2], _FORMAT)))
         except ValueError:  # not only plain values, or nested deeply
-            return list(map(self._make, messages))
-        known = self._histories.get(opening) or _History(b"", [], [])
+            return History("", b"", [], list(map(self._make, messages)))
+        known = self._histories.get(key) or _EMPTY
         same = known.shared(written)
-        if same == len(messages):
-            return known.messages[:same]
         ends, found = known.ends[:same], known.messages[:same]
+        if same == len(messages):
+            return History("", b"", ends, found)
         for message in messages[same:]:
             ends.append((ends[-1] if ends else 0) + len(marshal.dumps(message, _FORMAT)))
             found.append(self._make(message))
-        self._histories.put(opening, _History(written[_HEAD:], ends, found))
-        return found.copy()
+        return History(key, written[_HEAD:], ends, found)
+
+    def keep(self, history: History) -> None:
+        """Keeps what `prepare` has returned, once the conversation is one that can be read."""
+        if history.key:
+            self._histories.put(history.key, history)
 
     def _make(self, message: Message) -> KnownMessage:
         return KnownMessage(message, self._escape(message))
