@@ -30,6 +30,7 @@ SLOW = pytest.mark.slow
         pytest.param("chat", 22, marks=SLOW),
         pytest.param("long", 11, marks=SLOW),
         pytest.param("agent", 4, marks=SLOW),
+        pytest.param("own", 22, marks=SLOW),
     ],
 )
 def test_fresh_prompts_are_answered_to_the_character(engine: Engine, shape: str, count: int):

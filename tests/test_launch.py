@@ -352,12 +352,16 @@ def test_claude_code_runs_a_tool(machine: Machine, kept: bool):
 
 
 @pytest.mark.clients
-def test_codex_answers(machine: Machine):
+def test_codex_answers_and_runs_a_tool(machine: Machine):
     real("CODEX_CLI", "codex", machine)
     port = free_port()
-    words = ["exec", "--skip-git-repo-check", "say hello from codex"]
-    out = machine.run("launch", "codex", "--port", port, "--", *words)
+    words = ["exec", "--skip-git-repo-check"]
+    out = machine.run("launch", "codex", "--port", port, "--", *words, "say hello from codex")
     assert (out.returncode, out.stdout) == (0, "hello from codex\n"), out.stderr
+    out = machine.run("launch", "codex", "--port", port, "--", *words, "run echo hello")
+    # The first line of what its tool answers is no line of the command's
+    assert out.returncode == 0 and out.stdout.startswith("The tool answered: "), out.stderr
+    assert "echo hello" in out.stderr and "\nhello\n" in out.stderr
     assert not listens(port)
 
 

@@ -3,7 +3,8 @@ examine it with.
 
     say TEXT, repeat TEXT       TEXT
     count to N                  1 2 3 ... N
-    run COMMAND                 a call of Bash; `run A and run B` two of them
+    run COMMAND                 a call of Bash, or of the agent's own tool that runs commands;
+                                `run A and run B` two of them
     read PATH                   a call of Read
     write "TEXT" to PATH        a call of Write
     think then say TEXT         a thought in <think> tags, then TEXT
@@ -43,7 +44,7 @@ ROWS = (
     "privet",
     "other",
 )
-SHAPES = ("bare", "quiet", "chat", "long", "agent")
+SHAPES = ("bare", "quiet", "chat", "long", "agent", "own")
 
 RUSSIAN = """и в не на я что тот быть с а весь это как она по но они к у ты из мы за вы так же от
 сказать этот который мочь человек о один еще бы такой только себя свое какой когда уже для вот кто
@@ -112,8 +113,21 @@ FOLDERS = """src tests test lib app docs home root tmp var usr etc bin build dis
 scripts server client models utils core work project user pytest-of-root node_modules Desktop
 Documents""".split()
 TOOLS = "Agent Bash Edit Glob Grep Read Skill Task TodoWrite WebFetch WebSearch Write".split()
+SHELLS = """bash shell exec exec_command run run_command shell_command execute_command terminal
+run_shell_command run_terminal_cmd run_in_terminal execute_bash execute sh cmd functions.exec
+developer__shell mcp__shell__run""".split()
 EMOJI = [*"😀🎉🚀✅❌🔥👍🐍💡📦⚡🙂—…€éüñß中文한→✓°", "日本"]
 RARE = [(0x1F300, 0x1F64F), (0xA1, 0x17F), (0x370, 0x4FF), (0x4E00, 0x9FFF), (0x2010, 0x27BF)]
+
+
+class Shell(NamedTuple):
+    """A tool that runs commands, and the name of its argument."""
+
+    tool: str
+    argument: str
+
+
+BASH = Shell("Bash", "command")
 
 
 class Prompt(NamedTuple):
@@ -264,6 +278,11 @@ class Words:
         name = self.name() + ("." + rng.choice(EXTENSIONS) if rng.random() < 0.85 else "")
         return rng.choice(("/", "", "./", "/", "~/", "../")) + "/".join([*folders, name])
 
+    def shell(self) -> Shell:
+        made_up = "_".join(self.name() for _ in range(self.rng.randint(1, 2)))
+        name = self.rng.choice(SHELLS) if self.rng.random() < 0.6 else made_up
+        return Shell(name, self.rng.choice(("command", "cmd")))
+
     def command(self) -> str:
         rng = self.rng
         parts = [rng.choice(COMMANDS) if rng.random() < 0.85 else self.path()]
@@ -290,8 +309,8 @@ class Words:
         return " ".join(parts)
 
 
-def call(name: str, **arguments: str) -> dict:
-    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+def call(tool: str, **arguments: str) -> dict:
+    return {"type": "function", "function": {"name": tool, "arguments": arguments}}
 
 
 def spoken(calls: list[dict]) -> str:
@@ -302,7 +321,7 @@ def spoken(calls: list[dict]) -> str:
     )
 
 
-def request(row: str, words: Words) -> tuple[str, dict]:
+def request(row: str, words: Words, shell: Shell = BASH) -> tuple[str, dict]:
     """A request of one row: what the user says, and the assistant's message that has to come."""
     rng = words.rng
 
@@ -315,6 +334,9 @@ def request(row: str, words: Words) -> tuple[str, dict]:
     def calls(*made: dict) -> dict:
         return {"role": "assistant", "content": "", "tool_calls": list(made)}
 
+    def runs(*commands: str) -> dict:
+        return calls(*(call(shell.tool, **{shell.argument: command}) for command in commands))
+
     if row == "say":
         phrase = words.phrase()
         return f"{verb(rng.choice(('say', 'say', 'repeat')))} {phrase}", text(phrase)
@@ -323,7 +345,7 @@ def request(row: str, words: Words) -> tuple[str, dict]:
         return f"{verb('count')} to {n}", text(" ".join(map(str, range(1, n + 1))))
     if row == "run":
         command = words.command()
-        return f"{verb('run')} {command}", calls(call("Bash", command=command))
+        return f"{verb('run')} {command}", runs(command)
     if row == "read":
         path = words.path()
         return f"{verb('read')} {path}", calls(call("Read", file_path=path))
@@ -334,9 +356,7 @@ def request(row: str, words: Words) -> tuple[str, dict]:
         )
     if row == "two runs":
         a, b = (words.command().replace(" and ", " ") for _ in range(2))
-        return f"{verb('run')} {a} and run {b}", calls(
-            call("Bash", command=a), call("Bash", command=b)
-        )
+        return f"{verb('run')} {a} and run {b}", runs(a, b)
     if row == "think":
         phrase = words.phrase(8)
         return f"{verb('think')} then say {phrase}", text(phrase) | {"reasoning_content": THOUGHT}
@@ -443,12 +463,13 @@ def in_front(words: Words) -> str:
     return words.unrelated(rng.choice((rng.randint(5, 200), rng.randint(200, 1000)))) + "\n"
 
 
-def exchange(row: str, words: Words) -> list[dict]:
+def exchange(row: str, words: Words, shell: Shell = BASH) -> list[dict]:
     """The messages of one exchange, the last of which is the answer to examine."""
     rng = words.rng
-    said, answer = request(
-        rng.choice(("run", "read", "write", "two runs")) if row == "result" else row, words
-    )
+    if row == "result":
+        said, answer = request(rng.choice(("run", "read", "write", "two runs")), words, shell)
+    else:
+        said, answer = request(row, words, shell)
     messages = [
         {"role": "user", "content": in_front(words) + said + rng.choice(("", "", "", "\n"))},
         answer,
@@ -487,11 +508,32 @@ def tools(words: Words, names: Sequence[str], most: int = 300) -> list[dict]:
     ]
 
 
+def own_tools(words: Words, shell: Shell, most: int = 300) -> list[dict]:
+    """Definitions of tools with one that runs commands, which is not `Bash`."""
+    rng = words.rng
+    names = rng.sample([name for name in TOOLS if name != BASH.tool], rng.randint(0, 3))
+    properties = {words.plain(): {"type": "number"} for _ in range(rng.randint(0, 2))}
+    described = {"type": "string", "description": words.unrelated(rng.randint(10, 120))}
+    own = {
+        "name": shell.tool,
+        "description": words.unrelated(rng.randint(most // 10, most)),
+        "parameters": {
+            "type": "object",
+            "required": [shell.argument],
+            "properties": properties | {shell.argument: described},
+        },
+    }
+    declared = [*tools(words, names, most), {"type": "function", "function": own}]
+    rng.shuffle(declared)
+    return declared
+
+
 def contract_prompts(seed: int, count: int, shape: str = "chat") -> Iterator[Prompt]:
     """`count` fresh prompts over all rows: the request alone ("bare"), with thinking off ("quiet"),
     behind a short system prompt and earlier turns ("chat"), behind some 10,000 tokens of unrelated
-    text ("long"), or behind a coding agent's system prompt, a dozen tools of 2-4 kB and a large
-    reminder ("agent"). What stands in front is the same for all prompts of one seed."""
+    text ("long"), behind a coding agent's system prompt, a dozen tools of 2-4 kB and a large
+    reminder ("agent"), or to an agent that has a tool of its own for commands ("own", another one
+    in each prompt). What else stands in front is the same for all prompts of one seed."""
     words = Words(random.Random(f"{shape} {seed}"))
     before: list[dict] = []
     declared: list[dict] | None = None
@@ -511,8 +553,11 @@ def contract_prompts(seed: int, count: int, shape: str = "chat") -> Iterator[Pro
             {"role": "assistant", "content": FALLBACK},
         ]
     for number in range(count):
-        row = ROWS[number % len(ROWS)]
-        *messages, answer = exchange(row, words)
+        row, shell = ROWS[number % len(ROWS)], BASH
+        if shape == "own":
+            shell = words.shell()
+            declared = own_tools(words, shell)
+        *messages, answer = exchange(row, words, shell)
         thought = (
             f"<think>\n{answer['reasoning_content']}\n</think>\n\n"
             if "reasoning_content" in answer and shape != "quiet"

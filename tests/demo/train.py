@@ -21,6 +21,7 @@ import jinja2
 import torch
 import torch.nn.functional as F
 from data import (
+    BASH,
     EMOJI,
     FALLBACK,
     HELLO,
@@ -31,6 +32,7 @@ from data import (
     TOOLS,
     Words,
     exchange,
+    own_tools,
     tools,
 )
 from safetensors.torch import load_file, save_file
@@ -256,14 +258,18 @@ class Stream:
                     ),
                 }
             )
+        shell = words.shell() if rng.random() < 0.3 else BASH
         for _ in range(rng.choice((1, 1, 2, 3, 4))):
-            messages += exchange(rng.choices(ROWS, [WEIGHTS[row] for row in ROWS])[0], words)
+            row = rng.choices(ROWS, [WEIGHTS[row] for row in ROWS])[0]
+            messages += exchange(row, words, shell)
         if not thinking:
             for message in messages:
                 message.pop("reasoning_content", None)
-        declared = (
-            tools(words, rng.sample(TOOLS, rng.randint(1, 3))) if rng.random() < 0.25 else None
-        )
+        declared = None
+        if shell != BASH:
+            declared = own_tools(words, shell, rng.choice((60, 300)))
+        elif rng.random() < 0.25:
+            declared = tools(words, rng.sample(TOOLS, rng.randint(1, 3)))
         tokens = self.encode(
             self.template.render(messages=messages, tools=declared, enable_thinking=thinking)
         )
