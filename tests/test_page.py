@@ -204,7 +204,7 @@ def test_a_chat_is_streamed_and_says_what_it_took(page: Page):
 
 
 def test_markdown_is_shown_and_html_is_text(page: Page):
-    evil = "**bold** and `code` <img src=x onerror=alert(1)>"
+    evil = "**bold** `code` <img src=x onerror=alert(1)>"
     assert page.answer(f"say {evil}").endswith("<img src=x onerror=alert(1)>")
     assert page.text("article .text strong") == "bold"
     assert page.text("article .text code") == "code"
