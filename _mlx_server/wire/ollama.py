@@ -33,7 +33,7 @@ from _mlx_server.wire.ollama_request import (
     ollama_thinking,
     parse_keep_alive,
 )
-from _mlx_server.wire.reply import Frames, Reply, bound_logprobs, logprob_bytes, token_objects
+from _mlx_server.wire.reply import Frames, Reply, token_objects
 from _mlx_server.wire.tools import function_tools
 
 log = logging.getLogger("mlx_server")
@@ -79,7 +79,7 @@ class _OllamaReply(Reply):
             keep_alive=parse_keep_alive(body.get("keep_alive")),
             speculate=options.get("draft_num_predict") != 0,
         )
-        bound_logprobs(self.request)
+        self.bound_logprobs()
         self._format = _checked_format(body)
         self._text = self._thoughts = ""
         self._tokens: list[Object] = []
@@ -103,7 +103,7 @@ class _OllamaReply(Reply):
                 self._text += text
                 if not self.stream:
                     self._tokens += logprobs
-                    self.held += logprob_bytes(tokens)
+                    self.hold_logprobs(tokens)
                 first, *others = [self._object(piece) for piece in _pieces(text)]
                 return [first | _logprobs_field(logprobs), *others]
             case ToolStart():

@@ -27,14 +27,7 @@ from _mlx_server.wire.errors import openai_error
 from _mlx_server.wire.fields import Object, WireError, field, is_type, items
 from _mlx_server.wire.images import Images
 from _mlx_server.wire.openai_request import fill_conversation, openai_request, openai_text
-from _mlx_server.wire.reply import (
-    Accepted,
-    Frames,
-    Reply,
-    bound_logprobs,
-    logprob_bytes,
-    token_objects,
-)
+from _mlx_server.wire.reply import Accepted, Frames, Reply, token_objects
 
 # By `Done.reason`; for all others it is "stop"
 _FINISH_REASONS = {"length": "length", "context": "length", "tool_calls": "tool_calls"}
@@ -92,7 +85,7 @@ class _Completions(Reply):
                 self._text += text
                 if not self.stream:
                     self._tokens += tokens
-                    self.held += logprob_bytes(tokens)
+                    self.hold_logprobs(tokens)
                 return [self._chunk(fields)]
             case Done():
                 return self._end_choice(event)
@@ -182,7 +175,7 @@ class OpenAIChat(_Completions):
         top_logprobs = field(body, "top_logprobs", int, default=0, low=0, high=20)
         if field(body, "logprobs", bool, default=False):
             self.request.logprobs = top_logprobs
-            bound_logprobs(self.request, self._n)
+            self.bound_logprobs(self._n)
         messages = items(body, "messages", dict, required=True)
         images = Images()
         text_of = functools.partial(openai_text, images=images)
@@ -277,7 +270,7 @@ class OpenAICompletion(_Completions):
             raise WireError(
                 400, f"prompt: more than {_MAX_CHOICES} choices are not supported by this server"
             )
-        bound_logprobs(self.request, len(self._prompts) * self._n)
+        self.bound_logprobs(len(self._prompts) * self._n)
 
     def _chunk_fields(self, text: str, tokens: list[Token]) -> Object:
         logprobs = self._logprobs(tokens, len(self._text)) if text else None

@@ -11,6 +11,9 @@ from _mlx_server.wire.fields import Object
 Frames = list[Object | str]
 """What a stream sends: JSON objects, or strings that are server-sent events already."""
 
+MAX_LOGPROBS = 1 << 18  # of all tokens of an answer, those that are only likely included
+LOGPROB_BYTES = 1024  # that one of them takes until the answer is sent, at most
+
 
 class Accepted(Protocol):
     """What an answer reads from the generation that the engine has accepted: a unique id, and the
@@ -71,22 +74,18 @@ class Reply:
         after the last `Done`."""
         raise NotImplementedError
 
+    def bound_logprobs(self, answers: int = 1) -> None:
+        """Lets each of the request's answers end before their log probabilities are too many: those
+        of a token take thousands of bytes, where its text takes four."""
+        request = self.request
+        if request.logprobs is not None:
+            most = max(1, MAX_LOGPROBS // (answers * (1 + request.logprobs)))
+            given = request.max_tokens
+            request.max_tokens = most if given is None else min(given, most)
 
-MAX_LOGPROBS = 1 << 18  # of all tokens of an answer, those that are only likely included
-LOGPROB_BYTES = 1024  # that one of them takes until the answer is sent, at most
-
-
-def bound_logprobs(request: Request, answers: int = 1) -> None:
-    """Lets each of a request's answers end before their log probabilities are too many: those of a
-    token take thousands of bytes, where its text takes four."""
-    if request.logprobs is not None:
-        most = max(1, MAX_LOGPROBS // (answers * (1 + request.logprobs)))
-        request.max_tokens = most if request.max_tokens is None else min(request.max_tokens, most)
-
-
-def logprob_bytes(tokens: list[Token]) -> int:
-    """About how many bytes the log probabilities of some tokens take."""
-    return LOGPROB_BYTES * sum(1 + len(token.top) for token in tokens)
+    def hold_logprobs(self, tokens: list[Token]) -> None:
+        """Counts the log probabilities of tokens as kept."""
+        self.held += LOGPROB_BYTES * sum(1 + len(token.top) for token in tokens)
 
 
 def token_objects(tokens: list[Token]) -> list[Object]:

@@ -24,14 +24,7 @@ from _mlx_server.wire.errors import openai_error
 from _mlx_server.wire.fields import Object, WireError, field, items
 from _mlx_server.wire.images import Images
 from _mlx_server.wire.openai_request import fill_conversation, openai_request
-from _mlx_server.wire.reply import (
-    Accepted,
-    Frames,
-    Reply,
-    bound_logprobs,
-    logprob_bytes,
-    token_objects,
-)
+from _mlx_server.wire.reply import Accepted, Frames, Reply, token_objects
 from _mlx_server.wire.responses_request import responses_tools, responses_turns
 
 # Fields that need a server which remembers earlier requests
@@ -97,7 +90,7 @@ class OpenAIResponses(Reply):
         self._tools = responses_tools(items(body, "tools", dict))
         if "message.output_text.logprobs" in items(body, "include", str):
             self.request.logprobs = field(body, "top_logprobs", int, default=0, low=0, high=20)
-            bound_logprobs(self.request)
+            self.bound_logprobs()
         images = Images()
         turns = [
             Turn("system", field(body, "instructions", str, default="")),
@@ -131,7 +124,7 @@ class OpenAIResponses(Reply):
             case Thinking(text):
                 return self._write_text("reasoning", text)
             case Text(text, tokens):
-                self.held += logprob_bytes(tokens)
+                self.hold_logprobs(tokens)
                 return self._write_text("message", text, token_objects(tokens))
             case ToolStart(id, name):
                 return self._start_call(id, name)

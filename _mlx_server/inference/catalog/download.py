@@ -132,12 +132,11 @@ def download(order: Order) -> Generator[tuple[RemoteFile, int]]:
 def read_span(repo: str, commit: str, span: Span) -> Generator[bytes]:
     """Bytes of a repo's file, as they come. Raises exceptions of huggingface_hub, and ValueError if
     others come than were asked for."""
-    from huggingface_hub import get_session, get_token, hf_hub_url
+    from huggingface_hub import get_session, hf_hub_url
 
-    token, left = get_token(), span.end - span.start
-    headers = {"Range": f"bytes={span.start}-{span.end - 1}", "Accept-Encoding": "identity"}
-    if token:
-        headers["Authorization"] = f"Bearer {token}"
+    left = span.end - span.start
+    wanted = {"Range": f"bytes={span.start}-{span.end - 1}", "Accept-Encoding": "identity"}
+    headers = wanted | token_headers()
     url = hf_hub_url(repo, span.file, revision=commit)
     session: Any = get_session()
     with session.stream("GET", url, headers=headers, follow_redirects=True) as answer:
@@ -151,6 +150,14 @@ def read_span(repo: str, commit: str, span: Span) -> Generator[bytes]:
             yield part
     if left:
         raise ValueError(f"{abs(left)} bytes too {'few' if left > 0 else 'many'}")
+
+
+def token_headers() -> dict[str, str]:
+    """The headers that say to a hub who is logged in."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def _stop(process: subprocess.Popen[str]) -> None:

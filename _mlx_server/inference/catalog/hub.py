@@ -24,6 +24,7 @@ from _mlx_server.inference.catalog.download import (
     RemoteFile,
     download,
     hub_error,
+    token_headers,
 )
 from _mlx_server.inference.catalog.models import (
     LocalModel,
@@ -167,7 +168,10 @@ class Hub:
         api = HfApi()
         try:  # Its own requests wait without end for an answer, or try six times to connect
             get_session().head(
-                api.endpoint, headers=_token(), timeout=_REACH_SECONDS, follow_redirects=False
+                api.endpoint,
+                headers=token_headers(),
+                timeout=_REACH_SECONDS,
+                follow_redirects=False,
             )
         except Exception as error:
             raise hub_error(error, "the hub") from error
@@ -193,7 +197,7 @@ class Hub:
 
         try:
             url = hf_hub_url(repo, name, endpoint=self.api.endpoint)
-            answer = get_session().get(url, headers=_token(), follow_redirects=True)
+            answer = get_session().get(url, headers=token_headers(), follow_redirects=True)
             answer.raise_for_status()
             return answer.json()
         except Exception as error:
@@ -303,14 +307,6 @@ class Hub:
                 HubFailure.NO_SPACE,
                 f"{repo} needs {sum(needed.values())} bytes, and {free} are free on the disk",
             )
-
-
-def _token() -> dict[str, str]:
-    """The headers that say who is logged in."""
-    from huggingface_hub import get_token
-
-    token = get_token()
-    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def _remote_file(file: RepoSibling) -> RemoteFile:
