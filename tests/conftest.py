@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from models import CONFIGS, build_model
@@ -24,6 +26,17 @@ PATIENCE = 240.0  # seconds after which something hangs, however busy the machin
 
 # A shell lets what it starts in the background ignore Ctrl-C, and so would all that is started here
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def until(done: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """Waits for what another thread or process does: until `done` is true of it, and returns what
+    that was."""
+    deadline = time.monotonic() + seconds
+    while not (found := done()):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.01)
+    return found
+
 
 CACHES = ("qwen2", "llama_sliding", "hybrid")  # kinds of random models, one of each cache class
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from conftest import until
 
 from _mlx_server.inference.decoding.row_group import row_group_class
 from _mlx_server.inference.speculation.pass_costs import PassCosts
@@ -117,14 +118,6 @@ def speculate(
             logprobs.append(response.logprobs)
         speculation.settle()
     return answer, logprobs, passes
-
-
-def until(done: Callable[[], bool]) -> None:
-    """Waits for what another thread does."""
-    deadline = time.monotonic() + 60
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def until_measured(engine: Engine) -> None:

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, ROOT, Server
+from conftest import PATIENCE, ROOT, Server, until
 from test_http import LONG, ask
 
 from _mlx_server.front import activity
@@ -33,23 +33,17 @@ def look(server: Server, **headers: str) -> dict:
 
 def being_read(server: Server, **headers: str) -> dict:
     """Waits for a request whose prompt is being read."""
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        for row in look(server, **headers)["working"]:
-            if row.get("seconds_left"):
-                return row
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+
+    def rows() -> list[dict]:
+        return [row for row in look(server, **headers)["working"] if row.get("seconds_left")]
+
+    return until(rows, PATIENCE)[0]
 
 
-def ended(server: Server, known: Callable[[list[dict]], bool], **headers: str) -> list[dict]:
-    """The rows of requests that have ended, the latest first, once they are as `known` wants them:
-    a client has its answer a moment before it is told of."""
-    deadline = time.monotonic() + PATIENCE
-    while not known(rows := look(server, **headers)["recent"]):
-        assert time.monotonic() < deadline, rows
-        time.sleep(0.02)
-    return rows
+def until_ended(server: Server, known: Callable[[list[dict]], bool], **headers: str) -> None:
+    """Waits until the rows of requests that have ended, the latest first, are as `known` wants
+    them: a client has its answer a moment before it is told of."""
+    until(lambda: known(look(server, **headers)["recent"]), PATIENCE)
 
 
 @pytest.fixture
@@ -73,7 +67,8 @@ def test_what_is_documented_is_told(server: Server):
     tables = activity.__doc__.split("| field | is |")[1:]
     assert all(table.split("\n\n")[0].strip() in page for table in tables)
     assert ask(server, "POST", "/v1/messages", SHORT)[0].status == 200
-    ended(server, lambda rows: any((r["model"], r["ending"]) == ("demo", "stop") for r in rows))
+    short = "demo", "stop"
+    until_ended(server, lambda rows: any((r["model"], r["ending"]) == short for r in rows))
     report = look(server)
     assert {*report} == documented(0)
     assert (report["status"], report["default"]) == ("ok", "demo")
@@ -96,7 +91,7 @@ def test_a_request_is_told_of_while_it_runs_and_cancelled(
     assert ask(server, "DELETE", f"/activity/{row['id']}")[0].status == 204
     response, text = waits.result(PATIENCE)
     assert response.status == 499 and b"cancelled at the server" in text
-    ended(server, lambda rows: rows[0]["time"] >= began and rows[0]["ending"] == "cancelled")
+    until_ended(server, lambda rows: rows[0]["time"] >= began and rows[0]["ending"] == "cancelled")
     assert look(server)["working"] == []
     assert ask(server, "DELETE", f"/activity/{row['id']}")[0].status == 404
 
@@ -159,7 +154,8 @@ def test_where_several_keys_share_a_server_little_is_told_and_low_ones_see_nothi
         for content in (f"{many} say a", f"{many} say a", f"{many} say b"):
             body = {**SHORT, "messages": [{"role": "user", "content": content}]}
             assert ask(server, "POST", "/v1/messages", body, {"x-api-key": "much"})[0].status == 200
-        recent = ended(server, lambda rows: len(rows) == 3, **{"x-api-key": "more"})
+        until_ended(server, lambda rows: len(rows) == 3, **{"x-api-key": "more"})
+        recent = look(server, **{"x-api-key": "more"})["recent"]
         assert [row["cached_tokens"] for row in recent] == [0, 256, 0]
         assert not any("miss" in row for row in recent)
         waits = long_request(background, server, "/v1/messages")

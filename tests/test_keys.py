@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import until
 from test_http import ask
-from test_limits import HI, KEYS, call, until
+from test_limits import HI, KEYS, call
 
 import mlx_server
 from _mlx_server.front.sockets import ClientDisconnected

@@ -22,7 +22,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, until
 from test_http import ask
 
 import mlx_server
@@ -53,14 +53,6 @@ KEYS = {"boss": Priority.HIGH, "agent": Priority.NORMAL, "guest": Priority.LOW}
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     with Engine("demo", state=tmp_path_factory.mktemp("state") / "presets.json") as engine:
         yield engine
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Waits for what another thread does."""
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 # ------------------------------------------------------------------ time

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import until
 from mlx_lm.models import llama, qwen2
-from speculating import until, until_measured
+from speculating import until_measured
 
 from _mlx_server.inference.decoding.runner import ModelRunner
 from _mlx_server.inference.sequence import State

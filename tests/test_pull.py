@@ -14,14 +14,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import ollama
 import pytest
-from conftest import ROOT, Server, example
+from conftest import ROOT, Server, example, until
 from fake_hub import COMMIT, FakeHub, demo_files, digest, serving
 
 from _mlx_server.inference.catalog.download import HubError, HubFailure, hub_error
@@ -190,7 +189,7 @@ def test_hanging_up_ends_a_pull(
     assert failure.value.status_code == 409
     answer.close()
     connection.close()
-    wait_until(lambda: not list(cache.glob(part)))
+    until(lambda: not list(cache.glob(part)), 30)
     hub.reset()
     assert "org/own:latest" not in names(puller)
 
@@ -201,14 +200,7 @@ def test_hanging_up_ends_a_pull(
             assert error.status_code == 409
             return False
 
-    wait_until(succeeds)
-
-
-def wait_until(done: Callable[[], bool], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(succeeds, 30)
 
 
 @pytest.mark.slow
@@ -306,7 +298,7 @@ def test_at_the_keyboard_a_pull_draws_a_bar_and_what_fails_is_a_sentence(hub: Fa
 def test_at_the_keyboard_ctrl_c_ends_a_pull(hub: FakeHub, cache: Path):
     hub.pause = 5
     program = pull(hub, cache, "pull", "org/own", stderr=subprocess.PIPE)
-    wait_until(lambda: bool(list(cache.glob("*/blobs/*.incomplete"))))
+    until(lambda: list(cache.glob("*/blobs/*.incomplete")), 30)
     program.send_signal(signal.SIGINT)
     _, told = program.communicate(timeout=30)
     assert program.returncode == 130 and "the same command goes on from there" in told

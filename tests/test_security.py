@@ -11,13 +11,12 @@ import shutil
 import socket
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Server
+from conftest import ROOT, Server, until
 from test_http import ASK, ask, post, raw
 
 import mlx_server
@@ -201,14 +200,6 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> Iterator[mlx_server.MLXServer]:
     yield server
     released.set()
     server.stop()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Waits for what another thread does."""
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
