@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from models import CONFIGS, build_model
+from phases import Phases
 
 import mlx_server
 from engine import Engine
@@ -137,6 +138,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in CONFIGS:
         build_model(kind, path / kind)
     return path
+
+
+@pytest.fixture
+def phases(monkeypatch: pytest.MonkeyPatch) -> Phases:
+    return Phases(monkeypatch)
 
 
 @pytest.fixture(scope="session")

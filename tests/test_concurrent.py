@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import kinds
+from phases import Phases
 from test_engine import REREAD, SYSTEM, answer, cold, user
 
 from _mlx_server.inference.decoding.decode_batch import DecodeBatch
@@ -217,21 +218,31 @@ def test_answers_go_on_while_a_prompt_is_read(priority: Priority, steps: int):
 
 
 @pytest.mark.slow
-def test_a_short_request_is_answered_while_a_long_prompt_is_prefilled(engine: Engine):
-    long = engine.chat("long " * 3000, max_tokens=1)
-    until(long, State.PREFILL)
-    assert answer(engine, "short", max_tokens=2)[1].usage.completion_tokens == 2
-    assert long.sequence.state is State.PREFILL
+def test_a_short_request_is_answered_while_a_long_prompt_is_prefilled(
+    engine: Engine, phases: Phases
+):
+    engine.unload(engine.default.name)  # no part of it is to be in the cache
+    held = phases.hold(State.PREFILL)
+    long = engine.chat("long " * 600, max_tokens=1)
+    with held:
+        short = engine.chat("short", max_tokens=2)
+    assert list(short)[-1].usage.completion_tokens == 2
     assert list(long)[-1].reason == "length"
+    assert phases.when(short, State.ENDED) < phases.when(long, State.DECODE)
 
 
 @pytest.mark.slow
-def test_an_important_request_overtakes_and_the_other_keeps_what_it_has(engine: Engine):
+def test_an_important_request_overtakes_and_the_other_keeps_what_it_has(
+    engine: Engine, phases: Phases
+):
+    engine.unload(engine.default.name)
+    held = phases.hold(State.PREFILL)
     low = engine.chat("low " * 600, max_tokens=2, priority=Priority.LOW)
-    until(low, State.PREFILL)
-    _, high = answer(engine, "high " * 200, max_tokens=2, priority=Priority.HIGH)
-    assert low.sequence.state is State.PREFILL
+    with held:
+        high = engine.chat("high " * 200, max_tokens=2, priority=Priority.HIGH)
+    assert text(high)
     expected = text(low)
+    assert phases.when(high, State.ENDED) < phases.when(low, State.DECODE)
     assert low.usage.cached_tokens < 10
     assert cold(engine, "low " * 600, max_tokens=2) == expected
 
@@ -267,30 +278,32 @@ def test_a_full_batch_keeps_nobody_waiting_who_is_more_important(
 
 
 @pytest.mark.slow
-def test_more_than_may_wait_are_refused_and_the_others_are_answered(folder: Path):
+def test_more_than_may_wait_are_refused_and_the_others_are_answered(folder: Path, phases: Phases):
+    held = phases.hold(State.PREFILL)
     with Engine(str(folder / "qwen2"), max_queue=3) as engine:
-        first = engine.chat("long " * 600, max_tokens=1)
-        until(first, State.PREFILL)
-        waiting = [engine.chat("more " * 200, max_tokens=1) for _ in range(3)]
-        with pytest.raises(EngineBusy, match="3 requests are waiting"):
-            engine.chat("one too many")
-        assert engine.stats().waiting == 3
-        waiting[0].cancel()
+        first = engine.chat("first", max_tokens=1)
+        with held:
+            waiting = [engine.chat("more", max_tokens=1) for _ in range(3)]
+            with pytest.raises(EngineBusy, match="3 requests are waiting"):
+                engine.chat("one too many")
+            assert engine.stats().waiting == 3
+            waiting[0].cancel()
         for generation in (first, *waiting[1:]):
             assert list(generation)[-1].reason == "length"
         assert answer(engine, "again")[0]
 
 
 @pytest.mark.slow
-def test_less_important_requests_leave_places_to_others(folder: Path):
+def test_less_important_requests_leave_places_to_others(folder: Path, phases: Phases):
+    held = phases.hold(State.PREFILL)
     with Engine(str(folder / "qwen2"), max_queue=2) as engine:
-        begun = [engine.chat("long " * 600, max_tokens=1)]
-        until(begun[0], State.PREFILL)
-        for priority in (Priority.LOW, Priority.NORMAL):
-            begun.append(engine.chat("more " * 200, max_tokens=1, priority=priority))
-            with pytest.raises(EngineBusy):
-                engine.chat("one too many", priority=priority)
-        begun.append(engine.chat("in haste", max_tokens=1, priority=Priority.HIGH))
+        begun = [engine.chat("first", max_tokens=1)]
+        with held:
+            for priority in (Priority.LOW, Priority.NORMAL):
+                begun.append(engine.chat("more", max_tokens=1, priority=priority))
+                with pytest.raises(EngineBusy):
+                    engine.chat("one too many", priority=priority)
+            begun.append(engine.chat("in haste", max_tokens=1, priority=Priority.HIGH))
         for generation in begun:
             assert list(generation)[-1].reason == "length"
 
@@ -366,7 +379,10 @@ def test_a_conversation_larger_than_memory_is_refused_with_what_would_fit(folder
 
 @pytest.mark.slow
 def test_answers_that_outgrow_memory_wait_for_each_other_and_stay_right(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    phases: Phases,
 ):
     caplog.set_level("INFO")
     monkeypatch.setattr(ModelRunner, "EXPECTED", 8)
@@ -380,7 +396,10 @@ def test_answers_that_outgrow_memory_wait_for_each_other_and_stay_right(
         size, state = runtime(engine).size, runtime(engine).state_size
     with Engine(str(folder / "qwen2"), memory=size + state.nbytes(400)) as engine:
         answer(engine, "loads the model")
+        held = phases.hold(State.PREFILL)
         generations = [engine.chat(prompt, max_tokens=150, sampling=dice) for prompt, dice in runs]
+        with held:
+            assert engine.stats().waiting == 3
         assert [text(generation) for generation in generations] == [
             answers[prompt][0] for prompt, _ in runs
         ]
@@ -388,28 +407,29 @@ def test_answers_that_outgrow_memory_wait_for_each_other_and_stay_right(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "phase", [State.PREFILL, pytest.param(State.DECODE, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("phase", [State.PREFILL, State.DECODE])
 def test_an_important_request_does_not_wait_for_memory_that_others_use(
-    folder: Path, phase: State, monkeypatch: pytest.MonkeyPatch
+    folder: Path, phase: State, monkeypatch: pytest.MonkeyPatch, phases: Phases
 ):
     monkeypatch.setattr(PromptReader, "CHUNK", 32)
+    held = phases.hold(State.DECODE)
     with Engine(str(folder / "qwen2")) as engine:
         low = engine.chat("low " * 100, max_tokens=100, priority=Priority.LOW)
-        until(low, State.DECODE)
-        size, reserve = runtime(engine).size, runtime(engine).reserve(low.sequence)
+        with held:
+            size, reserve = runtime(engine).size, runtime(engine).reserve(low.sequence)
         list(low)
         expected = low.sequence.visible
     with Engine(str(folder / "qwen2"), memory=size + reserve) as engine:
         answer(engine, "loads the model", max_tokens=1)
+        held = phases.hold(phase)
         low = engine.chat("low " * 100, max_tokens=100, priority=Priority.LOW)
-        until(low, phase)
-        assert answer(engine, "now", max_tokens=2, priority=Priority.HIGH)[0]
-        assert low.sequence.state is not State.ENDED
+        with held:
+            high = engine.chat("now", max_tokens=2, priority=Priority.HIGH)
+        assert text(high)
         list(low)
         assert low.sequence.visible == expected
         assert low.usage.cached_tokens < 10
+        assert phases.when(high, State.ENDED) < phases.when(low, State.ENDED)
 
 
 @pytest.mark.slow
@@ -490,13 +510,14 @@ def test_a_model_larger_than_memory_is_refused(folder: Path):
 # ------------------------------------------------------------------ faults
 
 
-def beside_a_failure(
-    engine: Engine, victim: Generation, sampler: Any, guests: list[Generation]
-) -> list[str]:
-    """What guests are told when a request that decodes with them gets a sampler that makes it
-    fail."""
-    group, at = runtime(engine).decode_batch.find(victim.sequence.number)
-    group.samplers[at] = victim.sequence.sampler = sampler
+def replace_sampler(engine: Engine, generation: Generation, sampler: Any) -> None:
+    """Gives a request that decodes another sampler."""
+    group, at = runtime(engine).decode_batch.find(generation.sequence.number)
+    group.samplers[at] = generation.sequence.sampler = sampler
+
+
+def beside_a_failure(victim: Generation, guests: list[Generation]) -> list[str]:
+    """What guests are told while a request that decodes with them fails."""
     with pytest.raises(EngineError, match="try again"):
         list(victim)
     for guest in guests:
@@ -505,42 +526,70 @@ def beside_a_failure(
 
 
 @pytest.mark.slow
-def test_a_step_that_fails_for_one_request_fails_no_other(engine: Engine):
+def test_a_step_that_fails_for_one_request_fails_no_other(engine: Engine, phases: Phases):
     expected = [answer(engine, f"number {n}", max_tokens=60)[0] for n in range(3)]
 
     def bad(logprobs: Any) -> Any:
         raise RuntimeError("a sampler that fails")
 
     engine.unload(engine.default.name)
+    held = phases.hold(State.DECODE, 4)
     guests = [engine.chat(f"number {n}", max_tokens=60) for n in range(3)]
     victim = engine.chat("victim", max_tokens=4000)
-    for generation in (*guests, victim):
-        until(generation, State.DECODE)
-    assert beside_a_failure(engine, victim, bad, guests) == expected
+    with held:
+        assert all(one.sequence.state is State.DECODE for one in (*guests, victim))
+        replace_sampler(engine, victim, bad)
+    assert beside_a_failure(victim, guests) == expected
     assert answer(engine, "number 0", max_tokens=60)[0] == expected[0]
 
 
-@pytest.mark.slow
-def test_a_step_that_fails_while_it_is_computed_is_not_blamed_on_what_comes_next(folder: Path):
+def failing(logprobs: Any) -> Any:
+    """A sampler whose token cannot be computed, which shows when somebody waits for it."""
     import mlx.core as mx
 
+    wrong = mx.linalg.inv(mx.zeros((2, 2)), stream=mx.cpu).sum()
+    return mx.argmax(logprobs, axis=-1) + wrong.astype(mx.uint32)
+
+
+@pytest.mark.slow
+def test_a_step_that_fails_while_it_is_computed_is_not_blamed_on_what_comes_next(
+    folder: Path, phases: Phases
+):
     with Engine(str(folder / "qwen2")) as engine:
         expected = [answer(engine, f"number {n}", max_tokens=60)[0] for n in range(2)]
         engine.unload(engine.default.name)
-        guests = [engine.chat("number 0", max_tokens=60)]
+        held = phases.hold(State.DECODE, 2)
+        guests = [engine.chat("number 0", max_tokens=60, logprobs=1)]
         victim = engine.chat("victim", max_tokens=4000)
-        for generation in (*guests, victim):
-            until(generation, State.DECODE)
 
         def bad(logprobs: Any) -> Any:
             if len(guests) == 1:
                 # Its prompt is read while the step is computed
                 guests.append(engine.chat("number 1", max_tokens=60))
-            return mx.argmax(logprobs, axis=-1) + mx.linalg.inv(
-                mx.zeros((2, 2)), stream=mx.cpu
-            ).sum().astype(mx.uint32)
+            return failing(logprobs)
 
-        assert beside_a_failure(engine, victim, bad, guests) == expected
+        with held:
+            assert guests[0].sequence.state is victim.sequence.state is State.DECODE
+            replace_sampler(engine, victim, bad)
+        assert beside_a_failure(victim, guests) == expected
+
+
+@pytest.mark.slow
+def test_a_step_that_fails_while_one_is_to_wait_for_memory_fails_only_its_cause(
+    folder: Path, phases: Phases
+):
+    with Engine(str(folder / "qwen2")) as engine:
+        expected, _ = answer(engine, "guest", max_tokens=60)
+        engine.unload(engine.default.name)
+        held = phases.hold(State.DECODE, 2)
+        guest = engine.chat("guest", max_tokens=60)
+        victim = engine.chat("victim", max_tokens=4000)
+        with held:
+            assert guest.sequence.state is victim.sequence.state is State.DECODE
+            replace_sampler(engine, victim, failing)
+            reserve = runtime(engine).reserve(guest.sequence)  # there is room for it alone
+            engine.pool.memory = runtime(engine).size + reserve
+        assert beside_a_failure(victim, [guest]) == [expected]
 
 
 @pytest.mark.slow
@@ -567,7 +616,7 @@ def test_a_state_that_a_failed_step_has_changed_is_not_kept(folder: Path):
         assert steps == 5 and len(engine.pool.prefixes.entries()) == 1
 
 
-def test_an_answer_that_cannot_be_decoded_fails_alone(engine: Engine):
+def test_an_answer_that_cannot_be_decoded_fails_alone(engine: Engine, phases: Phases):
     class Broken:
         last_segment = ""
 
@@ -575,10 +624,11 @@ def test_an_answer_that_cannot_be_decoded_fails_alone(engine: Engine):
             raise ValueError("a tokenizer that fails")
 
     expected, _ = answer(engine, "guest", max_tokens=40)
+    held = phases.hold(State.DECODE, 2)
     guest, victim = engine.chat("guest", max_tokens=40), engine.chat("victim", max_tokens=4000)
-    for generation in (guest, victim):
-        until(generation, State.DECODE)
-    victim.sequence.detokenizer = Broken()
+    with held:
+        assert guest.sequence.state is victim.sequence.state is State.DECODE
+        victim.sequence.detokenizer = Broken()
     with pytest.raises(EngineError, match="try again"):
         list(victim)
     list(guest)

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import PATIENCE, ROOT
+from phases import Phases
 from PIL import Image
 from test_clients import ClaudeSession
-from test_concurrent import runtime, until
+from test_concurrent import runtime
 from test_http import ask
 from test_vision import FILES, answer, conversation, finish, reference
 from vision_models import PICTURES, build_vision_model, png
@@ -95,23 +96,25 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", [State.PREFILL, State.DECODE])
 def test_a_request_with_images_makes_room_and_goes_on(
-    seeing: str, phase: State, monkeypatch: pytest.MonkeyPatch
+    seeing: str, phase: State, monkeypatch: pytest.MonkeyPatch, phases: Phases
 ):
     monkeypatch.setattr(PromptReader, "CHUNK", 16)
     shown = {"max_tokens": 24, "priority": Priority.LOW}
+    held = phases.hold(State.DECODE)
     with Engine(seeing) as engine:
         low = engine.submit(conversation(*FILES, **shown))
-        until(low, State.DECODE)
-        runner = runtime(engine)
-        room = runner.size + runner.reserve(low.sequence)
+        with held:
+            runner = runtime(engine)
+            room = runner.size + runner.reserve(low.sequence)
     with Engine(seeing, memory=room) as engine:
         answer(engine, Request("default", [{"role": "user", "content": "hi"}], max_tokens=1))
+        held = phases.hold(phase)
         low = engine.submit(conversation(*FILES, **shown))
-        until(low, phase)
-        high = engine.chat("now", max_tokens=2, priority=Priority.HIGH)
+        with held:
+            high = engine.chat("now", max_tokens=2, priority=Priority.HIGH)
         assert finish(high).usage.completion_tokens == 2
-        assert low.sequence.state is not State.ENDED
         done = finish(low)
+        assert phases.when(high, State.ENDED) < phases.when(low, State.ENDED)
         expected = reference("qwen3_vl")["answer"].tolist()
         assert done.tokens[low.prompt_tokens :] == expected
         assert low.usage.images_read <= 4

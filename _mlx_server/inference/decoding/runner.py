@@ -266,21 +266,30 @@ class ModelRunner:
             sequence = by_number[response.uid]
             if not sequence.decoding:  # it has ended before the last of its tokens
                 continue
-            try:
-                self.decode_batch.take()
-                self._take_token(sequence, response)
-            except Exception as error:
-                self._after_failure(error)
-                self.decode_batch.discard(sequence.number)
-                self._drop(sequence, error)
-                if _on_gpu(error) and self.decoding():
-                    return self.isolate_failed_batch(error)
+            self.decode_batch.take()
+            if not self._take(sequence, response):
+                return
         self.decode_batch.settle()
+
+    def _take(self, sequence: Sequence, response: Any) -> bool:
+        """Takes a token that was picked; if that fails, so does the request. Returns False where a
+        failure of the whole batch came to light."""
+        try:
+            try:
+                self._inspect(sequence, response)
+            except RuntimeError as error:  # MLX's, of the next step, which is being computed
+                self.isolate_failed_batch(error)
+                return False
+            self._take_token(sequence, response)
+        except Exception as error:
+            self._after_failure(error)
+            self.decode_batch.discard(sequence.number)
+            self._drop(sequence, error)
+        return True
 
     def _take_token(self, sequence: Sequence, response: Any) -> None:
         """Turns a token into events; ends the request behind its last token."""
         usage, parser, detokenizer = sequence.usage, sequence.parser, sequence.detokenizer
-        self._check_numbers(sequence, response)
         constraint = sequence.constraint
         if constraint is not None and constraint.observe(response.token, usage.completion_tokens):
             parser.verbatim()
@@ -288,7 +297,6 @@ class ModelRunner:
         usage.thinking_tokens += parser.state == "thinking"
         if response.finish_reason != "stop":
             detokenizer.add_token(response.token)
-            self._note_logprobs(sequence, response)
         if response.finish_reason:
             detokenizer.finalize()
         piece = detokenizer.last_segment
@@ -329,26 +337,22 @@ class ModelRunner:
         self.prefixes.put(entry)
         return True
 
-    def _check_numbers(self, sequence: Sequence, response: Any) -> None:
-        """Raises ArithmeticError when the model has stopped computing numbers. Every sampler picks
-        token 0 then, and a state that was spoiled once never recovers."""
+    def _inspect(self, sequence: Sequence, response: Any) -> None:
+        """Checks now and then that the model still computes numbers, and notes a token's log
+        probabilities. Raises ArithmeticError if it does not: every sampler picks token 0 then, and
+        a state that was spoiled once never recovers."""
         import mlx.core as mx
 
-        if response.token == 0 or sequence.usage.completion_tokens % self.INSPECTED == 0:
-            with mx.stream(mx.cpu):  # on the GPU it would have to wait for the next step
-                broken = math.isnan(response.logprobs[0].item())
-            if broken:
+        with mx.stream(mx.cpu):  # on the GPU it would have to wait for the next step
+            due = response.token == 0 or sequence.usage.completion_tokens % self.INSPECTED == 0
+            if due and math.isnan(response.logprobs[0].item()):
                 raise ArithmeticError("the model's output is not a number")
-
-    def _note_logprobs(self, sequence: Sequence, response: Any) -> None:
-        import mlx.core as mx
-
-        top = sequence.request.logprobs
-        if top is not None:
-            token_bytes = self.renderer.token_bytes
-            with mx.stream(mx.cpu):
-                token = token_logprobs(response.token, response.logprobs, top, token_bytes)
-            sequence.add_logprobs(token)
+            top = sequence.request.logprobs
+            if top is not None and response.finish_reason != "stop":
+                token_bytes = self.renderer.token_bytes
+                sequence.add_logprobs(
+                    token_logprobs(response.token, response.logprobs, top, token_bytes)
+                )
 
     def _reclaim(self, sequence: Sequence) -> None:
         """Takes a request's state back from the decode batch."""
@@ -382,14 +386,18 @@ class ModelRunner:
         paused."""
         tokens = sequence.prompt.tokens
         if sequence.decoding:
-            response = self.decode_batch.upcoming(sequence.number)
+            try:
+                response = self.decode_batch.upcoming(sequence.number)
+            except Exception as error:
+                self.isolate_failed_batch(error)
+                return False
             if response.token in self.renderer.tokenizer.eos_token_ids:
                 return False
             if sequence.usage.completion_tokens + 1 >= sequence.limit:
                 return False
             sequence.usage.decode_passes += 1
-            self._take_token(sequence, response)  # it is picked already, and is not picked again
-            if sequence.state is State.ENDED:
+            # It is picked already, and is not picked again
+            if not self._take(sequence, response) or sequence.state is State.ENDED:
                 return False
             self._reclaim(sequence)
             assert sequence.entry is not None
