@@ -279,7 +279,7 @@ class Handler(ModelRoutes):
 
     def ignore_keep_alive(self, reply: Reply) -> None:
         """Holders of a key for low priority do not say how long a model stays in memory."""
-        if self.exchange.highest_priority is Priority.LOW:
+        if self.exchange.low_priority:
             for request in reply.requests:
                 request.keep_alive = None
 

@@ -75,6 +75,11 @@ class Exchange:
     answered: bool = False  # whether an answer has begun
     model: str | None = None  # the name in the body
 
+    @property
+    def low_priority(self) -> bool:
+        """Whether the request's API key is one for low priority."""
+        return self.highest_priority is Priority.LOW
+
 
 class HTTPHandler(BaseHTTPRequestHandler):
     """One connection. A subclass says what is answered (`answer`) and in which dialect; all other
@@ -160,7 +165,7 @@ class HTTPHandler(BaseHTTPRequestHandler):
             key = check_key(self.headers, self.server.api_keys)
             self.exchange.highest_priority = self.server.api_keys[key]
             self.exchange.owner = self.server.owners.get(key, "")
-        low = self._place.less_important = self.exchange.highest_priority is Priority.LOW
+        low = self._place.less_important = self.exchange.low_priority
         if low and not self.server.has_room_for_low:
             raise EngineBusy("requests with such keys have too many connections")
         self._claim = BodyClaim(self.server.bodies, BUDGET // 2 if low else BUDGET)

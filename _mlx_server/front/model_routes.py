@@ -17,7 +17,7 @@ from _mlx_server.inference.catalog.hub import Hub
 from _mlx_server.inference.catalog.models import Loaded, LocalModel, read_shown_files
 from _mlx_server.inference.catalog.names import VENDOR_NAME, plain_name
 from _mlx_server.inference.catalog.presets import Preset
-from _mlx_server.inference.protocol import ModelNotFound, Priority
+from _mlx_server.inference.protocol import ModelNotFound
 from _mlx_server.wire.fields import Object, WireError, field, short_name
 from _mlx_server.wire.ollama_models import checked_name, ollama_create, ollama_ps, ollama_show
 from _mlx_server.wire.pull import ollama_pull
@@ -62,7 +62,7 @@ class ModelRoutes(HTTPHandler):
     def require_manager(self, to: str = "create, copy, pull, delete or unload models") -> None:
         """Raises WireError if the request's key is one for low priority: whoever holds it may use
         the models, but neither change which there are nor see or end what others do."""
-        if self.exchange.highest_priority is Priority.LOW:
+        if self.exchange.low_priority:
             raise WireError(403, f"this API key may not {to}")
 
     def read_model_name(self) -> str:
@@ -77,7 +77,7 @@ class ModelRoutes(HTTPHandler):
         local = self.resolve(name)
         template, generation = read_shown_files(local)
         context, preset = engine.context_length(local), engine.preset(name)
-        if preset is not None and self.exchange.highest_priority is Priority.LOW:
+        if preset is not None and self.exchange.low_priority:
             preset = dataclasses.replace(preset, system="", messages=[])
         self.send_json(ollama_show(local, context, template, generation, name, preset))
 
@@ -156,6 +156,6 @@ class ModelRoutes(HTTPHandler):
 
     def get_ps(self) -> None:
         loaded = self.engine.loaded()
-        if self.exchange.highest_priority is Priority.LOW:  # without what is kept for others
+        if self.exchange.low_priority:  # without what is kept for others
             loaded = [dataclasses.replace(one, size=one.model.size) for one in loaded]
         self.send_json(ollama_ps(loaded))
