@@ -245,6 +245,7 @@ def test_a_signal_reaches_the_agent_and_the_server_ends(machine: Machine, number
         slow(["claude", "--model", "no-such:1b"], "'no-such:1b' not found"),
         slow(["claude", "--model", "/no/such/folder"], "/no/such/folder"),
         (["claude", "--models-dir", "MUTE", "--model", "mute"], "cannot use tools"),
+        (["claude", "--models-dir", "/no/such/folder"], "/no/such/folder does not exist"),
         slow(["claude", "--cache-dir", "/dev/null"], "cannot keep a prompt cache in /dev/null"),
         (["claude", "--modle", "demo"], "--modle"),
         slow(["claude", "-p"], "-p"),
@@ -287,6 +288,7 @@ FAILURES = {
     "a bad model": "--model no-such:1b",
     "a typo": "--modle demo",
     "a bad value": "--port http",
+    "a folder of models that is not there": "--models-dir /no/such/folder",
     "a model without tools": "--models-dir MUTE --model mute",
     "a file of keys that is not there": "--api-key-file /no/such/file",
 }

@@ -20,7 +20,7 @@ from _mlx_server.front.agents import AGENTS, TIERS, Target, claude_variables, cl
 from _mlx_server.front.client import ServerClient
 from _mlx_server.front.options import api_keys, library_of, log_folder, program
 from _mlx_server.front.service import start_command
-from _mlx_server.front.startup import is_taken, mlx_trouble, port_trouble
+from _mlx_server.front.startup import folder_trouble, is_taken, mlx_trouble, port_trouble
 from _mlx_server.inference.catalog.models import LocalModel
 from _mlx_server.inference.memory import gigabytes
 from _mlx_server.inference.protocol import EngineError
@@ -47,6 +47,7 @@ Checked = TypeVar("Checked", bound=AnyModel)
 
 def print_env(args: argparse.Namespace) -> None:
     """Prints shell commands that set Claude Code's variables."""
+    _check_folders(args)
     target = _target(args)
     if warning := claude_window(target):
         log.warning("%s", warning)
@@ -57,6 +58,7 @@ def print_env(args: argparse.Namespace) -> None:
 def launch(args: argparse.Namespace) -> int:
     """Becomes the agent `args.name`, or prints the line that starts it; returns the exit
     status."""
+    _check_folders(args)
     agent = AGENTS[args.name]
     if args.print:
         print(agent.line(_target(args), args.agent_words))
@@ -77,6 +79,14 @@ def launch(args: argparse.Namespace) -> int:
         status = _run(args, path, target)
         server.end()
         return status
+
+
+def _check_folders(args: argparse.Namespace) -> None:
+    """Raises EngineError where --models-dir names a folder without models: an agent would work with
+    another model, or with the demo, and its user would not see that."""
+    for folder in args.models_dir:
+        if trouble := folder_trouble(folder):
+            raise EngineError(f"--models-dir: {trouble}")
 
 
 def library_model(args: argparse.Namespace) -> LocalModel:
