@@ -3,25 +3,27 @@
     python packaging/formula.py https://HOST/mlx-server-0.2.0.tar.gz > mlx-server.rb
 
 It follows https://docs.brew.sh/Language-Specific-Formulae: every Python package that the program
-needs is a resource with its checksum, as pip resolves them for macOS on Apple silicon, and goes
-into an environment of the formula's own. What MLX consists of cannot be built by Homebrew from the
-archives on PyPI, so the resources are wheels, which a tap may have.
+needs is a resource with its checksum, and goes into an environment of the formula's own. What MLX
+consists of cannot be built by Homebrew from the archives on PyPI, so the resources are wheels,
+which a tap may have. It takes uv, on any system: what a Mac needs (`mlx-metal`, say) hangs on
+conditions, and pip only knows those of the machine it runs on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
-import tomllib
 import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PYTHON = "3.13"
+MACOS = "15.0"  # Sequoia, the oldest that the formula takes
 SYSTEMS = [f"macosx_{version}_arm64" for version in ("15_0", "14_0", "13_0", "12_0", "11_0")]
 SYSTEMS += ["macosx_10_13_universal2", "macosx_10_9_universal2"]
 FORMULA = """\
@@ -35,6 +37,7 @@ class MlxServer < Formula
   license "MIT"
 
   depends_on arch: :arm64
+  depends_on "libyaml" # which brew's style check wants beside pyyaml
   depends_on macos: :sequoia
   depends_on "python@{python}"
 
@@ -70,9 +73,7 @@ RESOURCE = """\
 
 def formula(url: str) -> str:
     """The formula's text. Raises OSError if the archive cannot be had."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    needed = [one for one in project["dependencies"] if "== 'linux'" not in one]
-    wanted = [one.partition(";")[0] for one in needed]
+    wanted = requirements(ROOT / "pyproject.toml")
     with urllib.request.urlopen(url) as archive:
         sha256 = hashlib.file_digest(archive, "sha256").hexdigest()
     return FORMULA.format(
@@ -84,15 +85,25 @@ def formula(url: str) -> str:
     )
 
 
+def requirements(project: Path) -> list[str]:
+    """Every package that this `pyproject.toml` needs on a Mac, as NAME==VERSION."""
+    uv = ["uv", "pip", "compile", "--quiet", "--no-annotate", "--no-header", "--only-binary=:all:"]
+    uv += ["--python-platform", "aarch64-apple-darwin", "--python-version", PYTHON]
+    env = {**os.environ, "MACOSX_DEPLOYMENT_TARGET": MACOS}
+    found = subprocess.run([*uv, project], check=True, env=env, stdout=subprocess.PIPE, text=True)
+    return found.stdout.split()
+
+
 def wheels(wanted: list[str]) -> list[dict[str, str]]:
-    """Name, URL and SHA-256 of each package that these requirements need on a Mac. Raises OSError
-    if pip's index lies on this machine, where others cannot get it."""
+    """Name, URL and SHA-256 of each of these packages' wheel for a Mac. Raises OSError if pip's
+    index lies on this machine, where others cannot get it."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         target = ["--target", folder, "--only-binary=:all:", "--python-version", PYTHON]
         platforms = [word for system in SYSTEMS for word in ("--platform", system)]
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run"]
-        pip += ["--ignore-installed", "--report", str(report), *target, *platforms]
+        pip += ["--no-deps", "--ignore-requires-python", "--ignore-installed"]  # uv has seen to it
+        pip += ["--report", str(report), *target, *platforms]
         subprocess.run([*pip, *wanted], check=True)
         installed = json.loads(report.read_text("utf-8"))["install"]
     found = [

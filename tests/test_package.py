@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -78,3 +79,33 @@ def test_the_installed_engine_answers_with_the_demo(programs: Path, tmp_path: Pa
     )
     file, answer = run(programs / "python", "-c", code, folder=tmp_path).split()
     assert Path(file).is_relative_to(programs.parent) and answer == "hello"
+
+
+def make_wheel(folder: Path, name: str, system: str, needs: str = "") -> None:
+    """A wheel of nothing but its name and what it needs."""
+    about = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-{system}.whl", "w") as wheel:
+        wheel.writestr(
+            f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{needs}"
+        )
+        wheel.writestr(f"{about}/WHEEL", f"Wheel-Version: 1.0\nTag: py3-none-{system}\n")
+        wheel.writestr(f"{about}/RECORD", "")
+
+
+def test_the_formula_names_what_only_a_mac_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if not shutil.which("uv"):
+        pytest.skip("uv is not installed; the extra dev has it")
+    metal = 'Requires-Dist: metal; platform_system == "Darwin"\n'
+    make_wheel(
+        tmp_path, "maths", "macosx_15_0_arm64", metal + "Requires-Dist: other; os_name == 'nt'\n"
+    )
+    make_wheel(tmp_path, "metal", "macosx_15_0_arm64")
+    project = tmp_path / "pyproject.toml"
+    project.write_text(
+        '[project]\nname = "one"\nversion = "1"\ndependencies = '
+        "[\"maths; sys_platform != 'linux'\", \"linux; sys_platform == 'linux'\"]"
+    )
+    monkeypatch.setenv("UV_NO_INDEX", "1")
+    monkeypatch.setenv("UV_FIND_LINKS", str(tmp_path))
+    requirements = runpy.run_path(str(ROOT / "packaging" / "formula.py"))["requirements"]
+    assert requirements(project) == ["maths==1.0", "metal==1.0"]
