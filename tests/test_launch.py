@@ -248,7 +248,7 @@ def test_a_signal_reaches_the_agent_and_the_server_ends(machine: Machine, number
         (["claude", "--models-dir", "/no/such/folder"], "/no/such/folder does not exist"),
         slow(["claude", "--cache-dir", "/dev/null"], "cannot keep a prompt cache in /dev/null"),
         (["claude", "--modle", "demo"], "--modle"),
-        slow(["claude", "-p"], "-p"),
+        slow(["claude", "-p", "say hi"], "if that is for claude: launch claude -- -p 'say hi';"),
         (["--port", "0", "claude"], "--port"),
         slow(["cloud"], "one of claude, codex, opencode"),
         slow([], "one of claude, codex, opencode"),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from _mlx_server import __version__
 from _mlx_server.front import options
+from _mlx_server.front.agents import AGENTS
 from _mlx_server.front.commands import COMMANDS, Run, commands_text
 from _mlx_server.front.service import launchd_job, service_mistake, start_command, systemd_unit
 from _mlx_server.inference.images.image_layout import DEFAULT_TOKENS
@@ -293,7 +295,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = arguments()
     words = list(argv)
     end = words.index("--") if "--" in words else len(words)
-    args = parser.parse_intermixed_args(words[:end])
+    args, unknown = parser.parse_known_intermixed_args(words[:end])
+    if unknown:
+        parser.error(_unknown(args.command, args.name, unknown))
     args.agent_words = words[end + 1 :]
     args.server_words = _without(words[:end], args.command, args.name, "--keep")
     args.help_text = parser.format_help() if args.command == "help" else ""  # takes 5 ms
@@ -303,6 +307,15 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if mistake:
         parser.error(mistake)
     return args
+
+
+def _unknown(command: str | None, name: str | None, words: list[str]) -> str:
+    """What is said of words that mean nothing here. Those of an agent's own are easily taken for
+    flags of `launch`."""
+    said = f"unrecognized arguments: {shlex.join(words)}"
+    if command == "launch" and name in AGENTS:
+        return f"{said}; if that is for {name}: launch {name} -- {shlex.join(words)}"
+    return said
 
 
 def _without(words: list[str], *dropped: str | None) -> list[str]:
