@@ -17,6 +17,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -204,7 +205,8 @@ def hub_error(error: Exception, subject: str) -> HubError:
         said = f"{hub} describes {subject} in a way that makes no sense"
     else:
         reason = HubFailure.UNREACHABLE
-        said = f"{hub} failed: {first_line(error)}; pull again to go on"
+        why = re.sub(r"\[Errno -?\d+\] ", "", first_line(error))  # a number tells nobody anything
+        said = f"{hub} failed: {why}; pull again to go on"
     return HubError(reason, said)
 
 
