@@ -347,7 +347,7 @@ def test_a_hub_that_refuses_is_quoted(
     "env, said",
     [
         ({"HF_HUB_OFFLINE": "1"}, "is not asked while HF_HUB_OFFLINE is set"),
-        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub http://127.0.0.1:9 failed: Connection refused"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "http://127.0.0.1:9 failed: Connection refused;"),
     ],
 )
 def test_a_hub_that_cannot_be_asked_is_an_error(hub: FakeHub, cache: Path, env: dict, said: str):
