@@ -79,7 +79,7 @@ def test_an_answer_is_found_however_a_client_sends_it_back():
 
 def test_the_oldest_readings_make_room():
     memory = ConversationMemory()
-    half = [0] * (memory.MOST // 2)
+    half = [0] * (memory.MOST // memory.TOKEN // 2 - 500)
     for key in "abc":
         memory.learn({key: Reading("", half, {key: key})})
         if key == "b":

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 Value = TypeVar("Value")
+
+ENTRY = 100  # bytes of an entry's place in a mapping, at most
+
+
+def text_bytes(key: str, text: str) -> int:
+    """The size of an entry whose value is a text, in bytes."""
+    return sys.getsizeof(key) + sys.getsizeof(text) + ENTRY
 
 
 class BoundedMap(Generic[Value]):

@@ -161,6 +161,6 @@ def _read_once(content: bytes) -> str | PDFError:
             try:
                 found = read_pdf(content)
             except PDFError as error:
-                found = error
+                found = type(error)(*error.args)  # `error` holds the file, by its traceback
             _PDFS.put(key, found)
     return found

@@ -9,12 +9,11 @@ import json
 import os
 import re
 import secrets
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from _mlx_server.inference.bounded import BoundedMap
+from _mlx_server.inference.bounded import BoundedMap, text_bytes
 from _mlx_server.inference.output.formats import OutputFormat
 from _mlx_server.inference.prompt.control_tokens import alternatives, unescape
 from _mlx_server.inference.prompt.conversations import (
@@ -81,9 +80,10 @@ class ChatRenderer:
 
     Thread-safe: what is remembered between requests is in maps that have their own locks."""
 
-    REMEMBERED = 4096  # beginnings of conversations and of turns, and answers with calls
+    REMEMBERED = 4096  # beginnings of conversations
+    MARKUP = 2**20  # bytes of the template's texts that begin or end turns, of each kind
     ROOTS = 32  # pairs of a system message and tools
-    TEXTS = 8 * 2**20  # bytes of rendered texts
+    TEXTS = 8 * 2**20  # bytes of rendered texts, and as many of thinking
     FULL = 0.75  # of the window: a longer prompt gives up old thinking
 
     def __init__(
@@ -97,14 +97,15 @@ class ChatRenderer:
         self._memory = memory
         self._turn_end = _turn_end(tokenizer, format)
         self._roots: BoundedMap[_Root] = BoundedMap(self.ROOTS)
-        self._openers: BoundedMap[str] = BoundedMap(self.REMEMBERED)
+        self._openers: BoundedMap[str] = BoundedMap(self.MARKUP, text_bytes)
         self._histories = HistoryMemo(template.escape_message)
         self._births: BoundedMap[datetime.datetime] = BoundedMap(self.REMEMBERED)
-        self._ends: BoundedMap[str] = BoundedMap(self.REMEMBERED)  # of messages, by their keys
+        # The ends of messages, by their keys
+        self._ends: BoundedMap[str] = BoundedMap(self.MARKUP, text_bytes)
         # Escaped, by the id of a call
-        self._thoughts: BoundedMap[str] = BoundedMap(self.REMEMBERED)
+        self._thoughts: BoundedMap[str] = BoundedMap(self.TEXTS, text_bytes)
         # Of conversations without an answer that was generated here, by their keys
-        self._texts: BoundedMap[str] = BoundedMap(self.TEXTS, lambda key, text: sys.getsizeof(text))
+        self._texts: BoundedMap[str] = BoundedMap(self.TEXTS, text_bytes)
 
     def prompt(self, request: Request, window: int | None, most: float) -> Prompt:
         """Renders and tokenises a conversation. `window` is how many tokens prompt and answer may

@@ -62,12 +62,15 @@ class ConversationMemory:
     on by several names, which are then one key: an answer with calls by their ids, since clients
     rewrite arguments, or by the calls themselves; with the model's thinking or without it.
 
-    There is one for each model and owner of requests. At most `MOST` tokens are kept; the readings
+    There is one for each model and owner of requests. At most `MOST` bytes are kept; the readings
     that were not used for the longest time go first.
 
     Thread-safe: every method holds the lock of this memory alone, and calls nothing outside."""
 
-    MOST = 4_000_000  # tokens, eight bytes each
+    MOST = 32 * 2**20  # bytes of readings
+    TOKEN = 8  # bytes of a token
+    READING = 600  # bytes of a reading beside its tokens and names
+    NAME = 320  # bytes of a name and its key, and of their places
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -130,14 +133,18 @@ class ConversationMemory:
                     reading.before, compact, reading.names, reading.thoughtful
                 )
                 self._keys |= reading.names
-                self._size += len(compact)
+                self._size += self._bytes(reading)
                 while self._size > self.MOST and len(self._readings) > 1:
                     self._forget(next(iter(self._readings)))
+
+    def _bytes(self, reading: Reading) -> int:
+        named = self.NAME * len(reading.names)
+        return self.READING + self.TOKEN * len(reading.tokens) + named
 
     def _forget(self, key: str) -> None:
         reading = self._readings.pop(key, None)
         if reading is not None:
-            self._size -= len(reading.tokens)
+            self._size -= self._bytes(reading)
             for name in reading.names:
                 self._keys.pop(name, None)
 

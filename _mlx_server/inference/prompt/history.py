@@ -49,12 +49,13 @@ class HistoryMemo:
     that way, values of different types differ, such as 1 and True, and so do objects whose keys
     have another order, which a template would show. Thread-safe."""
 
-    REMEMBERED = 16 * 2**20  # bytes of conversations, whose texts are kept twice
+    REMEMBERED = 16 * 2**20  # bytes of conversations
+    MESSAGE = 2000  # bytes that a message takes beside its text, which is kept twice
 
     def __init__(self, escape: Callable[[Message], Message]):
         self._escape = escape
         self._histories: BoundedMap[History] = BoundedMap(  # by what their first messages are
-            self.REMEMBERED, lambda key, history: 2 * len(history.written) + 4096
+            self.REMEMBERED, self._size
         )
 
     def prepare(self, messages: list[Message]) -> History:
@@ -78,6 +79,9 @@ class HistoryMemo:
         """Keeps what `prepare` has returned, once the conversation is one that can be read."""
         if history.key:
             self._histories.put(history.key, history)
+
+    def _size(self, key: str, history: History) -> int:
+        return 2 * len(history.written) + self.MESSAGE * (1 + len(history.messages))
 
     def _make(self, message: Message) -> KnownMessage:
         return KnownMessage(message, self._escape(message))

@@ -11,9 +11,10 @@ import functools
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterator
 
-from _mlx_server.inference.bounded import BoundedMap
+from _mlx_server.inference.bounded import ENTRY, BoundedMap
 from _mlx_server.inference.output.call_syntax import ObjectSyntax
 from _mlx_server.inference.output.formats import OutputFormat
 from _mlx_server.inference.prompt.tokenizer import TextTokenizer
@@ -27,7 +28,7 @@ class Quotable:
 
     TOKENS = 65536  # of a conversation, the newest results
     LONGEST = 1 << 18  # characters of one result
-    REMEMBERED = 64  # results
+    REMEMBERED = 8 * 2**20  # bytes of the tokens of results
 
     def __init__(self, tokenizer: TextTokenizer, format: OutputFormat):
         self._tokenizer = tokenizer
@@ -35,7 +36,9 @@ class Quotable:
         self._escapes = format.parse is not None or any(
             isinstance(one, ObjectSyntax) and len(one.quotes[0]) == 1 for one in syntaxes
         )
-        self._spelt: BoundedMap[array.array[int]] = BoundedMap(self.REMEMBERED)
+        self._spelt: BoundedMap[array.array[int]] = BoundedMap(
+            self.REMEMBERED, lambda key, tokens: sys.getsizeof(key) + sys.getsizeof(tokens) + ENTRY
+        )
 
     def tokens(self, messages: list[Message]) -> list[int]:
         """The tokens of what differs in spelling from the prompt, the newest last."""
