@@ -3,7 +3,7 @@
 The others: test_security.py and test_http.py have web pages, other machines, framing, names and
 paths; test_limits.py bodies, connections, logs and who manages; test_keys.py and test_activity.py
 what keys see and share; test_hostile.py costs; test_watchdog.py what hangs; test_growth.py the
-folder of the prompt cache."""
+folder of the prompt cache; test_memories.py what is remembered."""
 
 from __future__ import annotations
 
@@ -24,8 +24,13 @@ from _mlx_server.front.options import cache_folder
 from _mlx_server.inference.catalog import library
 from _mlx_server.inference.catalog.models import describe
 from _mlx_server.inference.pool import ModelPool
+from _mlx_server.inference.prompt.chat_renderer import ChatRenderer
+from _mlx_server.inference.prompt.control_tokens import ControlTokens
+from _mlx_server.inference.prompt.conversations import ConversationMemory
+from _mlx_server.inference.prompt.history import HistoryMemo
 from _mlx_server.inference.prompt.renderer import PromptRenderer
 from _mlx_server.inference.prompt.template import Template
+from _mlx_server.inference.prompt.tokenizer import TextTokenizer
 from _mlx_server.inference.protocol import InvalidRequest
 from engine import Engine
 
@@ -79,6 +84,13 @@ def test_without_flags_only_this_machine_is_served():
     assert parse_arguments([]).host == "127.0.0.1"
 
 
+REMEMBERED = (  # bytes
+    ConversationMemory.MOST
+    + HistoryMemo.REMEMBERED
+    + TextTokenizer.REMEMBERED
+    + ControlTokens.REMEMBERED
+    + 2 * (ChatRenderer.TEXTS + ChatRenderer.MARKUP)
+)
 WORDS = {1 / 4: "a quarter", 2: "two minutes", 5: "five minutes"}
 
 
@@ -93,6 +105,7 @@ WORDS = {1 / 4: "a quarter", 2: "two minutes", 5: "five minutes"}
         f"{WORDS[connections.ADDRESS_SHARE]} for one remote address",
         f"none has more than {library.MAX_NAME} characters",
         f"in the last {WORDS[ModelPool.KEPT / 60]}",
+        f"about {round(REMEMBERED >> 20, -1)} MB for each key and model",
         f"A step that hangs for {WORDS[Engine.STUCK / 60]} ends the process",
     ],
 )
