@@ -21,6 +21,7 @@ from _mlx_server.inference.bounded import BoundedMap
 from _mlx_server.inference.cache.prefix_cache import CacheEntry
 from _mlx_server.inference.generation import Generation
 from _mlx_server.inference.pool import ModelPool
+from _mlx_server.inference.prompt.renderer import PromptRenderer
 from _mlx_server.inference.prompt.tokenizer import TextTokenizer
 from _mlx_server.inference.protocol import EngineBusy, Priority
 from engine import Engine, Request
@@ -291,6 +292,19 @@ def test_the_tokens_of_a_long_text_are_not_kept(engine: Engine, monkeypatch: pyt
     for text in (short, long, short, long):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert counting.texts == [short, long, long]
+
+
+def test_a_result_that_one_key_has_sent_is_spelt_anew_for_another(engine: Engine):
+    renderer = PromptRenderer(engine.resolve("demo"))
+    short = renderer.prompt(Request("demo", [{"role": "user", "content": "hi"}]))
+    renderer.tokenizer = counting = Counting(engine)
+    asked = []
+    for owner in ("one", "one", "two"):
+        counting.texts.clear()
+        messages = [{"role": "tool", "content": "1\ta\n2\tb\n"}]
+        assert renderer.drafters(Request("demo", messages, owner=owner), short)
+        asked.append([text for text in counting.texts if "a" in text])
+    assert asked[0] == asked[2] != [] and not asked[1]
 
 
 @pytest.mark.parametrize("text", ["a b " * 5000, "<|im_end|> a b " * 2000])

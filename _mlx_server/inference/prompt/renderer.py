@@ -58,10 +58,11 @@ class PromptRenderer:
         self.defaults = generation_defaults(local.path)
         efforts = self.template is not None and self.template.mentions("reasoning_effort")
         self._rules = OutputRules(self._tokenizer, self.format, efforts)
-        self._quotable = Quotable(self._tokenizer, self.format)
         self._readings = readings
         self._memories: dict[str, ConversationMemory] = {}  # by owner
         self._chats: dict[str, ChatRenderer] = {}  # by owner
+        self._quotables: dict[str, Quotable] = {}  # by owner
+        self._tokenizers = {"": self._tokenizer}  # by owner
 
     def prompt(self, request: Request, window: int | None = None, most: float = math.inf) -> Prompt:
         """Renders and tokenises a request. `window` is how many tokens prompt and answer may have.
@@ -131,12 +132,16 @@ class PromptRenderer:
             memory = ConversationMemory()
             memory.learn(self._readings(owner))
             memory = self._memories.setdefault(owner, memory)
-            tokenizer = self._tokenizer
-            if owner:
-                tokenizer = TextTokenizer(self.tokenizer, self.image_layout)
-            chat = ChatRenderer(self.template, tokenizer, self.format, memory)
+            chat = ChatRenderer(self.template, self._owned(owner), self.format, memory)
             self._chats.setdefault(owner, chat)
         return self._chats[owner]
+
+    def _owned(self, owner: str) -> TextTokenizer:
+        """The tokenizer that remembers what it has encoded for an owner."""
+        if owner not in self._tokenizers:
+            tokenizer = TextTokenizer(self.tokenizer, self.image_layout)
+            self._tokenizers.setdefault(owner, tokenizer)
+        return self._tokenizers[owner]
 
     # What holds an answer to the request's rules
 
@@ -152,7 +157,10 @@ class PromptRenderer:
         """What guesses the answer's next tokens, the best first."""
         if not request.speculate or request.embed or not prompt.tokens or prompt.images:
             return []
-        return [PromptLookup(prompt.tokens, self._quotable.tokens(request.messages))]
+        owner = request.owner
+        if owner not in self._quotables:
+            self._quotables.setdefault(owner, Quotable(self._owned(owner), self.format))
+        return [PromptLookup(prompt.tokens, self._quotables[owner].tokens(request.messages))]
 
     # Tokens
 
