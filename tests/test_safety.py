@@ -32,6 +32,7 @@ from _mlx_server.inference.prompt.renderer import PromptRenderer
 from _mlx_server.inference.prompt.template import Template
 from _mlx_server.inference.prompt.tokenizer import TextTokenizer
 from _mlx_server.inference.protocol import InvalidRequest
+from _mlx_server.inference.speculation.quotable import Quotable
 from engine import Engine
 
 PAGE = Path(__file__).parents[1] / "docs" / "security.md"
@@ -89,6 +90,7 @@ REMEMBERED = (  # bytes
     + HistoryMemo.REMEMBERED
     + TextTokenizer.REMEMBERED
     + ControlTokens.REMEMBERED
+    + Quotable.REMEMBERED
     + 2 * (ChatRenderer.TEXTS + ChatRenderer.MARKUP)
 )
 WORDS = {1 / 4: "a quarter", 2: "two minutes", 5: "five minutes"}
