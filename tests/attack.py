@@ -5,11 +5,10 @@ priority notices of it.
 
 starts a server with both keys, asks for first tokens alone and then for SECONDS under attack, and
 prints both, and the memory. It ends with status 1 if a promise is broken: the first token comes
-within twice the time that it takes alone and one chunk, and a long attack leaves no more memory
+within twice the time that it takes alone and one chunk, and a long attack leaves hardly more memory
 taken than a short one. What a process holds after its first large requests is more than at its
 start: modules, tables and the allocators' free memory, of which Python and glibc give only part
-back. That is there once, however long the attack. So each kind of request is sent before the
-measurement."""
+back. So each kind of request is sent before the measurement."""
 
 from __future__ import annotations
 
@@ -38,8 +37,9 @@ PATIENCE = 240.0  # seconds after which a request counts as stuck
 THREADS = 4  # that send the same attack
 SETTLED = 60.0  # seconds within which the memory has to be back
 # Bytes more than before that may be held then beside the prompt cache: other caches within their
-# limits, what the allocators have not given back, and what MLX adds to the cache's small arrays
-SLACK = 96 << 20
+# limits, what MLX adds to the cache's small arrays and, most of it, what the allocators have not
+# given back, which depends on which large requests came together
+SLACK = 128 << 20
 KEYS = {"low": "attack-low", "high": "attack-high"}
 HI = [{"role": "user", "content": "say hi"}]
 CHAT = {"model": "demo", "messages": HI, "stream": False, "options": {"num_predict": 4}}
