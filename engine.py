@@ -16,29 +16,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from _mlx_server.inference.cache.disk_cache import DiskCache
 from _mlx_server.inference.catalog.library import Library
 from _mlx_server.inference.catalog.models import Loaded, LocalModel
 from _mlx_server.inference.catalog.names import plain_name
 from _mlx_server.inference.catalog.presets import Preset
-from _mlx_server.inference.decoding.runner import ModelRunner
 from _mlx_server.inference.event_queue import EventQueue
 from _mlx_server.inference.generation import Generation
 from _mlx_server.inference.group import Group, GroupLost
 from _mlx_server.inference.images.image_layout import DEFAULT_TOKENS
-from _mlx_server.inference.memory import usable_memory
 from _mlx_server.inference.pool import ModelPool
 from _mlx_server.inference.prompt.lookup import Parting, describe_miss, look_up
 from _mlx_server.inference.prompt.prompt import Prompt
-from _mlx_server.inference.prompt.renderer import PromptRenderer
 from _mlx_server.inference.prompt.renderers import RendererTable
 from _mlx_server.inference.protocol import (
     Done,
@@ -70,6 +66,10 @@ from _mlx_server.inference.protocol import (
 )
 from _mlx_server.inference.scheduler import Scheduler, StepInput
 from _mlx_server.inference.sequence import Sequence, State
+
+if TYPE_CHECKING:
+    from _mlx_server.inference.decoding.runner import ModelRunner
+    from _mlx_server.inference.prompt.renderer import PromptRenderer
 
 __all__ = [
     "Done",
@@ -318,6 +318,8 @@ class Engine:
         return self._renderers.get(local)
 
     def _build_renderer(self, local: LocalModel) -> PromptRenderer:
+        from _mlx_server.inference.prompt.renderer import PromptRenderer  # see ModelPool.set_up
+
         if self._disk_cache is None:
             return PromptRenderer(local, self._image_tokens)
         readings = functools.partial(self._disk_cache.readings, self.pool.fingerprint(local))
@@ -490,13 +492,7 @@ class Engine:
             self._shut_down()
 
     def _set_up(self) -> None:
-        import mlx.core as mx
-
-        importlib.import_module("mlx_lm.generate")  # slow: done here so that no caller waits for it
-        if mx.metal.is_available():
-            usable = usable_memory()
-            mx.set_memory_limit(usable)
-            mx.set_cache_limit(usable // 16)  # freed buffers that MLX keeps for itself
+        self.pool.set_up()
         with self._lock:
             self._ready = True
             self._lock.notify_all()

@@ -24,7 +24,6 @@ import argparse
 import contextlib
 import errno
 import logging
-import logging.handlers
 import os
 import queue
 import shlex
@@ -38,7 +37,6 @@ from _mlx_server import __version__
 from _mlx_server.front import page
 from _mlx_server.front.answers import send_stream, send_whole, take_event
 from _mlx_server.front.cli import is_for_eval, parse_arguments, selected_command
-from _mlx_server.front.commands import run_command
 from _mlx_server.front.connections import ConnectionServer
 from _mlx_server.front.logs import start_logging
 from _mlx_server.front.model_routes import ModelRoutes
@@ -451,6 +449,8 @@ def _main(argv: Sequence[str]) -> int:
         print(f"mlx-server: cannot log to {args.log_file}: {error.strerror}", file=sys.stderr)
         return 1
     if command is not None:
+        from _mlx_server.front.commands import run_command  # which the server does not need
+
         return run_command(command, args)
     if trouble := mlx_trouble():
         log.critical("%s", trouble)

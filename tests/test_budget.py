@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator
 from models import CHATML, build_model
 
 from _mlx_server.inference.constrained.constraint import ThinkingBudget
-from _mlx_server.inference.constrained.output_rules import EFFORT_BUDGETS
+from _mlx_server.inference.protocol import EFFORT_BUDGETS
 from _mlx_server.wire.anthropic import AnthropicMessages
 from _mlx_server.wire.fields import WireError
 from engine import Engine, Generation, Sampling, Text, Thinking

@@ -342,8 +342,11 @@ def test_closing_ends_running_work_with_an_error(folder: Path):
 @pytest.mark.parametrize("module", ["engine", "mlx_server"])
 def test_importing_the_engine_or_the_server_is_cheap(module: str):
     slow = {"mlx", "mlx_lm", "transformers", "numpy", "huggingface_hub", "llguidance"}
-    commands = {"doctor", "launch", "pulling"}
-    slow |= {"plistlib", "importlib.metadata", *(f"_mlx_server.front.{one}" for one in commands)}
+    commands = {"agents", "commands", "doctor", "launch", "pulling"}
+    slow |= {f"_mlx_server.front.{one}" for one in commands}
+    answers = {"decoding.runner", "output.families", "output.parser", "prompt.renderer"}
+    slow |= {f"_mlx_server.inference.{one}" for one in {"catalog.hub", *answers}}
+    slow |= {"importlib.metadata", "logging.handlers", "pickle", "platform", "plistlib"}
     script = f"import sys, {module}; print(sorted({slow} & set(sys.modules)))"
     out = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True

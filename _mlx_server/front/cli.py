@@ -8,21 +8,30 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from _mlx_server import __version__
 from _mlx_server.front import options
-from _mlx_server.front.agents import AGENTS
-from _mlx_server.front.commands import COMMANDS, Run, commands_text
 from _mlx_server.front.service import launchd_job, service_mistake, start_command, systemd_unit
 from _mlx_server.inference.images.image_layout import DEFAULT_TOKENS
 
+if TYPE_CHECKING:
+    from _mlx_server.front.commands import Run
+
+ABOUT = "Serves local MLX models to Claude Code, Ollama clients and scripts."
+
 
 class Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line."""
+    """Tells a mistake in one line, and the commands only to who asks for help."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+    def format_help(self) -> str:
+        from _mlx_server.front.commands import commands_text  # which the server does not need
+
+        self.description = f"{ABOUT}\n\n{commands_text()}"
+        return super().format_help()
 
 
 def arguments() -> Parser:
@@ -32,8 +41,6 @@ def arguments() -> Parser:
         usage="%(prog)s [COMMAND] [FLAGS] [-- ARGS]",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Serves local MLX models to Claude Code, Ollama clients and scripts.\n\n"
-        + commands_text(),
     )
     _add_models(parser)
     _add_prompt_cache(parser)
@@ -312,6 +319,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def _unknown(command: str | None, name: str | None, words: list[str]) -> str:
     """What is said of words that mean nothing here. Those of an agent's own are easily taken for
     flags of `launch`."""
+    from _mlx_server.front.agents import AGENTS  # which the server does not need
+
     said = f"unrecognized arguments: {shlex.join(words)}"
     if command == "launch" and name in AGENTS:
         return f"{said}; if that is for {name}: launch {name} -- {shlex.join(words)}"
@@ -336,10 +345,8 @@ def _mistake(args: argparse.Namespace) -> str | None:
         return "--pipeline needs mlx.launch"
     if launched and (not args.model or args.cache_dir):
         return "with mlx.launch there is one model, named by --model, and no --cache-dir"
-    if args.command and args.command not in COMMANDS:
-        return f"there is no command '{args.command}'"
-    if args.command and (mistake := COMMANDS[args.command].mistake(args.name)):
-        return f"{args.command}: {mistake}"
+    if args.command and (mistake := _command_mistake(args.command, args.name)):
+        return mistake
     if args.command == "launch" and not args.port:
         return "launch: the agent needs a --port that is known"
     if args.command != "launch" and (args.agent_words or args.keep or args.print):
@@ -351,6 +358,16 @@ def _mistake(args: argparse.Namespace) -> str | None:
     return None
 
 
+def _command_mistake(name: str, word: str | None) -> str | None:
+    """What is wrong with a command and the word behind it."""
+    from _mlx_server.front.commands import COMMANDS  # which the server does not need
+
+    if name not in COMMANDS:
+        return f"there is no command '{name}'"
+    mistake = COMMANDS[name].mistake(word)
+    return f"{name}: {mistake}" if mistake else None
+
+
 def selected_command(args: argparse.Namespace, argv: Sequence[str]) -> Run | None:
     """What is to be done instead of serving, None for serving."""
     if args.print_env:
@@ -359,7 +376,11 @@ def selected_command(args: argparse.Namespace, argv: Sequence[str]) -> Run | Non
         return print_env
     if args.service:
         return functools.partial(_print_service, argv)
-    return COMMANDS[args.command].run if args.command else None
+    if args.command:
+        from _mlx_server.front.commands import COMMANDS  # the same
+
+        return COMMANDS[args.command].run
+    return None
 
 
 def _print_service(argv: Sequence[str], args: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import io
 import json
-import logging.handlers
+import logging
 import os
 import stat
 import sys
@@ -26,16 +26,17 @@ def shortened(text: str, most: int = MAX_QUOTE) -> str:
 
 def log_file(name: str) -> logging.Handler:
     """Writes to a file of at most 10 MB and keeps three old ones. Raises OSError."""
+    from logging.handlers import RotatingFileHandler  # slow to import, and few servers use it
+
+    class PrivateFile(RotatingFileHandler):
+        """A log file that only its owner may read. A link that somebody else has put in its place
+        is not followed."""
+
+        def _open(self) -> io.TextIOWrapper:
+            return open(self.baseFilename, "a", encoding=self.encoding, opener=_open_private)
+
     os.makedirs(os.path.dirname(os.path.abspath(name)), mode=0o700, exist_ok=True)
     return PrivateFile(name, maxBytes=10 * 2**20, backupCount=3, encoding="utf-8")
-
-
-class PrivateFile(logging.handlers.RotatingFileHandler):
-    """A log file that only its owner may read. A link that somebody else has put in its place is
-    not followed."""
-
-    def _open(self) -> io.TextIOWrapper:
-        return open(self.baseFilename, "a", encoding=self.encoding, opener=_open_private)
 
 
 def _open_private(name: str, flags: int) -> int:

@@ -13,14 +13,12 @@ from typing import Protocol
 from _mlx_server.front.answers import send_progress
 from _mlx_server.front.http import HTTPHandler
 from _mlx_server.front.logs import shortened
-from _mlx_server.inference.catalog.hub import Hub
 from _mlx_server.inference.catalog.models import Loaded, LocalModel, read_shown_files
 from _mlx_server.inference.catalog.names import VENDOR_NAME, plain_name
 from _mlx_server.inference.catalog.presets import Preset
 from _mlx_server.inference.protocol import ModelNotFound
 from _mlx_server.wire.fields import Object, WireError, field, short_name
 from _mlx_server.wire.ollama_models import checked_name, ollama_create, ollama_ps, ollama_show
-from _mlx_server.wire.pull import ollama_pull
 
 # Organisations whose models clients ask for, though they are never installed
 VENDORS = ("anthropic", "openai")
@@ -135,6 +133,10 @@ class ModelRoutes(HTTPHandler):
         return self.engine.preset(source) or Preset(local.name, local.name)
 
     def post_pull(self) -> None:
+        # All about downloads, which a server may never be asked for
+        from _mlx_server.inference.catalog.hub import Hub
+        from _mlx_server.wire.pull import ollama_pull
+
         self.require_manager()
         body = self.read_object()
         name = (self.exchange.model or "").removeprefix("https://")

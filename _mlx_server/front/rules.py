@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from _mlx_server.front.options import ThinkingDefault
-from _mlx_server.inference.constrained.output_rules import EFFORT_BUDGETS
-from _mlx_server.inference.protocol import Priority, Request
+from _mlx_server.inference.protocol import EFFORT_BUDGETS, Priority, Request
 from _mlx_server.wire.fields import WireError
 from _mlx_server.wire.reply import Reply
 

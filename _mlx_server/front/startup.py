@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import importlib.util
 import os
-import platform
 import re
 import resource
 import shlex
@@ -115,9 +114,9 @@ def prepare_process() -> None:
 def bound_arenas() -> None:
     """Lets all threads share ARENAS pools of memory, where the allocator is glibc's. It has one for
     nearly every thread, and each keeps what the largest request took. Nothing happens elsewhere."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt and platform.libc_ver()[0] == "glibc":
-        mallopt(_M_ARENA_MAX, ARENAS)
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(_M_ARENA_MAX, ARENAS)
 
 
 def raise_file_limit() -> None:

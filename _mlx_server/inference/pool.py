@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import logging
 import math
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from _mlx_server.inference.cache.disk_cache import DiskCache
 from _mlx_server.inference.cache.prefix_cache import PrefixCache
 from _mlx_server.inference.catalog.models import Loaded, LocalModel
 from _mlx_server.inference.catalog.mtp_files import Identity, weights_size
-from _mlx_server.inference.decoding.runner import ModelRunner
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.memory import StateSize, gigabytes, usable_memory
-from _mlx_server.inference.prompt.renderer import PromptRenderer
 from _mlx_server.inference.protocol import EngineBusy, ModelLoadError, Priority, PromptTooLong
 from _mlx_server.inference.sequence import Sequence
+
+if TYPE_CHECKING:
+    from _mlx_server.inference.decoding.runner import ModelRunner
+    from _mlx_server.inference.prompt.renderer import PromptRenderer
 
 log = logging.getLogger("mlx_server")
 
@@ -61,6 +65,25 @@ class ModelPool:
         # By name of each model that was loaded once: bytes of the weights and of a state
         self._sizes: dict[str, tuple[int, StateSize]] = {}
         self._waiting: dict[str, tuple[LocalModel, int]] = {}  # bytes, by name, until it is loaded
+
+    def set_up(self) -> None:
+        """Imports what requests need, and bounds what MLX takes."""
+        import mlx.core as mx
+
+        # Slow, and the start needs none of it: done here, so that no caller waits for it later.
+        # Modules stay, so the time to look for garbage among them would be lost
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            for module in ("_mlx_server.inference.decoding.runner", "mlx_lm.generate"):
+                importlib.import_module(module)
+        finally:
+            if collecting:
+                gc.enable()
+        if mx.metal.is_available():
+            usable = usable_memory()
+            mx.set_memory_limit(usable)
+            mx.set_cache_limit(usable // 16)  # freed buffers that MLX keeps for itself
 
     def sequences(self) -> list[Sequence]:
         """All requests that were admitted and have not ended."""
@@ -127,6 +150,8 @@ class ModelPool:
     ) -> ModelRunner | None:
         """The model, loaded if need be for a request; None if that has to wait for room. Raises
         ModelLoadError, and EngineBusy if idle models are kept from it."""
+        from _mlx_server.inference.decoding.runner import ModelRunner  # see `set_up`
+
         if runner := self.runners.get(local.name):
             return runner
         size = self._size(local)

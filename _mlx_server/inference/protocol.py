@@ -35,6 +35,10 @@ class Sampling:
     logit_bias: dict[int, float] | None = None  # what is added to the logits of tokens
 
 
+# Tokens of thinking by a request's effort, for templates that know no efforts; "max" has no bound
+EFFORT_BUDGETS = {"minimal": 512, "low": 1024, "medium": 4096, "high": 8192, "xhigh": 16384}
+
+
 class Priority(enum.IntEnum):
     """Who goes first where requests have to wait for each other."""
 

@@ -12,19 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from _mlx_server.inference.cache.prefix_cache import CacheEntry
 from _mlx_server.inference.catalog.models import LocalModel
-from _mlx_server.inference.constrained.constraint import Constraint
-from _mlx_server.inference.decoding.embedding import Pooler
 from _mlx_server.inference.event_queue import EventQueue
-from _mlx_server.inference.output.formats import OutputFormat
-from _mlx_server.inference.output.parser import OutputParser
 from _mlx_server.inference.prompt.conversations import Call
 from _mlx_server.inference.prompt.prompt import Prompt
-from _mlx_server.inference.prompt.renderer import PromptRenderer
 from _mlx_server.inference.protocol import (
     Done,
     EngineError,
     Event,
-    InvalidRequest,
     Request,
     Text,
     Thinking,
@@ -38,9 +32,9 @@ from _mlx_server.inference.protocol import (
 if TYPE_CHECKING:
     import mlx.core as mx
 
-
-MAX_STOPS = 64  # of a request
-MAX_STOP_LENGTH = 1000  # characters
+    from _mlx_server.inference.constrained.constraint import Constraint
+    from _mlx_server.inference.decoding.embedding import Pooler
+    from _mlx_server.inference.prompt.renderer import PromptRenderer
 
 
 class State(enum.Enum):
@@ -105,28 +99,11 @@ class Sequence:
         self.raw, self.visible, self.thinking = "", "", ""  # all text, and two parts of it
         self.calls: list[Call] = []
         self.thinking_ended = False  # for the model, which had ended its turn inside of it
-        self.parser = self._new_parser()
+        self.parser = renderer.parser(request, prompt)
         self._events = events
         self._pending_logprobs: list[Token] = []  # of tokens that may turn out to be visible
         self._lap_start = self.submitted
         self._counted = (0, 0, 0, 0, 0)  # what of `usage` is in the engine's totals
-
-    def _new_parser(self) -> OutputParser:
-        request, stop = self.request, self.request.stop
-        if len(stop) > MAX_STOPS or max(map(len, stop), default=0) > MAX_STOP_LENGTH:
-            bounds = f"at most {MAX_STOPS} stop sequences of {MAX_STOP_LENGTH} characters"
-            raise InvalidRequest(f"{bounds} are allowed")
-        tools = [*request.tools, *request.deferred_tools] if request.tool_choice != "none" else []
-        if request.suffix:
-            stop = [*stop, *self.renderer.gap_tokens(), "<|endoftext|>"]
-        return OutputParser(
-            self.renderer.format if request.prompt is None else OutputFormat(),
-            tools,
-            stop,
-            in_thinking=self.prompt.in_thinking,
-            parallel=request.parallel_tool_calls,
-            control_tokens=set(self.renderer.control_tokens.values()),
-        )
 
     def parse(self, piece: str, token: int) -> list[Event]:
         """The events that a token's text leads to. `piece` is that text, behind text of earlier

@@ -16,13 +16,9 @@ from _mlx_server.inference.constrained.schema_limits import check_enforceable
 from _mlx_server.inference.output.formats import OutputFormat
 from _mlx_server.inference.prompt.prompt import Prompt
 from _mlx_server.inference.prompt.tokenizer import TextTokenizer
-from _mlx_server.inference.protocol import InvalidRequest, Request
+from _mlx_server.inference.protocol import EFFORT_BUDGETS, InvalidRequest, Request
 
 log = logging.getLogger("mlx_server")
-
-
-# Tokens of thinking by a request's effort, for templates that know no efforts; "max" has no bound
-EFFORT_BUDGETS = {"minimal": 512, "low": 1024, "medium": 4096, "high": 8192, "xhigh": 16384}
 
 
 class OutputRules:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from _mlx_server.inference.images.pictures import Picture
+if TYPE_CHECKING:
+    from _mlx_server.inference.images.pictures import Picture
 
 
 class ImageRun(NamedTuple):

@@ -12,6 +12,8 @@ from _mlx_server.inference.constrained.output_rules import OutputRules
 from _mlx_server.inference.images.image_layout import DEFAULT_TOKENS
 from _mlx_server.inference.images.pictures import PictureFinder
 from _mlx_server.inference.output.families import HERMES, detect_format
+from _mlx_server.inference.output.formats import OutputFormat
+from _mlx_server.inference.output.parser import OutputParser
 from _mlx_server.inference.prompt.chat_renderer import ChatRenderer
 from _mlx_server.inference.prompt.conversations import Call, ConversationMemory, Reading
 from _mlx_server.inference.prompt.prompt import Prompt
@@ -21,6 +23,9 @@ from _mlx_server.inference.protocol import InvalidRequest, Request
 from _mlx_server.inference.speculation.prompt_lookup import PromptLookup
 from _mlx_server.inference.speculation.quotable import Quotable
 from _mlx_server.inference.speculation.speculation import Drafter
+
+MAX_STOPS = 64  # of a request
+MAX_STOP_LENGTH = 1000  # characters
 
 
 class PromptRenderer:
@@ -143,7 +148,7 @@ class PromptRenderer:
             self._tokenizers.setdefault(owner, tokenizer)
         return self._tokenizers[owner]
 
-    # What holds an answer to the request's rules
+    # What an answer goes through
 
     def constraint(self, request: Request, prompt: Prompt) -> Constraint | None:
         """What holds the answer to a format or to the tools' schemas: see OutputRules."""
@@ -161,6 +166,25 @@ class PromptRenderer:
         if owner not in self._quotables:
             self._quotables.setdefault(owner, Quotable(self._owned(owner), self.format))
         return [PromptLookup(prompt.tokens, self._quotables[owner].tokens(request.messages))]
+
+    def parser(self, request: Request, prompt: Prompt) -> OutputParser:
+        """What makes events of the answer's text. Raises InvalidRequest for too many stop strings,
+        or too long ones."""
+        stop = request.stop
+        if len(stop) > MAX_STOPS or max(map(len, stop), default=0) > MAX_STOP_LENGTH:
+            bounds = f"at most {MAX_STOPS} stop sequences of {MAX_STOP_LENGTH} characters"
+            raise InvalidRequest(f"{bounds} are allowed")
+        tools = [*request.tools, *request.deferred_tools] if request.tool_choice != "none" else []
+        if request.suffix:
+            stop = [*stop, *self.gap_tokens(), "<|endoftext|>"]
+        return OutputParser(
+            self.format if request.prompt is None else OutputFormat(),
+            tools,
+            stop,
+            in_thinking=prompt.in_thinking,
+            parallel=request.parallel_tool_calls,
+            control_tokens=set(self.control_tokens.values()),
+        )
 
     # Tokens
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
 from _mlx_server.inference.catalog.models import LocalModel
-from _mlx_server.inference.prompt.renderer import PromptRenderer
+
+if TYPE_CHECKING:
+    from _mlx_server.inference.prompt.renderer import PromptRenderer
 
 
 class RendererTable:
