@@ -16,7 +16,7 @@ from _mlx_server.front.service import launchd_job, service_mistake, start_comman
 from _mlx_server.inference.images.image_layout import DEFAULT_TOKENS
 
 if TYPE_CHECKING:
-    from _mlx_server.front.commands import Run
+    from _mlx_server.front.commands import Command, Run
 
 ABOUT = "Serves local MLX models to Claude Code, Ollama clients and scripts."
 
@@ -360,12 +360,16 @@ def _mistake(args: argparse.Namespace) -> str | None:
 
 def _command_mistake(name: str, word: str | None) -> str | None:
     """What is wrong with a command and the word behind it."""
+    if name not in _commands():
+        return f"there is no command '{name}'"
+    mistake = _commands()[name].mistake(word)
+    return f"{name}: {mistake}" if mistake else None
+
+
+def _commands() -> dict[str, Command]:
     from _mlx_server.front.commands import COMMANDS  # which the server does not need
 
-    if name not in COMMANDS:
-        return f"there is no command '{name}'"
-    mistake = COMMANDS[name].mistake(word)
-    return f"{name}: {mistake}" if mistake else None
+    return COMMANDS
 
 
 def selected_command(args: argparse.Namespace, argv: Sequence[str]) -> Run | None:
@@ -376,11 +380,7 @@ def selected_command(args: argparse.Namespace, argv: Sequence[str]) -> Run | Non
         return print_env
     if args.service:
         return functools.partial(_print_service, argv)
-    if args.command:
-        from _mlx_server.front.commands import COMMANDS  # the same
-
-        return COMMANDS[args.command].run
-    return None
+    return _commands()[args.command].run if args.command else None
 
 
 def _print_service(argv: Sequence[str], args: argparse.Namespace) -> None:
