@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import base64
 import importlib.util
+import io
 import json
+import re
 import time
 import tracemalloc
+import zlib
 from collections.abc import Callable
 
 import pytest
 from call_families import FAMILIES
 from conftest import Server
 from parsing import TOOLS, tool
+from PIL import Image
 from schemas import SCHEMAS
 from test_http import ask
 
 import dialects
 from _mlx_server.inference.constrained.schema import TooComplex, has_finite_value, parameter_types
 from _mlx_server.inference.constrained.schema_limits import check_enforceable
+from _mlx_server.inference.images.images import read_pixels
 from _mlx_server.inference.output.parser import OutputParser
 from _mlx_server.inference.protocol import Token
 from _mlx_server.wire import reply
@@ -296,3 +301,36 @@ def test_an_answer_for_which_there_is_no_memory_fails(
         assert response.status == 413 and b"fewer texts" in text
         streamed = ask(serve(engine), "POST", "/v1/chat/completions", {**body, "stream": True})
         assert streamed[0].status == 200 and b"[DONE]" in streamed[1]
+
+
+def pieces(kind: str, part: bytes, count: int) -> bytes:
+    """An image's file with so many more of some part of it."""
+    file = io.BytesIO()
+    Image.new("L", (64, 64), 128).save(file, kind, progressive=True)
+    content = file.getvalue()
+    if part == b"scan":
+        scans = [found.start() for found in re.finditer(b"\xff\xda", content)]
+        return content[: scans[1]] + content[scans[0] : scans[1]] * count + b"\xff\xd9"
+    start = {"PNG": 33, "GIF": content.index(b"\x2c"), "JPEG": 2}[kind]
+    return content[:start] + part * count + content[start:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        ("JPEG", b"scan"),
+        ("JPEG", b"\xff\xe1\0\x12Exif\0\0" + b"a" * 10),
+        ("JPEG", b"\xff\xfe\0\2"),
+        ("PNG", b"\0\0\0\0tEXt" + zlib.crc32(b"tEXt").to_bytes(4)),
+        ("GIF", b"\x21\xfe\0"),
+    ],
+)
+def test_an_image_of_a_great_many_parts_is_refused(kind: str, part: bytes):
+    """Pillow copies what came before for some of them, and libjpeg goes through the whole image."""
+
+    def fit(*size: int) -> tuple[int, ...]:
+        return size
+
+    assert read_pixels(pieces(kind, part, 100), fit, 3).shape == (64, 64, 3)
+    with pytest.raises(InvalidRequest, match="an image"):
+        read_pixels(pieces(kind, part, 60_000), fit, 3)

@@ -28,6 +28,10 @@ MAX_PIXELS = 32_000_000  # of a file: a 6K screen has 20 million, and each takes
 MAX_WEBP_PIXELS = 8_500_000  # each takes 16 bytes; a 4K screen has 8.3 million
 TILE = 1024  # pixels on a side of what is resized at once
 MAX_ASPECT = 200  # longer side by shorter side
+# Parts of a file: for a few bytes of each, Pillow copies all that came before, or libjpeg goes
+# through the whole image once more. A photo has a hundred at most, a PNG of 24 MB a few thousand
+MAX_JPEG_SEGMENTS = 256
+MAX_READS = 100_000
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
 UNSEEN = "[image omitted: this model cannot see images]"
 OLD = "[image omitted: only newer ones are shown]"
@@ -42,6 +46,8 @@ PLACED = re.compile(rf"{_RANDOM}i(\d{{19}})x(\d{{5}})x(\d{{5}})")
 """Stands for an image whose token, negated, and whose rows and columns of tokens are known."""
 
 _DECODING = threading.Lock()  # one image at a time: a large one takes 128 MB
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")  # of what has a length, or the end
+_SCAN, _END = 0xDA, 0xD9
 _SIGNATURES = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP", re.DOTALL)
 
 
@@ -174,8 +180,10 @@ def _open(content: bytes) -> Image:
     from PIL import Image
 
     Image.MAX_IMAGE_PIXELS = None  # it would warn of sizes that are refused below
+    if content.startswith(b"\xff\xd8"):
+        _check_segments(content)
     try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        image = Image.open(_BoundedFile(content), formats=FORMATS)
     except Exception as error:
         raise InvalidRequest("an image cannot be read: the file is damaged") from error
     width, height = image.size
@@ -188,3 +196,31 @@ def _open(content: bytes) -> Image:
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise InvalidRequest(f"an image is too narrow: {width} x {height} pixels")
     return image
+
+
+class _BoundedFile(io.BytesIO):
+    """A file of which at most MAX_READS parts can be read."""
+
+    _reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._reads += 1
+        if self._reads > MAX_READS:
+            raise ValueError("the file has too many parts")
+        return super().read(size)
+
+
+def _check_segments(content: bytes) -> None:
+    """Raises InvalidRequest for a JPEG with too many segments."""
+    at, scanned, count = 2, False, 0
+    while found := _JPEG_MARKER.search(content, at):
+        at, marker = found.end(), found[1][0]
+        # Pillow reads on where an end comes before the first scan
+        if marker == _END and scanned:
+            break
+        if marker != _END:
+            at += max(2, int.from_bytes(content[at : at + 2]))
+            scanned |= marker == _SCAN
+            count += 1
+        if count > MAX_JPEG_SEGMENTS:
+            raise InvalidRequest(f"an image has more than {MAX_JPEG_SEGMENTS} segments or scans")
