@@ -217,8 +217,7 @@ class Handler(ModelRoutes):
     def converse(self, reply: Reply) -> None:
         """Answers with what the engine generates, streamed or whole."""
         engine = self.engine
-        model = self.resolve(reply.request.model)
-        reply.check(model)
+        model = self.find_model(reply)
         reply.request.priority = self.priority(reply, model.name)
         reply.request.owner = self.exchange.owner
         if thinking := first_match(self.server.thinking, reply, model.name):
@@ -250,7 +249,7 @@ class Handler(ModelRoutes):
     def embed(self, reply: Embeddings) -> None:
         """Answers with the embeddings of texts. They are read one after the other, so that other
         requests get their turn between two."""
-        engine, model = self.engine, self.resolve(reply.request.model)
+        engine, model = self.engine, self.find_model(reply)
         self.ignore_keep_alive(reply)
         record = self.record(reply, model)
         try:
@@ -270,6 +269,14 @@ class Handler(ModelRoutes):
                 self.send_large_json(reply.whole())
         finally:
             record.embeddings(model.name, reply)
+
+    def find_model(self, reply: Reply) -> LocalModel:
+        """The model that a request is for. Raises ModelNotFound, and WireError if it cannot do what
+        is asked."""
+        with self.preparing():
+            model = self.resolve(reply.request.model)
+            reply.check(model)
+        return model
 
     def record(self, reply: Reply, model: LocalModel) -> RequestLog:
         """What is noted of this request."""
@@ -307,7 +314,8 @@ class Handler(ModelRoutes):
             has_model = upstream.overflow and find_tag(upstream.tags(), model) is not None
             return upstream if has_model else None
         try:
-            self.resolve(model)
+            with self.preparing():
+                self.resolve(model)
             return None
         except ModelNotFound:
             return upstream if upstream.find(model) is not None else None
@@ -366,24 +374,25 @@ class Handler(ModelRoutes):
         self.send_json({"input_tokens": count})
 
     def get_models(self) -> None:
-        models, query = self.engine.models(), self.exchange.query
+        engine, query, tags = self.engine, self.exchange.query, self.upstream_tags()
         anthropic = "anthropic-version" in self.headers  # all of Anthropic's clients send it
-        page = dialects.model_page(models, query, self.upstream_tags(), anthropic=anthropic)
-        self.send_json(page)
+        self.send_found(
+            lambda: dialects.model_page(engine.models(), query, tags, anthropic=anthropic)
+        )
 
     def get_model(self) -> None:
         name = short_name(self.exchange.route.removeprefix("/v1/models/"))
         try:
-            model = dialects.model_object(self.resolve(name))
+            self.send_found(lambda: dialects.model_object(self.resolve(name)))
         except ModelNotFound:
             tag = self.upstream and self.upstream.find(name)
             if not tag:
                 raise
-            model = dialects.upstream_model_object(tag)
-        self.send_json(model)
+            self.send_json(dialects.upstream_model_object(tag))
 
     def get_tags(self) -> None:
-        self.send_json(dialects.tag_list(self.engine.models(), self.upstream_tags()))
+        engine, tags = self.engine, self.upstream_tags()
+        self.send_found(lambda: dialects.tag_list(engine.models(), tags))
 
     def get_status(self) -> None:
         self.send_json({"cloud": {"disabled": True, "source": "config"}})

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import until
+from conftest import PATIENCE, until
 from test_http import ask
 from test_limits import HI, KEYS, call
 
 import mlx_server
-from _mlx_server.front.sockets import ClientDisconnected
+from _mlx_server.front.sockets import ClientDisconnected, is_readable
 from _mlx_server.front.turns import Turns
 from _mlx_server.inference.bounded import BoundedMap
 from _mlx_server.inference.cache.prefix_cache import CacheEntry
@@ -219,6 +221,56 @@ def test_nothing_that_costs_time_is_done_for_a_low_key_before_its_turn(
         assert call(server, "boss", path, body)[0].status == 200
         assert not waits.done()
     assert waits.result()[0].status == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/demo", "/api/tags", "/api/ps"])
+def test_nor_are_models_looked_for(engine: Engine, serve: Callable, path: str):
+    server = serve(engine, api_keys=KEYS)
+    with ThreadPoolExecutor() as pool, server.turns.take(Priority.LOW, gone):
+        waits = pool.submit(call, server, "guest", path, None, "GET")
+        assert call(server, "boss", path, None, "GET")[0].status == 200
+        assert not waits.done()
+    assert waits.result()[0].status == 200
+
+
+def chunks_of(server: mlx_server.MLXServer, key: str, end: bytes = b"0\r\n\r\n") -> socket.socket:
+    """A connection on which a request with a body in chunks of one byte was sent, up to its
+    `end`."""
+    body = b"".join(b"1\r\n%c\r\n" % octet for octet in b'{"model": "demo"}')
+    head = f"POST /api/show HTTP/1.1\r\nHost: localhost\r\nx-api-key: {key}\r\n"
+    connection = socket.create_connection(("127.0.0.1", server.port), PATIENCE)
+    connection.sendall(head.encode() + b"Transfer-Encoding: chunked\r\n\r\n" + body + end)
+    return connection
+
+
+def test_bodies_in_chunks_are_read_in_turn_and_waited_for_outside_of_it(
+    engine: Engine, serve: Callable
+):
+    server = serve(engine, api_keys=KEYS)
+    with contextlib.closing(chunks_of(server, "guest", end=b"")):  # of which more may come
+        with contextlib.closing(chunks_of(server, "guest")) as whole:
+            assert whole.recv(99).startswith(b"HTTP/1.1 200")
+        with server.chunk_turns.take(Priority.LOW, gone):
+            waits = chunks_of(server, "guest")
+            with contextlib.closing(chunks_of(server, "boss")) as important:
+                assert important.recv(99).startswith(b"HTTP/1.1 200")
+            assert not is_readable(waits, 0)
+        with contextlib.closing(waits):
+            assert waits.recv(99).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("key", ["guest", "nobody"])
+def test_requests_that_cost_little_keep_their_distance(engine: Engine, serve: Callable, key: str):
+    server = serve(engine, api_keys=KEYS)
+    server.low_pace.gap = server.keyless_pace.gap = 3600.0
+    request = f"GET /api/version HTTP/1.1\r\nHost: localhost\r\nx-api-key: {key}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as connection:
+        connection.sendall(request.encode())
+        assert connection.recv(4096).startswith(b"HTTP/1.1 ")
+        connection.sendall(request.encode())
+        for _ in range(9):
+            assert call(server, "boss", "/api/version", None, "GET")[0].status == 200
+        assert not is_readable(connection, 0)
 
 
 @pytest.mark.parametrize("path", ["/api/chat", "/api/embed"])

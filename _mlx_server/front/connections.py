@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import ipaddress
 import logging
@@ -11,7 +12,7 @@ import socket
 import socketserver
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -19,7 +20,7 @@ from _mlx_server.front.activity import Activity
 from _mlx_server.front.budget import BodyBudget
 from _mlx_server.front.head import names_this_machine
 from _mlx_server.front.metrics import Metrics
-from _mlx_server.front.turns import Turns
+from _mlx_server.front.turns import Pace, Turns
 from _mlx_server.inference.protocol import Priority
 
 MAX_CONNECTIONS = 512  # fewer where the process may not open twice as many files
@@ -42,6 +43,7 @@ class Connection:
         self.closed = False
         self.less_important = False  # whether the latest request had a key for low priority
         self._socket = client
+        self._closing = threading.Lock()  # the socket is not closed, and its number reused, within
         self._waiting_since: float | None = time.monotonic()
 
     @property
@@ -61,8 +63,13 @@ class Connection:
     def close(self) -> None:
         """Ends the connection; the thread that serves it finds that out."""
         self.closed = True
-        with contextlib.suppress(OSError):
+        with self._closing, contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+
+    def release(self, close: Callable[[], None]) -> None:
+        """Lets `close` close the socket."""
+        with self._closing:
+            close()
 
 
 class ConnectionServer(ThreadingHTTPServer):
@@ -92,6 +99,8 @@ class ConnectionServer(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.api_keys, self.metrics, self.bodies = api_keys or {}, Metrics(), BodyBudget()
         self.turns, self.activity = Turns(), Activity()
+        self.chunk_turns = Turns()  # of those whose bodies come in chunks
+        self.low_pace, self.keyless_pace = Pace(), Pace()
         self.owners = {key: _owner(key) for key in self.api_keys if self.shared}
         self._hosts = {host.lower() for host in (address[0], *allowed_hosts)}
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -99,7 +108,6 @@ class ConnectionServer(ThreadingHTTPServer):
         if files != resource.RLIM_INFINITY:
             self.max_connections = min(MAX_CONNECTIONS, files // 2)
         self._connections: dict[Any, Connection] = {}  # by socket
-        self._closing = threading.Lock()  # no socket is closed, and its number reused, within it
         self._answering: set[threading.Thread] = set()
         super().__init__(address, handler)
 
@@ -136,28 +144,30 @@ class ConnectionServer(ThreadingHTTPServer):
 
     def _make_room(self, address: str) -> bool:
         """Whether one more connection from `address` is served; another may be closed for it."""
-        with self._closing:
-            served = [one for one in self._connections.values() if one.served and not one.closed]
-            neighbours = [one for one in served if one.address == address]
-            share = max(1, int(self.max_connections * ADDRESS_SHARE))
-            if address and len(neighbours) >= share:
-                served = neighbours
-            elif len(served) < self.max_connections:
-                return True
-            waiting = [(one.waiting_since, one) for one in served]
-            _, oldest = min(
-                ((since, one) for since, one in waiting if since is not None),
-                key=lambda pair: pair[0],
-                default=(0.0, None),
-            )
-            if oldest is not None:
-                oldest.close()
-            return oldest is not None
+        connections = list(self._connections.values())
+        served = [one for one in connections if one.served and not one.closed]
+        neighbours = [one for one in served if one.address == address]
+        share = max(1, int(self.max_connections * ADDRESS_SHARE))
+        if address and len(neighbours) >= share:
+            served = neighbours
+        elif len(served) < self.max_connections:
+            return True
+        waiting = [(one.waiting_since, one) for one in served]
+        _, oldest = min(
+            ((since, one) for since, one in waiting if since is not None),
+            key=lambda pair: pair[0],
+            default=(0.0, None),
+        )
+        if oldest is not None:
+            oldest.close()
+        return oldest is not None
 
     def shutdown_request(self, request: Any) -> None:
-        with self._closing:
-            self._connections.pop(request, None)
-            super().shutdown_request(request)
+        close = functools.partial(super().shutdown_request, request)
+        if connection := self._connections.pop(request, None):
+            connection.release(close)
+        else:
+            close()
 
     @property
     def connections(self) -> int:

@@ -7,10 +7,11 @@ import functools
 import http.client
 import itertools
 import logging
+import math
 import secrets
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler
@@ -32,6 +33,7 @@ from _mlx_server.front.sockets import (
     is_readable,
 )
 from _mlx_server.front.stream import BodyWriter, Stream, content_type, encode_json, json_pieces
+from _mlx_server.front.turns import Turn
 from _mlx_server.inference.protocol import EngineBusy, EngineError, Priority
 from _mlx_server.wire.fields import Object, WireError
 
@@ -131,6 +133,7 @@ class HTTPHandler(BaseHTTPRequestHandler):
         try:
             self._check_head()
             if self.command == "OPTIONS":
+                self._keep_pace(None)
                 self.send(204, b"")
             else:
                 self._check_key()
@@ -161,14 +164,27 @@ class HTTPHandler(BaseHTTPRequestHandler):
         self.exchange.origin = checked_origin(self.headers, self.server.is_own_name)
 
     def _check_key(self) -> None:
+        key = None
         if self.server.api_keys and self.exchange.route not in OPEN_ROUTES:
-            key = check_key(self.headers, self.server.api_keys)
+            try:
+                key = check_key(self.headers, self.server.api_keys)
+            except WireError:
+                self._keep_pace(None)
+                raise
             self.exchange.highest_priority = self.server.api_keys[key]
             self.exchange.owner = self.server.owners.get(key, "")
+        self._keep_pace(key)
         low = self._place.less_important = self.exchange.low_priority
         if low and not self.server.has_room_for_low:
             raise EngineBusy("requests with such keys have too many connections")
         self._claim = BodyClaim(self.server.bodies, BUDGET // 2 if low else BUDGET)
+
+    def _keep_pace(self, key: str | None) -> None:
+        """Waits if many others come with keys for low priority, or without a key."""
+        if key is None and self.server.api_keys:
+            self.server.keyless_pace.wait()
+        elif self.exchange.low_priority:
+            self.server.low_pace.wait()
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug(format, *args)
@@ -194,7 +210,7 @@ class HTTPHandler(BaseHTTPRequestHandler):
         self._send_continue()
         self._place.waits()
         try:
-            self.exchange.body = body.read_raw(self.rfile, length, self._claim)
+            self.exchange.body = self._read_raw(length)
         except TimeoutError:
             late = f"the request has not arrived within {REQUEST_DEADLINE:.0f} s"
             raise WireError(408, late) from None
@@ -202,6 +218,19 @@ class HTTPHandler(BaseHTTPRequestHandler):
             self._place.works()
         self.exchange.body_read = True
         return self.exchange.body
+
+    def _read_raw(self, length: int | None) -> bytes:
+        """The body as it was sent. Chunks of a byte each take seconds of Python: they are read in
+        the request's turn, but waited for outside of it."""
+        if length is not None:
+            return body.read_raw(self.rfile, length, self._claim)
+        turns, priority = self.server.chunk_turns, self._turn_priority
+        with turns.take(priority, self.is_client_gone, most=math.inf) as turn:
+            self._requests.waiting = turn.paused
+            try:
+                return body.read_raw(self.rfile, None, self._claim)
+            finally:
+                self._requests.waiting = contextlib.nullcontext
 
     def claim(self, size: int) -> None:
         """Counts so many bytes of an answer as this request's. Raises WireError and EngineBusy if
@@ -223,12 +252,15 @@ class HTTPHandler(BaseHTTPRequestHandler):
         """Whether the client has closed the connection."""
         return is_disconnected(self.connection)
 
-    def preparing(self) -> contextlib.AbstractContextManager[None]:
-        """Within it what costs time before an answer begins is done for the request, once it is its
-        turn among those of other keys. Entering raises EngineBusy and ClientDisconnected."""
-        if not self.server.owners:
-            return contextlib.nullcontext()
-        return self.server.turns.take(self.exchange.highest_priority, self.is_client_gone)
+    def preparing(self, most: float | None = None) -> contextlib.AbstractContextManager[Turn]:
+        """Within it what costs time is done for the request, once it is its turn among those of
+        other keys. Entering raises EngineBusy, if `most` others wait, and ClientDisconnected."""
+        return self.server.turns.take(self._turn_priority, self.is_client_gone, most)
+
+    @property
+    def _turn_priority(self) -> Priority:
+        """Nobody waits where there are no others with a key."""
+        return self.exchange.highest_priority if self.server.owners else Priority.HIGH
 
     # -- writing
 
@@ -260,13 +292,23 @@ class HTTPHandler(BaseHTTPRequestHandler):
         """Sends a whole answer in JSON, whose body follows in pieces if it is long. Raises
         OSError."""
         kind, pieces = self.dialect.content_type, json_pieces(value)
-        first, second = next(pieces), next(pieces, None)
-        if second is None:
-            return self.send(200, first, kind, headers)
-        out = self.start_body(200, {**(headers or {}), "Content-Type": kind})
-        for piece in itertools.chain((first, second), pieces):
-            out.write(piece)
+        with self.preparing(most=math.inf) as turn:
+            first, second = next(pieces), next(pieces, None)
+            with turn.paused():
+                if second is None:
+                    return self.send(200, first, kind, headers)
+                out = self.start_body(200, {**(headers or {}), "Content-Type": kind})
+            for piece in itertools.chain((first, second), pieces):
+                with turn.paused():
+                    out.write(piece)
         out.end()
+
+    def send_found(self, find: Callable[[], Object]) -> None:
+        """Sends what `find` returns in JSON; it is looked for in the request's turn. Raises what
+        `find` raises, EngineBusy and OSError."""
+        with self.preparing():
+            data = encode_json(find())
+        self.send(200, data, self.dialect.content_type)
 
     def start_body(
         self, status: int, headers: Mapping[str, str], length: int | None = None

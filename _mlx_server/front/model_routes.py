@@ -71,13 +71,17 @@ class ModelRoutes(HTTPHandler):
         return self.exchange.model
 
     def post_show(self) -> None:
-        name, engine = self.read_model_name(), self.engine
-        local = self.resolve(name)
+        name = self.read_model_name()
+        self.send_found(lambda: self.show(name))
+
+    def show(self, name: str) -> Object:
+        """What is told of the model that a name means. Raises ModelNotFound."""
+        engine, local = self.engine, self.resolve(name)
         template, generation = read_shown_files(local)
         context, preset = engine.context_length(local), engine.preset(name)
         if preset is not None and self.exchange.low_priority:
             preset = dataclasses.replace(preset, system="", messages=[])
-        self.send_json(ollama_show(local, context, template, generation, name, preset))
+        return ollama_show(local, context, template, generation, name, preset)
 
     def delete_model(self) -> None:
         self.require_manager()
@@ -157,7 +161,12 @@ class ModelRoutes(HTTPHandler):
         )
 
     def get_ps(self) -> None:
-        loaded = self.engine.loaded()
-        if self.exchange.low_priority:  # without what is kept for others
-            loaded = [dataclasses.replace(one, size=one.model.size) for one in loaded]
-        self.send_json(ollama_ps(loaded))
+        low = self.exchange.low_priority
+
+        def find() -> Object:
+            loaded = self.engine.loaded()
+            if low:  # without what is kept for others
+                loaded = [dataclasses.replace(one, size=one.model.size) for one in loaded]
+            return ollama_ps(loaded)
+
+        self.send_found(find)

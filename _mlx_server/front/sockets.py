@@ -9,6 +9,7 @@ import select
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 # Seconds that a client may take to read some of an answer, or to send its next request
@@ -28,18 +29,20 @@ class RequestSocket(socket.SocketIO):
 
     `deadline`, in monotonic seconds, is when the whole message has to be there. The first read of a
     request sets it, and None means that no request has begun. Reading raises TimeoutError after
-    the deadline, and when no request begins within CLIENT_TIMEOUT."""
+    the deadline, and when no request begins within CLIENT_TIMEOUT. It waits within `waiting`."""
 
     def __init__(self, connection: socket.socket, deadline: float | None = None):
         super().__init__(connection, "r")
         self.deadline = deadline
+        self.waiting: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
 
     def readinto(self, buffer: Any) -> int | None:
         seconds = CLIENT_TIMEOUT
         if self.deadline is not None:
             seconds = max(0.0, self.deadline - time.monotonic())
-        if not is_readable(self, seconds):
-            raise TimeoutError("timed out")
+        with self.waiting():
+            if not is_readable(self, seconds):
+                raise TimeoutError("timed out")
         if self.deadline is None:
             self.deadline = time.monotonic() + REQUEST_DEADLINE
         return super().readinto(buffer)
