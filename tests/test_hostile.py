@@ -7,14 +7,16 @@ import importlib.util
 import io
 import json
 import re
+import threading
 import time
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from call_families import FAMILIES
-from conftest import Server
+from conftest import PATIENCE, Server
 from parsing import TOOLS, tool
 from PIL import Image
 from schemas import SCHEMAS
@@ -334,3 +336,22 @@ def test_an_image_of_a_great_many_parts_is_refused(kind: str, part: bytes):
     assert read_pixels(pieces(kind, part, 100), fit, 3).shape == (64, 64, 3)
     with pytest.raises(InvalidRequest, match="an image"):
         read_pixels(pieces(kind, part, 60_000), fit, 3)
+
+
+def test_an_image_that_takes_long_holds_up_no_other():
+    begun, over = threading.Event(), threading.Event()
+
+    def slow(*size: int) -> tuple[int, ...]:
+        begun.set()
+        assert over.wait(PATIENCE)
+        return size
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(read_pixels, pieces("PNG", b"", 0), slow, 3)
+        try:
+            assert begun.wait(PATIENCE)
+            second = pool.submit(read_pixels, pieces("PNG", b"", 0), lambda *size: size, 3)
+            assert second.result(PATIENCE).shape == (64, 64, 3)
+        finally:
+            over.set()
+        assert first.result().shape == (64, 64, 3)

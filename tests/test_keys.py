@@ -386,3 +386,15 @@ def test_a_map_of_bounded_size_keeps_the_latest_entries():
     assert kept.get("c") == "cccc"
     assert kept.get_or_make("e", lambda: "e" * 11) == "e" * 11
     assert kept.get("e") is None and kept.get("d") == "d" * 6
+
+
+def test_no_model_is_loaded_for_a_less_important_request_while_others_are_in_work(folder: Path):
+    with Engine("demo", models_dirs=[folder]) as engine:
+        high = engine.chat("count to 100", max_tokens=10_000, priority=Priority.HIGH)
+        next(high.text())
+        low = engine.chat("hi", model="qwen2", max_tokens=1, priority=Priority.LOW)
+        list(engine.chat("say hi", max_tokens=1, priority=Priority.HIGH))
+        assert list(engine.pool.runners) == ["demo"]
+        high.cancel()
+        list(low)
+        assert "qwen2" in engine.pool.runners

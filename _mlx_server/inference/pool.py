@@ -35,8 +35,9 @@ class ModelPool:
     lower priority, which are paused, and otherwise waits until others are through. When answers
     grow beyond what was expected, the latest request of the lowest priority is paused.
     `max_loaded` bounds the number of models. An idle model stays for `KEPT` seconds if only a
-    request that is less important than its own were has a use for the room: it is refused. Of
-    requests of low priority at most `MOST_LOW` are in work, as all share each step.
+    request that is less important than its own were has a use for the room: it is refused. For
+    requests of low priority no model is loaded while others are in work. At most `MOST_LOW` of them
+    are in work themselves, as all share each step.
 
     Only the MLX thread changes it. Any thread may read it: the dicts are replaced by every
     change."""
@@ -154,6 +155,8 @@ class ModelPool:
 
         if runner := self.runners.get(local.name):
             return runner
+        if priority is Priority.LOW and self._works_for_others():
+            return None
         size = self._size(local)
         while not self._has_room_for(size):
             if not self._unload_idle(priority):
@@ -180,6 +183,11 @@ class ModelPool:
         self._settle()
         self._sizes = {**self._sizes, local.name: (runner.size, runner.state_size)}
         return runner
+
+    def _works_for_others(self) -> bool:
+        """Whether a request of more than low priority is in work, which the loading of a model
+        would hold up."""
+        return any(one.request.priority < Priority.LOW for one in self.sequences())
 
     def _has_room_for(self, size: int) -> bool:
         full = self._max_loaded is not None and len(self.runners) >= self._max_loaded

@@ -45,7 +45,9 @@ MARK = re.compile(rf"{_RANDOM}(\d{{39}})")
 PLACED = re.compile(rf"{_RANDOM}i(\d{{19}})x(\d{{5}})x(\d{{5}})")
 """Stands for an image whose token, negated, and whose rows and columns of tokens are known."""
 
-_DECODING = threading.Lock()  # one image at a time: a large one takes 128 MB
+# So many images at a time, as a large one takes 128 MB. Keys for low priority have one decoded at
+# most, since their requests are prepared one after the other, and so leave a place
+_DECODING = threading.Semaphore(2)
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")  # of what has a length, or the end
 _SCAN, _END = 0xDA, 0xD9
 _SIGNATURES = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP", re.DOTALL)
