@@ -131,8 +131,12 @@ def _joined(node: PrefixTree[Value]) -> PrefixTree[Value]:
 
 def common_prefix(a: list[int], b: list[int], start: int = 0) -> int:
     """How many leading items `a` shares with `b` from `start` on. Costs as much as they share:
-    slices, which are compared in C, double in size, and the last one is halved."""
+    slices, which are compared in C, double in size, and the last one is halved. Only where the last
+    items agree is all compared at once, since then all of it mostly agrees."""
     most = min(len(a), len(b) - start)
+    if most > 0 and a[most - 1] == b[start + most - 1]:
+        if _between(a, 0, most) == _between(b, start, start + most):
+            return most
     at, size = 0, BLOCK
     while at < most:
         size = min(size, most - at)
@@ -150,3 +154,9 @@ def common_prefix(a: list[int], b: list[int], start: int = 0) -> int:
         else:
             high = middle - 1
     return at
+
+
+def _between(items: list[int], start: int, end: int) -> list[int]:
+    """`items[start:end]`, and no copy if that is all of them: a long list takes longer to copy than
+    to compare."""
+    return items if (start, end) == (0, len(items)) else items[start:end]

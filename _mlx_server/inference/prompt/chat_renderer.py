@@ -9,7 +9,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,10 +62,12 @@ class _Chat:
 @dataclass(frozen=True)
 class _Match:
     """What was read of a conversation up to the message with this index: its tokens, and the text
-    that the template renders behind them, within the text of the whole conversation."""
+    that the template renders behind them, within the text of the whole conversation. `known` is the
+    number of these tokens: those of the rest are put behind them in the same list."""
 
     index: int
-    tokens: Sequence[int]
+    known: int
+    tokens: list[int]
     text: str
     rest: str
 
@@ -123,21 +125,20 @@ class ChatRenderer:
         match = self._match(chat)
         if match is None or self._gives_up_thinking(request, chat, match, window):
             text = self._render(chat)
-            match = _Match(-1, [], text, text)
-        rest = self._tokenizer.encode(match.rest, most - len(match.tokens))
-        tokens = [*match.tokens, *rest]
+            match = _Match(-1, 0, [], text, text)
+        tokens = match.tokens
+        tokens += self._tokenizer.encode(match.rest, most - match.known)
         if len(tokens) > most:
             raise PromptTooLong(len(tokens), int(most))
         self._histories.keep(known)
-        return self._prompt(request, chat, root, match, tokens)
+        return self._prompt(request, chat, root, match)
 
-    def _prompt(
-        self, request: Request, chat: _Chat, root: _Root, match: _Match, tokens: list[int]
-    ) -> Prompt:
+    def _prompt(self, request: Request, chat: _Chat, root: _Root, match: _Match) -> Prompt:
+        tokens = match.tokens
         opener = self._opener(chat, match.text)
         body = len(tokens) - len(self._tokenizer.encode(opener)) if opener else 0
         if body and len(chat.keys) == len(chat.messages) and not request.context:
-            self._remember_body(chat, root, match, tokens[len(match.tokens) : body], opener)
+            self._remember_body(chat, root, match, tokens[match.known : body], opener)
         length = len(tokens)
         turn = self._turn(chat, match.text, length)
         opening = self._format.call_prefix(request.tool_choice) if chat.tools else ""
@@ -154,7 +155,7 @@ class ChatRenderer:
             in_thinking=bool(start) and not opening and match.text.rstrip().endswith(start),
             key=(chat.keys[-1] if chat.keys else root.key) if not request.context else "",
             answer=chat.keys[match.index] if answered else "",
-            known=len(match.tokens) if answered else 0,
+            known=match.known if answered else 0,
         )
 
     # -- what was read before
@@ -224,7 +225,7 @@ class ChatRenderer:
             answered = chat.messages[index]["role"] == "assistant"
             found = self._behind_answer(chat, index) if answered else self._behind(chat, index)
             if found is not None:
-                return _Match(index, tokens, *found)
+                return _Match(index, len(tokens), tokens, *found)
         return None
 
     def _behind_answer(self, chat: _Chat, index: int) -> tuple[str, str] | None:
@@ -277,7 +278,7 @@ class ChatRenderer:
             return True
         if window is None:
             return False
-        length = len(match.tokens) + len(self._tokenizer.encode(match.rest, window))
+        length = match.known + len(self._tokenizer.encode(match.rest, window))
         if length <= window * self.FULL:
             return False
         return len(self._tokenizer.encode(self._render(chat), window)) < length

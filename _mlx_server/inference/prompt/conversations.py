@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import operator
 import threading
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -77,10 +76,10 @@ class ConversationMemory:
         self._readings: dict[str, Reading] = {}  # by key, the latest used last
         self._keys: dict[str, str] = {}  # by name
         self._size = 0
-        # The conversation that was asked for last, in parts and as one list. It mostly comes again,
-        # and to make the integers of a long one takes longer than all else that is done with it.
-        # Replaced as a whole, and neither list is changed.
-        self._latest: tuple[list[Sequence[int]], list[int]] = [], []
+        # The parts of the conversation that was asked for last, each with its tokens as a list. It
+        # mostly comes again, and to make the integers of a long one takes longer than all else that
+        # is done with it. Replaced as a whole, and none of the lists is changed.
+        self._latest: list[tuple[Sequence[int], list[int]]] = []
 
     def follow(self, start: str, messages: Iterable[KnownMessage]) -> list[str]:
         """The key behind each message of a conversation that begins with the key `start`."""
@@ -95,8 +94,9 @@ class ConversationMemory:
             keys.append(key)
         return keys
 
-    def tokens(self, key: str) -> Sequence[int] | None:
-        """All tokens of a reading; None if it, or one that it goes on from, is not there."""
+    def tokens(self, key: str) -> list[int] | None:
+        """All tokens of a reading, in a list of the caller's own; None if it, or one that it goes
+        on from, is not there."""
         parts: list[Sequence[int]] = []
         with self._lock:
             while key:
@@ -107,16 +107,16 @@ class ConversationMemory:
                 parts.append(reading.tokens)
                 key = reading.before
         parts.reverse()
-        known, found = self._latest
-        if len(known) > len(parts) or not all(map(operator.is_, known, parts)):
-            known, found = [], []
-        new = array("q")
-        for part in parts[len(known) :]:
-            new.extend(part)
-        if new:
-            found = found + new.tolist()
-        self._latest = parts, found
-        return found
+        known = itertools.chain(self._latest, itertools.repeat((None, [])))
+        latest = [
+            (part, integers if part is old else list(part))
+            for part, (old, integers) in zip(parts, known, strict=False)
+        ]
+        self._latest = latest
+        tokens: list[int] = []
+        for _, integers in latest:
+            tokens += integers
+        return tokens
 
     def get(self, key: str) -> Reading | None:
         """A reading by its key."""
