@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import random
 
 from _mlx_server.inference.prompt.conversations import (
@@ -30,19 +31,20 @@ def test_a_reading_is_all_tokens_of_those_before_it():
     assert memory.tokens("four") is None
 
 
-def test_a_conversation_that_comes_again_is_not_put_together_again_but_never_stale():
+def test_the_integers_of_a_conversation_that_grows_are_made_once_and_never_stale():
     memory = ConversationMemory()
-    memory.learn({"one": Reading("", [1, 2], {}), "two": Reading("one", [3], {})})
+    memory.learn({"one": Reading("", [1001, 1002], {}), "two": Reading("one", [1003], {})})
     found = memory.tokens("two")
-    assert memory.tokens("two") is found
-    memory.learn({"three": Reading("two", [4, 5], {})})
-    assert memory.tokens("three") == [1, 2, 3, 4, 5]
-    assert memory.tokens("two") == found == [1, 2, 3]
-    assert memory.tokens("three") == [1, 2, 3, 4, 5]
+    memory.learn({"three": Reading("two", [1004, 1005], {})})
+    grown = memory.tokens("three")
+    assert grown == [1001, 1002, 1003, 1004, 1005]
+    assert all(map(operator.is_, grown, found)) and len(found) == 3
+    grown += [1, 2]  # each list is its caller's own
+    assert memory.tokens("two") == found
+    assert memory.tokens("three") == [1001, 1002, 1003, 1004, 1005]
     memory.learn({"one": Reading("", [9, 9], {})})
-    assert memory.tokens("three") == [9, 9, 3, 4, 5]
+    assert memory.tokens("three") == [9, 9, 1003, 1004, 1005]
     assert memory.tokens("one") == [9, 9]
-    assert found == [1, 2, 3]
 
 
 def test_readings_that_lead_in_a_circle_are_none():
