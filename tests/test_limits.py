@@ -34,9 +34,8 @@ from _mlx_server.front.logs import JSONLine, OneLine, log_file
 from _mlx_server.front.startup import ARENAS
 from _mlx_server.front.upstream import CLOUD
 from _mlx_server.inference.catalog.presets import Preset, PresetStore
-from _mlx_server.inference.prompt.control_tokens import ControlTokens
 from _mlx_server.inference.prompt.tokenizer import TextTokenizer
-from _mlx_server.inference.protocol import EngineBusy, Priority, PromptTooLong
+from _mlx_server.inference.protocol import EngineBusy, Priority, PromptTooLong, Request
 from _mlx_server.wire.anthropic import AnthropicMessages
 from _mlx_server.wire.fields import WireError
 from _mlx_server.wire.images import Images
@@ -331,12 +330,14 @@ def test_a_prompt_that_is_refused_leaves_nothing(role: str, monkeypatch: pytest.
 
 @pytest.mark.slow
 def test_enormous_tools_are_not_kept(engine: Engine):
-    control = ControlTokens(engine.renderer(engine.resolve("demo")).tokenizer)
+    renderer = engine.renderer(engine.resolve("demo"))
 
-    def escape() -> None:
-        control.escape_tools([{"description": os.urandom(8).hex() + "a b " * 1_200_000}])
+    def render() -> None:
+        function = {"name": "a", "description": os.urandom(8).hex() + "a b " * 1_200_000}
+        with pytest.raises(PromptTooLong):
+            renderer.prompt(Request("demo", HI, tools=[{"function": function}]), most=1000)
 
-    assert traced_growth(escape) < 1 << 20
+    assert traced_growth(render) < 1 << 20
 
 
 def test_marks_in_strings_are_no_values():

@@ -25,11 +25,10 @@ from _mlx_server.inference.catalog import library
 from _mlx_server.inference.catalog.models import describe
 from _mlx_server.inference.pool import ModelPool
 from _mlx_server.inference.prompt.chat_renderer import ChatRenderer
-from _mlx_server.inference.prompt.control_tokens import ControlTokens
 from _mlx_server.inference.prompt.conversations import ConversationMemory
 from _mlx_server.inference.prompt.history import HistoryMemo
 from _mlx_server.inference.prompt.renderer import PromptRenderer
-from _mlx_server.inference.prompt.template import Template
+from _mlx_server.inference.prompt.template import JSON_KEPT, Template
 from _mlx_server.inference.prompt.tokenizer import TextTokenizer
 from _mlx_server.inference.protocol import InvalidRequest
 from _mlx_server.inference.speculation.quotable import Quotable
@@ -89,7 +88,8 @@ REMEMBERED = (  # bytes
     ConversationMemory.MOST
     + HistoryMemo.REMEMBERED
     + TextTokenizer.REMEMBERED
-    + ControlTokens.REMEMBERED
+    + ChatRenderer.ROOTS
+    + JSON_KEPT
     + Quotable.REMEMBERED
     + 2 * (ChatRenderer.TEXTS + ChatRenderer.MARKUP)
 )

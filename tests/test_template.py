@@ -246,6 +246,25 @@ def test_a_template_sees_of_every_value_what_the_sandbox_lets_it_see():
     assert ordinary.getattr is not fast.getattr
 
 
+def test_the_json_of_tools_and_calls_is_made_once_and_is_that_of_the_sandbox():
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    ordinary, fast = (_compile_jinja_template(text).environment for text in ("one", "two"))
+    to_json, made = ordinary.filters["tojson"], []
+    fast.filters["tojson"] = lambda *given, **options: made.append(1) or to_json(*given, **options)
+    speed_up(fast)
+    tool = {"name": "Bash", "strict": True, "parameters": {"b": "é<", "a": [1, 1.0]}}
+    ways = [{}, {"indent": 2}, {"indent": 4}, {"ensure_ascii": True}, {"sort_keys": True}]
+    for _ in range(3):
+        for way in ways:
+            assert fast.filters["tojson"](tool, **way) == to_json(tool, **way)
+        assert fast.filters["tojson"](tool, True) == to_json(tool, True)
+    assert len(made) == len(ways) + 1
+    for number in range(1000):  # objects that are gone leave their ids to others
+        assert fast.filters["tojson"]({"number": number}) == f'{{"number": {number}}}'
+        assert fast.filters["tojson"]("text") == '"text"'
+
+
 def test_a_template_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from jinja2 import Environment
 

@@ -134,9 +134,9 @@ def common_prefix(a: list[int], b: list[int], start: int = 0) -> int:
     slices, which are compared in C, double in size, and the last one is halved. Only where the last
     items agree is all compared at once, since then all of it mostly agrees."""
     most = min(len(a), len(b) - start)
-    if most > 0 and a[most - 1] == b[start + most - 1]:
-        if _between(a, 0, most) == _between(b, start, start + most):
-            return most
+    ends_alike = most > 0 and a[most - 1] == b[start + most - 1]
+    if ends_alike and _between(a, 0, most) == _between(b, start, start + most):
+        return most
     at, size = 0, BLOCK
     while at < most:
         size = min(size, most - at)

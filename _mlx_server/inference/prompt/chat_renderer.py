@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import datetime
 import hashlib
 import json
@@ -39,18 +40,21 @@ _MARK = f"mark{secrets.token_hex(8)}"
 
 @dataclass(frozen=True)
 class _Root:
-    """The system message and the tools, with which every conversation of a client begins: the key
-    that they give to `ConversationMemory`, and their token count (0 if there are none)."""
+    """The system message and the tools, with which every conversation of a client begins: the tools
+    as the template is given them, the key that both give to `ConversationMemory`, their token count
+    (0 if there are none), and the bytes that they are written with."""
 
+    tools: list[dict[str, Any]]
     key: str
     length: int
+    size: int
 
 
 @dataclass(frozen=True)
 class _Chat:
-    """A conversation on its way to a prompt: the escaped messages and the rest of what the template
-    is given, and the key behind each message of `history`, which is all messages that are complete,
-    as they came."""
+    """A conversation on its way to a prompt: the escaped messages and tools, the rest of what the
+    template is given, and the key behind each message of `history`, which is all messages that are
+    complete, as they came."""
 
     messages: list[Message]
     tools: list[dict[str, Any]]
@@ -84,7 +88,7 @@ class ChatRenderer:
 
     REMEMBERED = 4096  # beginnings of conversations
     MARKUP = 2**20  # bytes of the template's texts that begin or end turns, of each kind
-    ROOTS = 32  # pairs of a system message and tools
+    ROOTS = 4 * 2**20  # bytes of system messages and tools
     TEXTS = 8 * 2**20  # bytes of rendered texts, and as many of thinking
     FULL = 0.75  # of the window: a longer prompt gives up old thinking
 
@@ -98,7 +102,7 @@ class ChatRenderer:
         self._template, self._tokenizer, self._format = template, tokenizer, format
         self._memory = memory
         self._turn_end = _turn_end(tokenizer, format)
-        self._roots: BoundedMap[_Root] = BoundedMap(self.ROOTS)
+        self._roots: BoundedMap[_Root] = BoundedMap(self.ROOTS, lambda key, root: root.size)
         self._openers: BoundedMap[str] = BoundedMap(self.MARKUP, text_bytes)
         self._histories = HistoryMemo(template.escape_message)
         self._births: BoundedMap[datetime.datetime] = BoundedMap(self.REMEMBERED)
@@ -113,15 +117,15 @@ class ChatRenderer:
         """Renders and tokenises a conversation. `window` is how many tokens prompt and answer may
         have. Raises InvalidRequest when the template refuses it, and PromptTooLong if it has more
         than `most` tokens."""
-        tools, options = _shown_tools(request), self._options(request)
-        root = self._root(request.messages, tools, options, most)
+        options = self._options(request)
+        root = self._root(request.messages, _shown_tools(request), options, most)
         history = request.messages
         if history and _is_open(history[-1]):
             history = history[:-1]
         known = self._histories.prepare(request.messages)
         keys = self._memory.follow(root.key, known.messages[: len(history)])
         messages = self._with_thoughts(known.messages)
-        chat = _Chat(messages, tools, options, history, keys)
+        chat = _Chat(messages, root.tools, options, history, keys)
         match = self._match(chat)
         if match is None or self._gives_up_thinking(request, chat, match, window):
             text = self._render(chat)
@@ -300,7 +304,7 @@ class ChatRenderer:
     def locate(self, request: Request, before: str) -> tuple[int, str] | None:
         """The index and the role of the message in which the prompt's text goes beyond `before`;
         None where the template does not tell."""
-        messages, tools = request.messages, _shown_tools(request)
+        messages, tools = request.messages, self._template.escape_tools(_shown_tools(request))
         if not messages or request.context:
             return None
         options = self._options(request)
@@ -375,25 +379,28 @@ class ChatRenderer:
         measured on two conversations that share no more than that, and so holds what the options
         change at the beginning, and no more."""
         head = [message for message in messages[:1] if message["role"] == "system"]
+        begun = exact_bytes([head, tools]) + json.dumps(options, default=repr).encode()
+        known = hashlib.sha256(begun).hexdigest()[:32]
 
         def measure() -> _Root:
-            begun = self._template.escape_messages(head)
-            one, two = (
-                self._template.render(
-                    [*begun, {"role": "user", "content": text}], tools, options, generation=False
+            shown, first = self._template.escape_tools(tools), self._template.escape_messages(head)
+            key, length = known, 0
+            with contextlib.suppress(InvalidRequest):
+                one, two = (
+                    self._template.render(
+                        [*first, {"role": "user", "content": text}],
+                        shown,
+                        options,
+                        generation=False,
+                    )
+                    for text in "xy"
                 )
-                for text in "xy"
-            )
-            shared = os.path.commonprefix([one, two])
-            key = hashlib.sha256(shared.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-            return _Root(key, len(self._tokenizer.encode(shared, most)) if head or tools else 0)
+                shared = os.path.commonprefix([one, two])
+                key = hashlib.sha256(shared.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+                length = len(self._tokenizer.encode(shared, most)) if head or tools else 0
+            return _Root(shown, key, length, len(begun))
 
-        begun = exact_bytes([head, tools]) + json.dumps(options, default=repr).encode()
-        key = hashlib.sha256(begun).hexdigest()[:32]
-        try:
-            return self._roots.get_or_make(key, measure)
-        except InvalidRequest:
-            return _Root(key, 0)
+        return self._roots.get_or_make(known, measure)
 
     def _turn(self, chat: _Chat, text: str, length: int) -> int:
         """Token count before what the user says last, in a prompt of `length` tokens; 0 unless it

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import re
 import secrets
 from collections.abc import Iterable
 from typing import Any
 
-from _mlx_server.inference.bounded import BoundedMap
-from _mlx_server.inference.prompt.history import exact_bytes
 from _mlx_server.inference.protocol import Message
-
-Tools = list[dict[str, Any]]
 
 SPLIT = str(10**23 + secrets.randbelow(10**24))
 """Stands within whatever is spelled like a control token but is text. It is random, so that no text
@@ -31,9 +26,6 @@ class ControlTokens:
     character of each text of a control token. Then neither the template nor the tokenizer can see
     a control token there. TextTokenizer removes SPLIT again. `wrapped` is mlx-lm's
     TokenizerWrapper. Thread-safe."""
-
-    # Bytes: lists of tools are long, and clients send the same ones every time
-    REMEMBERED = 4 * 2**20
 
     def __init__(self, wrapped: Any):
         template = getattr(wrapped, "chat_template", None)
@@ -56,10 +48,6 @@ class ControlTokens:
         self._longest = max(map(len, texts), default=0)
         self._first_letter = re.compile(alternatives({text[0] for text in texts}))
         self._pattern = re.compile(alternatives(texts))
-        # Escaped, with the bytes that they took before, by a hash of them
-        self._tools: BoundedMap[tuple[int, Tools]] = BoundedMap(
-            self.REMEMBERED, lambda key, value: value[0]
-        )
         self._thinking = tags if texts.issuperset(tags) else ()
 
     def escape(self, text: str) -> str:
@@ -76,7 +64,7 @@ class ControlTokens:
         templates look for them. Anywhere else the tags are text."""
         escaped = message
         for key, value in message.items():
-            shown = self.escape(value) if isinstance(value, str) else self._escape_value(value)
+            shown = self.escape_value(value)
             if shown is not value:
                 escaped = {**escaped, key: shown}
         if message.get("role") == "assistant" and self._thinking:
@@ -88,19 +76,15 @@ class ControlTokens:
                 return {**escaped, "content": content}
         return escaped
 
-    def escape_tools(self, tools: Tools) -> Tools:
-        """Tool definitions, all of whose texts are escaped."""
-        written = exact_bytes(tools)
-        key = hashlib.sha256(written).hexdigest()
-        return self._tools.get_or_make(key, lambda: (len(written), self._escape_value(tools)))[1]
-
-    def _escape_value(self, value: Any) -> Any:
+    def escape_value(self, value: Any) -> Any:
+        """A JSON value, such as a tool's definition, all of whose texts are escaped. Objects and
+        lists are copied."""
         if isinstance(value, str):
             return self.escape(value)
         if isinstance(value, dict):
-            return {self.escape(key): self._escape_value(item) for key, item in value.items()}
+            return {self.escape(key): self.escape_value(item) for key, item in value.items()}
         if isinstance(value, list):
-            return [self._escape_value(item) for item in value]
+            return [self.escape_value(item) for item in value]
         return value
 
     def _starts(self, text: str) -> list[int]:

@@ -6,6 +6,7 @@ import logging
 import re
 from typing import Any
 
+from _mlx_server.inference.bounded import BoundedMap
 from _mlx_server.inference.prompt.adapter import adapt
 from _mlx_server.inference.prompt.control_tokens import ControlTokens, unescape
 from _mlx_server.inference.prompt.template_traits import find_traits
@@ -39,11 +40,10 @@ class Template:
         *,
         generation: bool,
     ) -> str:
-        """The prompt's text for escaped messages; tools are escaped here. With `generation` it ends
-        with the beginning of the assistant's turn, or inside it if the last message is the
-        assistant's and has no calls. `options` are variables for the template. Raises
-        InvalidRequest when the template refuses the conversation with any of them."""
-        tools = self._control_tokens.escape_tools(tools)
+        """The prompt's text for escaped messages and tools. With `generation` it ends with the
+        beginning of the assistant's turn, or inside it if the last message is the assistant's and
+        has no calls. `options` are variables for the template. Raises InvalidRequest when the
+        template refuses the conversation with any of them."""
         messages = adapt(messages, tools, self.traits)
         last = messages[-1] if messages else {}
         prefill = generation and last.get("role") == "assistant" and not last.get("tool_calls")
@@ -73,6 +73,11 @@ class Template:
     def escape_message(self, message: Message) -> Message:
         """A message of a conversation that can be rendered."""
         return self._control_tokens.escape_message(message)
+
+    def escape_tools(self, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Tool definitions that can be rendered."""
+        escaped: list[dict[str, Any]] = self._control_tokens.escape_value(tools)
+        return escaped
 
     def escape(self, text: str) -> str:
         """A text as it stands in rendered conversations; `unescape` is the way back."""
@@ -147,7 +152,8 @@ class Template:
 def speed_up(environment: Any) -> None:
     """Gives a template's sandbox a short way to what most of the time of a long conversation goes
     to: the keys of messages, methods of texts, the state of loops. What the sandbox hides stays
-    hidden: only what it would return unchanged is taken this way."""
+    hidden: only what it would return unchanged is taken this way. The JSON of objects and lists is
+    kept: tools and calls come again as the same ones, which neither we nor templates change."""
     from jinja2.runtime import LoopContext
 
     if "getattr" in vars(environment):  # by an earlier call: each template has one sandbox
@@ -167,7 +173,20 @@ def speed_up(environment: Any) -> None:
             return getattr(value, name)
         return sandboxed(value, name)
 
-    environment.getattr = attribute
+    to_json = environment.filters["tojson"]
+    # With the values, which so keep their ids
+    written: BoundedMap[tuple[Any, str]] = BoundedMap(JSON_KEPT, lambda key, entry: len(entry[1]))
+
+    def known_json(value: Any, *args: Any, **options: Any) -> Any:
+        if not isinstance(value, (dict, list)):
+            return to_json(value, *args, **options)
+        key = f"{id(value)} {args} {options}"
+        return written.get_or_make(key, lambda: (value, to_json(value, *args, **options)))[1]
+
+    environment.getattr, environment.filters["tojson"] = attribute, known_json
+
+
+JSON_KEPT = 2**21  # characters of JSON
 
 
 # Stands behind the message that the model is to continue
