@@ -331,6 +331,21 @@ def test_the_key_is_demanded_and_kept(foreign: Foreign, front: MLXServer):
     assert "content-length" in sent and not {"authorization", "x-api-key", "cookie"} & sent
 
 
+def test_a_key_for_low_priority_does_not_say_how_long_the_upstreams_models_stay(
+    foreign: Foreign, engine: Engine, remember: None
+):
+    asked = {**HI, "options": {"seed": 2}, "keep_alive": 0}
+    packed = gzip.compress(json.dumps(asked).encode())
+    keys = {"secret": Priority.LOW, "other": Priority.HIGH}
+    with relay_to(foreign.url, engine, api_keys=keys) as front:
+        for key in keys:
+            headers = {"x-api-key": key, "Content-Encoding": "gzip"}
+            assert ask(front, "POST", "/api/chat", packed, headers)[0].status == 200
+    (_, headers, low), (_, _, high) = foreign.seen
+    assert "Content-Encoding" not in headers and high == packed
+    assert json.loads(low) == {name: asked[name] for name in asked if name != "keep_alive"}
+
+
 # ------------------------------------------------------------------ what goes where
 
 

@@ -195,8 +195,14 @@ class HTTPHandler(BaseHTTPRequestHandler):
         return True  # `_send_continue` answers, once it is certain that the body is wanted
 
     def read_json(self) -> Object:
-        """The JSON object in the request's body. Raises WireError if it is none."""
-        raw = self._read_body()
+        """Reads the request's body and returns the JSON object in it. Raises WireError if it is
+        none."""
+        self._read_body()
+        return self.parse_body()
+
+    def parse_body(self) -> Object:
+        """The JSON object in the body that was read. Raises WireError if it is none."""
+        raw = self.exchange.body
         coding = self.headers.get("Content-Encoding", "identity")
         with self.preparing():
             data = body.decompress(raw, coding, self._claim)
@@ -205,7 +211,7 @@ class HTTPHandler(BaseHTTPRequestHandler):
             self._claim.reduce(len(data))
         return value
 
-    def _read_body(self) -> bytes:
+    def _read_body(self) -> None:
         length = body.check_length(self.headers)
         self._send_continue()
         self._place.waits()
@@ -217,7 +223,6 @@ class HTTPHandler(BaseHTTPRequestHandler):
         finally:
             self._place.works()
         self.exchange.body_read = True
-        return self.exchange.body
 
     def _read_raw(self, length: int | None) -> bytes:
         """The body as it was sent. Chunks of a byte each take seconds of Python: they are read in

@@ -6,6 +6,7 @@ import http.client
 
 from _mlx_server.front.http import HTTPHandler
 from _mlx_server.front.request_log import RequestLog
+from _mlx_server.front.stream import encode_json
 from _mlx_server.front.upstream import Upstream, UpstreamError, end_to_end
 from _mlx_server.wire.fields import WireError
 
@@ -13,10 +14,13 @@ PIECE = 65536  # most bytes that are read of an answer before they are passed on
 
 
 def relay(client: HTTPHandler, upstream: Upstream) -> None:
-    """Sends the request that `client` has read, unchanged, and passes the answer on as it arrives.
+    """Sends the request that `client` has read, and passes the answer on as it arrives. Both are
+    unchanged, but holders of a key for low priority do not say how long a model stays in memory.
     Raises WireError if the upstream fails before its answer begins; an answer that breaks off later
     is left without its end, so that the client sees it."""
     exchange, status = client.exchange, 0
+    if exchange.low_priority:
+        _remove_keep_alive(client)
     record = RequestLog(exchange.route, exchange.id, client.dialect.name)
     try:
         with upstream.open(client) as answer:
@@ -28,6 +32,13 @@ def relay(client: HTTPHandler, upstream: Upstream) -> None:
         raise WireError(502, f"the upstream {upstream.url} failed: {error}") from None
     finally:
         record.relay(exchange.model, upstream.url, status)
+
+
+def _remove_keep_alive(client: HTTPHandler) -> None:
+    body = client.parse_body()
+    if "keep_alive" in body:
+        del body["keep_alive"], client.headers["Content-Encoding"]
+        client.exchange.body = encode_json(body)
 
 
 def _pass_on(client: HTTPHandler, answer: http.client.HTTPResponse) -> None:
