@@ -343,12 +343,14 @@ class ModelRunner:
         a state that was spoiled once never recovers."""
         import mlx.core as mx
 
+        top = None if response.finish_reason == "stop" else sequence.request.logprobs
+        due = response.token == 0 or sequence.usage.completion_tokens % self.INSPECTED == 0
+        if not due and top is None:
+            return
         with mx.stream(mx.cpu):  # on the GPU it would have to wait for the next step
-            due = response.token == 0 or sequence.usage.completion_tokens % self.INSPECTED == 0
             if due and math.isnan(response.logprobs[0].item()):
                 raise ArithmeticError("the model's output is not a number")
-            top = sequence.request.logprobs
-            if top is not None and response.finish_reason != "stop":
+            if top is not None:
                 token_bytes = self.renderer.token_bytes
                 sequence.add_logprobs(
                     token_logprobs(response.token, response.logprobs, top, token_bytes)
