@@ -121,11 +121,39 @@ def test_a_state_that_a_failed_step_has_changed_is_not_kept(folder: Path):
             )
             return mx.array([300], mx.uint32) + wrong.astype(mx.uint32)
 
-        victim = engine.chat("victim " * 100, max_tokens=4)
-        victim.sequence.sampler = bad
-        with pytest.raises(EngineError, match="try again"):
-            list(victim)
+        one = engine.chat("one " * 100, max_tokens=4)
+        one.sequence.sampler = bad
+        list(one)  # all its tokens are there
         assert steps == 5 and len(engine.pool.prefixes.entries()) == 1
+
+
+@pytest.mark.slow
+def test_who_ends_while_the_step_for_others_fails_has_a_whole_answer(folder: Path, phases: Phases):
+    import mlx.core as mx
+
+    with Engine(str(folder / "qwen2")) as engine:
+        whole, _ = answer(engine, "number 0", max_tokens=60)
+        stop = whole[20:23]
+        first = engine.chat("number 0", max_tokens=60, stop=[stop])
+        list(first)
+        last = first.usage.completion_tokens
+        expected = [first.sequence.visible, answer(engine, "number 1", max_tokens=60)[0]]
+        engine.unload(engine.default.name)
+        held = phases.hold(State.DECODE, 3)
+        guests = [
+            engine.chat("number 0", max_tokens=60, stop=[stop]),
+            engine.chat("number 1", max_tokens=60),
+        ]
+        victim = engine.chat("victim", max_tokens=4000)
+
+        def bad(logprobs: Any) -> Any:
+            fails = guests[0].usage.completion_tokens >= last - 1
+            return failing(logprobs) if fails else mx.argmax(logprobs, axis=-1)
+
+        with held:
+            assert all(one.sequence.state is State.DECODE for one in (*guests, victim))
+            replace_sampler(engine, victim, bad)
+        assert beside_a_failure(victim, guests) == expected
 
 
 def test_an_answer_that_cannot_be_decoded_fails_alone(engine: Engine, phases: Phases):

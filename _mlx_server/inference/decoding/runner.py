@@ -374,8 +374,9 @@ class ModelRunner:
             log.warning("a step of %d requests failed: they part", count, exc_info=error)
         for sequence in sequences:
             tokens = read[sequence.number]
-            # It is the cause, unless a draft was, or has ended meanwhile.
-            if len(sequences) == 1 and not drafting or tokens is None:
+            # It is the cause, unless a draft was, or it has ended meanwhile. Another one of the step
+            # that has ended may have been the cause.
+            if len(read) == 1 and not drafting or tokens is None:
                 self._drop(sequence, error)
                 continue
             written = sequence.prompt_tokens + sequence.usage.completion_tokens
@@ -436,17 +437,14 @@ class ModelRunner:
             self._file(sequence)
 
     def _end(self, sequence: Sequence, reason: str) -> None:
-        import mlx.core as mx
-
-        if sequence.decoding:
-            if sequence.number in self.decode_batch:
-                self._reclaim(sequence)
-            sequence.usage.decode_seconds += sequence.lap()
-            # The next step has changed its state already: if that step fails, none is kept.
-            mx.synchronize()
+        failure = self._finish_step(sequence) if sequence.decoding else None
         if self.speculation is not None:
             self.speculation.costs.update()
         self._release(sequence)
+        if failure is not None:
+            sequence.entry = None
+            self.isolate_failed_batch(failure)
+            self.decode_batch.discard(sequence.number)
         sequence.emit(*sequence.parser.finish(cut=reason == "length"))
         self._file(sequence)
         constraint = sequence.constraint
@@ -454,6 +452,21 @@ class ModelRunner:
             message = f"the output format asks too much: {constraint.error}"
             return sequence.fail(InvalidRequest(message))
         sequence.finish(reason)
+
+    def _finish_step(self, sequence: Sequence) -> Exception | None:
+        """Takes back the state of a request that has its last token. The next step has changed that
+        already: returns how the step has failed, if it has. The state cannot be kept then, but the
+        answer is whole."""
+        import mlx.core as mx
+
+        try:
+            if sequence.number in self.decode_batch:
+                self._reclaim(sequence)
+            sequence.usage.decode_seconds += sequence.lap()
+            mx.synchronize()
+        except RuntimeError as error:
+            return error
+        return None
 
     def _file(self, sequence: Sequence) -> None:
         """Puts a request's state into the prefix cache, and its answer into the renderer's
