@@ -8,6 +8,7 @@ import re
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from conftest import PATIENCE, until
 from test_http import ask
 from test_limits import HI, KEYS, call
 
+import dialects
 import mlx_server
+from _mlx_server.front.http import HTTPHandler
 from _mlx_server.front.sockets import ClientDisconnected, is_readable
 from _mlx_server.front.turns import Turns
 from _mlx_server.inference.bounded import BoundedMap
@@ -259,11 +262,40 @@ def test_bodies_in_chunks_are_read_in_turn_and_waited_for_outside_of_it(
             assert waits.recv(99).startswith(b"HTTP/1.1 200")
 
 
-@pytest.mark.parametrize("key", ["guest", "nobody"])
-def test_requests_that_cost_little_keep_their_distance(engine: Engine, serve: Callable, key: str):
+class Large(HTTPHandler):
+    """Answers with more than a socket holds, in one piece, or with nothing."""
+
+    dialect = dialects.OPENAI
+
+    def answer(self) -> None:
+        if self.exchange.route == "/large":
+            self.send_large_json({"text": "a" * (32 << 20)})
+        else:
+            self.send(200, b"")
+
+
+def test_an_answer_that_is_made_needs_no_other_turn(serve: Callable):
+    server = serve(api_keys=KEYS)
+    server.RequestHandlerClass = Large
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+    with contextlib.closing(connection):
+        connection.request("GET", "/large", headers={"x-api-key": "guest"})
+        assert is_readable(connection.sock, PATIENCE)  # it is being sent
+        with server.turns.take(Priority.LOW, gone):
+            assert len(connection.getresponse().read()) > 32 << 20
+            connection.request("GET", "/small", headers={"x-api-key": "guest"})
+            assert connection.getresponse().status == 200
+
+
+@pytest.mark.parametrize(
+    "field", ["x-api-key: guest", "x-api-key: nobody", "Origin: http://foreign.example", "No: key"]
+)
+def test_requests_that_cost_little_keep_their_distance(
+    engine: Engine, serve: Callable, field: str
+):
     server = serve(engine, api_keys=KEYS)
     server.low_pace.gap = server.keyless_pace.gap = 3600.0
-    request = f"GET /api/version HTTP/1.1\r\nHost: localhost\r\nx-api-key: {key}\r\n\r\n"
+    request = f"GET /api/version HTTP/1.1\r\nHost: localhost\r\n{field}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as connection:
         connection.sendall(request.encode())
         assert connection.recv(4096).startswith(b"HTTP/1.1 ")

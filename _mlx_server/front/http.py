@@ -133,10 +133,8 @@ class HTTPHandler(BaseHTTPRequestHandler):
         try:
             self._check_head()
             if self.command == "OPTIONS":
-                self._keep_pace(None)
                 self.send(204, b"")
             else:
-                self._check_key()
                 self.answer()
         except (ConnectionError, TimeoutError):
             self.close_connection = True
@@ -155,29 +153,33 @@ class HTTPHandler(BaseHTTPRequestHandler):
         if not self._place.served:
             self.close_connection = True
             raise EngineBusy("there are too many connections")
+        key = None
+        try:
+            self._check_framing()
+            self.exchange.origin = checked_origin(self.headers, self.server.is_own_name)
+            if self._needs_key:
+                key = check_key(self.headers, self.server.api_keys)
+                self.exchange.highest_priority = self.server.api_keys[key]
+                self.exchange.owner = self.server.owners.get(key, "")
+        finally:
+            self._keep_pace(key)
+        low = self._place.less_important = self.exchange.low_priority
+        if low and not self.server.has_room_for_low:
+            raise EngineBusy("requests with such keys have too many connections")
+        self._claim = BodyClaim(self.server.bodies, BUDGET // 2 if low else BUDGET)
+
+    def _check_framing(self) -> None:
         wrong = framing_error(self.requestline, self.headers, self.request_version)
         if self.rfile.bare_newline:
             wrong = "a line of the head does not end with CR LF"
         if wrong:
             self.exchange.body_read = False  # where the body ends is not known
             raise WireError(400, wrong)
-        self.exchange.origin = checked_origin(self.headers, self.server.is_own_name)
 
-    def _check_key(self) -> None:
-        key = None
-        if self.server.api_keys and self.exchange.route not in OPEN_ROUTES:
-            try:
-                key = check_key(self.headers, self.server.api_keys)
-            except WireError:
-                self._keep_pace(None)
-                raise
-            self.exchange.highest_priority = self.server.api_keys[key]
-            self.exchange.owner = self.server.owners.get(key, "")
-        self._keep_pace(key)
-        low = self._place.less_important = self.exchange.low_priority
-        if low and not self.server.has_room_for_low:
-            raise EngineBusy("requests with such keys have too many connections")
-        self._claim = BodyClaim(self.server.bodies, BUDGET // 2 if low else BUDGET)
+    @property
+    def _needs_key(self) -> bool:
+        is_open = self.command == "OPTIONS" or self.exchange.route in OPEN_ROUTES
+        return bool(self.server.api_keys) and not is_open
 
     def _keep_pace(self, key: str | None) -> None:
         """Waits if many others come with keys for low priority, or without a key."""
@@ -299,14 +301,16 @@ class HTTPHandler(BaseHTTPRequestHandler):
         kind, pieces = self.dialect.content_type, json_pieces(value)
         with self.preparing(most=math.inf) as turn:
             first, second = next(pieces), next(pieces, None)
-            with turn.paused():
-                if second is None:
-                    return self.send(200, first, kind, headers)
-                out = self.start_body(200, {**(headers or {}), "Content-Type": kind})
-            for piece in itertools.chain((first, second), pieces):
+            if second is not None:
                 with turn.paused():
-                    out.write(piece)
-        out.end()
+                    out = self.start_body(200, {**(headers or {}), "Content-Type": kind})
+                for piece in itertools.chain((first, second), pieces):
+                    with turn.paused():
+                        out.write(piece)
+        if second is None:
+            self.send(200, first, kind, headers)
+        else:
+            out.end()
 
     def send_found(self, find: Callable[[], Object]) -> None:
         """Sends what `find` returns in JSON; it is looked for in the request's turn. Raises what
