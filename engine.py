@@ -620,13 +620,15 @@ class Engine:
 
     def _admit(self, waiting: list[Sequence]) -> list[Sequence]:
         """Lets requests in, the highest priority first and then as they came, until one has to wait
-        for a model or for memory; then all behind it wait, too. Returns those that are in."""
+        for memory; then all behind it wait, too. Returns those that are in."""
         admitted: list[Sequence] = []
         if self._group.rank:
             self._queue = waiting.copy()
         for sequence in sorted(waiting, key=lambda one: one.request.priority):
+            priority = sequence.request.priority
+            if self.pool.puts_off(sequence.model, priority):
+                continue
             try:
-                priority = sequence.request.priority
                 runner = self._open(sequence.model, sequence.renderer, priority)
                 if runner is None or not self.pool.fits(runner, sequence):
                     break

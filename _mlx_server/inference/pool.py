@@ -146,6 +146,15 @@ class ModelPool:
             self._waiting[local.name] = known
         return known[1]
 
+    def puts_off(self, local: LocalModel, priority: Priority) -> bool:
+        """Whether a request has to wait until those of more than low priority are through, which
+        the loading of its model would hold up."""
+        if priority is not Priority.LOW or local.name in self.runners:
+            return False
+        if self._size(local) > self.memory:
+            return False  # it is refused at once
+        return any(one.request.priority < Priority.LOW for one in self.sequences())
+
     def open(
         self, local: LocalModel, renderer: PromptRenderer, priority: Priority
     ) -> ModelRunner | None:
@@ -155,8 +164,6 @@ class ModelPool:
 
         if runner := self.runners.get(local.name):
             return runner
-        if priority is Priority.LOW and self._works_for_others():
-            return None
         size = self._size(local)
         while not self._has_room_for(size):
             if not self._unload_idle(priority):
@@ -183,11 +190,6 @@ class ModelPool:
         self._settle()
         self._sizes = {**self._sizes, local.name: (runner.size, runner.state_size)}
         return runner
-
-    def _works_for_others(self) -> bool:
-        """Whether a request of more than low priority is in work, which the loading of a model
-        would hold up."""
-        return any(one.request.priority < Priority.LOW for one in self.sequences())
 
     def _has_room_for(self, size: int) -> bool:
         full = self._max_loaded is not None and len(self.runners) >= self._max_loaded
