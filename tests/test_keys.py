@@ -290,9 +290,7 @@ def test_an_answer_that_is_made_needs_no_other_turn(serve: Callable):
 @pytest.mark.parametrize(
     "field", ["x-api-key: guest", "x-api-key: nobody", "Origin: http://foreign.example", "No: key"]
 )
-def test_requests_that_cost_little_keep_their_distance(
-    engine: Engine, serve: Callable, field: str
-):
+def test_requests_that_cost_little_keep_their_distance(engine: Engine, serve: Callable, field: str):
     server = serve(engine, api_keys=KEYS)
     server.low_pace.gap = server.keyless_pace.gap = 3600.0
     request = f"GET /api/version HTTP/1.1\r\nHost: localhost\r\n{field}\r\n\r\n"

@@ -9,17 +9,20 @@ import json
 import os
 import tracemalloc
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from _mlx_server.inference.bounded import BoundedMap, text_bytes
 from _mlx_server.inference.catalog.library import Library
+from _mlx_server.inference.prompt import template
 from _mlx_server.inference.prompt.chat_renderer import ChatRenderer
 from _mlx_server.inference.prompt.conversations import ConversationMemory, Reading
 from _mlx_server.inference.prompt.history import HistoryMemo
 from _mlx_server.inference.prompt.renderer import PromptRenderer
+from _mlx_server.inference.prompt.template import speed_up
 from _mlx_server.inference.prompt.tokenizer import TextTokenizer
-from _mlx_server.inference.protocol import Message, Request
+from _mlx_server.inference.protocol import Message, PromptTooLong, Request
 from _mlx_server.inference.speculation.quotable import Quotable
 from _mlx_server.wire.documents import document_text
 
@@ -121,6 +124,58 @@ def test_results_spelt_for_drafts_take_bounded_room(
             messages = [{"role": "tool", "content": result}]
             assert quoting.drafters(Request("demo", messages), prompt)
     assert left[0] < 2 * room
+
+
+def parameters(count: int) -> Any:
+    return {"type": "object", "properties": {f"p{at}": {"type": "string"} for at in range(count)}}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{}, [], {"a": 1}, [{}] * 300, [[]] * 300, [1001] * 300, parameters(50), ["a b " * 5000]],
+    ids=lambda value: json.dumps(value)[:12],
+)
+def test_the_json_of_calls_and_tools_counts_with_what_it_is_of(
+    value: Any, monkeypatch: pytest.MonkeyPatch
+):
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    monkeypatch.setattr(template, "JSON_KEPT", ROOM)
+    text = json.dumps(value)
+    environment = _compile_jinja_template(f"counts {text[:50]}").environment
+    speed_up(environment)
+    with growth() as left:
+        for _ in range(350_000 // (len(text) + 60)):
+            assert environment.filters["tojson"](json.loads(text)) == text
+    assert ROOM / 10 < left[0] < 1.5 * ROOM
+
+
+@pytest.mark.parametrize("refused", [True, False])
+@pytest.mark.parametrize("count", [10, 500])
+def test_tools_count_with_what_is_made_of_them(
+    monkeypatch: pytest.MonkeyPatch, count: int, refused: bool
+):
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    room = ROOM // 4
+    monkeypatch.setattr(ChatRenderer, "ROOTS", room)
+    monkeypatch.setattr(ConversationMemory, "MOST", 0)
+    monkeypatch.setattr(ChatRenderer, "TEXTS", 0)
+    monkeypatch.setattr(HistoryMemo, "REMEMBERED", 0)
+    monkeypatch.setattr(TextTokenizer, "REMEMBERED", 0)
+    monkeypatch.setattr(template, "JSON_KEPT", 0)
+    _compile_jinja_template.cache_clear()  # or JSON would be kept by an earlier test's template
+    renderer = PromptRenderer(Library([]).resolve("demo", trusted=True))
+    _compile_jinja_template.cache_clear()
+    most = 10 if refused else 1_000_000
+    with growth() as left:
+        for number in range(2000 // count + 20):
+            tool = {"function": {"name": "a", "description": "", "parameters": [{}] * count}}
+            turns = [{"role": "system", "content": f"{number}"}, {"role": "user", "content": "hi"}]
+            request = Request("demo", turns, tools=json.loads(json.dumps([tool])))
+            with contextlib.suppress(PromptTooLong):
+                renderer.prompt(request, most=most)
+    assert left[0] < (room / 2 if refused else 1.5 * room)
 
 
 def test_a_pdf_that_cannot_be_read_is_not_kept():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Value = TypeVar("Value")
 
@@ -15,6 +15,20 @@ ENTRY = 100  # bytes of an entry's place in a mapping, at most
 def text_bytes(key: str, text: str) -> int:
     """The size of an entry whose value is a text, in bytes."""
     return sys.getsizeof(key) + sys.getsizeof(text) + ENTRY
+
+
+def value_bytes(value: Any) -> int:
+    """The size of a JSON value with all that it holds, in bytes."""
+    size, left = 0, [value]
+    while left:
+        one = left.pop()
+        size += sys.getsizeof(one)
+        if isinstance(one, dict):
+            left += one.keys()
+            left += one.values()
+        elif isinstance(one, list):
+            left += one
+    return size
 
 
 class BoundedMap(Generic[Value]):

@@ -374,8 +374,8 @@ class ModelRunner:
             log.warning("a step of %d requests failed: they part", count, exc_info=error)
         for sequence in sequences:
             tokens = read[sequence.number]
-            # It is the cause, unless a draft was, or it has ended meanwhile. Another one of the step
-            # that has ended may have been the cause.
+            # It is the cause, unless a draft was, or it has ended meanwhile. One that has ended and
+            # is not here any more may have been the cause as well.
             if len(read) == 1 and not drafting or tokens is None:
                 self._drop(sequence, error)
                 continue

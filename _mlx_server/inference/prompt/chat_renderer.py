@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from _mlx_server.inference.bounded import BoundedMap, text_bytes
+from _mlx_server.inference.bounded import BoundedMap, text_bytes, value_bytes
 from _mlx_server.inference.output.formats import OutputFormat
 from _mlx_server.inference.prompt.control_tokens import alternatives, unescape
 from _mlx_server.inference.prompt.conversations import (
@@ -40,10 +40,11 @@ _MARK = f"mark{secrets.token_hex(8)}"
 
 @dataclass(frozen=True)
 class _Root:
-    """The system message and the tools, with which every conversation of a client begins: the tools
-    as the template is given them, the key that both give to `ConversationMemory`, their token count
-    (0 if there are none), and the bytes that they are written with."""
+    """The system message and the tools, with which every conversation of a client begins: what
+    finds it again, the tools as the template is given them, the key that both give to
+    `ConversationMemory`, their token count (0 if there are none), and the bytes of all this."""
 
+    digest: str
     tools: list[dict[str, Any]]
     key: str
     length: int
@@ -88,7 +89,8 @@ class ChatRenderer:
 
     REMEMBERED = 4096  # beginnings of conversations
     MARKUP = 2**20  # bytes of the template's texts that begin or end turns, of each kind
-    ROOTS = 4 * 2**20  # bytes of system messages and tools
+    ROOTS = 4 * 2**20  # bytes of tools, and of what is known of system messages
+    ROOT = 1000  # bytes that this takes beside the tools
     TEXTS = 8 * 2**20  # bytes of rendered texts, and as many of thinking
     FULL = 0.75  # of the window: a longer prompt gives up old thinking
 
@@ -134,6 +136,8 @@ class ChatRenderer:
         tokens += self._tokenizer.encode(match.rest, most - match.known)
         if len(tokens) > most:
             raise PromptTooLong(len(tokens), int(most))
+        # Now it is certain that the conversation can be read
+        self._roots.put(root.digest, root)
         self._histories.keep(known)
         return self._prompt(request, chat, root, match)
 
@@ -375,32 +379,27 @@ class ChatRenderer:
         options: dict[str, Any],
         most: float,
     ) -> _Root:
-        """What a conversation begins with; beyond `most` tokens it need not be measured. It is
-        measured on two conversations that share no more than that, and so holds what the options
-        change at the beginning, and no more."""
+        """What a conversation begins with, kept or to be kept; beyond `most` tokens it need not be
+        measured. It is measured on two conversations that share no more than that, and so holds
+        what the options change at the beginning, and no more."""
         head = [message for message in messages[:1] if message["role"] == "system"]
         begun = exact_bytes([head, tools]) + json.dumps(options, default=repr).encode()
-        known = hashlib.sha256(begun).hexdigest()[:32]
-
-        def measure() -> _Root:
-            shown, first = self._template.escape_tools(tools), self._template.escape_messages(head)
-            key, length = known, 0
-            with contextlib.suppress(InvalidRequest):
-                one, two = (
-                    self._template.render(
-                        [*first, {"role": "user", "content": text}],
-                        shown,
-                        options,
-                        generation=False,
-                    )
-                    for text in "xy"
+        digest = hashlib.sha256(begun).hexdigest()[:32]
+        if known := self._roots.get(digest):
+            return known
+        shown, first = self._template.escape_tools(tools), self._template.escape_messages(head)
+        key, length = digest, 0
+        with contextlib.suppress(InvalidRequest):
+            one, two = (
+                self._template.render(
+                    [*first, {"role": "user", "content": text}], shown, options, generation=False
                 )
-                shared = os.path.commonprefix([one, two])
-                key = hashlib.sha256(shared.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-                length = len(self._tokenizer.encode(shared, most)) if head or tools else 0
-            return _Root(shown, key, length, len(begun))
-
-        return self._roots.get_or_make(known, measure)
+                for text in "xy"
+            )
+            shared = os.path.commonprefix([one, two])
+            key = hashlib.sha256(shared.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+            length = len(self._tokenizer.encode(shared, most)) if head or tools else 0
+        return _Root(digest, shown, key, length, self.ROOT + value_bytes(shown))
 
     def _turn(self, chat: _Chat, text: str, length: int) -> int:
         """Token count before what the user says last, in a prompt of `length` tokens; 0 unless it

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from typing import Any
 
-from _mlx_server.inference.bounded import BoundedMap
+from _mlx_server.inference.bounded import BoundedMap, text_bytes, value_bytes
 from _mlx_server.inference.prompt.adapter import adapt
 from _mlx_server.inference.prompt.control_tokens import ControlTokens, unescape
 from _mlx_server.inference.prompt.template_traits import find_traits
@@ -175,7 +176,7 @@ def speed_up(environment: Any) -> None:
 
     to_json = environment.filters["tojson"]
     # With the values, which so keep their ids
-    written: BoundedMap[tuple[Any, str]] = BoundedMap(JSON_KEPT, lambda key, entry: len(entry[1]))
+    written: BoundedMap[tuple[Any, str]] = BoundedMap(JSON_KEPT, _json_bytes)
 
     def known_json(value: Any, *args: Any, **options: Any) -> Any:
         if not isinstance(value, (dict, list)):
@@ -186,7 +187,12 @@ def speed_up(environment: Any) -> None:
     environment.getattr, environment.filters["tojson"] = attribute, known_json
 
 
-JSON_KEPT = 2**21  # characters of JSON
+JSON_KEPT = 8 * 2**20  # bytes of JSON and of the values that it is of
+
+
+def _json_bytes(key: str, entry: tuple[Any, str]) -> int:
+    value, text = entry
+    return sys.getsizeof(entry) + value_bytes(value) + text_bytes(key, text)
 
 
 # Stands behind the message that the model is to continue
