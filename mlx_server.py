@@ -209,15 +209,16 @@ class Handler(ModelRoutes):
         body = self.read_object()
         with self.preparing():
             reply = self.endpoint.reply(body, self.exchange.id)
+            model = self.resolve(reply.request.model)
+            reply.check(model)
         if isinstance(reply, Embeddings):
-            self.embed(reply)
+            self.embed(reply, model)
         else:
-            self.converse(reply)
+            self.converse(reply, model)
 
-    def converse(self, reply: Reply) -> None:
+    def converse(self, reply: Reply, model: LocalModel) -> None:
         """Answers with what the engine generates, streamed or whole."""
         engine = self.engine
-        model = self.find_model(reply)
         reply.request.priority = self.priority(reply, model.name)
         reply.request.owner = self.exchange.owner
         if thinking := first_match(self.server.thinking, reply, model.name):
@@ -246,10 +247,10 @@ class Handler(ModelRoutes):
                 generation.cancel()
                 record.generation(generation)
 
-    def embed(self, reply: Embeddings) -> None:
+    def embed(self, reply: Embeddings, model: LocalModel) -> None:
         """Answers with the embeddings of texts. They are read one after the other, so that other
         requests get their turn between two."""
-        engine, model = self.engine, self.find_model(reply)
+        engine = self.engine
         self.ignore_keep_alive(reply)
         record = self.record(reply, model)
         try:
@@ -269,14 +270,6 @@ class Handler(ModelRoutes):
                 self.send_large_json(reply.whole())
         finally:
             record.embeddings(model.name, reply)
-
-    def find_model(self, reply: Reply) -> LocalModel:
-        """The model that a request is for. Raises ModelNotFound, and WireError if it cannot do what
-        is asked."""
-        with self.preparing():
-            model = self.resolve(reply.request.model)
-            reply.check(model)
-        return model
 
     def record(self, reply: Reply, model: LocalModel) -> RequestLog:
         """What is noted of this request."""

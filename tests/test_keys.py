@@ -206,6 +206,25 @@ def test_a_less_important_request_waits_for_its_turn_and_others_do_not():
         pass
 
 
+def test_a_turn_that_is_given_away_is_neither_lost_nor_held_twice():
+    turns = Turns()
+    for error in (ClientDisconnected, TimeoutError, EngineBusy):
+        with pytest.raises(error), turns.take(Priority.LOW, gone) as turn, turn.paused():
+            raise error
+    with (
+        contextlib.ExitStack() as other,
+        pytest.raises(ClientDisconnected),
+        turns.take(Priority.LOW, gone) as turn,
+        turn.paused(),
+    ):
+        other.enter_context(turns.take(Priority.LOW, gone))
+    with turns.take(Priority.LOW, gone) as turn:
+        with turn.paused(), turns.take(Priority.LOW, gone):
+            pass
+        with pytest.raises(ClientDisconnected), turns.take(Priority.LOW, gone):
+            pass
+
+
 def test_who_waits_for_a_turn_does_not_hold_all_connections(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("_mlx_server.front.turns.MAX_WAITING", 0)
     turns = Turns()
