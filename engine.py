@@ -598,7 +598,9 @@ class Engine:
     def _decode(self) -> None:
         """Adds a token to each answer."""
         started, runners = time.perf_counter(), self.pool.runners.values()
-        alone = len(self.pool.sequences()) == 1 and not self._queue
+        puts_off = self.pool.puts_off
+        coming = [one for one in self._queue if not puts_off(one.model, one.request.priority)]
+        alone = len(self.pool.sequences()) == 1 and not coming
         for runner in runners:
             if len(runners) > 1 or runner.decode_batch.groups > 1:
                 self._synchronize()

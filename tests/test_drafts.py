@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from bench_copy import TABLES
 from conftest import kinds
+from phases import Phases
 from speculating import FREE, FixedCosts, Oracle
 from test_engine import answer, cold, user
 
@@ -19,10 +20,11 @@ from _mlx_server.front.request_log import RequestLog
 from _mlx_server.inference.decoding.runner import ModelRunner
 from _mlx_server.inference.prompt.renderer import PromptRenderer
 from _mlx_server.inference.sequence import State
-from engine import Done, Engine, Generation, Request, Sampling, Text, Token, ToolInput
+from engine import Done, Engine, Generation, Priority, Request, Sampling, Text, Token, ToolInput
 
 GREEDY = Sampling(temperature=0.0)
 QUESTION = "words " * 40
+WORDS = "alpha river seven maple stone cloud tiger window paper candle yellow mountain"
 TOOL = {
     "type": "function",
     "function": {
@@ -292,27 +294,13 @@ def test_a_request_may_do_without(pair: Pair):
 
 @pytest.mark.slow
 def test_the_demo_model_repeats_what_it_was_told_in_few_passes():
-    words = [
-        "alpha",
-        "river",
-        "seven",
-        "maple",
-        "stone",
-        "cloud",
-        "tiger",
-        "window",
-        "paper",
-        "candle",
-        "yellow",
-        "mountain",
-    ]
     with Engine("demo") as engine:
         list(engine.chat("", max_tokens=0))
         [runner] = engine.pool.runners.values()
         assert runner.speculation is not None
         runner.speculation.costs = FixedCosts(TABLES["M3 or later"])
         tokens = passes = 0
-        for question in (f"say {' '.join(words)}", "count to 9", f"think then say {words[0]}"):
+        for question in (f"say {WORDS}", "count to 9", "think then say alpha"):
             generation = engine.chat(question, sampling=GREEDY)
             "".join(generation.text())
             tokens += generation.usage.completion_tokens
@@ -320,3 +308,19 @@ def test_the_demo_model_repeats_what_it_was_told_in_few_passes():
             if question.startswith("say"):
                 assert tokens >= 3 * passes
         assert tokens > passes
+
+
+@pytest.mark.slow
+def test_a_request_that_may_not_load_its_model_yet_costs_no_drafts(folder: Path, phases: Phases):
+    with Engine("demo", models_dirs=[folder]) as engine:
+        list(engine.chat("", max_tokens=0))
+        [runner] = engine.pool.runners.values()
+        assert runner.speculation is not None
+        runner.speculation.costs = FixedCosts(TABLES["M3 or later"])
+        held = phases.hold(State.DECODE)
+        high = engine.chat(f"say {WORDS}", sampling=GREEDY)
+        with held:
+            low = engine.chat("hi", model="qwen2", max_tokens=1, priority=Priority.LOW)
+        list(high)
+        assert high.usage.completion_tokens >= 3 * high.usage.decode_passes
+        list(low)
