@@ -460,12 +460,13 @@ class ModelRunner:
         import mlx.core as mx
 
         try:
-            if sequence.number in self.decode_batch:
-                self._reclaim(sequence)
-            sequence.usage.decode_seconds += sequence.lap()
-            mx.synchronize()
+            mx.synchronize()  # first: a failure amid `_reclaim` would leave the batch in disorder
         except RuntimeError as error:
             return error
+        finally:
+            sequence.usage.decode_seconds += sequence.lap()
+        if sequence.number in self.decode_batch:
+            self._reclaim(sequence)
         return None
 
     def _file(self, sequence: Sequence) -> None:
