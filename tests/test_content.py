@@ -107,6 +107,15 @@ def test_unknown_types_become_notes(kind: str):
         assert brief(response.messages) == [("user", note)]
 
 
+def test_a_note_is_short_whatever_a_file_says_it_is():
+    kind = "x/" + "y" * 5000
+    note = f"[document omitted: a file of type {kind[:100]}, which this server cannot read]"
+    assert shown(b"\0", kind) == note
+    file = {"type": "file", "file": {"file_data": f"data:{kind};base64,AA=="}}
+    chat = OpenAIChat({"model": "m", "messages": [{"role": "user", "content": [file]}]}).request
+    assert brief(chat.messages) == [("user", note)]
+
+
 # ---- files
 
 

@@ -31,7 +31,7 @@ log = logging.getLogger("mlx_server")
 
 _ELSEWHERE = "it is kept elsewhere, and this server does not fetch it"
 _TEXT_TYPE = re.compile(r"text/.*|application/(?:.*[+./-])?(?:json|xml|ya?ml|javascript|toml|sql)")
-_LONGEST_NAME = 200  # characters
+_LONGEST = 200  # characters of what a client says in a note, such as a name or a media type
 _PDFS: BoundedMap[str | PDFError] = BoundedMap(64)  # the texts of PDFs by the files' hashes
 # So many files are read at a time. A client with a key for low priority has one read at most, since
 # its requests are prepared one after the other, and so leaves a place to others.
@@ -50,7 +50,7 @@ def omitted(path: str, kind: str, reason: str, name: str | None = None) -> str:
 
 
 def _note(kind: str, reason: str, name: str | None) -> str:
-    name = " ".join((name or "").split())[:_LONGEST_NAME]
+    kind, reason, name = (" ".join(text.split())[:_LONGEST] for text in (kind, reason, name or ""))
     return f"[{kind} omitted: {name + ': ' if name else ''}{reason}]"
 
 
@@ -72,7 +72,7 @@ def elsewhere(path: str, kind: str, *names: str | None) -> str:
 
 def unknown(path: str, kind: str) -> str:
     """The note in place of content whose type, `kind`, means nothing here."""
-    return omitted(path, " ".join(kind.split())[:_LONGEST_NAME], "this server cannot use it")
+    return omitted(path, kind, "this server cannot use it")
 
 
 def file_text(file: Object, path: str, on_scan: OnScan) -> str:
@@ -109,6 +109,7 @@ def document_text(
     text = _plain_text(content)
     if text is not None:
         return text
+    media_type = media_type[: _LONGEST // 2]
     kind = f"a file of type {media_type}" if media_type else "a file of an unknown type"
     return omitted(path, "document", f"{kind}, which this server cannot read", name)
 
