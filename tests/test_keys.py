@@ -6,6 +6,8 @@ import contextlib
 import json
 import re
 import socket
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
@@ -14,7 +16,8 @@ from typing import Any
 
 import pytest
 from conftest import PATIENCE, until
-from test_http import ask
+from test_content import document, pdf
+from test_http import ask, post
 from test_limits import HI, KEYS, call
 
 import dialects
@@ -448,3 +451,27 @@ def test_no_model_is_loaded_for_a_less_important_request_while_others_are_in_wor
         high.cancel()
         list(low)
         assert "qwen2" in engine.pool.runners
+
+
+def test_files_that_nobody_waits_for_are_not_read(engine: Engine, serve: Callable):
+    started: list[str] = []
+    began = threading.Event()
+
+    def hear(event: str, args: tuple[Any, ...]) -> None:
+        if event == "subprocess.Popen" and "pdf.py" in str(args):
+            started.append(event)
+            began.set()
+
+    sys.addaudithook(hear)  # for good
+    server = serve(engine, api_keys=KEYS)
+    files = [document(pdf(f"nobody waits for {n}")) for n in range(40)]
+    ask_low = {"model": "demo", "max_tokens": 2, "messages": [{"role": "user", "content": files}]}
+    body = json.dumps(ask_low).encode()
+    low = next(key for key, priority in KEYS.items() if priority is Priority.LOW)
+    head = post("/v1/messages", body, f"Content-Length: {len(body)}", f"x-api-key: {low}")
+    with socket.create_connection(("127.0.0.1", server.server_port)) as connection:
+        connection.sendall(head)
+        assert began.wait(PATIENCE)
+    # Its turn comes when the other one has ended
+    assert call(server, low, "/v1/messages", {**ask_low, "messages": HI})[0].status == 200
+    assert len(started) < 10

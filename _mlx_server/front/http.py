@@ -34,6 +34,7 @@ from _mlx_server.front.sockets import (
 )
 from _mlx_server.front.stream import BodyWriter, Stream, content_type, encode_json, json_pieces
 from _mlx_server.front.turns import Turn
+from _mlx_server.inference.images.pdf import IS_CLIENT_GONE
 from _mlx_server.inference.protocol import EngineBusy, EngineError, Priority
 from _mlx_server.wire.fields import Object, WireError
 
@@ -111,6 +112,7 @@ class HTTPHandler(BaseHTTPRequestHandler):
         self.wfile = AnswerWriter(self.connection, self._place.waits, self._place.works)
         self._requests = RequestSocket(self.connection)
         self.rfile = HeaderReader(self._requests)
+        IS_CLIENT_GONE.set(self.is_client_gone)
 
     def handle_one_request(self) -> None:
         self._requests.deadline = None

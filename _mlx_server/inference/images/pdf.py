@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import contextvars
 import functools
 import importlib.util
 import io
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 MAX_PAGES = 100
@@ -37,6 +39,13 @@ _DRAWN_SCALE = 150 / 72  # dots by point: a line of a letter has about as many a
 _DRAWN_PIXELS = 2_200_000  # of a page at most: A4 at this scale
 _NARROW = 100  # longer side by shorter side of a page that is not drawn
 _WATCH_SECONDS = 0.05  # between two looks at the memory
+
+
+IS_CLIENT_GONE: contextvars.ContextVar[Callable[[], bool]] = contextvars.ContextVar(
+    "IS_CLIENT_GONE", default=lambda: False
+)
+"""Says in a thread that answers a client whether that has gone. A request may have hundreds of
+files, each of which takes MAX_SECONDS."""
 
 
 class PDFError(Exception):
@@ -77,7 +86,9 @@ def draw_pdf(
 
 
 def _run(task: str, data: bytes, seconds: float, memory: int) -> dict[str, Any]:
-    """What the process finds."""
+    """What the process finds. Raises ConnectionAbortedError if nobody waits for it any more."""
+    if IS_CLIENT_GONE.get()():
+        raise ConnectionAbortedError("the client has gone")
     # Without -P the modules beside this file would hide others of the same name
     command = [sys.executable, "-P", __file__, task, str(seconds), str(memory)]
     try:
