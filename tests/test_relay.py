@@ -12,14 +12,14 @@ import http.client
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import anthropic
 import ollama
 import pytest
-from conftest import Server
+from conftest import PATIENCE, Server
 from models import build_model
 from test_http import ask, post, raw
 
@@ -553,6 +553,57 @@ def test_a_stream_that_breaks_is_cut_and_not_ended(
         front, post("/api/chat", b'{"model":"far"}', "Content-Length: 15", "x-api-key: secret")
     )
     assert b"one\n" in answer and not answer.endswith(b"0\r\n\r\n")
+
+
+def test_a_header_of_an_answer_stays_one(foreign: Foreign, front: MLXServer):
+    foreign.answer = lambda out: out(
+        b"HTTP/1.1 200 OK\r\nX-Mine: a\r\n\tX-Other: b\r\nSet-Cookie: c=d\r\n"
+        b"Content-Length: 2\r\n\r\n{}"
+    )
+    body = b'{"model":"far"}'
+    answer = raw(front, post("/api/chat", body, "Content-Length: 15", "x-api-key: secret"))
+    assert b"x-mine: a \tX-Other: b\r\n" in answer and b"c=d" not in answer
+
+
+def test_what_an_upstream_says_that_is_no_answer_is_quoted_in_part(
+    foreign: Foreign, front: MLXServer
+):
+    foreign.answer = lambda out: out(b"nonsense " * 5000)
+    response, text = ask(front, "POST", "/api/chat", HI, KEY)
+    assert response.status == 502 and b"nonsense nonsense" in text and len(text) < 400
+
+
+def test_a_client_that_goes_away_ends_an_answer_that_never_begins(
+    foreign: Foreign, front: MLXServer
+):
+    ended, began = threading.Event(), threading.Event()
+
+    def answer(out: Callable[[bytes], int]) -> None:
+        with contextlib.suppress(OSError):
+            for _ in range(2000):
+                out(b"HTTP/1.1 100 Continue\r\n\r\n" * 50)
+                began.set()
+            return
+        ended.set()
+
+    foreign.answer = answer
+    request = post("/api/chat", b'{"model":"far"}', "Content-Length: 15", "x-api-key: secret")
+    with socket.create_connection(("127.0.0.1", front.port)) as connection:
+        connection.sendall(request)
+        assert began.wait(PATIENCE)
+    assert ended.wait(PATIENCE)
+
+
+def test_a_list_of_models_that_makes_no_sense_is_none(engine: Engine):
+    class Nested(ForeignHandler):
+        def do_GET(self):
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 100_000)
+
+    with (
+        running(ThreadingHTTPServer(("127.0.0.1", 0), Nested)) as upstream,
+        relay_to(upstream.url, engine) as front,
+    ):
+        assert ask(front, "GET", "/v1/models")[0].status == 200
 
 
 @pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 999999\r\n\r\n"])

@@ -7,7 +7,7 @@ import http.client
 from _mlx_server.front.http import HTTPHandler
 from _mlx_server.front.request_log import RequestLog
 from _mlx_server.front.stream import encode_json
-from _mlx_server.front.upstream import Upstream, UpstreamError, end_to_end
+from _mlx_server.front.upstream import Upstream, UpstreamError, end_to_end, error_text
 from _mlx_server.wire.fields import WireError
 
 PIECE = 65536  # most bytes that are read of an answer before they are passed on
@@ -28,8 +28,9 @@ def relay(client: HTTPHandler, upstream: Upstream) -> None:
             _pass_on(client, answer)
         record.ending = "done"
     except (UpstreamError, http.client.HTTPException) as error:
-        record.ending = f"failed: {error}"
-        raise WireError(502, f"the upstream {upstream.url} failed: {error}") from None
+        said = error_text(error)
+        record.ending = f"failed: {said}"
+        raise WireError(502, f"the upstream {upstream.url} failed: {said}") from None
     finally:
         record.relay(exchange.model, upstream.url, status)
 

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from _mlx_server.front.http import HTTPHandler
+from _mlx_server.front.logs import shortened
 from _mlx_server.front.sockets import CLIENT_TIMEOUT, ClientDisconnected, RequestSocket
 from _mlx_server.wire.fields import Object, WireError, is_type, items
 from _mlx_server.wire.ollama_models import find_tag
@@ -47,12 +48,15 @@ _NOT_RELAYED = {
     "authorization",
     "x-api-key",
     "cookie",
+    "set-cookie",
     "origin",
     "access-control-allow-origin",
     "x-request-id",
 }
 # Names that Ollama sends on to its cloud, whether it lists them or not
 CLOUD = re.compile(r".*:([^/:]*-)?cloud", re.I)
+# What asking for the list may raise
+_FAILURES = (OSError, http.client.HTTPException, ValueError, RecursionError, WireError)
 
 log = logging.getLogger("mlx_server")
 
@@ -122,7 +126,7 @@ class Upstream:
             if time.monotonic() - self._asked_at > TAGS_LIFETIME:
                 try:
                     self._tags, self._trouble = self._fetch_tags(), None
-                except (OSError, http.client.HTTPException, ValueError, WireError) as error:
+                except _FAILURES as error:
                     reason = f"the upstream {self.url} cannot be asked: {error_text(error)}"
                     self._tags, self._trouble = [], reason
                     log.warning("%s", reason)
@@ -154,11 +158,14 @@ class _WatchedSocket(socket.SocketIO):
             self._poll.register(side, select.POLLIN)
 
     def readinto(self, buffer: Any) -> int | None:
-        while self.fileno() not in dict(self._poll.poll()):
-            if self._client.is_client_gone():
-                raise ClientDisconnected
-            # It has sent its next request already, and would wake every poll from now on
-            self._poll.unregister(self._client.connection)
+        ready: dict[int, int] = {}
+        while self.fileno() not in ready:
+            ready = dict(self._poll.poll())
+            if self._client.connection.fileno() in ready:
+                if self._client.is_client_gone():
+                    raise ClientDisconnected
+                # It has sent its next request already, and would wake every poll from now on
+                self._poll.unregister(self._client.connection)
         try:
             return super().readinto(buffer)
         except OSError as error:
@@ -170,7 +177,8 @@ def end_to_end(headers: Message) -> dict[str, str]:
     named = ",".join(headers.get_all("Connection", [])).split(",")
     dropped = _NOT_RELAYED | {name.strip().lower() for name in named}
     return {
-        name: ", ".join(headers.get_all(name, []))
+        # A value may go on in the next line, which others read as a header of its own
+        name: re.sub(r"[\r\n]+", " ", ", ".join(headers.get_all(name, [])))
         for name in map(str.lower, headers)
         if name not in dropped
     }
@@ -182,5 +190,5 @@ def is_relayed(headers: Message) -> bool:
 
 
 def error_text(error: Exception) -> str:
-    """The system's words for an error, or the exception's own."""
-    return getattr(error, "strerror", None) or str(error)
+    """The system's words for an error, or the first of the exception's own."""
+    return shortened(getattr(error, "strerror", None) or str(error))
