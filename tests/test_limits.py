@@ -388,11 +388,12 @@ def test_a_line_of_the_log_quotes_little_of_what_was_sent(
     assert len(record.getMessage()) < 500
     long = logging.LogRecord("x", logging.INFO, "", 1, "%s", ("b" * 10**6,), None)
     try:
-        raise ValueError("c" * 10**6)
+        raise ValueError("\x1b[2J" + "c" * 10**6)
     except ValueError:
         failed = logging.LogRecord("x", logging.INFO, "", 1, "d", (), sys.exc_info())
     for form in (OneLine("%(message)s"), JSONLine()):
         assert len(form.format(long)) < 5000 and len(form.format(failed)) < 25_000
+        assert "\x1b" not in form.format(failed)
 
 
 def mode(path: Path) -> int:

@@ -167,6 +167,13 @@ def test_a_head_that_cannot_be_had_fails_nothing(hub: FakeHub, tmp_path: Path, s
     assert not list(model.path.rglob("*.incomplete"))
 
 
+def test_what_a_repo_says_of_its_base_does_not_control_the_terminal(hub: FakeHub, tmp_path: Path):
+    del hub.repos[SIDECAR]
+    hub.cards[MODEL] = {"base_model": ["own/\x1b[2J"]}
+    out, _ = pulled(hub, tmp_path)
+    assert "without an MTP head: " in out and "\\x1b[2J" in out and "\x1b" not in out
+
+
 def test_a_whole_model_is_no_sidecar(hub: FakeHub, tmp_path: Path):
     whole = {name.replace("model-", "x-"): one for name, one in hub.repos[OFFICIAL].items()}
     hub.repos["mlx-community/Some-1B-4bit-mtp"] = whole

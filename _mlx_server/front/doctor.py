@@ -14,7 +14,7 @@ from pathlib import Path
 from _mlx_server import __version__
 from _mlx_server.front.agents import AGENTS
 from _mlx_server.front.client import ServerClient
-from _mlx_server.front.installed import print_table, printable
+from _mlx_server.front.installed import print_table
 from _mlx_server.front.options import library_of
 from _mlx_server.front.startup import folder_trouble, is_taken, mlx_trouble, port_holder
 from _mlx_server.inference.catalog.library import Library
@@ -92,7 +92,7 @@ def _port(args: argparse.Namespace) -> str:
         loaded = [model["name"] for model in client.ask("GET", "/api/ps")["models"]]
     except EngineError as error:
         return str(error)
-    names = ", ".join(printable(name).removesuffix(":latest") for name in loaded) or "no model"
+    names = ", ".join(name.removesuffix(":latest") for name in loaded) or "no model"
     return f"a server runs, {version}, with {names} in memory"
 
 
@@ -102,7 +102,7 @@ def _models(library: Library) -> Iterator[str]:
     models.sort(key=lambda model: (model.name != default, -model.modified))
     for model in models[:MOST]:
         star = "*" if model.name == default else " "
-        yield f"{star} {printable(model.name)}, {gigabytes(model.size)}, in {model.path}"
+        yield f"{star} {model.name}, {gigabytes(model.size)}, in {model.path}"
     if len(models) > MOST:
         yield f"  and {len(models) - MOST} more"
 
@@ -113,6 +113,6 @@ def _skipped(args: argparse.Namespace, library: Library) -> Iterator[str]:
             yield trouble
     skipped = library.shortcomings()
     for name, why in skipped[:MOST]:
-        yield f"{printable(name)} {printable(why)}"
+        yield f"{name} {why}"
     if len(skipped) > MOST:
         yield f"and {len(skipped) - MOST} more"

@@ -8,16 +8,12 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from _mlx_server.front.client import ServerClient
+from _mlx_server.front.logs import printable
 from _mlx_server.front.options import library_of
 from _mlx_server.inference.memory import gigabytes
 from _mlx_server.inference.protocol import EngineError
 
 FOREVER = 60 * 24 * 365  # minutes; a model that is to stay longer has no time at which it goes
-
-
-def printable(text: str) -> str:
-    """A text of a model's files as a terminal may get it, without control sequences."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def list_models(args: argparse.Namespace) -> None:
@@ -31,8 +27,8 @@ def list_models(args: argparse.Namespace) -> None:
         rows.append(
             (
                 "*" if model.name == default else "",
-                printable(model.name),
-                printable(library.short_name(model)),
+                model.name,
+                library.short_name(model),
                 gigabytes(model.size),
                 f"{model.context_length:,}",
                 "yes" if "tools" in model.capabilities else "no",
@@ -45,7 +41,9 @@ def list_models(args: argparse.Namespace) -> None:
 
 
 def print_table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> None:
-    """Prints rows in columns, those with the numbers `right` flush right."""
+    """Prints rows in columns, those with the numbers `right` flush right. Cells may hold any
+    text."""
+    rows = [tuple(map(printable, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [
@@ -86,7 +84,7 @@ def remove_model(args: argparse.Namespace) -> None:
     model = meant[0] if meant else library.resolve(args.name)
     name = model.name if meant else args.name
     library.deletable(name, model)  # else the question would be in vain
-    _ask(f"delete {printable(model.name)}, {gigabytes(model.size)}")
+    _ask(f"delete {model.name}, {gigabytes(model.size)}")
     library.delete(name, model)
     print(f"deleted {printable(model.name)}")
 
@@ -94,7 +92,7 @@ def remove_model(args: argparse.Namespace) -> None:
 def _ask(what: str) -> None:
     """Raises EngineError if who sits at a terminal does not agree."""
     if sys.stdin.isatty() and sys.stderr.isatty():
-        print(f"{what}? [y/N] ", end="", file=sys.stderr, flush=True)
+        print(f"{printable(what)}? [y/N] ", end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             raise EngineError("nothing was deleted")
 
@@ -106,7 +104,7 @@ def list_loaded(args: argparse.Namespace) -> None:
         expires = datetime.fromisoformat(model["expires_at"])
         minutes = (expires - datetime.now(UTC)).total_seconds() / 60
         until = "its memory is needed" if minutes > FOREVER else f"in {max(0, minutes):.0f} min"
-        name = printable(model["name"]).removesuffix(":latest")
+        name = model["name"].removesuffix(":latest")
         rows.append((name, gigabytes(model["size"]), f"{model['context_length']:,}", until))
     print_table(rows, right=(1, 2))
 

@@ -18,6 +18,7 @@ from typing import IO, Protocol, TypeVar
 
 from _mlx_server.front.agents import AGENTS, TIERS, Target, claude_variables, claude_window
 from _mlx_server.front.client import ServerClient
+from _mlx_server.front.logs import printable
 from _mlx_server.front.options import api_keys, library_of, log_folder, program
 from _mlx_server.front.service import start_command
 from _mlx_server.front.startup import folder_trouble, is_taken, mlx_trouble, port_trouble
@@ -198,13 +199,13 @@ def _load(client: ServerClient, server: _Server, model: LocalModel) -> None:
 
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
-    started, terminal = time.monotonic(), sys.stderr.isatty()
+    started, terminal, shown = time.monotonic(), sys.stderr.isatty(), printable(model.name)
     while asking.is_alive():
         server.check()
         asking.join(POLL)
         if terminal and (held := client.memory()) is not None:
             there = gigabytes(min(held, model.size))
-            sys.stderr.write(f"\r\033[Kloading {model.name}: {there} of {gigabytes(model.size)}")
+            sys.stderr.write(f"\r\033[Kloading {shown}: {there} of {gigabytes(model.size)}")
             sys.stderr.flush()
     if terminal:
         sys.stderr.write("\r\033[K")
@@ -215,7 +216,7 @@ def _load(client: ServerClient, server: _Server, model: LocalModel) -> None:
 
 
 def _tell(text: str) -> None:
-    print(f"mlx-server: {text}", file=sys.stderr, flush=True)
+    print(f"mlx-server: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def _command(

@@ -24,6 +24,12 @@ def shortened(text: str, most: int = MAX_QUOTE) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
+def printable(text: str) -> str:
+    """A text of others as a terminal or a log may get it: on one line, without control
+    sequences."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def log_file(name: str) -> logging.Handler:
     """Writes to a file of at most 10 MB and keeps three old ones. Raises OSError."""
     from logging.handlers import RotatingFileHandler  # slow to import, and few servers use it
@@ -48,18 +54,18 @@ def _open_private(name: str, flags: int) -> int:
 
 
 class Bounded(logging.Formatter):
-    """Tracebacks that quote little."""
+    """Tracebacks that quote little, and no control sequences."""
 
     def formatException(self, ei: Any) -> str:
-        return shortened(super().formatException(ei), MAX_TRACEBACK)
+        text = shortened(super().formatException(ei), MAX_TRACEBACK)
+        return "\n".join(map(printable, text.split("\n")))
 
 
 class OneLine(Bounded):
     """A record is one line, whatever names and errors it quotes; only a traceback may follow it."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        text = shortened(super().formatMessage(record), MAX_MESSAGE)
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        return printable(shortened(super().formatMessage(record), MAX_MESSAGE))
 
 
 class JSONLine(Bounded):

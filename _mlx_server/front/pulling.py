@@ -14,6 +14,7 @@ import tty
 
 from _mlx_server.front.client import ServerClient
 from _mlx_server.front.installed import print_table
+from _mlx_server.front.logs import printable
 from _mlx_server.front.options import library_of, program
 from _mlx_server.inference.catalog.choices import offer
 from _mlx_server.inference.catalog.hub import Hub, PullStage
@@ -33,15 +34,19 @@ def pull_model(args: argparse.Namespace) -> None:
         said = f"'{args.name}' is not a model's name"
         name = checked_name(args.name.removeprefix("https://"), said)
         repo, size, why = hub.choose(name, memory)
-    print(f"pulling {repo}, {gigabytes(size)}: {why}", flush=True)
+    _tell(f"pulling {repo}, {gigabytes(size)}: {why}")
     with contextlib.closing(hub.pull(repo)) as steps, ProgressBar(size) as bar:
         for step in steps:
             if step.stage is PullStage.HEAD:
-                print(step.said, flush=True)
+                _tell(step.said)
                 bar.expect(step.more)
             if step.file:
                 bar.show(step.file.digest, step.completed)
-    print(f"pulled {repo}; {_next(args, repo)}")
+    _tell(f"pulled {repo}; {_next(args, repo)}")
+
+
+def _tell(text: str) -> None:
+    print(printable(text), flush=True)
 
 
 def _next(args: argparse.Namespace, repo: str) -> str:
