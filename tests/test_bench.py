@@ -24,13 +24,12 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def printed(server: Server, folder: Path, picture: Path) -> str:
+def printed(server: Server, picture: Path) -> str:
     """The table of the README's command, for two servers of which the second speaks Ollama's
     API."""
-    other, out = Server("--models-dir", str(folder)), io.StringIO()
+    other, out = Server(), io.StringIO()
     plot = ["--plot", str(picture)] if find_spec("matplotlib") else []
     shown = example("bench.py").replace("http://localhost:11434", other.url)
-    shown = shown.replace("--against-model qwen3:8b", "--against-model qwen2")
     flags = shlex.split(shown.replace("qwen3:8b", "demo"))[2:]
     flags += ["--minutes", "0.02", "--url", server.url, "--against-api", "ollama"]
     try:

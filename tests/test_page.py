@@ -17,7 +17,11 @@ from test_pull import environment
 from test_relay import TAGS, Foreign, running
 
 pytestmark = pytest.mark.clients
-EYES = {"name": "eyes:latest", "capabilities": ["completion", "vision"]}
+EYES = {
+    "name": "eyes:latest",
+    "capabilities": ["completion", "vision"],
+    "details": {"context_length": "$(what a shell would run)"},
+}
 PIXEL = (
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJg"
     "gg=="
@@ -180,6 +184,9 @@ def test_it_shows_the_server_and_its_models(page: Page, served: Server):
     page.choose("demo")
     line = page.text("#claude-line")
     assert f"ANTHROPIC_BASE_URL={served.url} " in line and line.endswith("claude --model demo")
+    assert "CLAUDE_CODE_MAX_CONTEXT_TOKENS" in line
+    page.choose("eyes")
+    assert "$" not in page.text("#claude-line")
     page.model_row("demo").find_element("css selector", ".load").click()
     page.until(lambda: "in memory" not in page.model_row("demo").text)
     page.model_row("demo").find_element("css selector", ".load").click()

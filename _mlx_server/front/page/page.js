@@ -334,7 +334,7 @@ function choose() {
   $("claude-line").textContent = [
     `ANTHROPIC_BASE_URL=${new URL(".", location).href.replace(/\/$/, "")}`,
     `ANTHROPIC_AUTH_TOKEN=${key ? "YOUR_KEY" : "mlx"} ANTHROPIC_API_KEY=`,
-    ...(context ? [`CLAUDE_CODE_MAX_CONTEXT_TOKENS=${context}`] : []),
+    ...(Number.isInteger(context) ? [`CLAUDE_CODE_MAX_CONTEXT_TOKENS=${context}`] : []),
     `claude --model ${word}`,
   ].join(" ");
 }
