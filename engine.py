@@ -598,9 +598,7 @@ class Engine:
     def _decode(self) -> None:
         """Adds a token to each answer."""
         started, runners = time.perf_counter(), self.pool.runners.values()
-        puts_off = self.pool.puts_off
-        coming = [one for one in self._queue if not puts_off(one.model, one.request.priority)]
-        alone = len(self.pool.sequences()) == 1 and not coming
+        alone = len(self.pool.sequences()) == 1 and all(map(self.pool.puts_off, self._queue))
         for runner in runners:
             if len(runners) > 1 or runner.decode_batch.groups > 1:
                 self._synchronize()
@@ -627,10 +625,10 @@ class Engine:
         if self._group.rank:
             self._queue = waiting.copy()
         for sequence in sorted(waiting, key=lambda one: one.request.priority):
-            priority = sequence.request.priority
-            if self.pool.puts_off(sequence.model, priority):
+            if self.pool.puts_off(sequence):
                 continue
             try:
+                priority = sequence.request.priority
                 runner = self._open(sequence.model, sequence.renderer, priority)
                 if runner is None or not self.pool.fits(runner, sequence):
                     break

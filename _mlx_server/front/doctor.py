@@ -16,7 +16,7 @@ from _mlx_server.front.agents import AGENTS
 from _mlx_server.front.client import ServerClient
 from _mlx_server.front.installed import print_table
 from _mlx_server.front.options import library_of
-from _mlx_server.front.startup import folder_trouble, is_taken, mlx_trouble, port_holder
+from _mlx_server.front.startup import folder_troubles, is_taken, mlx_trouble, port_holder
 from _mlx_server.inference.catalog.library import Library
 from _mlx_server.inference.memory import gigabytes, usable_memory
 from _mlx_server.inference.protocol import EngineError
@@ -108,9 +108,7 @@ def _models(library: Library) -> Iterator[str]:
 
 
 def _skipped(args: argparse.Namespace, library: Library) -> Iterator[str]:
-    for folder in args.models_dir:
-        if trouble := folder_trouble(folder):
-            yield trouble
+    yield from folder_troubles(args.models_dir)
     skipped = library.shortcomings()
     for name, why in skipped[:MOST]:
         yield f"{name} {why}"

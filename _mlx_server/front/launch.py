@@ -21,7 +21,7 @@ from _mlx_server.front.client import ServerClient
 from _mlx_server.front.logs import printable
 from _mlx_server.front.options import api_keys, library_of, log_folder, program
 from _mlx_server.front.service import start_command
-from _mlx_server.front.startup import folder_trouble, is_taken, mlx_trouble, port_trouble
+from _mlx_server.front.startup import folder_troubles, is_taken, mlx_trouble, port_trouble
 from _mlx_server.inference.catalog.models import LocalModel
 from _mlx_server.inference.memory import gigabytes
 from _mlx_server.inference.protocol import EngineError
@@ -85,9 +85,8 @@ def launch(args: argparse.Namespace) -> int:
 def _check_folders(args: argparse.Namespace) -> None:
     """Raises EngineError where --models-dir names a folder without models: an agent would work with
     another model, or with the demo, and its user would not see that."""
-    for folder in args.models_dir:
-        if trouble := folder_trouble(folder):
-            raise EngineError(f"--models-dir: {trouble}")
+    for trouble in folder_troubles(args.models_dir):
+        raise EngineError(f"--models-dir: {trouble}")
 
 
 def library_model(args: argparse.Namespace) -> LocalModel:

@@ -12,6 +12,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -80,7 +81,12 @@ def port_trouble(host: str, port: int) -> str:
     return f"port {port} is already in use by {holder}; take another one: --port {port + 1}"
 
 
-def folder_trouble(folder: str) -> str | None:
+def folder_troubles(folders: Iterable[str]) -> Iterator[str]:
+    """What is wrong with folders that are to hold models, for those in which none is found."""
+    return filter(None, map(_folder_trouble, folders))
+
+
+def _folder_trouble(folder: str) -> str | None:
     """Why no model is found in a folder that is to hold models, None if one may be. It looks as
     deep as models are looked for: DIR, DIR/NAME, DIR/ORG/NAME."""
     path = Path(folder).expanduser()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from _mlx_server.front.cli import arguments
 from _mlx_server.front.options import api_keys, program
-from _mlx_server.front.startup import folder_trouble
+from _mlx_server.front.startup import folder_troubles
 from _mlx_server.inference.catalog.models import LocalModel
 from _mlx_server.inference.memory import gigabytes
 from _mlx_server.inference.protocol import ModelNotFound
@@ -34,9 +34,8 @@ def welcome(
             "whoever reaches this machine may use the server: "
             "demand a key with --api-key-file, or leave out --host"
         )
-    for folder in args.models_dir:
-        if trouble := folder_trouble(folder):
-            log.warning("no model in --models-dir: %s", trouble)
+    for trouble in folder_troubles(args.models_dir):
+        log.warning("no model in --models-dir: %s", trouble)
     if not args.model:
         newest = sorted(models(), key=lambda model: model.modified, reverse=True)
         names = [

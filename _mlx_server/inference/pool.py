@@ -146,12 +146,12 @@ class ModelPool:
             self._waiting[local.name] = known
         return known[1]
 
-    def puts_off(self, local: LocalModel, priority: Priority) -> bool:
+    def puts_off(self, sequence: Sequence) -> bool:
         """Whether a request has to wait until those of more than low priority are through, which
         the loading of its model would hold up."""
-        if priority is not Priority.LOW or local.name in self.runners:
+        if sequence.request.priority is not Priority.LOW or sequence.model.name in self.runners:
             return False
-        if self._size(local) > self.memory:
+        if self._size(sequence.model) > self.memory:
             return False  # it is refused at once
         return any(one.request.priority < Priority.LOW for one in self.sequences())
 
