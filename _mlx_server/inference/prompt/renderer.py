@@ -28,6 +28,27 @@ MAX_STOPS = 64  # of a request
 MAX_STOP_LENGTH = 1000  # characters
 
 
+class _Memory:
+    """What is remembered of one owner's requests to a model. Owners share none of it, so that not
+    even the time that a request takes tells of another's.
+
+    `chat` renders conversations, and is None without a template."""
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        template: Template | None,
+        format: OutputFormat,
+        readings: Mapping[str, Reading],
+    ):
+        self.quotable = Quotable(tokenizer, format)
+        self.readings = ConversationMemory()
+        self.readings.learn(readings)
+        self.chat: ChatRenderer | None = None
+        if template is not None:
+            self.chat = ChatRenderer(template, tokenizer, format, self.readings)
+
+
 class PromptRenderer:
     """All that requests to a model need apart from its weights: tokenizer, chat template, output
     format, sampling defaults, and for each owner the memory of what was read and generated.
@@ -64,10 +85,7 @@ class PromptRenderer:
         efforts = self.template is not None and self.template.mentions("reasoning_effort")
         self._rules = OutputRules(self._tokenizer, self.format, efforts)
         self._readings = readings
-        self._memories: dict[str, ConversationMemory] = {}  # by owner
-        self._chats: dict[str, ChatRenderer] = {}  # by owner
-        self._quotables: dict[str, Quotable] = {}  # by owner
-        self._tokenizers = {"": self._tokenizer}  # by owner
+        self._memories: dict[str, _Memory] = {}  # by owner
 
     def prompt(self, request: Request, window: int | None = None, most: float = math.inf) -> Prompt:
         """Renders and tokenises a request. `window` is how many tokens prompt and answer may have.
@@ -79,7 +97,7 @@ class PromptRenderer:
         return prompt
 
     def _prompt(self, request: Request, window: int | None, most: float) -> Prompt:
-        if request.prompt is None and (chat := self._chat(request.owner)) is not None:
+        if request.prompt is None and (chat := self._memory(request.owner).chat) is not None:
             try:
                 return chat.prompt(request, window, most)
             except RecursionError:
@@ -103,7 +121,7 @@ class PromptRenderer:
     def locate(self, request: Request, before: str) -> tuple[int, str] | None:
         """The index and the role of the message in which the prompt's text goes beyond `before`;
         None where the template does not tell."""
-        chat = self._chat(request.owner)
+        chat = self._memory(request.owner).chat
         request, _ = self._pictures.find(request)
         return chat.locate(request, before) if chat is not None else None
 
@@ -119,34 +137,20 @@ class PromptRenderer:
         calls: list[Call],
     ) -> str:
         """Keeps what was read and generated for a request: see ChatRenderer.remember."""
-        chat = self._chat(request.owner)
+        chat = self._memory(request.owner).chat
         return chat.remember(request, prompt, tokens, visible, thinking, calls) if chat else ""
 
     def reading(self, owner: str, key: str) -> Reading | None:
         """What was read and generated for an owner up to the end of an answer, by the key that
         `remember` has returned; None if it is not kept any more."""
-        memory = self._memories.get(owner)
-        return memory.get(key) if memory else None
+        return self._memory(owner).readings.get(key)
 
-    def _chat(self, owner: str) -> ChatRenderer | None:
-        """What renders an owner's conversations: all that it remembers is that owner's, so that not
-        even the time that it takes tells of others. None without a template."""
-        if self.template is None:
-            return None
-        if owner not in self._chats:
-            memory = ConversationMemory()
-            memory.learn(self._readings(owner))
-            memory = self._memories.setdefault(owner, memory)
-            chat = ChatRenderer(self.template, self._owned(owner), self.format, memory)
-            self._chats.setdefault(owner, chat)
-        return self._chats[owner]
-
-    def _owned(self, owner: str) -> TextTokenizer:
-        """The tokenizer that remembers what it has encoded for an owner."""
-        if owner not in self._tokenizers:
-            tokenizer = TextTokenizer(self.tokenizer, self.image_layout)
-            self._tokenizers.setdefault(owner, tokenizer)
-        return self._tokenizers[owner]
+    def _memory(self, owner: str) -> _Memory:
+        if owner not in self._memories:
+            own = TextTokenizer(self.tokenizer, self.image_layout) if owner else self._tokenizer
+            memory = _Memory(own, self.template, self.format, self._readings(owner))
+            self._memories.setdefault(owner, memory)
+        return self._memories[owner]
 
     # What an answer goes through
 
@@ -162,10 +166,8 @@ class PromptRenderer:
         """What guesses the answer's next tokens, the best first."""
         if not request.speculate or request.embed or not prompt.tokens or prompt.images:
             return []
-        owner = request.owner
-        if owner not in self._quotables:
-            self._quotables.setdefault(owner, Quotable(self._owned(owner), self.format))
-        return [PromptLookup(prompt.tokens, self._quotables[owner].tokens(request.messages))]
+        quotable = self._memory(request.owner).quotable
+        return [PromptLookup(prompt.tokens, quotable.tokens(request.messages))]
 
     def parser(self, request: Request, prompt: Prompt) -> OutputParser:
         """What makes events of the answer's text. Raises InvalidRequest for too many stop strings,
