@@ -282,6 +282,13 @@ def test_an_idle_connection_holds_no_body(engine: Engine, serve: Callable):
         assert traced_growth(send) < 2 << 20
 
 
+def test_a_thread_that_runs_python_keeps_others_waiting_for_a_millisecond_at_most():
+    prepared = "from _mlx_server.front.startup import prepare_process as prepare; prepare()"
+    command = [sys.executable, "-c", f"import sys; {prepared}; print(sys.getswitchinterval())"]
+    told = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert float(told) <= 0.001
+
+
 POOLS = """
 import ctypes, sys, threading
 from _mlx_server.front.startup import bound_arenas

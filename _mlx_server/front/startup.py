@@ -23,6 +23,10 @@ from _mlx_server.inference.memory import usable_memory
 # Python lets only one thread allocate at a time, apart from what MLX and tokenizers do
 ARENAS = 2
 _M_ARENA_MAX = -8  # of mallopt(3)
+# Seconds after which a thread that runs Python lets another one go on. A first token needs dozens
+# of such turns: beside a request with a large body, waiting for them at Python's 5 ms takes longer
+# than all of its work. Shorter ones than this cost all threads more than they give.
+SWITCH_INTERVAL = 0.001
 OPEN_FILES = 4096  # wanted at the same time: a large model alone has hundreds
 
 
@@ -115,6 +119,7 @@ def prepare_process() -> None:
     """Sets what is set for a whole process, before it has threads."""
     raise_file_limit()
     bound_arenas()
+    sys.setswitchinterval(SWITCH_INTERVAL)
 
 
 def bound_arenas() -> None:
