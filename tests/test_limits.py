@@ -31,6 +31,7 @@ from _mlx_server.front.body import decompress, parse_json
 from _mlx_server.front.budget import BodyBudget, BodyClaim
 from _mlx_server.front.connections import Connection
 from _mlx_server.front.logs import JSONLine, OneLine, log_file
+from _mlx_server.front.request_log import RequestLog
 from _mlx_server.front.startup import ARENAS
 from _mlx_server.front.upstream import CLOUD
 from _mlx_server.inference.catalog.presets import Preset, PresetStore
@@ -401,6 +402,10 @@ def test_a_line_of_the_log_quotes_little_of_what_was_sent(
     for form in (OneLine("%(message)s"), JSONLine()):
         assert len(form.format(long)) < 5000 and len(form.format(failed)) < 25_000
         assert "\x1b" not in form.format(failed)
+    request = RequestLog("/api/chat", "id", "ollama")
+    request.fail(WireError(400, "e" * 10**4))
+    request.relay("far", "http://localhost", 400)
+    assert len(JSONLine().format(caplog.records[-1])) < 5000
 
 
 def mode(path: Path) -> int:

@@ -7,6 +7,7 @@ import logging
 import time
 from dataclasses import dataclass, field
 
+from _mlx_server.front.logs import shortened
 from _mlx_server.inference.generation import Generation
 from _mlx_server.inference.protocol import Miss, Usage
 from _mlx_server.wire.embeddings import Embeddings
@@ -49,7 +50,7 @@ class RequestLog:
 
     def fail(self, error: Exception) -> None:
         """Notes why the answer has ended."""
-        self.ending = "cancelled" if self.cancelled else f"failed: {error}"
+        self.ending = "cancelled" if self.cancelled else f"failed: {shortened(str(error))}"
 
     def generation(self, generation: Generation) -> None:
         """Logs one generation of the answer; texts of prompts only with --verbose, or as fields."""
