@@ -23,10 +23,11 @@ import anthropic.types.beta
 import openai.types.chat
 import openai.types.responses
 import pytest
-from conftest import Server
+from conftest import Server, until
 from sdk_samples import samples
 from wire_cases import HI, brief
 
+from _mlx_server.inference.images import pdf as pdf_process
 from _mlx_server.inference.images.pdf import PDFError, read_pdf
 from _mlx_server.wire import documents
 from _mlx_server.wire.anthropic import AnthropicMessages
@@ -240,6 +241,15 @@ def test_time_and_memory_are_bounded():
     stream = b"<< /Filter /FlateDecode /Length %d >>\nstream\n%s\n" % (len(bomb), bomb)
     with pytest.raises(PDFError, match="takes too much memory"):
         read_pdf(head + stream + tail, memory=150 * 2**20)
+
+
+def test_the_process_that_reads_a_pdf_lets_others_go_first():
+    command = [sys.executable, "-P", pdf_process.__file__, "text", "60", str(1 << 30)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        own = os.getpriority(os.PRIO_PROCESS, 0)  # at 19 there is nobody to let go first
+        until(lambda: os.getpriority(os.PRIO_PROCESS, process.pid) > min(own, 18))
+        out, _ = process.communicate(HELLO)  # it had not begun to read it
+    assert b"Hello" in out
 
 
 def test_a_process_that_holds_much_memory_reads_a_pdf():
