@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import sys
+import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,20 @@ from _mlx_server.inference.cache.disk_cache import DiskCache, segment_node
 from _mlx_server.inference.cache.prefix_cache import CacheEntry, Checkpoint, PrefixCache
 from _mlx_server.inference.cache.prefix_tree import common_prefix
 from _mlx_server.inference.catalog.library import Library
+from _mlx_server.inference.event_queue import EventQueue
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.output.stops import StopMatcher
-from _mlx_server.inference.protocol import ModelNotFound, Priority
+from _mlx_server.inference.protocol import (
+    Done,
+    Event,
+    ModelNotFound,
+    Priority,
+    Text,
+    Thinking,
+    Token,
+    ToolInput,
+    Usage,
+)
 from engine import Engine
 
 ROOM = 1 << 40
@@ -473,3 +485,51 @@ def test_what_is_installed_changed_or_deleted_between_two_requests_counts(
     os.utime(tmp_path / "home" / "models", (2000, 2000))
     with pytest.raises(ModelNotFound):
         library.resolve("other")
+
+
+# ------------------------------------------------------------------ what a slow client has not read
+
+
+def taken(*events: Event) -> list[Event | None]:
+    queue = EventQueue(threading.RLock())
+    queue.put(*events)
+    return [queue.take(0) for _ in events]
+
+
+def test_events_that_go_on_with_each_other_are_taken_as_one():
+    a, b, c = (Token(0, one, 0.0, []) for one in (b"a", b"b", b"c"))
+    done = Done("stop", Usage(), None, [])
+    assert taken(
+        Text("a", [a]),
+        Text("b", [b]),
+        Text("c", [c]),
+        Thinking("d"),
+        Thinking("e"),
+        ToolInput("{"),
+        ToolInput("}"),
+        Text("f"),
+        done,
+    ) == [
+        *(Text("abc", [a, b, c]), Thinking("de"), ToolInput("{}"), Text("f"), done),
+        *[None] * 4,
+    ]
+
+
+class Counted(str):
+    """A text that counts the characters which adding to it copies."""
+
+    copied = 0
+
+    def __add__(self, other: str) -> Counted:
+        Counted.copied += len(self) + len(other)
+        return Counted(super().__add__(other))
+
+
+@pytest.mark.parametrize("kind", [Text, Thinking, ToolInput])
+def test_what_waits_for_a_slow_client_is_not_copied_with_each_event(
+    kind: type, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Counted, "copied", 0)
+    event, *others = taken(*(kind(Counted("a" * 10)) for _ in range(1000)))
+    assert event == kind("a" * 10_000) and not any(others)
+    assert Counted.copied <= 10_000
