@@ -304,6 +304,20 @@ def test_a_stream_passes_as_it_arrives(foreign: Foreign, front: MLXServer):
     assert raw(front, old).partition(b"\r\n\r\n")[2] == b"one\nmore\ntwo\n"
 
 
+def test_chunks_that_come_at_once_go_on_as_one(foreign: Foreign, front: MLXServer):
+    text = b"a" * 5000
+    chunks = b"".join(b"1\r\n%c\r\n" % one for one in text)
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    foreign.answer = lambda out: out(head + chunks + b"0\r\n\r\n")
+    connection = http.client.HTTPConnection("127.0.0.1", front.port, timeout=60)
+    with contextlib.closing(connection):
+        connection.request("POST", "/api/chat", json.dumps(HI), KEY)
+        response, pieces = connection.getresponse(), []
+        while piece := response.read1(len(text)):  # at most a chunk
+            pieces.append(piece)
+    assert b"".join(pieces) == text and len(pieces) < 100
+
+
 def test_an_answer_that_ends_with_its_connection_passes_whole(foreign: Foreign, front: MLXServer):
     foreign.answer = lambda out: out(b"HTTP/1.0 200 OK\r\n\r\n" + b"x" * 300_000)
     assert ask(front, "POST", "/api/chat", HI, KEY)[1] == b"x" * 300_000
@@ -538,6 +552,7 @@ def test_an_upstream_that_fails_before_it_answers_is_a_bad_gateway(engine: Engin
     "start",
     [
         b"Transfer-Encoding: chunked\r\n\r\n4\r\none\n\r\n",
+        b"Transfer-Encoding: chunked\r\n\r\n4\r\none\n\r\nnonsense\r\n",
         b"Content-Length: 9\r\n\r\none\n",
         b"Transfer-Encoding: chunked\r\n\r\n9\r\none\n",
     ],

@@ -7,10 +7,16 @@ import http.client
 from _mlx_server.front.http import HTTPHandler
 from _mlx_server.front.request_log import RequestLog
 from _mlx_server.front.stream import encode_json
-from _mlx_server.front.upstream import Upstream, UpstreamError, end_to_end, error_text
+from _mlx_server.front.upstream import (
+    Upstream,
+    UpstreamError,
+    UpstreamSocket,
+    end_to_end,
+    error_text,
+)
 from _mlx_server.wire.fields import WireError
 
-PIECE = 65536  # most bytes that are read of an answer before they are passed on
+PIECE = 65536  # most bytes that are read of a chunk of an answer at once
 
 
 def relay(client: HTTPHandler, upstream: Upstream) -> None:
@@ -23,9 +29,9 @@ def relay(client: HTTPHandler, upstream: Upstream) -> None:
         _remove_keep_alive(client)
     record = RequestLog(exchange.route, exchange.id, client.dialect.name)
     try:
-        with upstream.open(client) as answer:
+        with upstream.open(client) as (answer, arriving):
             status = answer.status
-            _pass_on(client, answer)
+            _pass_on(client, answer, arriving)
         record.ending = "done"
     except (UpstreamError, http.client.HTTPException) as error:
         said = error_text(error)
@@ -42,12 +48,27 @@ def _remove_keep_alive(client: HTTPHandler) -> None:
         client.exchange.body = encode_json(body)
 
 
-def _pass_on(client: HTTPHandler, answer: http.client.HTTPResponse) -> None:
+def _pass_on(
+    client: HTTPHandler, answer: http.client.HTTPResponse, arriving: UpstreamSocket
+) -> None:
+    """Sends what there is before more is read from the socket: many chunks that come at once go out
+    as one."""
     headers = end_to_end(answer.headers)
     client.exchange.id = headers.pop("request-id", client.exchange.id)
     body = client.start_body(answer.status, headers, answer.length)
-    while piece := answer.read1(PIECE):
-        body.write(piece)
+    pieces: list[bytes] = []
+
+    def send() -> None:
+        if pieces:
+            body.write(b"".join(pieces))
+            pieces.clear()
+
+    arriving.before_read = send
+    try:
+        while piece := answer.read1(PIECE):
+            pieces.append(piece)
+    finally:
+        send()
     if answer.length:
         raise UpstreamError(f"{answer.length} bytes are missing")
     body.end()

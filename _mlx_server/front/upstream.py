@@ -13,7 +13,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from email.message import Message
 from typing import Any
 from urllib.parse import urlsplit
@@ -91,10 +91,12 @@ class Upstream:
         return find_tag(tags, name) or ({"name": name} if CLOUD.fullmatch(name) else None)
 
     @contextlib.contextmanager
-    def open(self, client: HTTPHandler) -> Iterator[http.client.HTTPResponse]:
-        """Its answer to the request that `client` has read. The call and the answer's reads raise
-        UpstreamError or HTTPException when the upstream fails, and ClientDisconnected as soon as
-        the client is gone."""
+    def open(
+        self, client: HTTPHandler
+    ) -> Iterator[tuple[http.client.HTTPResponse, UpstreamSocket]]:
+        """Its answer to the request that `client` has read, and where that comes from. The call and
+        the answer's reads raise UpstreamError or HTTPException when the upstream fails, and
+        ClientDisconnected as soon as the client is gone."""
         with contextlib.closing(self._connection()) as connection:
             try:
                 connection.connect()
@@ -104,9 +106,10 @@ class Upstream:
                 raise UpstreamError(error_text(error)) from None
             with http.client.HTTPResponse(connection.sock, method=client.command) as answer:
                 answer.fp.close()
-                answer.fp = io.BufferedReader(_WatchedSocket(connection.sock, client))
+                arriving = UpstreamSocket(connection.sock, client)
+                answer.fp = io.BufferedReader(arriving)
                 answer.begin()
-                yield answer
+                yield answer, arriving
 
     @staticmethod
     def _send(connection: http.client.HTTPConnection, client: HTTPHandler) -> None:
@@ -147,17 +150,20 @@ class Upstream:
         return [tag for tag in items(body, "models", dict) if is_type(tag.get("name"), str)]
 
 
-class _WatchedSocket(socket.SocketIO):
-    """The bytes that the upstream sends. Reading raises ClientDisconnected when the client goes
-    away meanwhile, UpstreamError when the upstream fails."""
+class UpstreamSocket(socket.SocketIO):
+    """The bytes that the upstream sends. Reading calls `before_read` first, since it may have to
+    wait. It raises ClientDisconnected when the client goes away meanwhile, UpstreamError when the
+    upstream fails."""
 
     def __init__(self, upstream: socket.socket, client: HTTPHandler):
         super().__init__(upstream, "r")
+        self.before_read: Callable[[], None] = lambda: None
         self._client, self._poll = client, select.poll()
         for side in (upstream, client.connection):
             self._poll.register(side, select.POLLIN)
 
     def readinto(self, buffer: Any) -> int | None:
+        self.before_read()
         ready: dict[int, int] = {}
         while self.fileno() not in ready:
             ready = dict(self._poll.poll())
