@@ -8,10 +8,12 @@ import re
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -282,6 +284,26 @@ def test_bodies_in_chunks_are_read_in_turn_and_waited_for_outside_of_it(
             assert not is_readable(waits, 0)
         with contextlib.closing(waits):
             assert waits.recv(99).startswith(b"HTTP/1.1 200")
+
+
+def test_who_waits_for_a_turn_is_not_late(
+    engine: Engine, serve: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    passed = 0.0
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + passed)
+    monkeypatch.setattr("_mlx_server.front.sockets.time", clock)
+    server = serve(engine, api_keys=KEYS)
+    head = post(
+        "/api/show", b"", "Transfer-Encoding: chunked", "x-api-key: guest", "Expect: 100-continue"
+    )
+    with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as connection:
+        with server.chunk_turns.take(Priority.LOW, gone):
+            connection.sendall(head)
+            assert connection.recv(99).startswith(b"HTTP/1.1 100")  # from now on it waits
+            passed = 3600.0
+        assert not is_readable(connection, 0.1)  # a 408 would come at once
+        connection.sendall(b'11\r\n{"model": "demo"}\r\n0\r\n\r\n')
+        assert connection.recv(99).startswith(b"HTTP/1.1 200")
 
 
 class Large(HTTPHandler):

@@ -40,8 +40,8 @@ def check_length(headers: Message) -> int | None:
 
 def read_raw(file: io.BufferedIOBase, length: int | None, claim: BodyClaim) -> bytes:
     """The body as it was sent, without its chunk headers. `length` is `check_length`'s. Raises
-    WireError, EngineBusy, ClientDisconnected, and TimeoutError when the request's deadline is
-    over."""
+    WireError, EngineBusy, ClientDisconnected, and TimeoutError when the client was waited
+    for too long."""
     body = io.BytesIO()  # a list of the smallest chunks would take many times their size
     pieces = _read_chunks(file) if length is None else _read_exactly(file, length)
     for piece in pieces:

@@ -115,7 +115,7 @@ class HTTPHandler(BaseHTTPRequestHandler):
         IS_CLIENT_GONE.set(self.is_client_gone)
 
     def handle_one_request(self) -> None:
-        self._requests.deadline = None
+        self._requests.left = None
         self._place.waits()
         self.rfile.begin_head()
         super().handle_one_request()

@@ -14,7 +14,7 @@ from typing import Any
 
 # Seconds that a client may take to read some of an answer, or to send its next request
 CLIENT_TIMEOUT = 300.0
-# Seconds that a whole request may take to arrive, from its first byte on
+# Seconds that a client may be waited for until a whole request is there, from its first byte on
 REQUEST_DEADLINE = 120.0
 # Bytes of a request line and all its headers
 MAX_HEAD = 65536
@@ -27,24 +27,23 @@ class ClientDisconnected(ConnectionError):
 class RequestSocket(socket.SocketIO):
     """The bytes that a client or another server sends.
 
-    `deadline`, in monotonic seconds, is when the whole message has to be there. The first read of a
-    request sets it, and None means that no request has begun. Reading raises TimeoutError after
-    the deadline, and when no request begins within CLIENT_TIMEOUT. It waits within `waiting`."""
+    `left` are the seconds for which the rest of a message is waited for; what the reader does in
+    between does not count. The first read of a request sets it, and None means that no request has
+    begun. Reading raises TimeoutError after these seconds, and when no request begins within
+    CLIENT_TIMEOUT. It waits within `waiting`."""
 
-    def __init__(self, connection: socket.socket, deadline: float | None = None):
+    def __init__(self, connection: socket.socket, left: float | None = None):
         super().__init__(connection, "r")
-        self.deadline = deadline
+        self.left = left
         self.waiting: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
 
     def readinto(self, buffer: Any) -> int | None:
-        seconds = CLIENT_TIMEOUT
-        if self.deadline is not None:
-            seconds = max(0.0, self.deadline - time.monotonic())
         with self.waiting():
-            if not is_readable(self, seconds):
+            began = time.monotonic()
+            if not is_readable(self, CLIENT_TIMEOUT if self.left is None else self.left):
                 raise TimeoutError("timed out")
-        if self.deadline is None:
-            self.deadline = time.monotonic() + REQUEST_DEADLINE
+            waited = time.monotonic() - began
+        self.left = REQUEST_DEADLINE if self.left is None else max(0.0, self.left - waited)
         return super().readinto(buffer)
 
 

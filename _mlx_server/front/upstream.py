@@ -137,12 +137,11 @@ class Upstream:
             return self._tags, self._trouble
 
     def _fetch_tags(self) -> list[Object]:
-        deadline = time.monotonic() + CONNECT_TIMEOUT
         with contextlib.closing(self._connection()) as connection:
             connection.request("GET", "/api/tags", headers={"Via": f"1.1 {VIA_NAME}"})
             with http.client.HTTPResponse(connection.sock, method="GET") as answer:
                 answer.fp.close()
-                answer.fp = io.BufferedReader(RequestSocket(connection.sock, deadline))
+                answer.fp = io.BufferedReader(RequestSocket(connection.sock, CONNECT_TIMEOUT))
                 answer.begin()
                 body = json.loads(answer.read(MAX_TAGS)) if answer.status == 200 else None
         if not isinstance(body, dict):
