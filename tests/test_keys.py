@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from http.client import HTTPConnection
 from pathlib import Path
 from types import SimpleNamespace
@@ -235,6 +236,71 @@ def test_who_waits_for_a_turn_does_not_hold_all_connections(monkeypatch: pytest.
     turns = Turns()
     with pytest.raises(EngineBusy), turns.take(Priority.LOW, gone):
         pass
+
+
+def test_a_client_whose_connection_fails_while_it_waits_leaves_its_place():
+    def fails() -> bool:
+        raise ConnectionResetError
+
+    turns = Turns()
+    with (
+        turns.take(Priority.LOW, gone),
+        pytest.raises(ConnectionResetError),
+        turns.take(Priority.LOW, fails),
+    ):
+        pass
+    with turns.take(Priority.LOW, gone):
+        pass
+
+
+class Queue:
+    """Requests of clients that wait for a turn, in threads. `order` are those that have had it."""
+
+    def __init__(self, turns: Turns, pool: ThreadPoolExecutor):
+        self.order: list[str] = []
+        self._turns, self._pool = turns, pool
+
+    def wait(self, client: str, most: float = math.inf) -> Future:
+        """Begins to wait, and returns once it does."""
+        entered = threading.Event()
+
+        def is_gone() -> bool:  # asked of who waits
+            entered.set()
+            return False
+
+        def take() -> None:
+            with self._turns.take(Priority.LOW, is_gone, most, client):
+                self.order.append(client)
+
+        future = self._pool.submit(take)
+        until(lambda: entered.is_set() or future.done())
+        return future
+
+
+def test_turns_go_round_among_clients(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("_mlx_server.front.turns.POLL", 0.001)
+    with ThreadPoolExecutor(16) as pool:
+        queue = Queue(turns := Turns(), pool)
+        with turns.take(Priority.LOW, gone, client="many"):
+            for client in ["many"] * 5 + ["few", "many", "few", "one"]:
+                queue.wait(client)
+    assert "".join(client[0] for client in queue.order) == "fomfmmmmm"
+
+
+def test_a_client_that_waits_with_many_requests_lets_others_wait(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("_mlx_server.front.turns.POLL", 0.001)
+    with ThreadPoolExecutor(16) as pool:
+        queue = Queue(turns := Turns(), pool)
+        with turns.take(Priority.LOW, gone):
+            for _ in range(4):
+                queue.wait("many", most=4)
+            with pytest.raises(EngineBusy):
+                queue.wait("many", most=4).result()
+            for _ in range(2):
+                queue.wait("few", most=4)
+            with pytest.raises(EngineBusy):
+                queue.wait("few", most=4).result()
+    assert sorted(queue.order) == ["few"] * 2 + ["many"] * 4
 
 
 @pytest.mark.parametrize("path", ["/api/chat", "/api/embed", "/v1/messages/count_tokens"])

@@ -234,7 +234,7 @@ class HTTPHandler(BaseHTTPRequestHandler):
         if length is not None:
             return body.read_raw(self.rfile, length, self._claim)
         turns, priority = self.server.chunk_turns, self._turn_priority
-        with turns.take(priority, self.is_client_gone, most=math.inf) as turn:
+        with turns.take(priority, self.is_client_gone, math.inf, self._client) as turn:
             self._requests.waiting = turn.paused
             try:
                 return body.read_raw(self.rfile, None, self._claim)
@@ -264,7 +264,12 @@ class HTTPHandler(BaseHTTPRequestHandler):
     def preparing(self, most: float | None = None) -> contextlib.AbstractContextManager[Turn]:
         """Within it what costs time is done for the request, once it is its turn among those of
         other keys. Entering raises EngineBusy, if `most` others wait, and ClientDisconnected."""
-        return self.server.turns.take(self._turn_priority, self.is_client_gone, most)
+        return self.server.turns.take(self._turn_priority, self.is_client_gone, most, self._client)
+
+    @property
+    def _client(self) -> str:
+        """What stands for the client among those whose turn comes."""
+        return self.exchange.owner or self._place.address
 
     @property
     def _turn_priority(self) -> Priority:

@@ -5,86 +5,112 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 
 from _mlx_server.front.sockets import ClientDisconnected
+from _mlx_server.inference.bounded import BoundedMap
 from _mlx_server.inference.protocol import EngineBusy, Priority
 
 # Requests whose keys allow no higher priority; those for the highest are all prepared at once
 PLACES = {Priority.LOW: 1, Priority.NORMAL: 8}
-MAX_WAITING = 64  # for a turn, of each priority; the connections of others are not counted
+MAX_WAITING = 64  # for a turn, of each priority; a client that has few of them may add to them
+CLIENTS = 1024  # of which it is known when they had their last turn
 GAP = 0.002  # seconds between two requests of a kind of which thousands may come
-_POLL = 1.0  # seconds between two checks of whether a client that waits is still there
+POLL = 1.0  # seconds between two checks of whether a client that waits is still there
 
 
 class Turns:
     """Preparing a long prompt takes seconds of Python, which only one thread runs at a time, and
     each of those that want to may keep it for milliseconds. So requests with less important keys
     wait for each other here, and a more important one competes with few of them, however many there
-    are. Any thread may use it."""
+    are. Of clients that may do the same, the next turn is for the one that has had none for
+    longest, so that many requests of one hold up no others. Any thread may use it."""
 
     def __init__(self) -> None:
-        lock = threading.Lock()
-        self._changed = {priority: threading.Condition(lock) for priority in Priority}
-        self._waiting: collections.Counter[Priority] = collections.Counter()
-        self._preparing: collections.Counter[Priority] = collections.Counter()
+        self.lock = threading.Lock()
+        self._waiting: dict[Priority, list[Turn]] = {priority: [] for priority in Priority}
+        self._held: collections.Counter[Priority] = collections.Counter()
+        self._numbers = itertools.count(1)
+        self._latest: BoundedMap[int] = BoundedMap(CLIENTS)  # the number of each client's last turn
 
     @contextlib.contextmanager
     def take(
-        self, priority: Priority, is_client_gone: Callable[[], bool], most: float | None = None
+        self,
+        priority: Priority,
+        is_client_gone: Callable[[], bool],
+        most: float | None = None,
+        client: str = "",
     ) -> Iterator[Turn]:
-        """Within it a request is prepared whose key allows at most `priority`. Raises EngineBusy
-        if `most` wait, by default MAX_WAITING, and ClientDisconnected."""
-        turn = Turn(self, priority, is_client_gone)
+        """Within it a request of `client` is prepared, whose key allows at most `priority`. Raises
+        EngineBusy if `most` wait, by default MAX_WAITING, and the client has its share of them, and
+        ClientDisconnected."""
+        turn = Turn(self, priority, client, is_client_gone)
         turn.begin(MAX_WAITING if most is None else most)
         try:
             yield turn
         finally:
             turn.end()
 
-    def begin(self, priority: Priority, is_client_gone: Callable[[], bool], most: float) -> None:
-        """Waits for a place. Raises EngineBusy if `most` wait, and ClientDisconnected."""
-        with self._changed[priority]:
-            if self._waiting[priority] >= most:
+    def begin(self, turn: Turn, most: float) -> None:
+        """Waits for a place. Raises EngineBusy and ClientDisconnected."""
+        with self.lock:
+            waiting = self._waiting[turn.priority]
+            own = sum(one.client == turn.client for one in waiting)
+            clients = {turn.client, *(one.client for one in waiting)}
+            if len(waiting) >= most and own >= most / len(clients):
                 raise EngineBusy("too many requests with such keys are being prepared")
-            self._waiting[priority] += 1
+            waiting.append(turn)
+            self._let_in(turn.priority)
             try:
-                while self._preparing[priority] >= PLACES.get(priority, math.inf):
-                    self._changed[priority].wait(_POLL)
-                    if is_client_gone():
-                        self._changed[priority].notify()  # this one may have been told of a place
+                while not turn.held:
+                    turn.changed.wait(POLL)
+                    if not turn.held and turn.is_client_gone():
                         raise ClientDisconnected
             finally:
-                self._waiting[priority] -= 1
-            self._preparing[priority] += 1
+                if not turn.held:
+                    waiting.remove(turn)
 
-    def end(self, priority: Priority) -> None:
+    def end(self, turn: Turn) -> None:
         """Gives a place to who waits."""
-        with self._changed[priority]:
-            self._preparing[priority] -= 1
-            self._changed[priority].notify()
+        with self.lock:
+            turn.held = False
+            self._held[turn.priority] -= 1
+            self._let_in(turn.priority)
+
+    def _let_in(self, priority: Priority) -> None:
+        waiting, places = self._waiting[priority], PLACES.get(priority, math.inf)
+        while waiting and self._held[priority] < places:
+            turn = min(waiting, key=lambda one: self._latest.get(one.client) or 0)
+            waiting.remove(turn)
+            turn.held = True
+            turn.changed.notify()
+            self._held[priority] += 1
+            self._latest.put(turn.client, next(self._numbers))
 
 
 class Turn:
     """A request's turn, which it may give to others for a while."""
 
-    def __init__(self, turns: Turns, priority: Priority, is_client_gone: Callable[[], bool]):
-        self._turns, self._priority, self._is_client_gone = turns, priority, is_client_gone
-        self._held = False
+    def __init__(
+        self, turns: Turns, priority: Priority, client: str, is_client_gone: Callable[[], bool]
+    ):
+        self.priority, self.client, self.is_client_gone = priority, client, is_client_gone
+        self.held = False  # changed by `Turns`, under its lock
+        self.changed = threading.Condition(turns.lock)
+        self._turns = turns
 
     def begin(self, most: float = math.inf) -> None:
         """Waits for it. Raises EngineBusy if `most` do, and ClientDisconnected."""
-        self._turns.begin(self._priority, self._is_client_gone, most)
-        self._held = True
+        self._turns.begin(self, most)
 
     def end(self) -> None:
         """Ends it, if it has not been given away."""
-        if self._held:
-            self._held = False
-            self._turns.end(self._priority)
+        if self.held:
+            self._turns.end(self)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
