@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from http.client import HTTPConnection
 from pathlib import Path
@@ -27,7 +27,7 @@ import dialects
 import mlx_server
 from _mlx_server.front.http import HTTPHandler
 from _mlx_server.front.sockets import ClientDisconnected, is_readable
-from _mlx_server.front.turns import Turns
+from _mlx_server.front.turns import FILES, Turn, Turns
 from _mlx_server.inference.bounded import BoundedMap
 from _mlx_server.inference.cache.prefix_cache import CacheEntry
 from _mlx_server.inference.generation import Generation
@@ -35,6 +35,7 @@ from _mlx_server.inference.pool import ModelPool
 from _mlx_server.inference.prompt.renderer import PromptRenderer
 from _mlx_server.inference.prompt.tokenizer import TextTokenizer
 from _mlx_server.inference.protocol import EngineBusy, Priority
+from _mlx_server.wire import documents
 from engine import Engine, Request
 
 FILLER = " ".join(f"word{n}" for n in range(40))
@@ -539,6 +540,56 @@ def test_no_model_is_loaded_for_a_less_important_request_while_others_are_in_wor
         high.cancel()
         list(low)
         assert "qwen2" in engine.pool.runners
+
+
+class Noted(Turns):
+    """Turns for files, with the clients that wanted one."""
+
+    def __init__(self) -> None:
+        super().__init__(FILES)
+        self.wanted: list[str] = []
+
+    def begin(self, turn: Turn, most: float) -> None:
+        self.wanted.append(turn.client)
+        super().begin(turn, most)
+
+
+def test_files_of_a_low_key_hold_up_only_its_own(
+    engine: Engine, serve: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    """Another one with such a key is answered while a file is read, and has its own read next."""
+    server = serve(engine, api_keys={**KEYS, "other": Priority.LOW})
+    server.file_turns = noted = Noted()
+    order: list[str] = []
+    began, answered = threading.Event(), threading.Event()
+
+    def read(data: bytes) -> str:
+        order.append(names[data])
+        began.set()
+        assert answered.wait(PATIENCE)
+        until(lambda: len(set(noted.wanted)) == 2, PATIENCE)
+        return "text"
+
+    monkeypatch.setattr(documents, "read_pdf", read)
+    names = {pdf(f"{name} has its turn"): name for name in ("a0", "a1", "a2", "a3", "a4", "b")}
+
+    def ask_with(key: str, files: Iterable[bytes]) -> int:
+        content = [*map(document, files), {"type": "text", "text": "say hi"}]
+        messages = [{"role": "user", "content": content}]
+        body = {"model": "demo", "max_tokens": 1, "messages": messages}
+        return call(server, key, "/v1/messages", body)[0].status
+
+    with ThreadPoolExecutor() as pool:
+        *many, few = names
+        asked = [pool.submit(ask_with, "guest", many)]
+        assert began.wait(PATIENCE)
+        try:
+            assert pool.submit(ask_with, "other", []).result(60) == 200
+        finally:
+            answered.set()
+        asked.append(pool.submit(ask_with, "other", [few]))
+        assert [one.result() for one in asked] == [200, 200]
+    assert sorted(order) == sorted(names.values()) and order.index("b") < 3
 
 
 def test_files_that_nobody_waits_for_are_not_read(engine: Engine, serve: Callable):

@@ -20,7 +20,7 @@ from _mlx_server.front.activity import Activity
 from _mlx_server.front.budget import BodyBudget
 from _mlx_server.front.head import names_this_machine
 from _mlx_server.front.metrics import Metrics
-from _mlx_server.front.turns import Pace, Turns
+from _mlx_server.front.turns import FILES, Pace, Turns
 from _mlx_server.inference.protocol import Priority
 
 MAX_CONNECTIONS = 512  # fewer where the process may not open twice as many files
@@ -100,6 +100,7 @@ class ConnectionServer(ThreadingHTTPServer):
         self.api_keys, self.metrics, self.bodies = api_keys or {}, Metrics(), BodyBudget()
         self.turns, self.activity = Turns(), Activity()
         self.chunk_turns = Turns()  # of those whose bodies come in chunks
+        self.file_turns = Turns(FILES)  # of those whose files are read
         self.low_pace, self.keyless_pace = Pace(), Pace()
         self.owners = {key: _owner(key) for key in self.api_keys if self.shared}
         self._hosts = {host.lower() for host in (address[0], *allowed_hosts)}

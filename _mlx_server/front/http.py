@@ -11,7 +11,7 @@ import math
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler
@@ -34,7 +34,7 @@ from _mlx_server.front.sockets import (
 )
 from _mlx_server.front.stream import BodyWriter, Stream, content_type, encode_json, json_pieces
 from _mlx_server.front.turns import Turn
-from _mlx_server.inference.images.pdf import IS_CLIENT_GONE
+from _mlx_server.inference.images.pdf import FILE_TURN, IS_CLIENT_GONE
 from _mlx_server.inference.protocol import EngineBusy, EngineError, Priority
 from _mlx_server.wire.fields import Object, WireError
 
@@ -261,10 +261,25 @@ class HTTPHandler(BaseHTTPRequestHandler):
         """Whether the client has closed the connection."""
         return is_disconnected(self.connection)
 
-    def preparing(self, most: float | None = None) -> contextlib.AbstractContextManager[Turn]:
+    @contextlib.contextmanager
+    def preparing(self, most: float | None = None) -> Iterator[Turn]:
         """Within it what costs time is done for the request, once it is its turn among those of
         other keys. Entering raises EngineBusy, if `most` others wait, and ClientDisconnected."""
-        return self.server.turns.take(self._turn_priority, self.is_client_gone, most, self._client)
+        turns, priority = self.server.turns, self._turn_priority
+        with turns.take(priority, self.is_client_gone, most, self._client) as turn:
+            FILE_TURN.set(functools.partial(self._file_turn, turn))
+            yield turn
+
+    @contextlib.contextmanager
+    def _file_turn(self, preparing: Turn) -> Iterator[None]:
+        """Within it a file of the request that is being prepared is read by another process, once
+        it is its turn to have one. Others are prepared meanwhile."""
+        turns, priority = self.server.file_turns, self._turn_priority
+        with (
+            preparing.paused(),
+            turns.take(priority, self.is_client_gone, math.inf, self._client),
+        ):
+            yield
 
     @property
     def _client(self) -> str:

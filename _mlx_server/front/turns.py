@@ -9,14 +9,17 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from _mlx_server.front.sockets import ClientDisconnected
 from _mlx_server.inference.bounded import BoundedMap
 from _mlx_server.inference.protocol import EngineBusy, Priority
 
-# Requests whose keys allow no higher priority; those for the highest are all prepared at once
-PLACES = {Priority.LOW: 1, Priority.NORMAL: 8}
+# Requests that are prepared at a time, by the priority that their keys allow; those for the highest
+# are all prepared at once
+PREPARED = {Priority.LOW: 1, Priority.NORMAL: 8, Priority.HIGH: math.inf}
+# Files that are read at a time, each by a process of its own
+FILES = {Priority.LOW: 1, Priority.NORMAL: 2, Priority.HIGH: 3}
 MAX_WAITING = 64  # for a turn, of each priority; a client that has few of them may add to them
 CLIENTS = 1024  # of which it is known when they had their last turn
 GAP = 0.002  # seconds between two requests of a kind of which thousands may come
@@ -28,10 +31,12 @@ class Turns:
     each of those that want to may keep it for milliseconds. So requests with less important keys
     wait for each other here, and a more important one competes with few of them, however many there
     are. Of clients that may do the same, the next turn is for the one that has had none for
-    longest, so that many requests of one hold up no others. Any thread may use it."""
+    longest, so that many requests of one hold up no others. `places` is how many have their turn at
+    the same time. Any thread may use it."""
 
-    def __init__(self) -> None:
+    def __init__(self, places: Mapping[Priority, float] = PREPARED) -> None:
         self.lock = threading.Lock()
+        self._places = places
         self._waiting: dict[Priority, list[Turn]] = {priority: [] for priority in Priority}
         self._held: collections.Counter[Priority] = collections.Counter()
         self._numbers = itertools.count(1)
@@ -82,8 +87,8 @@ class Turns:
             self._let_in(turn.priority)
 
     def _let_in(self, priority: Priority) -> None:
-        waiting, places = self._waiting[priority], PLACES.get(priority, math.inf)
-        while waiting and self._held[priority] < places:
+        waiting = self._waiting[priority]
+        while waiting and self._held[priority] < self._places[priority]:
             turn = min(waiting, key=lambda one: self._latest.get(one.client) or 0)
             waiting.remove(turn)
             turn.held = True
@@ -114,10 +119,13 @@ class Turn:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Within it the request only waits for its client. Leaving raises ClientDisconnected."""
+        """Within it the request only waits, for its client or for a process. Leaving raises
+        ClientDisconnected."""
+        held = self.held
         self.end()
         yield
-        self.begin()
+        if held:
+            self.begin()
 
 
 class Pace:

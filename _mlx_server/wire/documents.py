@@ -13,12 +13,12 @@ import functools
 import hashlib
 import logging
 import re
-import threading
 from collections.abc import Callable
 from urllib.parse import unquote_to_bytes
 
 from _mlx_server.inference.bounded import BoundedMap
 from _mlx_server.inference.images.pdf import (
+    FILE_TURN,
     NoTextError,
     PDFError,
     can_draw_pdf,
@@ -33,9 +33,6 @@ _ELSEWHERE = "it is kept elsewhere, and this server does not fetch it"
 _TEXT_TYPE = re.compile(r"text/.*|application/(?:.*[+./-])?(?:json|xml|ya?ml|javascript|toml|sql)")
 _LONGEST = 200  # characters of what a client says in a note, such as a name or a media type
 _PDFS: BoundedMap[str | PDFError] = BoundedMap(64)  # the texts of PDFs by the files' hashes
-# So many files are read at a time. A client with a key for low priority has one read at most, since
-# its requests are prepared one after the other, and so leaves a place to others.
-_PLACES = threading.Semaphore(3)
 
 OnScan = Callable[[bytes, str], str]
 """Takes a PDF without text, and the note for it; returns what stands for it."""
@@ -156,7 +153,7 @@ def _read_once(content: bytes) -> str | PDFError:
     found = _PDFS.get(key)
     if found is not None:
         return found
-    with _PLACES:
+    with FILE_TURN.get()():
         found = _PDFS.get(key)  # another request may have read it while this one waited
         if found is None:
             try:

@@ -49,6 +49,13 @@ IS_CLIENT_GONE: contextvars.ContextVar[Callable[[], bool]] = contextvars.Context
 files, each of which takes MAX_SECONDS."""
 
 
+FILE_TURN: contextvars.ContextVar[Callable[[], contextlib.AbstractContextManager[None]]] = (
+    contextvars.ContextVar("FILE_TURN", default=contextlib.nullcontext)
+)
+"""In a thread that answers a client, what makes a context within which a file is read or drawn: it
+waits for the request's turn to do so. It bounds how many processes there are."""
+
+
 class PDFError(Exception):
     """A PDF cannot be read; the message says why, in words that fit behind "it"."""
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import functools
 import logging
-import threading
 
 from _mlx_server.inference.bounded import BoundedMap
 from _mlx_server.inference.images.images import MAX_IMAGES, image_mark, replace_marks
-from _mlx_server.inference.images.pdf import MAX_DRAWN, PDFError, draw_pdf
+from _mlx_server.inference.images.pdf import FILE_TURN, MAX_DRAWN, PDFError, draw_pdf
 from _mlx_server.inference.protocol import Request, Scan
 
 log = logging.getLogger("mlx_server")
 
 _KEPT = 64 << 20  # bytes of pages: a conversation comes with every request
-_PLACES = threading.Semaphore(3)  # for files that are drawn at a time: one at most for low keys
 
 
 def unfold_scans(request: Request, *, sees: bool) -> tuple[Request, dict[str, bytes]]:
@@ -62,7 +60,7 @@ def _pages(mark: str, scan: Scan) -> tuple[tuple[bytes, ...], int]:
     are. `mark` stands for it."""
     found = _PAGES.get(mark)
     if found is None:
-        with _PLACES:
+        with FILE_TURN.get()():
             found = _PAGES.get(mark)  # another request may have drawn them while this one waited
             if found is None:
                 found = _drawn(scan.content)
