@@ -625,9 +625,9 @@ class Engine:
         if self._group.rank:
             self._queue = waiting.copy()
         for sequence in sorted(waiting, key=lambda one: one.request.priority):
-            if self.pool.puts_off(sequence):
-                continue
             try:
+                if self.pool.puts_off(sequence, self.pool.PUT_OFF):
+                    continue
                 priority = sequence.request.priority
                 runner = self._open(sequence.model, sequence.renderer, priority)
                 if runner is None or not self.pool.fits(runner, sequence):

@@ -16,6 +16,8 @@ from engine import (
     PromptTooLong,
 )
 
+BUSY = "server busy, please try again.  "
+
 
 @pytest.mark.parametrize(
     "error, status, kind, message",
@@ -66,7 +68,8 @@ def test_anthropics_errors(error: Exception, status: int, kind: str, message: st
         ),
         (InvalidRequest("no"), 400, "no"),
         (ModelLoadError("broken"), 400, "broken"),
-        (EngineClosed("closing"), 503, "server busy, please try again.  closing"),
+        (EngineBusy("full"), 503, f"{BUSY}maximum pending requests exceeded"),
+        (EngineClosed("closing"), 503, f"{BUSY}closing"),
         (EngineError("odd"), 500, "odd"),
         (KeyError("/secret/path"), 500, "internal error"),
     ],

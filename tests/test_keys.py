@@ -36,7 +36,7 @@ from _mlx_server.inference.prompt.renderer import PromptRenderer
 from _mlx_server.inference.prompt.tokenizer import TextTokenizer
 from _mlx_server.inference.protocol import EngineBusy, Priority
 from _mlx_server.wire import documents
-from engine import Engine, Request
+from engine import Engine, Request, Sampling
 
 FILLER = " ".join(f"word{n}" for n in range(40))
 
@@ -529,6 +529,18 @@ def test_a_map_of_bounded_size_keeps_the_latest_entries():
     assert kept.get("e") is None and kept.get("d") == "d" * 6
 
 
+@pytest.fixture
+def busy(folder: Path) -> Iterator[Engine]:
+    """An engine that works for an important request."""
+    with Engine("demo", models_dirs=[folder]) as engine:
+        endless = Sampling(logit_bias={2: -100.0})
+        high = engine.chat("hi", max_tokens=99_999, sampling=endless, priority=Priority.HIGH)
+        next(high.text())
+        yield engine
+        assert high.sequence.decoding
+        high.cancel()
+
+
 def test_no_model_is_loaded_for_a_less_important_request_while_others_are_in_work(folder: Path):
     with Engine("demo", models_dirs=[folder]) as engine:
         high = engine.chat("count to 100", max_tokens=10_000, priority=Priority.HIGH)
@@ -540,6 +552,40 @@ def test_no_model_is_loaded_for_a_less_important_request_while_others_are_in_wor
         high.cancel()
         list(low)
         assert "qwen2" in engine.pool.runners
+
+
+@pytest.mark.parametrize(
+    "path, status", [("/v1/messages", 529), ("/v1/chat/completions", 503), ("/api/chat", 503)]
+)
+def test_who_waits_too_long_for_a_model_is_told_why(
+    busy: Engine,
+    serve: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    status: int,
+):
+    monkeypatch.setattr(ModelPool, "PUT_OFF", 0.0)
+    server = serve(busy, api_keys=KEYS)
+    body = {"model": "qwen2", "messages": HI, "max_tokens": 1}
+    response, text = call(server, "guest", path, {**body, "stream": False})
+    assert response.status == status and "'qwen2' is not in memory" in text
+    assert int(response.headers["retry-after"]) > 1
+    response, text = call(server, "guest", path, {**body, "stream": True})
+    assert response.status == 200 and "'qwen2' is not in memory" in text
+
+
+def test_who_waits_for_a_model_hears_that_the_server_is_alive(
+    busy: Engine, serve: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("_mlx_server.front.answers.PING_AFTER", 0.0)
+    server = serve(busy, api_keys=KEYS)
+    body = {"model": "qwen2", "messages": HI, "max_tokens": 1, "stream": True}
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+    with contextlib.closing(connection):
+        connection.request("POST", "/v1/messages", json.dumps(body), {"x-api-key": "guest"})
+        response = connection.getresponse()
+        assert next(line for line in response if b"event: ping" in line)
+        assert "qwen2" not in busy.pool.runners
 
 
 class Noted(Turns):

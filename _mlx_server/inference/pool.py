@@ -16,7 +16,13 @@ from _mlx_server.inference.catalog.models import Loaded, LocalModel
 from _mlx_server.inference.catalog.mtp_files import Identity, weights_size
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.memory import StateSize, gigabytes, usable_memory
-from _mlx_server.inference.protocol import EngineBusy, ModelLoadError, Priority, PromptTooLong
+from _mlx_server.inference.protocol import (
+    EngineBusy,
+    LoadPutOff,
+    ModelLoadError,
+    Priority,
+    PromptTooLong,
+)
 from _mlx_server.inference.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -36,14 +42,16 @@ class ModelPool:
     grow beyond what was expected, the latest request of the lowest priority is paused.
     `max_loaded` bounds the number of models. An idle model stays for `KEPT` seconds if only a
     request that is less important than its own were has a use for the room: it is refused. For
-    requests of low priority no model is loaded while others are in work. At most `MOST_LOW` of them
-    are in work themselves, as all share each step.
+    requests of low priority no model is loaded while others are in work; those that have waited for
+    that for `PUT_OFF` seconds are refused. At most `MOST_LOW` of them are in work themselves, as
+    all share each step.
 
     Only the MLX thread changes it. Any thread may read it: the dicts are replaced by every
     change."""
 
     KEPT = 300.0
     MOST_LOW = 32  # a step for hundreds would take several times as long as one for the others
+    PUT_OFF = 60.0  # about as long as proxies wait for an answer
     WRITE_DELAY = 1.0  # seconds without work after which the prefix cache is written to disk
 
     def __init__(
@@ -146,14 +154,22 @@ class ModelPool:
             self._waiting[local.name] = known
         return known[1]
 
-    def puts_off(self, sequence: Sequence) -> bool:
+    def puts_off(self, sequence: Sequence, most: float = math.inf) -> bool:
         """Whether a request has to wait until those of more than low priority are through, which
-        the loading of its model would hold up."""
+        the loading of its model would hold up. Raises LoadPutOff if it has waited for more than
+        `most` seconds."""
         if sequence.request.priority is not Priority.LOW or sequence.model.name in self.runners:
             return False
         if self._size(sequence.model) > self.memory:
             return False  # it is refused at once
-        return any(one.request.priority < Priority.LOW for one in self.sequences())
+        if all(one.request.priority is Priority.LOW for one in self.sequences()):
+            return False
+        if time.perf_counter() - sequence.lap_start > most:
+            raise LoadPutOff(
+                f"model '{sequence.model.name}' is not in memory, and none is loaded for this "
+                f"request while more important ones are in work; it has waited {most:.0f} seconds"
+            )
+        return True
 
     def open(
         self, local: LocalModel, renderer: PromptRenderer, priority: Priority

@@ -261,6 +261,14 @@ class ModelLoadError(EngineError):
 class EngineBusy(EngineError):
     """As many requests as may wait do wait already; later there will be room."""
 
+    retry_after = 1  # seconds after which it makes sense to try again
+
+
+class LoadPutOff(EngineBusy):
+    """The model of a less important request was not loaded, since others were in work too long."""
+
+    retry_after = 30
+
 
 class EngineClosed(EngineError):
     """The engine is shutting down."""

@@ -13,6 +13,7 @@ from _mlx_server.inference.protocol import (
     EngineClosed,
     EngineError,
     InvalidRequest,
+    LoadPutOff,
     ModelLoadError,
     ModelNotFound,
     PromptTooLong,
@@ -49,7 +50,9 @@ def _classified(error: Exception) -> tuple[int, str, dict[str, str]]:
             return 400, str(error), {}
         case ModelLoadError():
             return 400, str(error), {"x-should-retry": "false"}
-        case EngineBusy() | EngineClosed():
+        case EngineBusy():
+            return 503, f"Overloaded: {error}", {"retry-after": str(error.retry_after)}
+        case EngineClosed():
             return 503, f"Overloaded: {error}", {"retry-after": "1"}
         case EngineError():
             return 500, str(error), {}
@@ -106,8 +109,9 @@ def ollama_error(error: Exception) -> ErrorAnswer:
                 f"input length ({error.tokens} tokens) exceeds the model's maximum context length "
                 f"({error.maximum} tokens)"
             )
+        case EngineClosed() | LoadPutOff():
+            message = f"server busy, please try again.  {error}"
         case EngineBusy():
             message = "server busy, please try again.  maximum pending requests exceeded"
-        case EngineClosed():
-            message = f"server busy, please try again.  {error}"
-    return status, headers if isinstance(error, WireError) else {}, {"error": message}
+    kept = headers if isinstance(error, WireError | LoadPutOff) else {}
+    return status, kept, {"error": message}
