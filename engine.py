@@ -619,12 +619,12 @@ class Engine:
                     runner.isolate_failed_batch(error)
 
     def _admit(self, waiting: list[Sequence]) -> list[Sequence]:
-        """Lets requests in, the highest priority first and then as they came, until one has to wait
-        for memory; then all behind it wait, too. Returns those that are in."""
+        """Lets requests in, one after the other, until one has to wait for memory; then all behind
+        it wait, too. Returns those that are in."""
         admitted: list[Sequence] = []
         if self._group.rank:
             self._queue = waiting.copy()
-        for sequence in sorted(waiting, key=lambda one: one.request.priority):
+        for sequence in self._scheduler.admission_order(waiting, self.pool.sequences()):
             try:
                 if self.pool.puts_off(sequence, self.pool.PUT_OFF):
                     continue
@@ -640,6 +640,7 @@ class Engine:
             self._leave_queue(sequence)
             self._synchronize()
             runner.admit(sequence)
+            self._scheduler.admitted(sequence)
             admitted.append(sequence)
         return admitted
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from conftest import PATIENCE, until
+from phases import Phases
 from test_content import document, pdf
 from test_http import ask, post
 from test_limits import HI, KEYS, call
@@ -35,6 +36,7 @@ from _mlx_server.inference.pool import ModelPool
 from _mlx_server.inference.prompt.renderer import PromptRenderer
 from _mlx_server.inference.prompt.tokenizer import TextTokenizer
 from _mlx_server.inference.protocol import EngineBusy, Priority
+from _mlx_server.inference.sequence import State
 from _mlx_server.wire import documents
 from engine import Engine, Request, Sampling
 
@@ -427,6 +429,24 @@ def test_half_of_the_connections_are_for_important_keys(engine: Engine, serve: C
             assert call(server, "agent", path, body)[0].status == 200
         assert [one.result()[0].status for one in waiting] == [200, 200]
     assert call(server, "guest", path, body)[0].status == 200
+
+
+def test_those_of_one_key_are_not_let_in_before_the_first_of_another(
+    monkeypatch: pytest.MonkeyPatch, phases: Phases
+):
+    monkeypatch.setattr(ModelPool, "MOST_LOW", 1)
+    hold = phases.hold(State.PREFILL)
+    with Engine("demo") as engine:
+        engine.chat("say hi", max_tokens=1, priority=Priority.HIGH)
+        with hold:
+            asked = [
+                engine.chat(f"say {n}", max_tokens=1, priority=Priority.LOW, owner=owner)
+                for n, owner in enumerate(["many", "many", "many", "few"])
+            ]
+        for one in asked:
+            list(one)
+        first, second, third, other = (phases.when(one, State.PREFILL) for one in asked)
+        assert first < other < second < third
 
 
 def test_few_less_important_requests_are_in_work_at_a_time(monkeypatch: pytest.MonkeyPatch):

@@ -1,7 +1,9 @@
-"""Which request gets the next chunk of prefill."""
+"""Which request is let in next, and which gets the next chunk of prefill."""
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from dataclasses import dataclass
 
 from _mlx_server.inference.sequence import Sequence
@@ -17,7 +19,8 @@ class StepInput:
 
 
 class Scheduler:
-    """Chooses whose chunk of prefill is next, and when the decoding requests get their tokens.
+    """Chooses who is let in, whose chunk of prefill is next, and when the decoding requests get
+    their tokens.
 
     The highest priority goes first; lower work keeps what it has and waits. Among equals it is the
     request with the least left to read, by powers of two, so that a short prompt does not wait for
@@ -29,6 +32,24 @@ class Scheduler:
 
     def __init__(self) -> None:
         self._owed = 0.0  # seconds of decoding that are due before the next chunk
+        self._numbers = itertools.count(1)
+        self._let_in: Counter[str] = Counter()  # by owner, the number of the latest of its requests
+
+    def admission_order(self, waiting: list[Sequence], running: list[Sequence]) -> list[Sequence]:
+        """In which order requests are let in: the highest priority first, of these one whose owner
+        has the fewest in work or in front of it, then the owner who has had none let in for
+        longest, and then as they came."""
+        owned = Counter(one.request.owner for one in running)
+        places: dict[Sequence, tuple[int, int, int]] = {}
+        for one in waiting:
+            owner = one.request.owner
+            places[one] = one.request.priority, owned[owner], self._let_in[owner]
+            owned[owner] += 1
+        return sorted(waiting, key=places.__getitem__)
+
+    def admitted(self, sequence: Sequence) -> None:
+        """Takes note of a request that was let in."""
+        self._let_in[sequence.request.owner] = next(self._numbers)
 
     def choose(self, candidates: list[Sequence], decoding: list[Sequence]) -> Sequence | None:
         """The request whose chunk is next; None if the decoding ones are to go on."""
