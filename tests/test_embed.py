@@ -17,7 +17,16 @@ from conftest import Server
 from models import build_model
 from test_http import ask
 
-from engine import Embedding, Engine, InvalidRequest, ModelLoadError, PromptTooLong, Request
+from _mlx_server.inference.decoding.prefill import PromptReader
+from engine import (
+    Embedding,
+    Engine,
+    InvalidRequest,
+    ModelLoadError,
+    Priority,
+    PromptTooLong,
+    Request,
+)
 
 POOLINGS = {
     "mean-embed": {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True},
@@ -191,6 +200,24 @@ def test_a_cancelled_embedding_leaves_the_engine_idle(engine: Engine):
     assert engine.stats().running == 0 and "embed" not in [
         loaded.model.name for loaded in engine.loaded()
     ]
+
+
+@pytest.mark.parametrize("fields", [{"embed": True}, {}], ids=["embedding", "prompt"])
+def test_steps_for_a_low_key_are_shorter_at_depth(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, fields: dict
+):
+    monkeypatch.setattr(PromptReader, "DEEP", 128)
+
+    def steps(first: int, priority: Priority) -> int:
+        before = engine.stats().totals.prefill_passes
+        prompt = [first, *([5] * 959)]
+        request = Request("chat", prompt=prompt, max_tokens=1, priority=priority, **fields)
+        assert list(engine.submit(request))
+        assert list(engine.submit(Request("chat")))  # loads only, once the step has ended
+        return engine.stats().totals.prefill_passes - before
+
+    # Up to 512 tokens, and at most 512 times 128 by depth, or 64: up to 640, 704, 768, ... 960
+    assert [steps(6, Priority.NORMAL), steps(7, Priority.LOW)] == [2, 7]
 
 
 # ------------------------------------------------------------------ the wire

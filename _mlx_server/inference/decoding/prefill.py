@@ -17,7 +17,7 @@ from _mlx_server.inference.decoding.row_group import read_rows
 from _mlx_server.inference.decoding.weights import Weights
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.images.vision import Vision
-from _mlx_server.inference.protocol import Embedding
+from _mlx_server.inference.protocol import Embedding, Priority
 from _mlx_server.inference.sequence import Sequence
 
 log = logging.getLogger("mlx_server")
@@ -39,8 +39,9 @@ class PromptReader:
     # With experts a chunk reads the weights of all of them, and larger ones gain up to a fifth:
     # https://github.com/ml-explore/mlx-lm/pull/406
     LARGE = 2048
-    LEAST = 64  # tokens that a chunk has after failures
-    # Tokens up to which a large chunk's attention takes no more memory than a small one's at 64k
+    LEAST = 64  # tokens that a chunk has at least
+    # Tokens up to which a large chunk's attention takes no more memory than a small one's at 64k.
+    # Behind more, chunks of low priority are smaller, so that none takes longer than one here
     DEEP = 16384
     SPARSE = 4096  # tokens between two restore points inside a long prompt
     ROWS = 16  # requests that are read together
@@ -154,7 +155,18 @@ class PromptReader:
             shallow = all(self._start(one) < self.DEEP for one in rows)
             if shallow and (short or len(rows) == total):  # nobody else waits meanwhile
                 return rows
-        return self._rows(waiting, running, self._chunk, room)
+        chunk = self._chunk_of(waiting[0], self._start(waiting[0]))
+        return self._rows(waiting, running, chunk, room)
+
+    def _chunk_of(self, sequence: Sequence, start: int) -> int:
+        """Tokens of a request's chunk behind `start`. At depth a chunk takes as long as its
+        attention, which grows with both, and more important requests that come wait for its end.
+        The others keep theirs: where a pass reads many weights, smaller ones take longer
+        together."""
+        if sequence.request.priority is not Priority.LOW:
+            return self._chunk
+        fewer = self._chunk * self.DEEP // max(start, self.DEEP)
+        return max(self.LEAST, fewer // self.LEAST * self.LEAST)
 
     def _rows(
         self, waiting: list[Sequence], running: tuple[Sequence, ...], most: int, room: int
@@ -343,7 +355,8 @@ class PromptReader:
             cache = self._weights.new_cache()
             pooler = Pooler(self._weights.pooling or "mean", sequence.prompt_tokens, cache)
             sequence.pooler = pooler
-        stop = pooler.length + self._chunk if sequence.left > self._chunk else None
+        chunk = self._chunk_of(sequence, pooler.length)
+        stop = pooler.length + chunk if sequence.left > chunk else None
         tokens = sequence.prompt.tokens[pooler.length : stop]
         pooler.add(self._weights.body(mx.array(tokens)[None], cache=pooler.cache)[0])
         mx.clear_cache()
