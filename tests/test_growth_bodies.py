@@ -46,6 +46,12 @@ def chat_calls(n: int) -> list[dict]:
     return turns
 
 
+def one_chat_turn(n: int) -> list[dict]:
+    function = {"name": "t0", "arguments": "{}"}
+    calls = [{"type": "function", "function": function}] * n
+    return [HI, {"role": "assistant", "tool_calls": calls}, *[{"role": "tool", "content": "x"}] * n]
+
+
 def one_turn_of_calls(n: int) -> list[dict]:
     calls = [{"type": "tool_use", "id": f"c{k}", "name": "t0", "input": {}} for k in range(n)]
     results = [{"type": "tool_result", "tool_use_id": f"c{k}", "content": "x"} for k in range(n)]
@@ -103,6 +109,7 @@ BODIES: dict[str, tuple[str, Callable[[int], dict]]] = {
         lambda n: {"messages": [HI], "context_management": {"edits": [{"type": "a"}] * n}},
     ),
     "chat": (COMPLETIONS, lambda n: {"messages": chat_calls(n)}),
+    "chat calls": (COMPLETIONS, lambda n: {"messages": one_chat_turn(n)}),
     "chat parts": (COMPLETIONS, lambda n: {"messages": [{**HI, "content": texts(n)}]}),
     "chat tools": (
         COMPLETIONS,
@@ -178,7 +185,7 @@ def check_growth(work: Callable[[dict], object], make: Callable[[int], dict]) ->
     pytest.fail(f"{size}: {few * 1e3:.1f} ms, four times as many: {many * 1e3:.1f} ms")
 
 
-FAST = ("messages", "allowed tools")
+FAST = ("messages", "allowed tools", "chat calls")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from schemas import SCHEMAS
 from test_http import ask
 
 import dialects
-from _mlx_server.inference.constrained.schema import TooComplex, has_finite_value, parameter_types
+from _mlx_server.inference.constrained.schema import TooComplex, ToolTypes, has_finite_value
 from _mlx_server.inference.constrained.schema_limits import check_enforceable
 from _mlx_server.inference.images.images import read_pixels
 from _mlx_server.inference.output.parser import OutputParser
@@ -109,7 +109,7 @@ def test_definitions_that_double_at_every_level_are_given_up(caplog):
     with pytest.raises(TooComplex):
         has_finite_value(doubling("allOf"))
     bad = {"type": "function", "function": {"name": "Bad", "parameters": doubling("allOf")}}
-    types = parameter_types([tool("Good", a={"type": "integer"}), bad])
+    types = ToolTypes([tool("Good", a={"type": "integer"}), bad])
     assert types["Good"]["a"] == {"integer"} and types["Bad"]["a"] == set()
     assert "Bad" in caplog.text
 

@@ -416,6 +416,22 @@ def test_requests_that_cost_little_keep_their_distance(engine: Engine, serve: Ca
         assert not is_readable(connection, 0)
 
 
+def test_so_do_those_whose_head_cannot_be_read(serve: Callable):
+    server = serve(api_keys=KEYS)
+    server.keyless_pace.gap = 3600.0
+    address = "127.0.0.1", server.port
+    with (
+        socket.create_connection(address, PATIENCE) as first,
+        socket.create_connection(address, PATIENCE) as second,
+    ):
+        first.sendall(b"GET / HTTP/9.9\r\n\r\n")
+        assert first.recv(4096).startswith(b"HTTP/1.1 505")
+        second.sendall(b"GET / HTTP/9.9\r\n\r\n")
+        for _ in range(9):
+            assert call(server, "boss", "/api/version", None, "GET")[0].status == 200
+        assert not is_readable(second, 0)
+
+
 @pytest.mark.parametrize("path", ["/api/chat", "/api/embed"])
 def test_half_of_the_connections_are_for_important_keys(engine: Engine, serve: Callable, path: str):
     server = serve(engine, api_keys=KEYS)

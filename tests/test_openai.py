@@ -11,7 +11,7 @@ from openai_cases import BASH, CALL, EVENTS, READ, answer, chat, flat
 from wire_cases import ELSEWHERE, HI
 
 from _mlx_server.wire.openai import OpenAIChat, OpenAICompletion
-from _mlx_server.wire.tools import call_arguments
+from _mlx_server.wire.tools import PastArguments
 from engine import Done, EngineError, Text, Usage
 
 
@@ -93,7 +93,7 @@ def test_reasoning_comes_back(key: str):
     ],
 )
 def test_past_arguments_are_an_object_of_text_whatever_was_written(written: str, read: dict):
-    assert call_arguments(written) == read
+    assert PastArguments().read(written, "") == read
 
 
 @pytest.mark.parametrize(

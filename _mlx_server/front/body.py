@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 import zlib
 from collections.abc import Iterator
@@ -12,14 +11,19 @@ from email.message import Message
 from _mlx_server.front.budget import FREE, BodyClaim
 from _mlx_server.front.sockets import MAX_HEAD, ClientDisconnected
 from _mlx_server.wire.fields import Object, WireError, encodable
+from _mlx_server.wire.json_text import (
+    MAX_VALUES,
+    count_marks,
+    count_values,
+    decoder,
+    without_strings,
+)
 
 MAX_BODY = 32 * 2**20  # bytes, the Messages API's own limit
 PIECE = 65536  # most bytes that are read or unpacked at once
 # Bytes that a value takes beside its text, parsed and as what requests are made of, by the mark
 # that begins or precedes it
 VALUE_SIZES = {b"{": 1024, b"[": 192, b",": 64}
-# Matches at every quotation mark, so that a search is linear
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _TRAILER = re.compile(rb"[!#$%&'*+.^_`|~\w-]+:[^\r\n]*\r\n")
 
 
@@ -121,13 +125,13 @@ def parse_json(raw: bytes, strict: bool, claim: BodyClaim) -> Object:
     EngineBusy."""
     if not raw.strip():
         raise WireError(400, "missing request body")
-    claim.add(_value_bytes(raw))
+    marks = _claim_values(raw, claim)
     try:
         text = raw.decode("utf-8-sig")
         if strict:
-            body = json.loads(text)
+            body = decoder(marks).decode(text)
         else:
-            body, _ = json.JSONDecoder().raw_decode(text.lstrip())
+            body, _ = decoder(marks).raw_decode(text.lstrip())
         body = encodable(body, text)
     except (ValueError, RecursionError) as error:
         known = {
@@ -141,15 +145,24 @@ def parse_json(raw: bytes, strict: bool, claim: BodyClaim) -> Object:
     return body
 
 
-def _value_bytes(raw: bytes) -> int:
-    """About how many bytes the values in some JSON will take."""
+def _claim_values(raw: bytes, claim: BodyClaim) -> int:
+    """Claims what the values in some JSON will take, about, and returns how many there are at most.
+    Raises WireError and EngineBusy."""
+    most = _value_bytes(raw)
+    if most <= FREE:  # nearly always, even if marks within strings count
+        claim.add(most)
+        return count_marks(raw)
+    marks = values = 0
+    for text in without_strings(raw):
+        claim.add(_value_bytes(text))
+        marks, values = marks + count_marks(text), values + count_values(text)
+        if values > MAX_VALUES:
+            raise WireError(413, f"the body has more than {MAX_VALUES} values")
+    return marks
 
-    def count(text: bytes) -> int:
-        return sum(text.count(mark) * size for mark, size in VALUE_SIZES.items())
 
-    # Nearly always that is little, even if marks within strings count
-    most = count(raw)
-    return most if most <= FREE else count(_STRING.sub(b"", raw))
+def _value_bytes(text: bytes) -> int:
+    return sum(text.count(mark) * size for mark, size in VALUE_SIZES.items())
 
 
 def _too_large() -> WireError:

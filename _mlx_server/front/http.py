@@ -142,6 +142,8 @@ class HTTPHandler(BaseHTTPRequestHandler):
             self.close_connection = True
         except (WireError, EngineError) as error:
             self.send_failure(error)
+        except RecursionError:  # the parser has taken it, but what is done with it goes deeper
+            self.send_failure(WireError(400, "the body is nested too deeply"))
         except Exception as error:
             log.error("%s %s failed", self.command, shortened(self.exchange.route), exc_info=True)
             self.send_failure(error)
@@ -416,6 +418,7 @@ class HTTPHandler(BaseHTTPRequestHandler):
         self.exchange, self.headers = Exchange(body_read=False), http.client.HTTPMessage()
         self.command, self.request_version = self.command or "GET", self.protocol_version
         self.close_connection = True
+        self._keep_pace(None)
         self.send_failure(WireError(int(code), message or "bad request"))
 
     def _discard_input(self) -> None:

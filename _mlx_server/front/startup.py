@@ -117,6 +117,8 @@ def _names(folder: Path) -> list[str]:
 
 def prepare_process() -> None:
     """Sets what is set for a whole process, before it has threads."""
+    # The least that Python allows: the time that a number takes grows with the square of its length
+    sys.set_int_max_str_digits(640)
     raise_file_limit()
     bound_arenas()
     sys.setswitchinterval(SWITCH_INTERVAL)

@@ -12,13 +12,13 @@ from _mlx_server.wire.conversation import Turn
 from _mlx_server.wire.documents import document_text, elsewhere, image_note, omitted, unknown
 from _mlx_server.wire.fields import Object, WireError, content_blocks, field
 from _mlx_server.wire.images import Images
-from _mlx_server.wire.tools import call_arguments
+from _mlx_server.wire.tools import PastArguments
 
 log = logging.getLogger("mlx_server")
 
 # Claude Code puts these lines before its system prompt. They differ from request to request, so the
 # prompt would never be found in the cache.
-_BILLING = re.compile(r"\A(?:\s*x-anthropic-billing-header:[^\n]*(?:\n|\Z))+")
+_BILLING = re.compile(r"\s*+x-anthropic-billing-header:[^\n]*+(?:\n|\Z)")
 _ROLES = {
     "user": "user",
     "assistant": "assistant",
@@ -32,18 +32,27 @@ _SILENT = ("redacted_thinking", "tool_addition", "tool_removal", "mcp_tool_listi
 
 @dataclass(frozen=True)
 class _Conversation:
-    """What blocks refer to, and where their images go. `definitions` are deferred tools by name,
-    each as the JSON text that the model sees when a search found it."""
+    """What blocks refer to, and where their images go. `definitions` are the deferred tools that no
+    block has referred to yet, by name, each as the JSON text that the model sees when a search
+    found it first: a reference is short, and thousands of them must not become megabytes each."""
 
     definitions: dict[str, str]
     images: Images
+    arguments: PastArguments
 
 
 def system_text(content: Any, path: str) -> str:
     """The text of a system prompt or message, without the client's billing lines."""
     texts = _block_texts(content_blocks(content, path), path)
-    texts = [_BILLING.sub("", text) for text in texts]
+    texts = list(map(_without_billing, texts))
     return "\n\n".join(text.rstrip("\n") for text in texts if text.strip())
+
+
+def _without_billing(text: str) -> str:
+    start = 0
+    while found := _BILLING.match(text, start):
+        start = found.end()
+    return text[start:]
 
 
 def anthropic_turns(messages: list[Object], deferred: list[Object], images: Images) -> list[Turn]:
@@ -52,7 +61,7 @@ def anthropic_turns(messages: list[Object], deferred: list[Object], images: Imag
     definitions = {
         tool["function"]["name"]: json.dumps(tool, ensure_ascii=False) for tool in deferred
     }
-    conversation = _Conversation(definitions, images)
+    conversation = _Conversation(definitions, images, PastArguments())
     turns: list[Turn] = []
     for number, message in enumerate(messages):
         path = f"messages.{number}"
@@ -91,7 +100,8 @@ def _message_turns(
         if block_type == "tool_use" and role == "assistant":
             id = field(block, "id", str, block_path, required=True)
             name = field(block, "name", str, block_path, required=True)
-            message.calls.append((id, name, call_arguments(block.get("input"))))
+            arguments = conversation.arguments.read(block.get("input"), block_path)
+            message.calls.append((id, name, arguments))
         elif block_type == "tool_result" and role == "user":
             id = field(block, "tool_use_id", str, block_path, required=True)
             results.append(Turn("tool", _result_text(block, block_path, conversation), call_id=id))
@@ -143,7 +153,7 @@ def _block_text(block: Object, path: str, conversation: _Conversation | None) ->
             return _search_result_text(block, path, conversation)
         case "tool_reference":
             name = field(block, "tool_name", str, path, required=True)
-            return conversation.definitions.get(name, name) if conversation else name
+            return conversation.definitions.pop(name, name) if conversation else name
         case "compaction":
             return _compaction_text(block, path)
         case "container_upload":

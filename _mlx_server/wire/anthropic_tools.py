@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 
 from _mlx_server.wire.fields import Object, WireError, field
-from _mlx_server.wire.tools import forced_choice, tool_form
+from _mlx_server.wire.tools import check_number, forced_choice, tool_form
 
 log = logging.getLogger("mlx_server")
 
@@ -77,6 +77,7 @@ def anthropic_tools(tools: list[Object]) -> tuple[list[Object], list[Object]]:
 
     Tools that Anthropic's servers run are left out with a warning, but refused if there are no
     others."""
+    check_number(tools)
     declared: list[Object] = []
     deferred: list[Object] = []
     server_types: list[str] = []

@@ -8,7 +8,6 @@ same text, or the prompt would not be found in the cache."""
 from __future__ import annotations
 
 import base64
-import binascii
 import functools
 import hashlib
 import logging
@@ -31,6 +30,8 @@ log = logging.getLogger("mlx_server")
 
 _ELSEWHERE = "it is kept elsewhere, and this server does not fetch it"
 _TEXT_TYPE = re.compile(r"text/.*|application/(?:.*[+./-])?(?:json|xml|ya?ml|javascript|toml|sql)")
+_BLANKS = b" \t\n\r\v\f\x1c\x1d\x1e\x1f"
+_PIECE = 65536  # characters that are decoded at once
 _LONGEST = 200  # characters of what a client says in a note, such as a name or a media type
 _PDFS: BoundedMap[str | PDFError] = BoundedMap(64)  # the texts of PDFs by the files' hashes
 
@@ -47,7 +48,8 @@ def omitted(path: str, kind: str, reason: str, name: str | None = None) -> str:
 
 
 def _note(kind: str, reason: str, name: str | None) -> str:
-    kind, reason, name = (" ".join(text.split())[:_LONGEST] for text in (kind, reason, name or ""))
+    texts = (text[: 10 * _LONGEST] for text in (kind, reason, name or ""))
+    kind, reason, name = (" ".join(text.split())[:_LONGEST] for text in texts)
     return f"[{kind} omitted: {name + ': ' if name else ''}{reason}]"
 
 
@@ -84,9 +86,9 @@ def file_text(file: Object, path: str, on_scan: OnScan) -> str:
     media_type = ""
     if data.startswith("data:"):
         head, _, data = data.partition(",")
-        media_type, *parameters = head.removeprefix("data:").split(";")
-        if "base64" not in parameters:
-            data = base64.b64encode(unquote_to_bytes(data)).decode()
+        media_type = head.removeprefix("data:").partition(";")[0]
+        if not re.search(r";base64(?:;|\Z)", head):
+            data = base64.b64encode(_unquoted(data)).decode()
     text = document_text(data, media_type, f"{path}.file_data", name, on_scan)
     return "\n".join(filter(None, [name, text]))
 
@@ -98,7 +100,7 @@ def document_text(
     at `path`. A PDF without text goes to `on_scan`, if that is given. Raises WireError 400 if it
     is not base64."""
     content = _decoded(data, path)
-    media_type = media_type.partition(";")[0].strip().lower()
+    media_type = media_type.partition(";")[0].strip()[:_LONGEST].lower()
     if _TEXT_TYPE.fullmatch(media_type):
         return _any_text(content)
     if media_type == "application/pdf" or content.startswith(b"%PDF-"):
@@ -113,9 +115,28 @@ def document_text(
 
 def _decoded(data: str, path: str) -> bytes:
     try:
-        return base64.b64decode("".join(data.split()), validate=True)
-    except (binascii.Error, ValueError):
+        return decode_base64(data)
+    except ValueError:
         raise WireError(400, f"{path}: Input should be valid base64") from None
+
+
+def decode_base64(data: str) -> bytes:
+    """The bytes that base64 stands for, in which there may be blanks. Raises ValueError."""
+    # Split at the blanks it would take twenty times its size
+    return base64.b64decode(data.encode("ascii").translate(None, _BLANKS), validate=True)
+
+
+def _unquoted(text: str) -> bytes:
+    """The bytes of a text with percent-encoded ones. Piece by piece: each encoded byte is an object
+    on the way."""
+    pieces, start = [], 0
+    while start < len(text):
+        end = start + _PIECE
+        cut = text.find("%", end - 2, end)  # an encoded byte is not cut
+        end = cut if cut >= 0 and end < len(text) else end
+        pieces.append(unquote_to_bytes(text[start:end]))
+        start = end
+    return b"".join(pieces)
 
 
 def _plain_text(content: bytes) -> str | None:

@@ -5,7 +5,6 @@ itself. An error message begins with the path of the value that is wrong."""
 
 from __future__ import annotations
 
-import json
 import math
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeVar, overload
@@ -172,9 +171,15 @@ def nested(value: Object, key: str, path: str) -> tuple[Object, str]:
 def encodable(value: Any, text: str) -> Any:
     """`value`, which the JSON `text` was parsed to, in a form that UTF-8 can encode: half a
     surrogate pair becomes "?", since no tokenizer can read it."""
-    if "\\ud" not in text.lower():
-        return value
-    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+    return _encodable(value) if "\\ud" in text or "\\uD" in text else value
+
+
+def _encodable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(item) for key, item in value.items()}
+    return list(map(_encodable, value)) if isinstance(value, list) else value
 
 
 def timestamp(seconds: float) -> str:

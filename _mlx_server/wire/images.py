@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-
 from _mlx_server.inference.images.images import image_mark, is_image
 from _mlx_server.inference.protocol import Scan
-from _mlx_server.wire.documents import elsewhere, omitted
+from _mlx_server.wire.documents import decode_base64, elsewhere, omitted
 
 
 class Images:
@@ -22,8 +19,8 @@ class Images:
         """What stands for an image, whose file is base64, at `path`: a mark, or a note for what is
         no image."""
         try:
-            content = base64.b64decode("".join(data.split()), validate=True)
-        except (binascii.Error, ValueError):
+            content = decode_base64(data)
+        except ValueError:
             content = b""
         if not is_image(content):
             return omitted(path, "image", "it is no PNG, JPEG, GIF or WebP file")

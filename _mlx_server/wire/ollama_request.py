@@ -45,6 +45,7 @@ _SECONDS_ONLY = re.compile(_NUMBER, re.ASCII)
 _LONGEST_DURATION = 64  # characters
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
 _LONGEST = 9e9  # seconds: Go counts nanoseconds in 63 bits
+_BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
 _ALL_TOKENS = 1 << 20  # more than any context has
 
 
@@ -173,10 +174,17 @@ def image_texts(body: Object, path: str = "", *, images: Images) -> list[str]:
     texts = []
     for number, image in enumerate(items(body, "images", str, path)):
         data = image.partition(",")[2] if image.startswith("data:") else image
-        data = re.sub(r"[\r\n]", "", data)
-        wrong = re.search(r"[^A-Za-z0-9+/=]|=(?!=?\Z)", data)
-        if wrong or len(data) % 4:
-            place = wrong.start() if wrong else len(data)
+        data = data.replace("\r", "").replace("\n", "")
+        if (place := _wrong_base64(data)) is not None:
             raise WireError(400, f"illegal base64 data at input byte {place}")
         texts.append(images.text(data, f"{join_path(path, 'images')}.{number}"))
     return texts
+
+
+def _wrong_base64(data: str) -> int | None:
+    """Where a text is not base64."""
+    strange = data.encode("utf-8", "replace").translate(None, _BASE64)
+    end = data.find("=")
+    wrong = [data.find(strange.decode()[0])] if strange else []
+    wrong += [end] if end >= 0 and data[end:] not in ("=", "==") else []
+    return min(wrong, default=len(data) if len(data) % 4 else None)

@@ -21,7 +21,7 @@ from _mlx_server.inference.protocol import (
 )
 from _mlx_server.wire.conversation import Turn, require_content
 from _mlx_server.wire.errors import openai_error
-from _mlx_server.wire.fields import Object, WireError, field, items
+from _mlx_server.wire.fields import Object, WireError, field, items, nested
 from _mlx_server.wire.images import Images
 from _mlx_server.wire.openai_request import fill_conversation, openai_request
 from _mlx_server.wire.reply import Accepted, Frames, Reply, token_objects
@@ -29,6 +29,7 @@ from _mlx_server.wire.responses_request import responses_tools, responses_turns
 
 # Fields that need a server which remembers earlier requests
 _STATEFUL = ("previous_response_id", "conversation", "prompt", "background")
+MAX_NAME = 512  # characters of what is told of a tool choice
 _ID_PREFIXES = {
     "reasoning": "rs",
     "message": "msg",
@@ -251,7 +252,8 @@ def _empty(form: _TextItem) -> Object:
 
 
 def _new_response(request: Request, body: Object) -> Object:
-    """The response object before anything is generated."""
+    """The response object before anything is generated. Several events hold it: what of the body is
+    in it is also in the prompt, which bounds it."""
     return {
         "object": "response",
         "model": request.model,
@@ -262,11 +264,22 @@ def _new_response(request: Request, body: Object) -> Object:
         "instructions": body.get("instructions"),
         "usage": None,
         "tools": [
-            {"type": "function", "strict": None, **tool["function"]} for tool in request.tools
+            {"type": "function", "strict": None, **tool["function"]}
+            for tool in (request.tools if request.tool_choice != "none" else [])
         ],
-        "tool_choice": body.get("tool_choice") or "auto",
+        "tool_choice": _told_choice(body.get("tool_choice") or "auto"),
         "parallel_tool_calls": request.parallel_tool_calls,
     }
+
+
+def _told_choice(choice: Any) -> Any:
+    """A tool choice without what means nothing here, and without the tools that `tools` tells."""
+    if not isinstance(choice, dict):
+        return choice
+    inner, _ = nested(choice, str(choice.get("type")), "")
+    told = {key: {**inner, **choice}.get(key) for key in ("type", "name", "mode")}
+    told = {key: text[:MAX_NAME] for key, text in told.items() if isinstance(text, str)}
+    return {**told, "tools": []} if told.get("type") == "allowed_tools" else told
 
 
 def _free_text(arguments: Object) -> str:

@@ -13,7 +13,7 @@ from _mlx_server.wire.documents import elsewhere, unknown
 from _mlx_server.wire.fields import Object, field, items
 from _mlx_server.wire.images import Images
 from _mlx_server.wire.openai_request import openai_text
-from _mlx_server.wire.tools import call_arguments
+from _mlx_server.wire.tools import PastArguments
 
 log = logging.getLogger("mlx_server")
 
@@ -96,15 +96,15 @@ def responses_turns(body: Object, images: Images) -> list[Turn]:
     assistant. Its images go to `images`. Raises WireError 400."""
     if isinstance(body.get("input"), str):
         return [Turn("user", body["input"])]
-    turns = []
+    turns, arguments = [], PastArguments()
     for number, item in enumerate(items(body, "input", dict, required=True)):
-        turn = _item_turn(item, f"input.{number}", images)
+        turn = _item_turn(item, f"input.{number}", images, arguments)
         if turn:
             turns.append(turn)
     return turns
 
 
-def _item_turn(item: Object, path: str, images: Images) -> Turn | None:
+def _item_turn(item: Object, path: str, images: Images, arguments: PastArguments) -> Turn | None:
     """An item as a turn, None if it has no meaning here."""
     is_reference = "role" not in item and "content" not in item  # if it says no type
     default_type = "item_reference" if is_reference else "message"
@@ -114,7 +114,7 @@ def _item_turn(item: Object, path: str, images: Images) -> Turn | None:
             role = field(item, "role", str, path, required=True)
             return Turn(CHAT_ROLES.get(role, "user"), openai_text(item, path, images=images))
         case "function_call" | "custom_tool_call":
-            return _call_turn(item, item_type, path)
+            return _call_turn(item, item_type, path, arguments)
         case "local_shell_call":
             action = field(item, "action", dict, path, required=True)
             id = _call_id(item, path)
@@ -136,13 +136,13 @@ def _item_turn(item: Object, path: str, images: Images) -> Turn | None:
     return Turn(role, unknown(path, item_type))
 
 
-def _call_turn(item: Object, item_type: str, path: str) -> Turn:
+def _call_turn(item: Object, item_type: str, path: str, past: PastArguments) -> Turn:
     id = field(item, "call_id", str, path, required=True)
     name = field(item, "name", str, path, required=True)
     if item_type == "custom_tool_call":
         arguments = {"input": field(item, "input", str, path, default="")}
     else:
-        arguments = call_arguments(item.get("arguments"))
+        arguments = past.read(item.get("arguments"), path)
     namespace = field(item, "namespace", str, path)
     return Turn("assistant", calls=[(id, name_in(namespace, name), arguments)])
 

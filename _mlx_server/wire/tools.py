@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from typing import Any
 
 from _mlx_server.wire.fields import Object, WireError, encodable, field, nested
+from _mlx_server.wire.json_text import MAX_VALUES, TooManyValues, ValueCounter
 
 log = logging.getLogger("mlx_server")
+
+MAX_TOOLS = 4096  # of a request, also those that the model is not shown
+
+
+def check_number(tools: list[Object]) -> None:
+    """Raises WireError 400 for too many tools."""
+    if len(tools) > MAX_TOOLS:
+        raise WireError(400, f"tools: List should have at most {MAX_TOOLS} items")
 
 
 def tool_form(name: str, description: str, schema: Object) -> Object:
@@ -29,6 +37,7 @@ def function_tools(tools: list[Object]) -> list[Object]:
     into `function`, OpenAI's responses put them beside `type`. Raises WireError 400.
 
     Tools of other types are left out with a warning, but refused if there are no functions."""
+    check_number(tools)
     functions, other_types = [], []
     for number, tool in enumerate(tools):
         path = f"tools.{number}"
@@ -69,12 +78,26 @@ def forced_choice(choice_type: str, name: str | None, tools: list[Object], path:
     return "any" if name is None else name
 
 
-def call_arguments(value: Any) -> Object:
-    """The arguments of a past call as an object. A string is parsed as JSON; what is no object
-    becomes the argument `input`."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError, RecursionError):
-            value = encodable(json.loads(value or "{}"), value)
-    if value is None:
-        return {}
-    return value if isinstance(value, dict) else {"input": value}
+class PastArguments:
+    """Reads the arguments of a body's past calls."""
+
+    def __init__(self) -> None:
+        self._values = ValueCounter()
+
+    def read(self, value: Any, path: str) -> Object:
+        """The arguments of the call at `path` as an object. A string is parsed as JSON; what is no
+        object becomes the argument `input`. Raises WireError if all of them have too many
+        values."""
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError, RecursionError):
+                value = encodable(self._load(value or "{}", path), value)
+        if value is None:
+            return {}
+        return value if isinstance(value, dict) else {"input": value}
+
+    def _load(self, text: str, path: str) -> Any:
+        try:
+            return self._values.load(text)
+        except TooManyValues:
+            most = f"the arguments of all calls have more than {MAX_VALUES} values"
+            raise WireError(413, f"{path}: {most}") from None

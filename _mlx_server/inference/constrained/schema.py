@@ -14,7 +14,7 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 log = logging.getLogger("mlx_server")
@@ -218,18 +218,43 @@ def coerce(value: Any, types: set[str]) -> Any:
 ParameterTypes = collections.defaultdict[str, set[str]]
 
 
-def parameter_types(tools: Iterable[dict[str, Any]]) -> dict[str, ParameterTypes]:
-    """Tool name -> parameter name -> the JSON types it allows, empty when the tool's schema does
-    not say, or says it in too complex a way. `tools` are in OpenAI form."""
-    declared, work = {}, Work()
-    for tool in tools:
-        name = tool["function"]["name"]
+class ToolTypes(Mapping[str, ParameterTypes]):
+    """The JSON types that the parameters of tools allow, by the names of both; empty when a tool's
+    schema does not say, or says it in too complex a way. `tools` are in OpenAI form. A schema is
+    read when somebody asks for its tool: that may be the MLX thread, which nobody must hold up."""
+
+    MOST_WORK = MAX_WORK // 5
+
+    def __init__(self, tools: Iterable[dict[str, Any]]):
+        self._schemas = {
+            one["function"]["name"]: one["function"].get("parameters") for one in tools
+        }
+        self._known: dict[str, ParameterTypes] = {}
+        self._work = Work(self.MOST_WORK)
+        self._given_up = False
+
+    def __getitem__(self, name: str) -> ParameterTypes:
+        if name not in self._known:
+            self._known[name] = self._types(name)
+        return self._known[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._schemas
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._schemas)
+
+    def __len__(self) -> int:
+        return len(self._schemas)
+
+    def _types(self, name: str) -> ParameterTypes:
         try:
-            declared[name] = _types_of_parameters(tool["function"].get("parameters"), work)
+            return _types_of_parameters(self._schemas[name], self._work)
         except TooComplex as error:
-            log.warning("the types of a tool's parameters are not known: %s: %s", name[:100], error)
-            declared[name] = collections.defaultdict(set)
-    return declared
+            if not self._given_up:  # once, not for each of thousands of tools
+                log.warning("the types of parameters are not known: %s: %s", name[:100], error)
+            self._given_up = True
+            return collections.defaultdict(set)
 
 
 def _types_of_parameters(schema: Any, work: Work) -> ParameterTypes:

@@ -18,6 +18,7 @@ from _mlx_server.inference.constrained.schema import resolve
 from _mlx_server.inference.protocol import InvalidRequest
 
 MAX_LENGTH = 256_000  # characters of JSON
+MAX_SCHEMAS = 1_000  # in one grammar, which has rules for each
 MAX_NESTING = 128  # of schemas within each other; llguidance's own limit is lower
 MAX_PATTERNS = 4  # that one value must match together
 MAX_PATTERN_LENGTH = 2_000  # characters
@@ -46,6 +47,8 @@ def check_enforceable(schemas: Sequence[dict[str, Any]]) -> None:
         raise InvalidRequest("its schema is nested too deeply") from None
     if length > MAX_LENGTH:
         raise InvalidRequest(f"its schema has {length} characters; at most {MAX_LENGTH} will do")
+    if len(schemas) > MAX_SCHEMAS:
+        raise InvalidRequest(f"there are {len(schemas)} tools; at most {MAX_SCHEMAS} will do")
     totals = Totals()
     for schema in schemas:
         # Where a schema holds itself, the first pass does not know yet what it weighs.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from _mlx_server.inference.constrained.schema import ParameterTypes, coerce
@@ -37,7 +38,7 @@ class CallReader:
         self,
         format: OutputFormat,
         call_tags: tuple[str, str],
-        types: dict[str, ParameterTypes],
+        types: Mapping[str, ParameterTypes],
         parallel: bool = True,
     ):
         self.cut = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Iterable
 
@@ -27,6 +28,23 @@ class Marks:
                 if any(mark.startswith(rest) and mark != rest for mark in self.texts):
                     return len(rest)
         return 0
+
+
+class Beginnings:
+    """Texts that another one may begin with. To look for them costs the same, however many there
+    are."""
+
+    def __init__(self, texts: Iterable[str]):
+        self._texts = sorted(set(texts))
+        self._known = frozenset(self._texts)
+        self._lengths = sorted(set(map(len, self._texts)))
+
+    def match(self, text: str) -> bool:
+        """Whether a text begins with one of them, or may when more of it has come."""
+        at = bisect.bisect_left(self._texts, text)
+        if self._texts[at : at + 1] and self._texts[at].startswith(text):
+            return True
+        return any(text[:length] in self._known for length in self._lengths if length <= len(text))
 
 
 MAX_BLANKS = 1000  # characters that are searched for what follows

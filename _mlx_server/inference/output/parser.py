@@ -23,11 +23,11 @@ from collections.abc import Callable, Collection, Sequence
 from enum import Enum, auto
 from typing import Any, Literal
 
-from _mlx_server.inference.constrained.schema import ParameterTypes, parameter_types
+from _mlx_server.inference.constrained.schema import ToolTypes
 from _mlx_server.inference.output.call_reader import CallReader
 from _mlx_server.inference.output.code_tracker import CodeTracker
 from _mlx_server.inference.output.formats import OutputFormat
-from _mlx_server.inference.output.marks import Marks
+from _mlx_server.inference.output.marks import Beginnings, Marks
 from _mlx_server.inference.output.stops import StopMatcher
 from _mlx_server.inference.prompt.control_tokens import alternatives, escape_at, unescape
 from _mlx_server.inference.protocol import Event, Text, Thinking, ToolEnd, ToolInput, ToolStart
@@ -135,7 +135,7 @@ class OutputParser:
         self._may_be_bare = bool(tools)
         self._bare_length = 0  # how much of the buffer was read as such a call
         self._bare_events: list[Event] = []  # and what came of it
-        self._bare_heads = tuple(
+        self._bare_heads = Beginnings(
             head.replace("NAME", tool["function"]["name"].lower())
             for tool in tools
             for syntax in format.bare_syntaxes
@@ -259,8 +259,8 @@ class OutputParser:
     # -- calls
 
     @functools.cached_property
-    def _types(self) -> dict[str, ParameterTypes]:
-        return parameter_types(self._tools)
+    def _types(self) -> ToolTypes:
+        return ToolTypes(self._tools)
 
     def _begin_call(self, tag: str) -> None:
         assert self._format.call is not None
@@ -317,7 +317,7 @@ class OutputParser:
         """Whether the text so far may be nothing but calls without call tags. Their events leave
         when the text has ended, or at once if this model writes such calls."""
         head = "".join(self._buffer.lstrip()[:256].split()).lower()
-        if not any(head.startswith(one) or one.startswith(head) for one in self._bare_heads):
+        if not self._bare_heads.match(head):
             return False
         if self._reader is None:
             format = OutputFormat(syntaxes=self._format.bare_syntaxes)

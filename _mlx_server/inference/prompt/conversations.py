@@ -134,7 +134,7 @@ class ConversationMemory:
                 )
                 self._keys |= reading.names
                 self._size += self._bytes(reading)
-                while self._size > self.MOST and len(self._readings) > 1:
+                while self._size > self.MOST:  # even if that is all there is
                     self._forget(next(iter(self._readings)))
 
     def _bytes(self, reading: Reading) -> int:
