@@ -98,8 +98,8 @@ class TextTokenizer:
     def _encode_parts(self, text: str) -> Iterator[list[int]]:
         """The token ids of a text that may hold SPLIT, at which it is cut, as it is where it is
         too long."""
-        first, *parts = (piece for part in text.split(SPLIT) for piece in cut(part, self.LONG))
-        if first:
+        parts = (piece for part in _split(text) for piece in cut(part, self.LONG))
+        if first := next(parts):
             yield self._encode_whole(first)
         for part in filter(None, parts):
             yield self._encode_behind(self._lead, part)
@@ -236,6 +236,15 @@ def _core(wrapped: Any) -> Any:
         for name in ("encode", "_encode_plus")
     )
     return wrapped.backend_tokenizer if plain else None
+
+
+def _split(text: str) -> Iterator[str]:
+    """A text cut at SPLIT. Of one that will be too long most parts are never asked for."""
+    start = 0
+    while (end := text.find(SPLIT, start)) >= 0:
+        yield text[start:end]
+        start = end + len(SPLIT)
+    yield text[start:]
 
 
 def cut(text: str, size: int) -> list[str]:
