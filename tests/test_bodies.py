@@ -176,6 +176,12 @@ def test_the_arguments_of_all_calls_have_a_bounded_number_of_values():
     assert PastArguments().read(words, "c") == json.loads(words)
 
 
+def test_what_is_written_within_past_arguments_is_no_value():
+    text, past = json.dumps({"content": "f(a, [b], {})\n" * 1000}), PastArguments()
+    for number in range(MAX_VALUES // 1000):
+        assert past.read(text, f"messages.{number}") == json.loads(text)
+
+
 @pytest.mark.parametrize(
     "path, one",
     [

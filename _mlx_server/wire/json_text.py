@@ -62,6 +62,8 @@ def without_strings(raw: bytes) -> Iterator[bytes]:
 class ValueCounter:
     """Counts the values of JSON texts that come in one body as strings."""
 
+    CERTAIN = 32  # marks of a text, up to which they count even if they may be within its strings
+
     def __init__(self) -> None:
         self._left = MAX_VALUES
 
@@ -69,13 +71,11 @@ class ValueCounter:
         """The value that a text spells. Raises TooManyValues, ValueError and RecursionError."""
         raw = text.encode("utf-8", "replace")
         marks = count_marks(raw)
-        if marks > self._left:
-            marks = 0
-            for piece in without_strings(raw):
-                marks += count_marks(piece)
-                if marks > self._left:
-                    raise TooManyValues
+        if marks > self.CERTAIN:
+            marks = sum(map(count_marks, without_strings(raw)))
         self._left -= marks
+        if self._left < 0:
+            raise TooManyValues
         return decoder(marks).decode(text)
 
 
