@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import logging
@@ -12,12 +13,13 @@ from typing import TYPE_CHECKING
 
 from _mlx_server.inference.cache.disk_cache import DiskCache
 from _mlx_server.inference.cache.prefix_cache import PrefixCache
-from _mlx_server.inference.catalog.models import Loaded, LocalModel
+from _mlx_server.inference.catalog.models import Loaded, LocalModel, load_error
 from _mlx_server.inference.catalog.mtp_files import Identity, weights_size
 from _mlx_server.inference.group import Group
 from _mlx_server.inference.memory import StateSize, gigabytes, usable_memory
 from _mlx_server.inference.protocol import (
     EngineBusy,
+    EngineError,
     LoadPutOff,
     ModelLoadError,
     Priority,
@@ -150,8 +152,11 @@ class ModelPool:
         looked at once, however long it waits for room."""
         known = self._waiting.get(local.name)
         if known is None or known[0] is not local:
-            known = local, weights_size(local, self.speculates) // self._group.size
-            self._waiting[local.name] = known
+            try:
+                size = weights_size(local, self.speculates) // self._group.size
+            except Exception as error:  # files that have changed or gone since they were listed
+                raise load_error(local, f"model '{local.name}'", error) from error
+            known = self._waiting[local.name] = local, size
         return known[1]
 
     def puts_off(self, sequence: Sequence, most: float = math.inf) -> bool:
@@ -160,7 +165,10 @@ class ModelPool:
         `most` seconds."""
         if sequence.request.priority is not Priority.LOW or sequence.model.name in self.runners:
             return False
-        if self._size(sequence.model) > self.memory:
+        can_load = False
+        with contextlib.suppress(ModelLoadError):
+            can_load = self._size(sequence.model) <= self.memory
+        if not can_load:
             return False  # it is refused at once
         if all(one.request.priority is Priority.LOW for one in self.sequences()):
             return False
@@ -197,9 +205,12 @@ class ModelPool:
                 self._room,
                 self.speculates,
             )
-        except BaseException:
+        except BaseException as error:
             self._clean()
-            raise
+            if isinstance(error, EngineError) or not isinstance(error, Exception):
+                raise
+            # Whatever its files cause concerns nobody but who asks for it
+            raise load_error(local, f"model '{local.name}'", error) from error
         finally:
             self._waiting.pop(local.name, None)
         self.runners = {**self.runners, local.name: runner}

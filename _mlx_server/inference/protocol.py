@@ -274,7 +274,7 @@ class EngineClosed(EngineError):
     """The engine is shutting down."""
 
 
-def first_line(error: Exception, known: str = "/…") -> str:
+def first_line(error: BaseException, known: str = "/…") -> str:
     """An exception's first line without the machine's paths, one of which is known, fit for a
     client."""
     line = (str(error).splitlines() or [type(error).__name__])[0].replace(known, "…")

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from _mlx_server.inference.catalog.hub_client import guard
 from _mlx_server.inference.protocol import EngineError, first_line
 
 _REPORT_SECONDS = 0.2  # between two reports of progress, whether or not there was any
@@ -276,6 +277,10 @@ def _bring(order: Order, reporter: _Reporter) -> None:
         def update(self, n: float | None = 1) -> None:
             self.n += n or 0
             reporter.completed = int(self.n)
+            if self.n > file.size:  # it might never end, and the library writes all of it
+                raise HubError(
+                    HubFailure.UNREACHABLE, f"{file.name} is longer than the hub says; pull again"
+                )
 
         def update_transfer(self, n: float | None = 1) -> None:
             pass
@@ -336,6 +341,7 @@ def main() -> int:
         spans = [Span(**span) for span in order.pop("spans")]
         with _Reporter() as reporter:
             try:
+                guard()
                 bring = _bring_spans if spans else _bring
                 bring(Order(**order, files=files, spans=spans), reporter)
             except Exception as error:

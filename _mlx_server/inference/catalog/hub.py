@@ -26,6 +26,7 @@ from _mlx_server.inference.catalog.download import (
     hub_error,
     token_headers,
 )
+from _mlx_server.inference.catalog.hub_client import bounded, guard
 from _mlx_server.inference.catalog.models import (
     LocalModel,
     describe,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mlx_server")
 
 _REACH_SECONDS = 10.0  # for a hub to say anything at all
+_MAX_NAME = 200  # bytes of a file's name in a repo
 
 
 class PullStage(enum.Enum):
@@ -165,6 +167,7 @@ class Hub:
 
         # It warns at each of its attempts; what fails in the end is raised
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        guard()
         api = HfApi()
         try:  # Its own requests wait without end for an answer, or try six times to connect
             get_session().head(
@@ -181,13 +184,14 @@ class Hub:
         """The `most` models of mlx-community that were downloaded most in the last 30 days, with
         what their configs and weights are. Raises HubError."""
         try:
-            found = self.api.list_models(
-                author="mlx-community",
-                sort="downloads",
-                limit=most,
-                expand=["config", "createdAt", "downloads", "pipeline_tag", "safetensors"],
-            )
-            return list(found)
+            with bounded():
+                found = self.api.list_models(
+                    author="mlx-community",
+                    sort="downloads",
+                    limit=most,
+                    expand=["config", "createdAt", "downloads", "pipeline_tag", "safetensors"],
+                )
+                return list(found)
         except Exception as error:
             raise hub_error(error, "the list of models") from error
 
@@ -197,19 +201,21 @@ class Hub:
 
         try:
             url = hf_hub_url(repo, name, endpoint=self.api.endpoint)
-            answer = get_session().get(url, headers=token_headers(), follow_redirects=True)
-            answer.raise_for_status()
-            return answer.json()
+            with bounded():
+                answer = get_session().get(url, headers=token_headers(), follow_redirects=True)
+                answer.raise_for_status()
+                return answer.json()
         except Exception as error:
             raise hub_error(error, repo) from error
 
     def _search(self, words: str) -> list[str]:
         """The ids of mlx-community's repos that have these words in their names."""
         try:
-            found = self.api.list_models(
-                author="mlx-community", search=words, sort="downloads", limit=1000
-            )
-            return [model.id for model in found if isinstance(model.id, str)]
+            with bounded():
+                found = self.api.list_models(
+                    author="mlx-community", search=words, sort="downloads", limit=1000
+                )
+                return [model.id for model in found if isinstance(model.id, str)]
         except Exception as error:
             raise hub_error(error, "the list of models") from error
 
@@ -236,7 +242,8 @@ class Hub:
     def _listed(self, repo: str, patterns: tuple[str, ...]) -> tuple[ModelInfo, list[RemoteFile]]:
         """What the hub says of a repo, and those of its files whose names fit. Raises HubError."""
         try:
-            info = self.api.model_info(repo, revision="main", files_metadata=True)
+            with bounded():
+                info = self.api.model_info(repo, revision="main", files_metadata=True)
             files = [
                 _remote_file(file)
                 for file in info.siblings or []
@@ -311,10 +318,12 @@ class Hub:
 
 def _remote_file(file: RepoSibling) -> RemoteFile:
     """A wanted file. Raises ValueError for one without size or digest, or with a name that leads
-    out of its repo's folder."""
+    out of its repo's folder or fits into no path."""
     digest = file.lfs.sha256 if file.lfs else file.blob_id
     if (
-        file.size is None
+        not (type(file.size) is int and 0 <= file.size < 2**60)
+        or len(file.rfilename.encode()) > _MAX_NAME
+        or not file.rfilename.isprintable()
         or not re.fullmatch(r"[\da-f]{40}([\da-f]{24})?", digest or "")
         or {"..", "/"} & set(PurePosixPath(file.rfilename).parts)
     ):

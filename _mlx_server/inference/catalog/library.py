@@ -10,6 +10,7 @@ import functools
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -17,7 +18,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from _mlx_server.inference.catalog.models import LocalModel, UnsupportedModel, describe
+from _mlx_server.inference.catalog.models import (
+    LocalModel,
+    UnsupportedModel,
+    describe,
+    read_file,
+)
 from _mlx_server.inference.catalog.names import (
     VENDOR_NAME,
     VENDOR_PREFIX,
@@ -63,6 +69,8 @@ class Look:
 
 
 MAX_NAME = 512  # characters of a model's name
+_MAX_REVISION = 256  # bytes of a file that names one
+_REVISION = re.compile(r"\w[\w.-]*", re.ASCII)  # a folder's name that leads nowhere else
 
 
 class Library:
@@ -394,14 +402,14 @@ class Library:
         for path in list(self._explicit):
             yield path.name, path
         for root in self._roots():
-            if (root / "config.json").exists():
+            if os.path.exists(root / "config.json"):
                 yield root.resolve().name, root
                 continue
             for child in subfolders(root):
                 if child.name.startswith("models--"):
                     name = child.name.removeprefix("models--").replace("--", "/")
                     yield from ((name, checkpoint) for checkpoint in snapshots(child))
-                elif (child / "config.json").exists():
+                elif os.path.exists(child / "config.json"):
                     yield child.name, child
                 else:
                     yield from ((f"{child.name}/{path.name}", path) for path in subfolders(child))
@@ -420,22 +428,35 @@ def hub_folder() -> Path:
 def subfolders(path: Path) -> list[Path]:
     """The folders in a folder, hidden ones left out; none if it cannot be read."""
     try:
-        return sorted(
-            Path(entry.path)
-            for entry in os.scandir(path)
-            if entry.is_dir() and entry.name[0] != "."
-        )
+        with os.scandir(path) as entries:
+            return sorted(Path(entry.path) for entry in entries if _is_shown_folder(entry))
     except OSError:
         return []
+
+
+def _is_shown_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.name[0] != "." and entry.is_dir()
+    except OSError:  # a link to itself, or to where nobody may look: the others count
+        return False
 
 
 def snapshots(repo: Path) -> Iterator[Path]:
     """A cached repo's revisions: the one `main` points to, then the others, newest first."""
     with contextlib.suppress(OSError, ValueError):
-        main = (repo / "refs" / "main").read_text("utf-8").strip()
-        yield repo / "snapshots" / main
+        main = read_file(repo / "refs" / "main", most=_MAX_REVISION).decode().strip()
+        if _REVISION.fullmatch(main):
+            yield repo / "snapshots" / main
     revisions = subfolders(repo / "snapshots")
-    yield from sorted(revisions, key=lambda path: path.stat().st_mtime, reverse=True)
+    yield from sorted(revisions, key=_time_of_change, reverse=True)
+
+
+def _time_of_change(path: Path) -> float:
+    """In unix time; 0 for what has gone."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _delete_repo(folder: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import errno
 import fnmatch
 import functools
 import hashlib
@@ -12,10 +14,11 @@ import logging
 import math
 import os
 import re
+import stat
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from _mlx_server.inference.images.image_layout import has_tower
 from _mlx_server.inference.images.images import has_pillow
@@ -47,7 +50,9 @@ class LocalModel:
 Files = Mapping[str, os.stat_result]
 """The files of a folder by name, without those in its subfolders."""
 
-MAX_FILE = 32 * 2**20  # bytes of a file that describes a model
+MAX_FILE = 8 * 2**20  # bytes of a file that describes a model; its JSON takes a second
+MAX_INDEX = 32 * 2**20  # bytes of what names all of its tensors
+MAX_PARTS = 4096  # layers or experts; each takes memory before a tensor is looked at
 _INDEX = "model.safetensors.index.json"
 _TOKENIZERS = {
     "tokenizer.json",
@@ -57,6 +62,8 @@ _TOKENIZERS = {
     "tiktoken.model",
     "spiece.model",
 }
+_COUNTS = re.compile(r"(?:.*_)?(?:layers?|depth|blocks|experts)")  # of what mlx-lm makes one by one
+_PROMPT_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 _THINKS = re.compile(r"enable_thinking|<think>|:think>|\[THINK\]|reasoning_|<\|channel")
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _CONTEXT_LENGTHS = (
@@ -95,8 +102,9 @@ def describe(name: str, path: Path) -> LocalModel:
 def _describe(name: str, path: Path) -> LocalModel:
     files = _list_files(path)
     weights = {file: files[file] for file in _weight_files(path, files)}
+    _check_headers(path / file for file in weights)
     config = _read_config(path)
-    index = _read_optional(path, files, _INDEX)
+    index = _read_optional(path, files, _INDEX, MAX_INDEX)
     _check_complete(path, files, index)
     recipe = _quantization_recipe(config)
     parameters = _amount(index.get("metadata", {}).get("total_parameters"))
@@ -107,8 +115,8 @@ def _describe(name: str, path: Path) -> LocalModel:
     return LocalModel(
         name=name,
         path=path,
-        size=sum(stat.st_size for stat in weights.values()),
-        modified=max(stat.st_mtime for stat in weights.values()),
+        size=sum(found.st_size for found in weights.values()),
+        modified=max(found.st_mtime for found in weights.values()),
         digest=_digest(name, path, weights),
         config=config,
         family=config["model_type"],
@@ -168,13 +176,35 @@ def _other_types(folder: Path) -> frozenset[str]:
 
 
 def _list_files(path: Path) -> Files:
-    """A link that leads nowhere, to a blob that is still being downloaded, is no file."""
+    """A link that leads nowhere, to a blob that is still being downloaded, is no file. Raises
+    ModelLoadError for a folder with a pipe, a socket or a device: whoever opens one may wait for
+    ever."""
     if path.suffix == ".gguf":
         raise ModelLoadError(f"{path} is not an MLX model: {shortcoming([path.name])}")
+    files = {}
     try:
-        return {entry.name: entry.stat() for entry in os.scandir(path) if entry.is_file()}
+        with os.scandir(path) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):
+                    files[entry.name] = entry.stat()
     except OSError as error:
         raise ModelLoadError(f"{path} cannot be read as a model folder: {error.strerror}") from None
+    for name, found in files.items():
+        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+            raise ModelLoadError(f"{path} is broken: {name} is no file") from OSError(errno.EINVAL)
+    return {name: found for name, found in files.items() if stat.S_ISREG(found.st_mode)}
+
+
+def check_files(local: LocalModel) -> None:
+    """Raises ModelLoadError if what lies in a model's folder now cannot be opened without harm.
+    mlx-lm and transformers open files by their names, and ask no questions."""
+    files = _list_files(local.path)
+    for name in (*_PROMPT_FILES, *_TOKENIZERS):
+        if name in files:
+            _check_inside(local.path, name)
+    for name in ("additional_chat_templates", "1_Pooling"):
+        if (local.path / name).is_dir():
+            _list_files(local.path / name)
 
 
 def _weight_files(path: Path, files: Files) -> list[str]:
@@ -192,6 +222,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     family = config.get("model_type")
     if not isinstance(family, str) or not family:
         raise ModelLoadError(f"{path} is not an MLX model: its config.json names no model_type")
+    for part in (config, *(one for one in config.values() if isinstance(one, dict))):
+        for key, value in part.items():
+            if _COUNTS.fullmatch(key) and isinstance(value, (int, float)) and value > MAX_PARTS:
+                raise ValueError(f"{key} is out of range")
     return config
 
 
@@ -226,7 +260,7 @@ def read_json_file(path: Path, most: int = MAX_FILE) -> Any:
 
 def read_file(path: Path, most: int = MAX_FILE) -> bytes:
     """A file of at most so many bytes. Raises OSError, and ValueError for one that is larger."""
-    with path.open("rb") as stream:
+    with open_file(path) as stream:
         size = os.fstat(stream.fileno()).st_size
         content = stream.read(size + 1) if size <= most else b""
     if len(content) > size or size > most:  # a file of the system may have more than its size
@@ -234,9 +268,21 @@ def read_file(path: Path, most: int = MAX_FILE) -> bytes:
     return content
 
 
-def _read_optional(path: Path, files: Container[str], name: str) -> dict[str, Any]:
+def open_file(path: Path) -> BinaryIO:
+    """A file to read. Raises OSError, also for a pipe or a device, at which one may wait for
+    ever."""
+    stream = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    return stream
+
+
+def _read_optional(
+    path: Path, files: Container[str], name: str, most: int = MAX_FILE
+) -> dict[str, Any]:
     """A JSON object of a folder; an empty one if there is no such file."""
-    content = read_json_file(path / name) if name in files else {}
+    content = read_json_file(path / name, most) if name in files else {}
     if not isinstance(content, dict):
         raise ValueError(f"{name} holds no object")
     return content
@@ -250,7 +296,7 @@ def _first(config: dict[str, Any], keys: Iterable[str]) -> Any:
 def _digest(name: str, path: Path, weights: Files) -> str:
     """Clients take equal digests for equal weights, so the name counts: fine-tunes of one model
     have equal configs and sizes."""
-    parts = [name.lower(), [(file, stat.st_size) for file, stat in weights.items()]]
+    parts = [name.lower(), [(file, found.st_size) for file, found in weights.items()]]
     return hashlib.sha256(read_file(path / "config.json") + repr(parts).encode()).hexdigest()
 
 
@@ -313,11 +359,27 @@ def read_header(file: Path) -> dict[str, Any]:
     """What a safetensors file begins with: 8 bytes of length, then JSON.
 
     https://huggingface.co/docs/safetensors/index#format"""
-    with file.open("rb") as stream:
+    with open_file(file) as stream:
         # Of a larger header, which no model has, the JSON is cut off
-        size = min(int.from_bytes(stream.read(8), "little"), MAX_FILE)
-        header: dict[str, Any] = json.loads(stream.read(size) or "{}")
+        size = min(int.from_bytes(stream.read(8), "little"), MAX_INDEX)
+        text = stream.read(size) or b"{}"
+    try:
+        header = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{file.name} has no header")
     return header
+
+
+def _check_headers(files: Iterable[Path]) -> None:
+    """Raises ValueError if the headers of all safetensors files take too long to read."""
+    total = 0
+    for file in files:
+        with open_file(file) as stream:
+            total += min(int.from_bytes(stream.read(8), "little"), MAX_INDEX)
+    if total > 2 * MAX_INDEX:
+        raise ValueError("the headers of its weights are too large")
 
 
 def _sees(path: Path, weights: Files, config: dict[str, Any], index: dict[str, Any]) -> bool:
@@ -427,7 +489,7 @@ def read_shown_files(local: LocalModel) -> tuple[str, dict[str, Any]]:
         raise ModelLoadError(f"the files of model '{local.name}' cannot be read") from None
 
 
-def load_error(local: LocalModel, what: str, error: Exception) -> ModelLoadError:
+def load_error(local: LocalModel, what: str, error: BaseException) -> ModelLoadError:
     """What the caller is told of an exception while `what` was loaded; the log gets all of it."""
     if "trust_remote_code" in str(error):
         said = (

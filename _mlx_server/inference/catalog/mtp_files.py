@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from _mlx_server.inference.catalog.library import hub_folder, snapshots, subfolders
 from _mlx_server.inference.catalog.models import LocalModel, fingerprint, read_header
@@ -94,18 +95,21 @@ def _read(folder: Path) -> HeadFiles | None:
     found = {path: set(map(inside.name, header)) for path, header in headers.items()}
     if any(_JOINT in names for names in found.values()):
         files = tuple(path for path, names in found.items() if names - {None})
-        raw = any(
-            name == "__metadata__"
-            and RAW in tensor
-            or name.endswith("conv1d.weight")
-            and tensor["shape"][-1] != 1
-            for header in headers.values()
-            for name, tensor in header.items()
-        )
-        return HeadFiles(files, True, raw)
+        tensors = (pair for header in headers.values() for pair in header.items())
+        return HeadFiles(files, True, any(_is_raw(*pair) for pair in tensors))
     if any(_JOINT in header for header in headers.values()):
         return HeadFiles(tuple(headers), prefixed=False)
     return None
+
+
+def _is_raw(name: str, tensor: Any) -> bool:
+    """Whether an entry of a header tells that the checkpoint is as its trainers saved it."""
+    if not isinstance(tensor, dict):  # nobody has checked these files
+        return False
+    shape = tensor.get("shape")
+    if name == "__metadata__":
+        return RAW in tensor
+    return name.endswith("conv1d.weight") and isinstance(shape, list) and shape[-1:] != [1]
 
 
 def _sidecars(local: LocalModel) -> Iterator[Path]:

@@ -20,12 +20,13 @@ from _mlx_server.inference.catalog.download import (
     Span,
     read_span,
 )
+from _mlx_server.inference.catalog.hub_client import bounded
 from _mlx_server.inference.catalog.mtp_files import INSIDE, RAW, is_head_of, name_in_head
 from _mlx_server.inference.catalog.names import parse_name
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _MAX_SHARDS = 8  # that hold parts of a head, which is one layer
-_MAX_HEADER = 64 << 20  # bytes of a shard's
+_MAX_HEADER = 32 << 20  # bytes of a shard's
 _BYTES = {"BF16": 2, "F16": 2, "F32": 4}  # of a number; other types are quantised in some way
 
 
@@ -83,4 +84,5 @@ def _tensors(repo: str, commit: str, shard: str) -> list[tuple[str, dict[str, An
 
 
 def _read(repo: str, commit: str, span: Span) -> bytes:
-    return b"".join(read_span(repo, commit, span))
+    with bounded():
+        return b"".join(read_span(repo, commit, span))

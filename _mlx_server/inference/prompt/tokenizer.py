@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from _mlx_server.inference.bounded import BoundedMap
-from _mlx_server.inference.catalog.models import LocalModel, gap_marks, load_error
+from _mlx_server.inference.catalog.models import LocalModel, check_files, gap_marks, load_error
 from _mlx_server.inference.images.image_layout import ImageLayout
 from _mlx_server.inference.images.images import PLACED
 from _mlx_server.inference.prompt.control_tokens import SPLIT, ControlTokens, alternatives
@@ -35,6 +35,7 @@ class TextTokenizer:
 
     REMEMBERED = 32 * 2**20  # bytes of pieces of text and their tokens
     LONG = 2**18  # characters that are encoded at once, which takes two hundred times their bytes
+    MAX_SPECIAL = 1000  # characters of a special token: a pattern is made of all
     LEADS = ("", "\n", "<", ".")  # see _find_lead
 
     def __init__(self, wrapped: Any, layout: ImageLayout | None = None):
@@ -55,6 +56,7 @@ class TextTokenizer:
         options: dict[str, Any] = {"trust_remote_code": False}
         eos_token_ids = local.config.get("eos_token_id")
         try:
+            check_files(local)
             # transformers would check the config of a type that only mlx-lm knows by the rules of
             # another type, and maybe refuse it. The tokenizer does not need the config.
             if local.config.get("model_type") not in CONFIG_MAPPING:
@@ -62,9 +64,15 @@ class TextTokenizer:
             wrapped = load_tokenizer(  # type: ignore[no-untyped-call]
                 local.path, options, eos_token_ids=eos_token_ids
             )
-        except Exception as error:
+            added = wrapped.added_tokens_decoder.values()
+            if any(len(token.content) > cls.MAX_SPECIAL for token in added):
+                raise ValueError("a special token is too long")
+            return cls(wrapped)
+        except BaseException as error:
+            # What panics in Rust is no Exception: https://pyo3.rs/latest/function/error-handling
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise load_error(local, f"the tokenizer of model '{local.name}'", error) from error
-        return cls(wrapped)
 
     def encode(self, text: str, most: float = math.inf) -> list[int]:
         """The token ids of a text in which special tokens are recognised unless they are escaped;
