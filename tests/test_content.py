@@ -267,6 +267,32 @@ print(read_pdf({HELLO!r}, memory=256 << 20))"""
     assert "Hello" in out.stdout
 
 
+def test_the_process_that_reads_a_pdf_gets_no_key_and_writes_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A parser that a file has taken over, as a module that is found before the real one."""
+    (tmp_path / "pypdf.py").write_text("""
+import os, pathlib, sys
+class PdfReader:
+    is_encrypted = False
+    def __init__(self, file):
+        class Page:
+            def extract_text(self):
+                try:
+                    written = (pathlib.Path(sys.path[0]) / "left").write_text("x")
+                except OSError:
+                    written = 0
+                return f"{sorted(os.environ)} {os.getcwd()} {written}"
+        self.pages = [Page()]
+""")
+    for name in ("MLX_SERVER_API_KEY", "HF_TOKEN", "ANTHROPIC_API_KEY"):
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    read = read_pdf(HELLO)
+    assert "PYTHONPATH" in read and read.endswith("/ 0")
+    assert "KEY" not in read and "TOKEN" not in read
+
+
 def test_a_pdf_is_read_once(monkeypatch: pytest.MonkeyPatch):
     reads = []
 

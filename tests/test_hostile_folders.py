@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -14,12 +15,14 @@ from typing import Any
 
 import pytest
 from models import build_model
+from PIL import Image
 
-from _mlx_server.inference.catalog.models import describe
+from _mlx_server.inference.catalog.models import describe, generation_defaults
 from _mlx_server.inference.decoding.weights import Weights
 from _mlx_server.inference.group import Group
+from _mlx_server.inference.images.images import read_pixels
 from _mlx_server.inference.prompt.tokenizer import TextTokenizer
-from engine import Engine, Library, ModelLoadError, Request
+from engine import Engine, InvalidRequest, Library, ModelLoadError, Request
 
 HI = [{"role": "user", "content": "say hi"}]
 
@@ -146,6 +149,24 @@ def test_no_prompt_is_made_of_a_file_elsewhere(bad: Path, tmp_path: Path, name: 
         TextTokenizer.load(describe("bad", bad))
 
 
+def test_a_model_may_be_made_of_links_to_another(models: Path):
+    (models / "linked").mkdir()
+    for path in (models / "good").iterdir():
+        (models / "linked" / path.name).symlink_to(path)
+    assert TextTokenizer.load(describe("linked", models / "linked")).encode("a")
+
+
+@pytest.mark.parametrize(
+    "where", [{"vocab": "PATH"}, {"mecab_kwargs": {"mecab_dic": "PATH"}}], ids=str
+)
+def test_no_vocabulary_is_made_of_a_file_elsewhere(bad: Path, tmp_path: Path, where: dict):
+    (tmp_path / "secret").write_text("secret\n")
+    text = json.dumps(where).replace("PATH", str(tmp_path / "secret"))
+    change(bad / "tokenizer_config.json", **json.loads(text))
+    with pytest.raises(ModelLoadError, match="is a file elsewhere"):
+        TextTokenizer.load(describe("bad", bad))
+
+
 def change(file: Path, **values: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
@@ -166,6 +187,21 @@ def test_headers_that_take_minutes_to_read_are_not_read(bad: Path):
         (bad / f"model-{number}.safetensors").symlink_to("header")
     with pytest.raises(ModelLoadError, match="is broken"):
         describe("bad", bad)
+
+
+def test_defaults_that_no_request_could_have_are_none(bad: Path):
+    hostile = {"top_k": 1.5, "temperature": 1e300, "repetition_penalty": float("inf")}
+    (bad / "generation_config.json").write_text(json.dumps({"do_sample": True, **hostile}))
+    found = generation_defaults(bad)
+    assert (found.top_k, found.temperature, found.repetition_penalty) == (None, 1.0, None)
+
+
+def test_an_image_is_not_made_as_large_as_a_model_says():
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(content, "PNG")
+    with pytest.raises(InvalidRequest) as failure:
+        read_pixels(content.getvalue(), lambda width, height: (50_000, 50_000), 2)
+    assert "50000 x 50000 pixels are wanted" in str(failure.value.__cause__)
 
 
 @pytest.mark.parametrize(

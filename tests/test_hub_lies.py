@@ -149,7 +149,7 @@ def test_an_answer_is_bounded(
         {"rfilename": "a" * 300 + ".json"},
         {"rfilename": "a\0.json"},
     ],
-    ids=str,
+    ids=["text", "huge", "negative", "list", "deep", "long", "nul"],
 )
 def test_a_file_that_is_none_is_one_sentence(hub: FakeHub, tmp_path: Path, file: dict[str, Any]):
     def lie(liar: Liar) -> bool:

@@ -19,6 +19,7 @@ from _mlx_server.inference.protocol import Priority
 from _mlx_server.wire.fields import WireError
 from _mlx_server.wire.ollama_request import parse_keep_alive
 
+MAX_KEYS = 2**20  # characters of a file of keys; a device has no end
 MIN_SIZE = 2**20  # bytes; less is a unit that was forgotten
 
 
@@ -62,9 +63,12 @@ def key_file(name: str) -> list[tuple[str, Priority]]:
     """The keys in a file. Warns on stderr if other users may read it."""
     try:
         with open(name, encoding="utf-8") as file:
-            mode, lines = os.fstat(file.fileno()).st_mode, file.read().split("\n")
+            mode, text = os.fstat(file.fileno()).st_mode, file.read(MAX_KEYS + 1)
+        if len(text) > MAX_KEYS:
+            raise ValueError
+        lines = text.split("\n")
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", "it is no text")
+        reason = getattr(error, "strerror", "it is no text, or too long a one")
         raise argparse.ArgumentTypeError(f"{name} cannot be read: {reason}") from None
     keys = [api_key(line.strip()) for line in lines if line.strip()]
     if not keys:

@@ -336,7 +336,8 @@ def _alone(path: Path, repo: str) -> Iterator[None]:
     """Holds a lock file while a repo is pulled. Raises HubError if another pull holds it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.open("w")
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        lock = os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
     except OSError as error:
         raise hub_error(error, repo) from None
     with lock:

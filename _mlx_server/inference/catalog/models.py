@@ -64,6 +64,8 @@ _TOKENIZERS = {
 }
 _COUNTS = re.compile(r"(?:.*_)?(?:layers?|depth|blocks|experts)")  # of what mlx-lm makes one by one
 _PROMPT_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+# Where whoever saved a tokenizer had its files; nobody opens these
+_TRACES = ("name_or_path", "_name_or_path", "special_tokens_map_file", "tokenizer_file")
 _THINKS = re.compile(r"enable_thinking|<think>|:think>|\[THINK\]|reasoning_|<\|channel")
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _CONTEXT_LENGTHS = (
@@ -202,6 +204,12 @@ def check_files(local: LocalModel) -> None:
     for name in (*_PROMPT_FILES, *_TOKENIZERS):
         if name in files:
             _check_inside(local.path, name)
+    settings = _read_optional(local.path, files, "tokenizer_config.json")
+    parts = (value for key, value in settings.items() if key != "added_tokens_decoder")
+    for part in (settings, *(one for one in parts if isinstance(one, dict))):
+        for key, value in part.items():
+            if key not in _TRACES and isinstance(value, str) and _leads_out(local.path, value):
+                raise ValueError(f"the {key} of its tokenizer_config.json is a file elsewhere")
     for name in ("additional_chat_templates", "1_Pooling"):
         if (local.path / name).is_dir():
             _list_files(local.path / name)
@@ -413,15 +421,26 @@ def read_chat_template(path: Path, files: Container[str]) -> str:
     return ""
 
 
+def _leads_out(path: Path, value: str) -> bool:
+    """Whether a text of a model's folder is the path of something else that can be read. All that
+    tokenizer_config.json has gets to the tokenizer's class, and some classes open it."""
+    if not os.path.exists(value) or os.path.isdir(value):
+        return False
+    return not Path(os.path.realpath(value)).is_relative_to(os.path.realpath(path))
+
+
 def _check_inside(path: Path, name: str) -> None:
-    """Raises ValueError if a file of the folder `path` is a link to somewhere outside of it or, in
-    a Hugging Face cache, outside of its repo's folder or of the blobs that repos share."""
+    """Raises ValueError if a file of the folder `path` is a link to somewhere outside of it, other
+    than to the folder of another model or, in a Hugging Face cache, to the blobs of its repo or
+    those that repos share."""
     real = Path(os.path.realpath(path / name))
     folder = Path(os.path.realpath(path))
     roots = [folder]
     if folder.parent.name == "snapshots":
         repo = folder.parents[1]
         roots += [repo / "blobs", repo.parent / "blobs"]
+    if os.path.exists(real.parent / "config.json") and any(real.parent.glob("model*.safetensors")):
+        return
     if not any(real.is_relative_to(root) for root in roots):
         raise ValueError(f"{name} leads outside of the model's folder")
 
@@ -471,7 +490,8 @@ def generation_defaults(path: Path) -> Sampling:
     sampling = Sampling(temperature=1.0)
     for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
         value = config.get(name)
-        if isinstance(value, (int, float)) and math.isfinite(value):
+        kinds = int if name == "top_k" else (int, float)
+        if isinstance(value, kinds) and -(2**31) < value < 2**31:
             setattr(sampling, name, value)
     return sampling
 

@@ -124,6 +124,8 @@ def read_pixels(
             lies = turn in _SIDEWAYS
             width, height = fit(*(image.size[::-1] if lies else image.size))
             size = (height, width) if lies else (width, height)
+            if width * height > MAX_PIXELS:  # by the numbers of a model's files
+                raise ValueError(f"{width} x {height} pixels are wanted")
             image.draft(None, (2 * size[0], 2 * size[1]))  # of a large JPEG not every pixel
             image.load()
             image = _resized(image, size, filter)

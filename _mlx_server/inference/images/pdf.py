@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -40,6 +41,12 @@ _DRAWN_SCALE = 150 / 72  # dots by point: a line of a letter has about as many a
 _DRAWN_PIXELS = 2_200_000  # of a page at most: A4 at this scale
 _NARROW = 100  # longer side by shorter side of a page that is not drawn
 _WATCH_SECONDS = 0.05  # between two looks at the memory
+# What Python needs to find itself and its packages. Keys and tokens stay with the server: a file
+# may get the better of its parser.
+_INHERITED = re.compile(
+    r"PATH|HOME|USER|TMPDIR|LANG|LC_\w+|PYTHON\w+|VIRTUAL_ENV|CONDA_PREFIX|__PYVENV_LAUNCHER__"
+    r"|LD_LIBRARY_PATH|DYLD_\w+"
+)
 
 
 IS_CLIENT_GONE: contextvars.ContextVar[Callable[[], bool]] = contextvars.ContextVar(
@@ -98,10 +105,16 @@ def _run(task: str, data: bytes, seconds: float, memory: int) -> dict[str, Any]:
     if IS_CLIENT_GONE.get()():
         raise ConnectionAbortedError("the client has gone")
     # Without -P the modules beside this file would hide others of the same name
-    command = [sys.executable, "-P", __file__, task, str(seconds), str(memory)]
+    command = [sys.executable, "-P", os.path.abspath(__file__), task, str(seconds), str(memory)]
     try:
         out = subprocess.run(
-            command, input=data, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=seconds
+            command,
+            input=data,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=seconds,
+            env={name: value for name, value in os.environ.items() if _INHERITED.fullmatch(name)},
+            cwd="/",
         )
     except subprocess.TimeoutExpired:
         raise PDFError(f"takes more than {seconds:g} seconds to read") from None
@@ -145,7 +158,13 @@ def _limit(seconds: float, memory: int) -> None:
     with contextlib.suppress(AttributeError, OSError):  # not every system knows it
         os.nice(NICE)
     cpu = int(seconds) + 1
-    for kind, limit in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, cpu)):
+    limits = (
+        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_CPU, cpu),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),  # it would hold the file, and lie where others find it
+    )
+    for kind, limit in limits:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(kind, (limit, limit))
     threading.Thread(target=_watch, args=(memory,), daemon=True).start()
