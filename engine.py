@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from _mlx_server.inference.cache.disk_cache import DiskCache
-from _mlx_server.inference.catalog.library import Library
+from _mlx_server.inference.catalog.library import Library, expanded
 from _mlx_server.inference.catalog.models import Loaded, LocalModel
 from _mlx_server.inference.catalog.names import plain_name
 from _mlx_server.inference.catalog.presets import Preset
@@ -159,7 +159,7 @@ class Engine:
     ):
         self._group = group or Group()
         folders = [Path(folder) for folder in models_dirs]
-        presets = Path(state).expanduser() if state else None
+        presets = expanded(state) if state else None
         self._library = Library(folders, list(aliases), presets)
         self.default = self._library.resolve(model, trusted=True) if model else None
         if self.default is not None and self._group.size > 1:

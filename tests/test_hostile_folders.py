@@ -230,3 +230,11 @@ def test_a_file_that_only_looks_like_a_head_holds_nobody_up(built: Path, models:
         evil = engine.submit(Request(model="next", messages=HI, max_tokens=1))
         list(evil)
         assert engine.chat("say hi", model="demo").text()
+
+
+def test_a_user_without_a_home_has_models_as_well(models: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("HF_HUB_CACHE")
+    monkeypatch.setenv("HOME", "~nobody-of-this-name")
+    monkeypatch.setenv("HF_HOME", "~nobody-of-this-name/hub")
+    found = Library([models, "~nobody-of-this-name/models"]).models()
+    assert found[0].name == "good"

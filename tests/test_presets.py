@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 
@@ -84,3 +85,19 @@ def test_presets_are_bounded(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(InvalidRequest, match="2 presets already"):
         store.put(Preset("c", "demo"))
     assert [preset.name for preset in store] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"modified": "a"}, {"modified": 1e300}, {"modified": float("nan")}, {"name": 5}]
+    + [{"messages": [{"role": "user", "content": 5}]}, {"sampling": {"temperature": "x"}}]
+    + [{"sampling": {"logit_bias": {"1": "x"}}}, {"stop": [5]}, {"max_tokens": "x"}],
+    ids=str,
+)
+def test_a_damaged_file_is_told_at_the_start_and_fails_no_list_later(tmp_path: Path, field: dict):
+    preset = {"name": "mine", "model": "demo", "modified": 1, "sampling": {}}
+    (tmp_path / "presets.json").write_text(json.dumps([preset]))
+    assert [one.name for one in PresetStore(tmp_path / "presets.json")] == ["mine"]
+    (tmp_path / "presets.json").write_text(json.dumps([{**preset, **field}]))
+    with pytest.raises(EngineError, match="cannot be understood"):
+        PresetStore(tmp_path / "presets.json")

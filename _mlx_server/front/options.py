@@ -12,9 +12,8 @@ import re
 import shlex
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-from _mlx_server.inference.catalog.library import Library
+from _mlx_server.inference.catalog.library import Library, expanded
 from _mlx_server.inference.protocol import Priority
 from _mlx_server.wire.fields import WireError
 from _mlx_server.wire.ollama_request import parse_keep_alive
@@ -182,7 +181,7 @@ def program() -> str:
 
 def library_of(args: argparse.Namespace) -> Library:
     """The installed models."""
-    return Library(args.models_dir, args.alias, Path(args.state).expanduser())
+    return Library(args.models_dir, args.alias, expanded(args.state))
 
 
 def api_keys(args: argparse.Namespace) -> dict[str, Priority]:

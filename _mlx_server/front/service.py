@@ -33,8 +33,11 @@ def start_command(argv: Sequence[str]) -> list[str]:
 def service_mistake(command: list[str]) -> str | None:
     """Why no service can be made of a command, None if one can. A line break, for one, would add a
     setting to a unit."""
-    if re.search(r"[\x00-\x1f\x7f]", "".join([*command, *_environment().values()])):
-        return "the flags and paths of a service cannot contain control characters"
+    if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", "".join([*command, *_environment().values()])):
+        return (
+            "the flags and paths of a service cannot contain control characters, "
+            "or bytes that are no text"
+        )
     return None
 
 

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from _mlx_server.front.client import PROBE, ServerClient
 from _mlx_server.front.options import reached
+from _mlx_server.inference.catalog.library import expanded
 from _mlx_server.inference.memory import usable_memory
 
 # Python lets only one thread allocate at a time, apart from what MLX and tokenizers do
@@ -93,8 +94,8 @@ def folder_troubles(folders: Iterable[str]) -> Iterator[str]:
 def _folder_trouble(folder: str) -> str | None:
     """Why no model is found in a folder that is to hold models, None if one may be. It looks as
     deep as models are looked for: DIR, DIR/NAME, DIR/ORG/NAME."""
-    path = Path(folder).expanduser()
-    if not path.exists():
+    path = expanded(folder)
+    if not os.path.exists(path):
         return f"{folder} does not exist"
     if not path.is_dir():
         return f"{folder} is a file, not a folder of models"

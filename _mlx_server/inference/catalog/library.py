@@ -91,7 +91,7 @@ class Library:
     ):
         self.presets = PresetStore(state)
         self.only: LocalModel | None = None  # the one that can be served, if there are no others
-        self._dirs = [Path(folder).expanduser() for folder in models_dirs]
+        self._dirs = [expanded(folder) for folder in models_dirs]
         self._aliases = [(pattern.lower(), target) for pattern, target in aliases]
         # Trusted paths outside those folders, which are listed from then on. Threads only append.
         self._explicit: list[Path] = []
@@ -328,7 +328,7 @@ class Library:
         return hub_folder()
 
     def _by_path(self, name: str, models: list[LocalModel], trusted: bool) -> LocalModel | None:
-        path = Path(name).expanduser()
+        path = expanded(name)
         if path.name.startswith("models--"):  # a repo's folder in a Hugging Face cache
             path = next(snapshots(path), path)
         path = Path(os.path.realpath(path))
@@ -393,7 +393,7 @@ class Library:
 
     def _roots(self) -> list[Path]:
         """The folders that hold models."""
-        home = Path.home()
+        home = expanded("~")
         studio = [home / ".lmstudio" / "models", home / ".cache" / "lm-studio" / "models"]
         return [*self._dirs, self.hub, *studio]
 
@@ -416,13 +416,18 @@ class Library:
         yield from (("demo", path) for path in _demos())
 
 
+def expanded(name: str | Path) -> Path:
+    """A path whose `~` is a home, where there is one: a container's user may have none."""
+    return Path(os.path.expanduser(name))
+
+
 def hub_folder() -> Path:
     """The Hugging Face cache, as huggingface_hub finds it, whose import takes too long for the
     start: https://huggingface.co/docs/huggingface_hub/guides/manage-cache"""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")
     hub = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    return Path(os.path.expandvars(hub or os.path.join(home, "hub"))).expanduser()
+    return expanded(os.path.expandvars(hub or os.path.join(home, "hub")))
 
 
 def subfolders(path: Path) -> list[Path]:

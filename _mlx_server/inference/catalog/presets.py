@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from _mlx_server.inference.catalog.models import read_json_file
 from _mlx_server.inference.catalog.names import plain_name
@@ -23,6 +24,9 @@ from _mlx_server.inference.protocol import (
     Sampling,
     fill_sampling,
 )
+
+_MAX_FILE = 2**30  # bytes: MAX_PRESETS of MAX_LENGTH, and as much again
+_END_OF_TIME = 250_000_000_000  # unix time, in the year 9892; dates end a little later
 
 
 @dataclass
@@ -126,10 +130,23 @@ def _read(path: Path) -> dict[str, Preset]:
     try:
         if not path.exists():
             return {}
-        known = [
-            Preset(**{**preset, "sampling": Sampling(**preset["sampling"])})
-            for preset in read_json_file(path, most=2**40)
-        ]
+        known = map(_preset, read_json_file(path, most=_MAX_FILE))
         return {plain_name(preset.name): preset for preset in known}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise EngineError(f"{path} cannot be understood; repair or remove it") from error
+
+
+def _preset(fields: dict[str, Any]) -> Preset:
+    """Raises ValueError, TypeError or KeyError for what is none: it would fail every list."""
+    preset = Preset(**{**fields, "sampling": Sampling(**fields["sampling"])})
+    texts = [preset.name, preset.model, preset.system, *preset.stop]
+    texts += [text for one in preset.messages for text in (one["role"], one["content"])]
+    numbers = [value for key, value in vars(preset.sampling).items() if key != "logit_bias"]
+    numbers += [preset.max_tokens, *(preset.sampling.logit_bias or {}).values()]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a text is none")
+    if not all(one is None or isinstance(one, (int, float)) for one in numbers):
+        raise ValueError("a number is none")
+    if not 0 <= preset.modified < _END_OF_TIME:
+        raise ValueError("the time is none")
+    return preset
