@@ -232,6 +232,13 @@ def test_a_file_that_only_looks_like_a_head_holds_nobody_up(built: Path, models:
         assert engine.chat("say hi", model="demo").text()
 
 
+def test_a_tokenizer_of_millions_of_tokens_is_not_loaded(bad: Path):
+    model = json.loads((bad / "tokenizer.json").read_text())["model"]
+    change(bad / "tokenizer.json", model={**model, "vocab": {str(n): n for n in range(700_000)}})
+    with pytest.raises(ModelLoadError, match="too many tokens"):
+        TextTokenizer.load(describe("bad", bad))
+
+
 def test_a_user_without_a_home_has_models_as_well(models: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("HF_HUB_CACHE")
     monkeypatch.setenv("HOME", "~nobody-of-this-name")

@@ -52,6 +52,8 @@ Files = Mapping[str, os.stat_result]
 
 MAX_FILE = 8 * 2**20  # bytes of a file that describes a model; its JSON takes a second
 MAX_INDEX = 32 * 2**20  # bytes of what names all of its tensors
+MAX_TOKENIZER = 64 * 2**20  # bytes of tokenizer.json; Gemma's has 33 MB
+MAX_TOKENS = 600_000  # keys in it; Gemma's has 262,144 tokens, and as many merges again
 MAX_PARTS = 4096  # layers or experts; each takes memory before a tensor is looked at
 _INDEX = "model.safetensors.index.json"
 _TOKENIZERS = {
@@ -204,6 +206,8 @@ def check_files(local: LocalModel) -> None:
     for name in (*_PROMPT_FILES, *_TOKENIZERS):
         if name in files:
             _check_inside(local.path, name)
+    if "tokenizer.json" in files:
+        _check_tokenizer(local.path / "tokenizer.json")
     settings = _read_optional(local.path, files, "tokenizer_config.json")
     parts = (value for key, value in settings.items() if key != "added_tokens_decoder")
     for part in (settings, *(one for one in parts if isinstance(one, dict))):
@@ -419,6 +423,14 @@ def read_chat_template(path: Path, files: Container[str]) -> str:
         if template := _read_optional(path, files, file).get("chat_template"):
             return template if isinstance(template, str) else json.dumps(template)
     return ""
+
+
+def _check_tokenizer(file: Path) -> None:
+    """Raises ValueError for a tokenizer that would take seconds to load, in which nothing else
+    runs: tokenizers keeps the interpreter's lock."""
+    text = read_file(file, MAX_TOKENIZER)
+    if text.count(b'":') > MAX_TOKENS or text.count(b'",') > 2 * MAX_TOKENS:
+        raise ValueError("its tokenizer has too many tokens")
 
 
 def _leads_out(path: Path, value: str) -> bool:
