@@ -180,6 +180,13 @@ def test_a_model_of_a_billion_layers_is_broken(bad: Path, values: dict[str, Any]
         describe("bad", bad)
 
 
+def test_no_list_grows_by_what_a_model_says_that_it_is(bad: Path):
+    change(bad / "config.json", quantization={"bits": 4, "mode": "m" * 10**6})
+    assert describe("bad", bad).quantization == "m" * 64
+    change(bad / "config.json", model_type="m" * 10**6, model_file="x.py")
+    assert describe("bad", bad).family == "m" * 64
+
+
 def test_headers_that_take_minutes_to_read_are_not_read(bad: Path):
     header = b"{}".ljust(32 << 20)
     (bad / "header").write_bytes(struct.pack("<Q", len(header)) + header)

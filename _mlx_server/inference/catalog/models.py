@@ -54,6 +54,7 @@ MAX_FILE = 8 * 2**20  # bytes of a file that describes a model; its JSON takes a
 MAX_INDEX = 32 * 2**20  # bytes of what names all of its tensors
 MAX_TOKENIZER = 64 * 2**20  # bytes of tokenizer.json; Gemma's has 33 MB
 MAX_TOKENS = 600_000  # keys in it; Gemma's has 262,144 tokens, and as many merges again
+MAX_WORD = 64  # characters of what stands in every list of models
 MAX_PARTS = 4096  # layers or experts; each takes memory before a tensor is looked at
 _INDEX = "model.safetensors.index.json"
 _TOKENIZERS = {
@@ -123,7 +124,7 @@ def _describe(name: str, path: Path) -> LocalModel:
         modified=max(found.st_mtime for found in weights.values()),
         digest=_digest(name, path, weights),
         config=config,
-        family=config["model_type"],
+        family=config["model_type"][:MAX_WORD],
         parameters=parameters,
         parameter_size=_parameter_size(parameters),
         quantization=_quantization(recipe, text),
@@ -328,7 +329,7 @@ def _quantization(recipe: dict[str, Any], text: dict[str, Any]) -> str:
     if not recipe:
         return _DTYPES.get(str(text.get("torch_dtype") or text.get("dtype")), "unknown")
     mode = recipe.get("mode", "affine")
-    return f"int{recipe['bits']}" if mode == "affine" else str(mode)
+    return (f"int{recipe['bits']}" if mode == "affine" else str(mode))[:MAX_WORD]
 
 
 def context_length(config: dict[str, Any]) -> int:
