@@ -33,6 +33,7 @@ from _mlx_server.front.connections import Connection
 from _mlx_server.front.logs import JSONLine, OneLine, log_file
 from _mlx_server.front.request_log import RequestLog
 from _mlx_server.front.startup import ARENAS
+from _mlx_server.front.turns import BACKLOG, GAP, Pace
 from _mlx_server.front.upstream import CLOUD
 from _mlx_server.inference.catalog.presets import Preset, PresetStore
 from _mlx_server.inference.prompt.tokenizer import TextTokenizer
@@ -184,6 +185,44 @@ def test_a_remote_address_has_a_share(serve: Callable, monkeypatch: pytest.Monke
 
 def claimed(limit: int = budget.BUDGET) -> BodyClaim:
     return BodyClaim(BodyBudget(), limit)
+
+
+class CountingPace(Pace):
+    """Lets no request begin but the first, and counts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gap, self.asked = 3600.0, 0
+
+    def delay(self) -> float:
+        self.asked += 1
+        return super().delay()
+
+
+@pytest.mark.parametrize("key", ["", "nobody", "guest"])
+def test_who_keeps_a_distance_makes_room_for_others(
+    serve: Callable, monkeypatch: pytest.MonkeyPatch, key: str
+):
+    monkeypatch.setattr("_mlx_server.front.connections.MAX_CONNECTIONS", 8)
+    server = serve(api_keys=KEYS)
+    pace = server.low_pace = server.keyless_pace = CountingPace()
+    request = f"GET /api/version HTTP/1.1\r\nHost: localhost\r\nx-api-key: {key}\r\n\r\n"
+    with ExitStack() as stack:
+        for _ in range(8):
+            address = ("127.0.0.1", server.port)
+            many = stack.enter_context(socket.create_connection(address, timeout=60))
+            many.sendall(2 * request.encode())
+        until(lambda: pace.asked == 9)
+        for _ in range(3):
+            assert call(server, "boss", "/api/version", {}, "GET")[0].status == 200
+        until(lambda: server.connections < 8)
+
+
+def test_those_who_have_gone_put_off_nobody_for_long():
+    pace = Pace()
+    for _ in range(10_000):
+        last = pace.delay()
+    assert last <= BACKLOG * GAP < 2
 
 
 def test_bodies_share_a_budget_and_short_ones_always_get_in():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import ipaddress
@@ -44,6 +45,7 @@ class Connection:
         self.less_important = False  # whether the latest request had a key for low priority
         self._socket = client
         self._closing = threading.Lock()  # the socket is not closed, and its number reused, within
+        self._ended = threading.Event()
         self._waiting_since: float | None = time.monotonic()
 
     @property
@@ -60,9 +62,19 @@ class Connection:
         """From now on the server works for the client."""
         self._waiting_since = None
 
+    def pause(self, seconds: float) -> None:
+        """Lets a request that matters little wait, which may be what makes room for another
+        connection. Raises ConnectionAbortedError if it is."""
+        if seconds > 0:
+            self.waits()
+            if self._ended.wait(seconds):
+                raise ConnectionAbortedError(errno.ECONNABORTED, "another connection took its place")
+            self.works()
+
     def close(self) -> None:
         """Ends the connection; the thread that serves it finds that out."""
         self.closed = True
+        self._ended.set()
         with self._closing, contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 

@@ -188,9 +188,9 @@ class HTTPHandler(BaseHTTPRequestHandler):
     def _keep_pace(self, key: str | None) -> None:
         """Waits if many others come with keys for low priority, or without a key."""
         if key is None and self.server.api_keys:
-            self.server.keyless_pace.wait()
+            self._place.pause(self.server.keyless_pace.delay())
         elif self.exchange.low_priority:
-            self.server.low_pace.wait()
+            self._place.pause(self.server.low_pace.delay())
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug(format, *args)

@@ -23,6 +23,7 @@ FILES = {Priority.LOW: 1, Priority.NORMAL: 2, Priority.HIGH: 3}
 MAX_WAITING = 64  # for a turn, of each priority; a client that has few of them may add to them
 CLIENTS = 1024  # of which it is known when they had their last turn
 GAP = 0.002  # seconds between two requests of a kind of which thousands may come
+BACKLOG = 600  # such requests, more than there are connections
 POLL = 1.0  # seconds between two checks of whether a client that waits is still there
 
 
@@ -138,11 +139,11 @@ class Pace:
         self._lock = threading.Lock()
         self._next = 0.0  # when the next one may begin, in monotonic seconds
 
-    def wait(self) -> None:
-        """Waits until one more request may begin."""
+    def delay(self) -> float:
+        """In how many seconds one more request may begin. So many requests as would take longer
+        than BACKLOG of them are not there any more."""
         with self._lock:
             now = time.monotonic()
-            begin = max(now, self._next)
+            begin = min(max(now, self._next), now + BACKLOG * self.gap)
             self._next = begin + self.gap
-        if begin > now:
-            time.sleep(begin - now)
+        return begin - now
