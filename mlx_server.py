@@ -224,6 +224,7 @@ class Handler(ModelRoutes):
         if thinking := first_match(self.server.thinking, reply, model.name):
             apply_thinking(reply.request, thinking)  # all choices are made of this one
         self.ignore_keep_alive(reply)
+        self.hide_preset(reply)
         if reply.unload:
             self.require_manager()
             engine.unload(model.name)
@@ -280,6 +281,12 @@ class Handler(ModelRoutes):
         if self.exchange.low_priority:
             for request in reply.requests:
                 request.keep_alive = None
+
+    def hide_preset(self, reply: Reply) -> None:
+        """Holders of a key for low priority do not get the texts that a name adds, see `show`."""
+        preset = self.engine.preset(reply.request.model)
+        if self.exchange.low_priority and preset is not None and preset != preset.without_texts():
+            reply.hide_prompt()
 
     # -- the upstream
 

@@ -187,6 +187,27 @@ def test_a_low_key_does_not_see_what_a_name_adds_to_a_conversation(
             assert (hidden in text) is sees, (key, hidden)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_nor_does_an_answer_give_a_low_key_its_tokens(
+    engine: Engine, serve: Callable, stream: bool
+):
+    server = serve(engine, api_keys=KEYS)
+    turns = [*HI, {"role": "assistant", "content": "hidden"}]
+    for name, texts in (
+        ("told", {"system": "hidden"}),
+        ("shown", {"messages": turns}),
+        ("bare", {}),
+    ):
+        made = {"model": name, "from": "demo", **texts}
+        assert call(server, "boss", "/api/create", made)[0].status == 200
+        for key in KEYS:
+            body = {"model": name, "prompt": "hi", "stream": stream, "options": {"num_predict": 2}}
+            response, text = call(server, key, "/api/generate", body)
+            last = json.loads(text.splitlines()[-1])
+            assert response.status == 200 and last["eval_count"] == 2
+            assert ("context" in last) is (key != "guest" or not texts)
+
+
 def test_keys_have_names_that_do_not_tell_them(serve: Callable):
     server = serve(api_keys=KEYS)
     names = set(server.owners.values())
@@ -484,14 +505,15 @@ def test_few_less_important_requests_are_in_work_at_a_time(monkeypatch: pytest.M
             one.cancel()
 
 
-def test_how_much_is_kept_for_others_is_not_told(engine: Engine, serve: Callable):
+def test_how_much_is_kept_for_others_and_until_when_is_not_told(engine: Engine, serve: Callable):
     server = serve(engine, api_keys=KEYS)
-    list(engine.chat("say hi", max_tokens=1))
-    sizes = {
-        key: json.loads(call(server, key, "/api/ps", {}, "GET")[1])["models"][0]["size"]
+    list(engine.chat("say hi", max_tokens=1, keep_alive=1e6))
+    guest, boss = (
+        json.loads(call(server, key, "/api/ps", {}, "GET")[1])["models"][0]
         for key in ("guest", "boss")
-    }
-    assert sizes["guest"] == engine.resolve("demo").size < sizes["boss"]
+    )
+    assert guest["size"] == engine.resolve("demo").size < boss["size"]
+    assert guest["expires_at"].startswith("2318") and not boss["expires_at"].startswith("2318")
 
 
 # ------------------------------------------------------------------ memory

@@ -68,7 +68,9 @@ class Connection:
         if seconds > 0:
             self.waits()
             if self._ended.wait(seconds):
-                raise ConnectionAbortedError(errno.ECONNABORTED, "another connection took its place")
+                raise ConnectionAbortedError(
+                    errno.ECONNABORTED, "another connection took its place"
+                )
             self.works()
 
     def close(self) -> None:

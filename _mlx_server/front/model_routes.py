@@ -80,7 +80,7 @@ class ModelRoutes(HTTPHandler):
         template, generation = read_shown_files(local)
         context, preset = engine.context_length(local), engine.preset(name)
         if preset is not None and self.exchange.low_priority:
-            preset = dataclasses.replace(preset, system="", messages=[])
+            preset = preset.without_texts()
         return ollama_show(local, context, template, generation, name, preset)
 
     def delete_model(self) -> None:
@@ -165,8 +165,10 @@ class ModelRoutes(HTTPHandler):
 
         def find() -> Object:
             loaded = self.engine.loaded()
-            if low:  # without what is kept for others
-                loaded = [dataclasses.replace(one, size=one.model.size) for one in loaded]
+            if low:  # without what is kept for others, and the time of their latest request
+                loaded = [
+                    dataclasses.replace(one, size=one.model.size, expires=None) for one in loaded
+                ]
             return ollama_ps(loaded)
 
         self.send_found(find)

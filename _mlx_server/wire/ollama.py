@@ -217,6 +217,9 @@ class OllamaGenerate(_OllamaReply):
         if self.request.suffix and "insert" not in model.capabilities:
             raise WireError(400, f"{self.request.model} does not support insert")
 
+    def hide_prompt(self) -> None:
+        self._sends_context = False
+
     def _text_fields(self, text: str, more: Object) -> Object:
         return {"response": text, **more}
 

@@ -52,6 +52,10 @@ class Reply:
         """Called with the resolved model before anything is queued. Raises WireError if the model
         cannot do what is asked."""
 
+    def hide_prompt(self) -> None:
+        """Leaves out of the answer what tells the text of the prompt. Called before anything is
+        generated."""
+
     def open(self, generation: Accepted) -> Frames:
         """What to send as soon as the engine has accepted the request."""
         return []

@@ -42,6 +42,10 @@ class Preset:
     stop: list[str] = field(default_factory=list)
     max_tokens: int | None = None
 
+    def without_texts(self) -> Preset:
+        """The same without what it adds to conversations."""
+        return dataclasses.replace(self, system="", messages=[])
+
     def fill(self, request: Request) -> Request:
         """A request with these defaults where it leaves things open."""
         messages = request.messages
