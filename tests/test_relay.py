@@ -345,10 +345,12 @@ def test_the_key_is_demanded_and_kept(foreign: Foreign, front: MLXServer):
     assert "content-length" in sent and not {"authorization", "x-api-key", "cookie"} & sent
 
 
+# Ollama takes each of them
+@pytest.mark.parametrize("name", ["keep_alive", "Keep_Alive", "KEEP_ALIVE", "\u212aeep_alive"])
 def test_a_key_for_low_priority_does_not_say_how_long_the_upstreams_models_stay(
-    foreign: Foreign, engine: Engine, remember: None
+    foreign: Foreign, engine: Engine, remember: None, name: str
 ):
-    asked = {**HI, "options": {"seed": 2}, "keep_alive": 0}
+    asked = {**HI, "options": {"seed": 2}, name: 0}
     packed = gzip.compress(json.dumps(asked).encode())
     keys = {"secret": Priority.LOW, "other": Priority.HIGH}
     with relay_to(foreign.url, engine, api_keys=keys) as front:
@@ -357,7 +359,22 @@ def test_a_key_for_low_priority_does_not_say_how_long_the_upstreams_models_stay(
             assert ask(front, "POST", "/api/chat", packed, headers)[0].status == 200
     (_, headers, low), (_, _, high) = foreign.seen
     assert "Content-Encoding" not in headers and high == packed
-    assert json.loads(low) == {name: asked[name] for name in asked if name != "keep_alive"}
+    assert json.loads(low) == {key: asked[key] for key in asked if key != name}
+
+
+def test_nobody_asks_the_upstream_for_more_than_their_key_allows(
+    foreign: Foreign, engine: Engine, remember: None
+):
+    keys = {"guest": Priority.LOW, "agent": Priority.NORMAL, "boss": Priority.HIGH}
+    asked = ["", "high", "normal", "low"]
+    with relay_to(foreign.url, engine, api_keys=keys) as front:
+        for key in keys:
+            for priority in asked:
+                headers = {"x-api-key": key, **({"x-priority": priority} if priority else {})}
+                assert ask(front, "POST", "/api/chat", HI, headers)[0].status == 200
+    given = [headers.get("x-priority", "") for _, headers, _ in foreign.seen]
+    assert given[:4] == ["low"] * 4
+    assert given[4:8] == ["", "normal", "normal", "low"] and given[8:] == asked
 
 
 # ------------------------------------------------------------------ what goes where
@@ -573,11 +590,14 @@ def test_a_stream_that_breaks_is_cut_and_not_ended(
 def test_a_header_of_an_answer_stays_one(foreign: Foreign, front: MLXServer):
     foreign.answer = lambda out: out(
         b"HTTP/1.1 200 OK\r\nX-Mine: a\r\n\tX-Other: b\r\nSet-Cookie: c=d\r\n"
-        b"Content-Length: 2\r\n\r\n{}"
+        b'Clear-Site-Data: "*"\r\nWWW-Authenticate: Basic\r\nRefresh: 0\r\n'
+        b"Access-Control-Allow-Credentials: true\r\nContent-Length: 2\r\n\r\n{}"
     )
     body = b'{"model":"far"}'
     answer = raw(front, post("/api/chat", body, "Content-Length: 15", "x-api-key: secret"))
     assert b"x-mine: a \tX-Other: b\r\n" in answer and b"c=d" not in answer
+    for name in (b"clear-site", b"authenticate", b"refresh", b"access-control"):
+        assert name not in answer.lower()
 
 
 def test_what_an_upstream_says_that_is_no_answer_is_quoted_in_part(

@@ -6,6 +6,7 @@ import http.client
 
 from _mlx_server.front.http import HTTPHandler
 from _mlx_server.front.request_log import RequestLog
+from _mlx_server.front.rules import chosen_priority
 from _mlx_server.front.stream import encode_json
 from _mlx_server.front.upstream import (
     Upstream,
@@ -14,6 +15,7 @@ from _mlx_server.front.upstream import (
     end_to_end,
     error_text,
 )
+from _mlx_server.inference.protocol import Priority
 from _mlx_server.wire.fields import WireError
 
 PIECE = 65536  # most bytes that are read of a chunk of an answer at once
@@ -21,12 +23,14 @@ PIECE = 65536  # most bytes that are read of a chunk of an answer at once
 
 def relay(client: HTTPHandler, upstream: Upstream) -> None:
     """Sends the request that `client` has read, and passes the answer on as it arrives. Both are
-    unchanged, but holders of a key for low priority do not say how long a model stays in memory.
-    Raises WireError if the upstream fails before its answer begins; an answer that breaks off later
-    is left without its end, so that the client sees it."""
+    unchanged, but keys mean there what they mean here: holders of one for low priority do not say
+    how long a model stays in memory, and nobody asks for more than their key allows. Raises
+    WireError if the upstream fails before its answer begins; an answer that breaks off later is
+    left without its end, so that the client sees it."""
     exchange, status = client.exchange, 0
     if exchange.low_priority:
         _remove_keep_alive(client)
+    _limit_priority(client)
     record = RequestLog(exchange.route, exchange.id, client.dialect.name)
     try:
         with upstream.open(client) as (answer, arriving):
@@ -43,9 +47,18 @@ def relay(client: HTTPHandler, upstream: Upstream) -> None:
 
 def _remove_keep_alive(client: HTTPHandler) -> None:
     body = client.parse_body()
-    if "keep_alive" in body:
-        del body["keep_alive"], client.headers["Content-Encoding"]
-        client.exchange.body = encode_json(body)
+    # Ollama's decoder takes names in any case: https://pkg.go.dev/encoding/json#Unmarshal
+    kept = {name: value for name, value in body.items() if name.casefold() != "keep_alive"}
+    if len(kept) < len(body):
+        del client.headers["Content-Encoding"]
+        client.exchange.body = encode_json(kept)
+
+
+def _limit_priority(client: HTTPHandler) -> None:
+    asked, highest = client.headers.get("x-priority", ""), client.exchange.highest_priority
+    if highest is Priority.LOW or asked and highest is not Priority.HIGH:
+        del client.headers["x-priority"]
+        client.headers["x-priority"] = chosen_priority(asked, highest, highest).name.lower()
 
 
 def _pass_on(

@@ -50,8 +50,17 @@ _NOT_RELAYED = {
     "cookie",
     "set-cookie",
     "origin",
-    "access-control-allow-origin",
     "x-request-id",
+    # What a browser would take for the word of this server's site
+    "access-control-allow-origin",
+    "access-control-allow-credentials",
+    "access-control-expose-headers",
+    "clear-site-data",
+    "content-security-policy",
+    "refresh",
+    "service-worker-allowed",
+    "strict-transport-security",
+    "www-authenticate",
 }
 # Names that Ollama sends on to its cloud, whether it lists them or not
 CLOUD = re.compile(r".*:([^/:]*-)?cloud", re.I)
