@@ -299,6 +299,10 @@ class Handler(ModelRoutes):
     def upstream_tags(self) -> list[Object]:
         return self.upstream.tags() if self.upstream else []
 
+    def is_upstreams(self, name: str) -> bool:
+        upstream = self.server.upstream
+        return upstream is not None and upstream.serves(name)
+
     def upstream_for(self, error: WireError | EngineError) -> Upstream | None:
         """The upstream, if it is to answer what has failed here with `error`. Raises WireError if
         it should but cannot be asked.

@@ -23,6 +23,7 @@ from phases import Phases
 from test_content import document, pdf
 from test_http import ask, post
 from test_limits import HI, KEYS, call
+from test_relay import Foreign, relay_to, running
 
 import dialects
 import mlx_server
@@ -206,6 +207,32 @@ def test_nor_does_an_answer_give_a_low_key_its_tokens(
             last = json.loads(text.splitlines()[-1])
             assert response.status == 200 and last["eval_count"] == 2
             assert ("context" in last) is (key != "guest" or not texts)
+
+
+def test_nobody_asks_the_upstream_for_more_than_their_key_allows(engine: Engine):
+    asked = ["", "high", "normal", "low"]
+    with running(Foreign()) as foreign, relay_to(foreign.url, engine, api_keys=KEYS) as front:
+        for key in ("guest", "agent", "boss"):
+            for priority in asked:
+                headers = {"x-api-key": key, **({"x-priority": priority} if priority else {})}
+                body = {"model": "far", "messages": HI}
+                assert ask(front, "POST", "/api/chat", body, headers)[0].status == 200
+    given = [headers.get("x-priority", "") for _, headers, _ in foreign.seen]
+    assert given[:4] == ["low"] * 4
+    assert given[4:8] == ["", "normal", "normal", "low"] and given[8:] == asked
+
+
+@pytest.mark.parametrize("name", ["far", "FAR:latest", "org/gguf:q4_k_m", "kimi:cloud"])
+def test_nobody_takes_the_name_of_a_model_of_the_upstream(engine: Engine, name: str):
+    with running(Foreign()) as foreign, relay_to(foreign.url, engine) as front:
+        for path, body in [
+            ("/api/create", {"model": name, "from": "demo", "system": "hidden"}),
+            ("/api/copy", {"source": "demo", "destination": name}),
+        ]:
+            for more in ({}, {"Via": "1.1 mlx-server"}):
+                response, text = ask(front, "POST", path, body, more)
+                assert response.status == 400 and b"of the upstream" in text, (path, text)
+    assert engine.preset(name) is None
 
 
 def test_keys_have_names_that_do_not_tell_them(serve: Callable):

@@ -362,21 +362,6 @@ def test_a_key_for_low_priority_does_not_say_how_long_the_upstreams_models_stay(
     assert json.loads(low) == {key: asked[key] for key in asked if key != name}
 
 
-def test_nobody_asks_the_upstream_for_more_than_their_key_allows(
-    foreign: Foreign, engine: Engine, remember: None
-):
-    keys = {"guest": Priority.LOW, "agent": Priority.NORMAL, "boss": Priority.HIGH}
-    asked = ["", "high", "normal", "low"]
-    with relay_to(foreign.url, engine, api_keys=keys) as front:
-        for key in keys:
-            for priority in asked:
-                headers = {"x-api-key": key, **({"x-priority": priority} if priority else {})}
-                assert ask(front, "POST", "/api/chat", HI, headers)[0].status == 200
-    given = [headers.get("x-priority", "") for _, headers, _ in foreign.seen]
-    assert given[:4] == ["low"] * 4
-    assert given[4:8] == ["", "normal", "normal", "low"] and given[8:] == asked
-
-
 # ------------------------------------------------------------------ what goes where
 
 

@@ -46,6 +46,10 @@ class ModelRoutes(HTTPHandler):
         """Raises EngineClosed if there is none."""
         raise NotImplementedError
 
+    def is_upstreams(self, name: str) -> bool:
+        """Whether an upstream has a model of that name."""
+        raise NotImplementedError
+
     def resolve(self, name: str) -> LocalModel:
         """The model that a name means to whoever asks. Raises ModelNotFound."""
         return self.engine.resolve(name, self.exchange.owner)
@@ -127,6 +131,8 @@ class ModelRoutes(HTTPHandler):
             raise WireError(400, f"'{name}' is a name that clients ask for; take another")
         if self.engine.preset(name) is not None:
             return
+        if self.is_upstreams(name):
+            raise WireError(400, f"'{name}' is the name of a model of the upstream; take another")
         with contextlib.suppress(ModelNotFound):
             model = self.resolve(name)
             raise WireError(400, f"'{name}' is the name of an installed model, {model.name}")

@@ -99,6 +99,10 @@ class Upstream:
             raise WireError(404, f"model '{name}' not found here, and {trouble}")
         return find_tag(tags, name) or ({"name": name} if CLOUD.fullmatch(name) else None)
 
+    def serves(self, name: str) -> bool:
+        """Whether a name is known to be one of its models."""
+        return find_tag(self.tags(), name) is not None or bool(CLOUD.fullmatch(name))
+
     @contextlib.contextmanager
     def open(
         self, client: HTTPHandler
