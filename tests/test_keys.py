@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import re
 import socket
@@ -233,6 +234,33 @@ def test_nobody_takes_the_name_of_a_model_of_the_upstream(engine: Engine, name: 
                 response, text = ask(front, "POST", path, body, more)
                 assert response.status == 400 and b"of the upstream" in text, (path, text)
     assert engine.preset(name) is None
+
+
+def test_where_there_are_several_keys_nothing_is_quoted_to_those_who_manage(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+):
+    log = logging.getLogger("mlx_server")
+    caplog.set_level(logging.INFO, "mlx_server")
+    tools = [
+        {"type": "hidden type"},
+        {"type": "function", "function": {"name": "f", "parameters": {}}},
+    ]
+    for keys in (KEYS, {"boss": Priority.HIGH}):
+        with running(Foreign()) as foreign, relay_to(foreign.url, engine, api_keys=keys) as server:
+            foreign.answer = lambda out: out(b"hidden words\r\n")
+            log.addHandler(server.activity)
+            try:
+                body = {"model": "far", "messages": HI}
+                assert call(server, "boss", "/api/chat", body)[0].status == 502
+                body = {"model": "demo", "max_tokens": 1, "messages": HI, "tools": tools}
+                assert call(server, "boss", "/v1/chat/completions", body)[0].status == 200
+                text = call(server, "boss", "/activity", {}, "GET")[1]
+            finally:
+                log.removeHandler(server.activity)
+        told = json.loads(text)
+        assert "failed" in [row["ending"].partition(":")[0] for row in told["recent"]]
+        assert "left out: " in told["warnings"][0]["message"]
+        assert text.count("hidden") == (0 if len(keys) > 1 else 2)
 
 
 def test_keys_have_names_that_do_not_tell_them(serve: Callable):

@@ -15,7 +15,8 @@
 `time`, in Unix seconds |
 | `throughput` | `seconds` of an interval, and for each of the last ten minutes' a sample [`time`, \
 generated, prefilled, reused], the latter three in tokens/s |
-| `warnings` | the log's last fifty, without paths: `time`, `level`, `message`, the latest first |
+| `warnings` | the log's last fifty, without paths and, where there are several keys, without what \
+requests and answers say: `time`, `level`, `message`, the latest first |
 
 A request in work; where its prompt is still rendered, only what does not come from the model:
 
@@ -40,6 +41,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
+import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -56,6 +59,7 @@ RECENT = 50  # requests, and warnings
 INTERVAL = 5.0  # seconds between two samples
 SAMPLES = 120  # ten minutes of them
 SHARED_GRAIN = 256  # tokens, of which reused ones are told multiples where there are several keys
+_QUOTED = re.compile(r"%[.\d]*[a-z]")  # where a log message has what it is about
 MEASURABLE = 64  # tokens of a prefill below which its speed says nothing
 
 
@@ -68,7 +72,7 @@ class Activity(logging.Handler):
         self._started = time.time()
         self._working: dict[str, RequestLog] = {}
         self._recent: collections.deque[Object] = collections.deque(maxlen=RECENT)
-        self._warnings: collections.deque[Object] = collections.deque(maxlen=RECENT)
+        self._warnings: collections.deque[tuple[Object, str]] = collections.deque(maxlen=RECENT)
         self._samples: collections.deque[list[float]] = collections.deque(maxlen=SAMPLES)
         self._sampled = time.monotonic()
         self._counted = (0, 0, 0)  # tokens at that time
@@ -80,8 +84,11 @@ class Activity(logging.Handler):
             self._recent.appendleft({"time": record.created, **figures})
         elif record.levelno >= logging.WARNING:
             level, message = record.levelname.lower(), without_paths(record.getMessage())
-            message = shortened(message)
-            self._warnings.appendleft({"time": record.created, "level": level, "message": message})
+            plain = message  # all but the start's may quote a request or an answer
+            if record.thread != threading.main_thread().ident:
+                plain = _QUOTED.sub("…", str(record.msg))
+            shown = {"time": record.created, "level": level, "message": shortened(message)}
+            self._warnings.appendleft((shown, plain))
 
     @contextlib.contextmanager
     def working(self, record: RequestLog) -> Iterator[None]:
@@ -126,11 +133,12 @@ class Activity(logging.Handler):
         loaded: list[Loaded],
         shared: bool,
     ) -> Object:
-        """The answer. `status` is what is wrong. Of a `shared` server it does not tell where a
-        prompt parts from another one, and reused tokens are coarse."""
+        """The answer. `status` is what is wrong. Of a `shared` server it quotes nothing that was
+        said in a request or in an answer, and reused tokens are coarse."""
         with self._guard():
             working, recent = list(self._working.values()), list(self._recent)
-            samples, warnings = list(self._samples), list(self._warnings)
+            samples, warned = list(self._samples), list(self._warnings)
+        warnings = [{**shown, "message": plain} if shared else shown for shown, plain in warned]
         names = {one.model.name for one in loaded}
         rows = [row for record in working for row in _working_rows(record, names)]
         if shared:
@@ -172,6 +180,8 @@ class Activity(logging.Handler):
 
 def _concealed(row: Object) -> Object:
     kept = {key: value for key, value in row.items() if key != "miss"}
+    if "ending" in kept:
+        kept["ending"] = kept["ending"].partition(":")[0]
     if "cached_tokens" in kept:
         kept["cached_tokens"] -= kept["cached_tokens"] % SHARED_GRAIN
     return kept
