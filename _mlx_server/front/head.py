@@ -92,7 +92,7 @@ def check_key(headers: Message, keys: Mapping[str, Priority]) -> str:
     for the higher priority. Raises WireError if it is none of `keys`."""
     scheme, _, token = headers.get("Authorization", "").partition(" ")
     bearer = token.strip() if scheme.lower() == "bearer" else ""
-    given = [text.encode("latin-1") for text in (headers.get("x-api-key", ""), bearer)]
+    given = [text.encode("latin-1") for text in (headers.get("x-api-key", "").strip(), bearer)]
     # Every key is compared, so that the time tells nothing
     found = [key for key in keys for one in given if hmac.compare_digest(one, key.encode())]
     if not found:

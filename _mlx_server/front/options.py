@@ -50,12 +50,12 @@ def priority_rule(text: str) -> tuple[str, Priority]:
 
 def api_key(text: str) -> tuple[str, Priority]:
     """A key and the highest priority it allows."""
-    if not text.strip():  # everyone would have it
+    key, separator, priority = text.strip().rpartition("=")
+    if not separator or priority.upper() not in Priority.__members__:
+        key, priority = text, "normal"
+    if not key.strip():  # everyone would have it; in a shell it is a variable that is not set
         raise argparse.ArgumentTypeError("a key cannot be empty")
-    key, _, priority = text.rpartition("=")
-    if key and priority.upper() in Priority.__members__:
-        return key, Priority[priority.upper()]
-    return text, Priority.NORMAL
+    return key.strip(), Priority[priority.upper()]
 
 
 def key_file(name: str) -> list[tuple[str, Priority]]:
