@@ -236,6 +236,12 @@ A [link](https://example.com/a_b_c), a [trap](javascript:alert(1)) and <script>a
 """
 
 
+NAMES = {
+    *("h3", "p", "a", "ul", "ol", "li", "em", "pre", "code", "strong", "blockquote", "div"),
+    *("table", "thead", "tbody", "tr", "th", "td"),
+}
+
+
 def test_markdown_becomes_elements_and_nothing_else(page: Page):
     script = """
     const [text, done] = arguments;
@@ -246,15 +252,92 @@ def test_markdown_becomes_elements_and_nothing_else(page: Page):
     });
     """
     html, names = page.driver.execute_async_script(script, MARKDOWN)
-    assert {*names} <= {
-        *("h3", "p", "a", "ul", "ol", "li", "em", "pre", "code", "strong", "blockquote", "div"),
-        *("table", "thead", "tbody", "tr", "th", "td"),
-    }
+    assert {*names} <= NAMES
     assert "&lt;script&gt;" in html and "&lt;b&gt;not bold&lt;/b&gt;" in html
     assert 'href="https://example.com/a_b_c"' in html and 'href="javascript' not in html
     assert "<td><strong>2</strong></td>" in html and "<em>two</em>" in html
     deep, _ = page.driver.execute_async_script(script, "> " * 5000 + "- " * 5000)
     assert deep.count("<blockquote") < 10
+
+
+HOSTILE = [
+    *(f"[x]({scheme}alert(1))" for scheme in ("javascript:", "JaVaScRiPt:", "vbscript:", "data:,")),
+    *(f"[x]({blank}javascript:alert(1))" for blank in ("", " ", "\t", "\n", "\x01", "&#9;")),
+    *(f"[x]({scheme}://evil.example/x)" for scheme in ("file", "ftp", "intent", "blob", "jar")),
+    *(f"[x]({place})" for place in ("//evil.example", "/api/delete", "about:blank", "tel:1", "#x")),
+    "[x](javascript&colon;alert(1))",
+    "[x](ht\ntp://evil.example)",
+    "[x](http://a.example\njavascript:alert(1))",
+    '[x](http://a.example "t" onclick=alert(1))',
+    "[x][y]\n\n[y]: javascript:alert(1)",
+    "[![x](http://evil.example/x.png)](javascript:alert(1))",
+    "[[x](javascript:alert(1))](http://a.example)",
+    "[*x* `y` <b>](mailto:a@example.org)",
+    "![x](http://evil.example/x.png)",
+    "![x](data:image/svg+xml,<svg/onload=alert(1)>)",
+    "<javascript:alert(1)> <http://evil.example>",
+    "http://a.example/\"onclick=alert(1) https://a'b<c>`d`",
+    "<script>alert(1)</script><style>*{background:url(http://evil.example)}</style>",
+    "<img src=http://evil.example/x onerror=alert(1)><svg onload=alert(1)><iframe src=/>",
+    "<a href='javascript:alert(1)' onmouseover=alert(1)>x</a><base href=//evil.example>",
+    "&lt;script&gt; &#60;img&#62; \\<b>",
+    "```js onload=alert(1)\n<script>alert(1)</script>\n```",
+    '```"><script>alert(1)</script>\n<b>',
+    "~~~__proto__\nx\n~~~",
+    "|<script>|[x](javascript:alert(1))|\n|-|-|\n|<img src=x>|**<b>**|",
+    "[constructor](__proto__) __proto__ constructor toString",
+]
+
+
+@pytest.mark.parametrize("before", ["", "> ", "- ", "1. ", "# ", "| ", "**", "  - ", "x\n"])
+def test_hostile_markdown_runs_nothing_and_asks_nobody(page: Page, before: str):
+    script = """
+    const [texts, done] = arguments;
+    import("/page/markdown.js").then(({ markdown }) => {
+      const told = texts.map((text) => {
+        const root = document.createElement("div");
+        document.getElementById("talk").append(root);
+        root.append(...markdown(text));
+        const elements = [...root.querySelectorAll("*")];
+        for (const link of elements.filter((one) => one.matches("a"))) link.focus();
+        return elements.map((one) => [
+          one.localName, one.getAttributeNames(), one.protocol ?? "", one.rel ?? "",
+        ]);
+      });
+      setTimeout(() => done(told), 0);
+    });
+    """
+    told = page.driver.execute_async_script(script, [before + text for text in HOSTILE])
+    for text, elements in zip(HOSTILE, told, strict=True):
+        for name, attributes, protocol, rel in elements:
+            assert name in NAMES, (text, name)
+            assert {*attributes} <= {"href", "target", "rel", "title", "tabindex", "class", "start"}
+            if name == "a":
+                assert protocol in ("http:", "https:", "mailto:"), text
+                assert rel == "noopener noreferrer"
+
+
+PUMPED = ["# a" + " " * 5000 + "x", "# " + "#" * 5000 + "x", "\n" * 5000, "`" * 5000, "[" * 5000]
+
+
+@pytest.mark.parametrize("at", range(len(PUMPED)))
+def test_markdown_of_four_times_the_length_takes_no_more_than_linear_time(page: Page, at: int):
+    script = """
+    const [short, long, done] = arguments;
+    import("/page/markdown.js").then(({ markdown }) => {
+      const times = [short, long].map((text) => Math.min(...Array.from({ length: 5 }, () => {
+        const begun = performance.now();
+        for (let time = 0; time < 5; time++) markdown(text);
+        return performance.now() - begun;
+      })));
+      done(times);
+    });
+    """
+    text = PUMPED[at]
+    middle = len(text) // 2
+    long = text[:middle] + text[middle] * (3 * len(text)) + text[middle:]
+    short_time, long_time = page.driver.execute_async_script(script, text, long)
+    assert long_time < 10 * short_time + 10  # 16 times, were it quadratic
 
 
 def test_an_answer_can_be_stopped(page: Page, served: Server):

@@ -34,7 +34,7 @@ export function markdown(text, depth = 0) {
   const nodes = [];
   while (lines.length) {
     if (lines[0].trim()) nodes.push(block(lines, depth));
-    else lines.shift();
+    else takeWhile(lines, (line) => !line.trim());
   }
   return nodes;
 }
@@ -45,8 +45,11 @@ function block(lines, depth) {
   const fence = FENCE.exec(first);
   if (fence) return code(lines, fence);
   if (BEGINS[4].test(first)) return lines.shift() && make("hr");
-  const heading = /^ {0,3}(#{1,6}) +(.*?)(?: +#+)? *$/.exec(first);
-  if (heading) return lines.shift() && make(`h${Math.min(6, heading[1].length + 2)}`, {}, ...inline(heading[2]));
+  const heading = /^ {0,3}(#{1,6}) +(.*)$/.exec(first);
+  if (heading) {
+    const words = heading[2].trimEnd().replace(/(?<=^| )#+$/, "").trimEnd();
+    return lines.shift() && make(`h${Math.min(6, heading[1].length + 2)}`, {}, ...inline(words));
+  }
   if (/^ {0,3}>/.test(first)) {
     const quoted = takeWhile(lines, (line) => /^ {0,3}>/.test(line));
     return make("blockquote", {}, ...markdown(quoted.map((line) => line.replace(/^ {0,3}> ?/, "")).join("\n"), depth + 1));
