@@ -3,7 +3,6 @@ what the prompt cache tells."""
 
 from __future__ import annotations
 
-import argparse
 import gc
 import gzip
 import json
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, until
-from test_http import ask, raw
+from test_http import ask
 
 import mlx_server
 from _mlx_server.front import budget, head
@@ -32,7 +31,6 @@ from _mlx_server.front.body import decompress, parse_json
 from _mlx_server.front.budget import BodyBudget, BodyClaim
 from _mlx_server.front.connections import Connection
 from _mlx_server.front.logs import JSONLine, OneLine, log_file
-from _mlx_server.front.options import api_key
 from _mlx_server.front.request_log import RequestLog
 from _mlx_server.front.startup import ARENAS
 from _mlx_server.front.turns import BACKLOG, GAP, Pace
@@ -501,10 +499,11 @@ def test_without_a_key_only_the_servers_own_names_are_answered(
 
 
 def test_with_a_key_other_machines_may_use_any_name(engine: Engine, serve: Callable):
-    server = serve(engine, "0.0.0.0", api_keys={"secret": Priority.NORMAL})
-    headers = {"x-api-key": "secret"}
+    keys, headers = {"secret": Priority.NORMAL}, {"x-api-key": "secret"}
+    server = serve(engine, "0.0.0.0", api_keys=keys)
     assert answer(server, "mac.example", **headers) == 200
     assert answer(server, "mac.example") == 401
+    assert answer(serve(engine, api_keys=keys), "mac.example", **headers) == 403
 
 
 # ------------------------------------------------------------------ keys
@@ -558,7 +557,8 @@ def test_a_low_key_does_not_say_how_long_a_model_stays(engine: Engine, serve: Ca
 @pytest.mark.parametrize(
     "name",
     ["claude-sonnet-4-5", "Claude-x:latest", "gpt-4o", "opus", "sonnet", "haiku", "default"]
-    + ["anthropic/claude-sonnet-4-5", "anthropic/x", "openai/o3", "org/claude-x", "demo"],
+    + ["anthropic/claude-sonnet-4-5", "anthropic/x", "openai/o3", "org/claude-x", "demo"]
+    + ["demo-mlx", "DEMO:latest"],
 )
 def test_nobody_takes_a_name_that_others_rely_on(engine: Engine, serve: Callable, name: str):
     server = serve(engine)
@@ -604,58 +604,6 @@ def test_a_blank_key_in_the_environment_opens_no_server(
     with pytest.raises(SystemExit, match="2"):
         mlx_server.main(["--port", "0"])
     assert "MLX_SERVER_API_KEY is set but blank" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("text", ["", " ", "=low", " =HIGH", "\t=normal"])
-def test_a_blank_key_with_a_priority_opens_none_either(text: str):
-    with pytest.raises(argparse.ArgumentTypeError, match="cannot be empty"):
-        api_key(text)
-
-
-def test_a_key_may_hold_anything_but_blanks_around_it():
-    assert api_key(" a b =low") == ("a b", Priority.LOW)
-    for text in ("a=b", "a=b=", "=a", "low", "a=lower"):
-        assert api_key(text) == (text, Priority.NORMAL)
-        assert api_key(f"{text}=high") == (text, Priority.HIGH)
-
-
-FORMS = [
-    (200, "x-api-key: bo=ss"),
-    (200, "X-Api-Key:bo=ss"),
-    (200, "x-api-key: \t bo=ss  \t"),
-    (200, "Authorization: Bearer bo=ss"),
-    (200, "authorization: BEARER   bo=ss "),
-    (200, "x-api-key: other\r\nAuthorization: Bearer bo=ss"),
-    (200, "x-api-key: bo=ss\r\nAuthorization: Basic other"),
-    (200, "x-api-key: guest\r\nAuthorization: Bearer bo=ss"),
-    (200, "Authorization: Bearer gr\xc3\xbcn"),
-    (403, "x-api-key: guest"),
-    (403, "x-api-key: guest\r\nx-api-key: bo=ss"),
-    (403, "x-api-key: guest\r\nAuthorization: Bearer other"),
-    (401, "x-api-key:"),
-    (401, "x-api-key: BO=SS"),
-    (401, "x-api-key: bo"),
-    (401, "x-api-key: bo=ss, guest"),
-    (401, "x-api-key: guest=low"),
-    (401, "x-api-key: =?utf-8?q?bo=3Dss?="),
-    (401, "x-api-key: other\r\nx-api-key: bo=ss"),
-    (401, "Authorization: bo=ss"),
-    (401, "Authorization: Basic bo=ss"),
-    (401, "Authorization: Bearerbo=ss"),
-    (401, "Authorization: Bearer gr\xfcn"),
-    (401, "api-key: bo=ss"),
-    (401, "Cookie: x-api-key=bo=ss"),
-    (400, "x-api-key: bo=ss\0"),
-]
-
-
-def test_a_key_has_these_forms_and_no_other(engine: Engine, serve: Callable):
-    keys = dict(map(api_key, ["bo=ss=high", "guest=low", "grün"]))
-    server = serve(engine, api_keys=keys)
-    for status, fields in FORMS:
-        request = f"GET /metrics?x-api-key=bo%3Dss HTTP/1.1\r\nHost: localhost\r\n{fields}\r\n"
-        answer = raw(server, f"{request}Connection: close\r\n\r\n".encode("latin-1"))
-        assert answer.startswith(b"HTTP/1.1 %d " % status), fields
 
 
 # ------------------------------------------------------------------ terminals and services

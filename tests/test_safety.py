@@ -7,8 +7,9 @@ folder of the prompt cache; test_memories.py what is remembered."""
 
 from __future__ import annotations
 
+import argparse
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -17,10 +18,11 @@ import pytest
 from jinja2.ext import loopcontrols
 from models import CHATML, build_model
 from parsing import tool
+from test_http import ask, raw
 
 from _mlx_server.front import body, budget, connections, sockets
 from _mlx_server.front.cli import parse_arguments
-from _mlx_server.front.options import cache_folder
+from _mlx_server.front.options import api_key, cache_folder
 from _mlx_server.inference.catalog import library
 from _mlx_server.inference.catalog.models import describe
 from _mlx_server.inference.pool import ModelPool
@@ -30,7 +32,7 @@ from _mlx_server.inference.prompt.history import HistoryMemo
 from _mlx_server.inference.prompt.renderer import PromptRenderer
 from _mlx_server.inference.prompt.template import JSON_KEPT, Template
 from _mlx_server.inference.prompt.tokenizer import TextTokenizer
-from _mlx_server.inference.protocol import InvalidRequest
+from _mlx_server.inference.protocol import InvalidRequest, Priority
 from _mlx_server.inference.speculation.quotable import Quotable
 from engine import Engine
 
@@ -179,3 +181,69 @@ def test_nothing_is_kept_on_disk_without_a_cache_folder(tmp_path: Path, monkeypa
     monkeypatch.setenv("HOME", str(tmp_path))
     assert Path(cache_folder(parse_arguments([]))).is_relative_to(tmp_path)
     assert cache_folder(parse_arguments(["--no-cache-dir"])) is None
+
+
+# ------------------------------------------------------------------ keys
+
+
+@pytest.mark.parametrize("text", ["", " ", "=low", " =HIGH", "\t=normal"])
+def test_a_blank_key_with_a_priority_opens_none_either(text: str):
+    with pytest.raises(argparse.ArgumentTypeError, match="cannot be empty"):
+        api_key(text)
+
+
+def test_a_key_may_hold_anything_but_blanks_around_it():
+    assert api_key(" a b =low") == ("a b", Priority.LOW)
+    for text in ("a=b", "a=b=", "=a", "low", "a=lower"):
+        assert api_key(text) == (text, Priority.NORMAL)
+        assert api_key(f"{text}=high") == (text, Priority.HIGH)
+
+
+FORMS = [
+    (200, "x-api-key: bo=ss"),
+    (200, "X-Api-Key:bo=ss"),
+    (200, "x-api-key: \t bo=ss  \t"),
+    (200, "Authorization: Bearer bo=ss"),
+    (200, "authorization: BEARER   bo=ss "),
+    (200, "x-api-key: other\r\nAuthorization: Bearer bo=ss"),
+    (200, "x-api-key: bo=ss\r\nAuthorization: Basic other"),
+    (200, "x-api-key: guest\r\nAuthorization: Bearer bo=ss"),
+    (200, "Authorization: Bearer gr\xc3\xbcn"),
+    (403, "x-api-key: guest"),
+    (403, "x-api-key: guest\r\nx-api-key: bo=ss"),
+    (403, "x-api-key: guest\r\nAuthorization: Bearer other"),
+    (401, "x-api-key:"),
+    (401, "x-api-key: BO=SS"),
+    (401, "x-api-key: bo"),
+    (401, "x-api-key: bo=ss, guest"),
+    (401, "x-api-key: guest=low"),
+    (401, "x-api-key: =?utf-8?q?bo=3Dss?="),
+    (401, "x-api-key: other\r\nx-api-key: bo=ss"),
+    (401, "Authorization: bo=ss"),
+    (401, "Authorization: Basic bo=ss"),
+    (401, "Authorization: Bearerbo=ss"),
+    (401, "Authorization: Bearer gr\xfcn"),
+    (401, "api-key: bo=ss"),
+    (401, "Cookie: x-api-key=bo=ss"),
+    (400, "x-api-key: bo=ss\0"),
+]
+
+
+def test_a_key_has_these_forms_and_no_other(demo: Engine, serve: Callable):
+    keys = dict(map(api_key, ["bo=ss=high", "guest=low", "grün"]))
+    server = serve(demo, api_keys=keys)
+    for status, fields in FORMS:
+        request = f"GET /metrics?x-api-key=bo%3Dss HTTP/1.1\r\nHost: localhost\r\n{fields}\r\n"
+        answer = raw(server, f"{request}Connection: close\r\n\r\n".encode("latin-1"))
+        assert answer.startswith(b"HTTP/1.1 %d " % status), fields
+
+
+def test_a_preflight_request_needs_no_key(demo: Engine, serve: Callable):
+    """Browsers send none with it; what follows needs one."""
+    server = serve(demo, api_keys={"secret": Priority.NORMAL})
+    asked = {"Origin": "http://localhost:3000", "Access-Control-Request-Method": "DELETE"}
+    for path in ("/api/delete", "/v1/messages", "/activity/x"):
+        assert ask(server, "OPTIONS", path, None, asked)[0].status == 204
+        assert ask(server, "DELETE", path, {"model": "x"}, asked)[0].status == 401
+        foreign = {**asked, "Origin": "http://foreign.example"}
+        assert ask(server, "OPTIONS", path, None, foreign)[0].status == 403
