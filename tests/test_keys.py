@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
 import re
 import socket
@@ -24,7 +23,6 @@ from phases import Phases
 from test_content import document, pdf
 from test_http import ask, post
 from test_limits import HI, KEYS, call
-from test_relay import Foreign, relay_to, running
 
 import dialects
 import mlx_server
@@ -187,80 +185,6 @@ def test_a_low_key_does_not_see_what_a_name_adds_to_a_conversation(
         assert response.status == 200 and json.loads(text)["details"]
         for hidden in ("hidden system", "hidden turn", "hidden answer"):
             assert (hidden in text) is sees, (key, hidden)
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_nor_does_an_answer_give_a_low_key_its_tokens(
-    engine: Engine, serve: Callable, stream: bool
-):
-    server = serve(engine, api_keys=KEYS)
-    turns = [*HI, {"role": "assistant", "content": "hidden"}]
-    for name, texts in (
-        ("told", {"system": "hidden"}),
-        ("shown", {"messages": turns}),
-        ("bare", {}),
-    ):
-        made = {"model": name, "from": "demo", **texts}
-        assert call(server, "boss", "/api/create", made)[0].status == 200
-        for key in KEYS:
-            body = {"model": name, "prompt": "hi", "stream": stream, "options": {"num_predict": 2}}
-            response, text = call(server, key, "/api/generate", body)
-            last = json.loads(text.splitlines()[-1])
-            assert response.status == 200 and last["eval_count"] == 2
-            assert ("context" in last) is (key != "guest" or not texts)
-
-
-def test_nobody_asks_the_upstream_for_more_than_their_key_allows(engine: Engine):
-    asked = ["", "high", "normal", "low"]
-    with running(Foreign()) as foreign, relay_to(foreign.url, engine, api_keys=KEYS) as front:
-        for key in ("guest", "agent", "boss"):
-            for priority in asked:
-                headers = {"x-api-key": key, **({"x-priority": priority} if priority else {})}
-                body = {"model": "far", "messages": HI}
-                assert ask(front, "POST", "/api/chat", body, headers)[0].status == 200
-    given = [headers.get("x-priority", "") for _, headers, _ in foreign.seen]
-    assert given[:4] == ["low"] * 4
-    assert given[4:8] == ["", "normal", "normal", "low"] and given[8:] == asked
-
-
-@pytest.mark.parametrize("name", ["far", "FAR:latest", "org/gguf:q4_k_m", "kimi:cloud"])
-def test_nobody_takes_the_name_of_a_model_of_the_upstream(engine: Engine, name: str):
-    with running(Foreign()) as foreign, relay_to(foreign.url, engine) as front:
-        for path, body in [
-            ("/api/create", {"model": name, "from": "demo", "system": "hidden"}),
-            ("/api/copy", {"source": "demo", "destination": name}),
-        ]:
-            for more in ({}, {"Via": "1.1 mlx-server"}):
-                response, text = ask(front, "POST", path, body, more)
-                assert response.status == 400 and b"of the upstream" in text, (path, text)
-    assert engine.preset(name) is None
-
-
-def test_where_there_are_several_keys_nothing_is_quoted_to_those_who_manage(
-    engine: Engine, caplog: pytest.LogCaptureFixture
-):
-    log = logging.getLogger("mlx_server")
-    caplog.set_level(logging.INFO, "mlx_server")
-    tools = [
-        {"type": "hidden type"},
-        {"type": "function", "function": {"name": "f", "parameters": {}}},
-    ]
-    for keys in (KEYS, {"boss": Priority.HIGH}):
-        with running(Foreign()) as foreign, relay_to(foreign.url, engine, api_keys=keys) as server:
-            foreign.answer = lambda out: out(b"hidden words\r\n")
-            log.addHandler(server.activity)
-            try:
-                body = {"model": "far", "messages": HI}
-                assert call(server, "boss", "/api/chat", body)[0].status == 502
-                body = {"model": "demo", "max_tokens": 1, "messages": HI, "tools": tools}
-                assert call(server, "boss", "/v1/chat/completions", body)[0].status == 200
-                text = call(server, "boss", "/activity", {}, "GET")[1]
-            finally:
-                log.removeHandler(server.activity)
-        told = json.loads(text)
-        assert "failed" in [row["ending"].partition(":")[0] for row in told["recent"]]
-        assert "left out: " in told["warnings"][0]["message"]
-        assert text.count("hidden") == (0 if len(keys) > 1 else 2)
 
 
 def test_keys_have_names_that_do_not_tell_them(serve: Callable):
