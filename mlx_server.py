@@ -209,6 +209,7 @@ class Handler(ModelRoutes):
         body = self.read_object()
         with self.preparing():
             reply = self.endpoint.reply(body, self.exchange.id)
+            del body  # takes many times its text, and the answer may take long
             model = self.resolve(reply.request.model)
             reply.check(model)
         if isinstance(reply, Embeddings):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,7 @@ from conftest import PATIENCE, ROOT, Server, until
 from test_http import LONG, ask
 
 from _mlx_server.front import activity
+from _mlx_server.inference.protocol import Stats, Totals
 
 BROWSER = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 SHORT = {"model": "demo", "messages": [{"role": "user", "content": "say hello"}], "max_tokens": 9}
@@ -168,6 +170,22 @@ def test_where_several_keys_share_a_server_little_is_told_and_low_ones_see_nothi
         assert waits.result(PATIENCE)[0].status == 499
     finally:
         assert server.stop() == 0
+
+
+def test_samples_of_ten_minutes_are_few_objects(monkeypatch: pytest.MonkeyPatch):
+    """Each object would keep a hundred times its size from going back to the system, if much is in
+    use when it is made."""
+    monkeypatch.setattr(activity, "INTERVAL", 0.0)
+    watched = activity.Activity()
+    watched.sample(Totals)
+    before = sys.getallocatedblocks()
+    for _ in range(2 * activity.SAMPLES):
+        watched.sample(Totals)
+    assert sys.getallocatedblocks() - before < activity.SAMPLES / 2
+    told = watched.report(None, None, Stats(*[0] * 11, Totals()), [], False)
+    samples = told["throughput"]["samples"]
+    assert [len(sample) for sample in samples] == [4] * activity.SAMPLES
+    assert samples[-1][0] >= samples[0][0] > 0
 
 
 @pytest.mark.slow

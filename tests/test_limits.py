@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, until
+from phases import Phases
 from test_http import ask
 
 import mlx_server
@@ -32,12 +33,12 @@ from _mlx_server.front.budget import BodyBudget, BodyClaim
 from _mlx_server.front.connections import Connection
 from _mlx_server.front.logs import JSONLine, OneLine, log_file
 from _mlx_server.front.request_log import RequestLog
-from _mlx_server.front.startup import ARENAS
 from _mlx_server.front.turns import BACKLOG, GAP, Pace
 from _mlx_server.front.upstream import CLOUD
 from _mlx_server.inference.catalog.presets import Preset, PresetStore
 from _mlx_server.inference.prompt.tokenizer import TextTokenizer
 from _mlx_server.inference.protocol import EngineBusy, Priority, PromptTooLong, Request
+from _mlx_server.inference.sequence import State
 from _mlx_server.wire.anthropic import AnthropicMessages
 from _mlx_server.wire.fields import WireError
 from _mlx_server.wire.images import Images
@@ -329,35 +330,63 @@ def test_a_thread_that_runs_python_keeps_others_waiting_for_a_millisecond_at_mos
     assert float(told) <= 0.001
 
 
-POOLS = """
-import ctypes, sys, threading
-from _mlx_server.front.startup import bound_arenas
+def test_a_bodys_values_are_gone_once_they_are_a_request(
+    engine: Engine, serve: Callable, phases: Phases
+):
+    server, held, filler = serve(engine), phases.hold(State.DECODE), os.urandom(8).hex()
+    body = {"model": "demo", "messages": HI, "max_tokens": 4, "ignored": [filler]}
+    body = json.dumps(body).encode()
+    path = "/v1/chat/completions"
+    client = threading.Thread(target=ask, args=(server, "POST", path, body))
+    client.start()
+    with held:
+        lists = [one for one in gc.get_objects() if type(one) is list and len(one) == 1]
+        assert not [one for one in lists if type(one[0]) is str and one[0] == filler]
+    client.join()
 
-if "bounded" in sys.argv:
-    bound_arenas()
+
+TELL_POOLS = """
+import ctypes, resource, sys, threading
+from _mlx_server.front.startup import share_arena
+from _mlx_server.inference.memory import release_free_memory
+
+if "shared" in sys.argv:
+    share_arena()
 everyone = threading.Barrier(17)
 
 
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+
 def work():
-    held = [bytes(1000) for _ in range(100)]
+    large = bytes(8 << 20)
+    del large  # from now on blocks of this size come from pools
+    held = [b"x" * 1000 for _ in range(100)] + [b"x" * (1 << 20) for _ in range(4)]
+    everyone.wait()
+    held.clear()
     everyone.wait()
 
 
+before = resident()
 for _ in range(16):
     threading.Thread(target=work).start()
 everyone.wait()
+everyone.wait()
+release_free_memory()
+print(resident() - before, flush=True)
 libc = ctypes.CDLL(None)
 libc.malloc_info(0, ctypes.c_void_p.in_dll(libc, "stdout"))
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
-@pytest.mark.parametrize("bounded", [True, False])
-def test_threads_share_pools_of_memory(bounded: bool):
-    """Each pool keeps what the largest request took."""
-    command = [sys.executable, "-c", POOLS, "bounded" if bounded else "as it is"]
+@pytest.mark.parametrize("shared", [True, False])
+def test_threads_share_a_pool_of_memory_that_is_given_back(shared: bool):
+    command = [sys.executable, "-c", TELL_POOLS, "shared" if shared else "as it is"]
     told = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
-    assert (0 < told.count("<heap nr=") <= ARENAS) == bounded
+    assert (told.count("<heap nr=") == 1) == shared
+    assert (int(told.splitlines()[0]) < 16 << 20) == shared
 
 
 @pytest.mark.slow

@@ -7,11 +7,14 @@ import contextlib
 import gc
 import json
 import os
+import platform
 import tracemalloc
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import until
 
 from _mlx_server.inference.bounded import BoundedMap, text_bytes
 from _mlx_server.inference.catalog.library import Library
@@ -25,6 +28,7 @@ from _mlx_server.inference.prompt.tokenizer import TextTokenizer
 from _mlx_server.inference.protocol import Message, PromptTooLong, Request
 from _mlx_server.inference.speculation.quotable import Quotable
 from _mlx_server.wire.documents import document_text
+from engine import Engine
 
 ROOM = 1 << 20  # bytes of each memory here, so that it is soon full
 
@@ -176,6 +180,49 @@ def test_tools_count_with_what_is_made_of_them(
             with contextlib.suppress(PromptTooLong):
                 renderer.prompt(request, most=most)
     assert left[0] < (room / 2 if refused else 1.5 * room)
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_the_json_of_a_refused_prompts_calls_is_not_kept(
+    renderer: PromptRenderer, refused: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(HistoryMemo, "REMEMBERED", 0)
+    monkeypatch.setattr(ConversationMemory, "MOST", 0)
+    owner = f"refused {refused}"
+    renderer.prompt(Request("demo", calls(0, 1), owner=owner))
+    with growth() as left:
+        for number in range(5):
+            request = Request("demo", calls(number, 500), owner=owner)
+            with contextlib.suppress(PromptTooLong):
+                renderer.prompt(request, most=10 if refused else 1_000_000)
+        del request
+    assert (left[0] < ROOM / 8) == refused
+
+
+def test_an_idle_engine_keeps_no_freed_buffers():
+    import mlx.core as mx
+
+    with Engine("demo") as engine:
+        assert list(engine.chat("say hi", max_tokens=1))
+        until(lambda: not engine.stats().unmeasured)
+        assert list(engine.chat("count to 20", max_tokens=40))
+        until(lambda: mx.get_cache_memory() == 0)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_an_idle_engine_gives_back_what_is_free_between_blocks_in_use():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    with Engine("demo") as engine:
+        assert list(engine.chat("say hi", max_tokens=1))
+        until(lambda: not engine.stats().unmeasured)
+        blocks = [b"x" * 100_000 for _ in range(1000)]  # fewer bytes than would be a mapping
+        kept, most = blocks[::10], resident()
+        del blocks
+        assert list(engine.chat("say yes", max_tokens=1))
+        until(lambda: resident() < most - (60 << 20))
+    assert len(kept) == 100
 
 
 def test_a_pdf_that_cannot_be_read_is_not_kept():

@@ -44,6 +44,7 @@ import logging
 import re
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator
 
 from _mlx_server import __version__
@@ -73,7 +74,9 @@ class Activity(logging.Handler):
         self._working: dict[str, RequestLog] = {}
         self._recent: collections.deque[Object] = collections.deque(maxlen=RECENT)
         self._warnings: collections.deque[tuple[Object, str]] = collections.deque(maxlen=RECENT)
-        self._samples: collections.deque[list[float]] = collections.deque(maxlen=SAMPLES)
+        # Four numbers each, in one block: an object of its own would keep the memory around it
+        # from going back to the system
+        self._samples = array("d")
         self._sampled = time.monotonic()
         self._counted = (0, 0, 0)  # tokens at that time
 
@@ -122,7 +125,8 @@ class Activity(logging.Handler):
             for count, before in zip(counts, self._counted, strict=True)
         ]
         with self._guard():
-            self._samples.append([round(time.time(), 1), *rates])
+            self._samples.extend([round(time.time(), 1), *rates])
+            del self._samples[: -4 * SAMPLES]
         self._sampled, self._counted = now, counts
 
     def report(
@@ -137,7 +141,7 @@ class Activity(logging.Handler):
         said in a request or in an answer, and reused tokens are coarse."""
         with self._guard():
             working, recent = list(self._working.values()), list(self._recent)
-            samples, warned = list(self._samples), list(self._warnings)
+            numbers, warned = iter(self._samples.tolist()), list(self._warnings)
         warnings = [{**shown, "message": plain} if shared else shown for shown, plain in warned]
         names = {one.model.name for one in loaded}
         rows = [row for record in working for row in _working_rows(record, names)]
@@ -169,7 +173,7 @@ class Activity(logging.Handler):
             "queue": {"waiting": stats.waiting, "limit": stats.max_waiting},
             "working": rows,
             "recent": recent,
-            "throughput": {"seconds": INTERVAL, "samples": samples},
+            "throughput": {"seconds": INTERVAL, "samples": list(zip(*[numbers] * 4, strict=True))},
             "warnings": warnings,
         }
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import threading
-from collections.abc import Callable
 
+from _mlx_server.inference.memory import release_free_memory
 from _mlx_server.inference.protocol import EngineBusy
 from _mlx_server.wire.fields import WireError
 
@@ -51,7 +49,7 @@ class BodyClaim:
         """Gives everything back, once nothing that was made of the body is needed any more."""
         self._resize(0)
         if self._most >= LARGE:
-            _memory_trimmer()()
+            release_free_memory()
 
     def _resize(self, size: int) -> None:
         counted = max(0, size - FREE)
@@ -59,11 +57,3 @@ class BodyClaim:
             raise WireError(413, "the body takes too much memory: it has too many values")
         self._budget.change(counted - max(0, self._size - FREE), self._limit)
         self._size, self._most = size, max(self._most, size)
-
-
-@functools.cache
-def _memory_trimmer() -> Callable[[], object]:
-    """Gives free memory back to the system where the allocator does not by itself: glibc keeps what
-    a thread has freed for later threads. It does nothing elsewhere."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    return functools.partial(trim, 0) if trim else lambda: None

@@ -21,8 +21,6 @@ from _mlx_server.front.options import reached
 from _mlx_server.inference.catalog.library import expanded
 from _mlx_server.inference.memory import usable_memory
 
-# Python lets only one thread allocate at a time, apart from what MLX and tokenizers do
-ARENAS = 2
 _M_ARENA_MAX = -8  # of mallopt(3)
 # Seconds after which a thread that runs Python lets another one go on. A first token needs dozens
 # of such turns: beside a request with a large body, waiting for them at Python's 5 ms takes longer
@@ -121,16 +119,19 @@ def prepare_process() -> None:
     # The least that Python allows: the time that a number takes grows with the square of its length
     sys.set_int_max_str_digits(640)
     raise_file_limit()
-    bound_arenas()
+    share_arena()
     sys.setswitchinterval(SWITCH_INTERVAL)
 
 
-def bound_arenas() -> None:
-    """Lets all threads share ARENAS pools of memory, where the allocator is glibc's. It has one for
-    nearly every thread, and each keeps what the largest request took. Nothing happens elsewhere."""
+def share_arena() -> None:
+    """Lets all threads share one pool of memory, where the allocator is glibc's. It has a pool for
+    nearly every thread, each keeps what the largest request took, and of the others than the first
+    `malloc_trim` does not give back what is free at the end, which may be 64 MB. Python lets only
+    one thread allocate at a time, apart from what MLX and tokenizers do. Nothing happens elsewhere.
+    """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(_M_ARENA_MAX, ARENAS)
+        libc.mallopt(_M_ARENA_MAX, 1)
 
 
 def raise_file_limit() -> None:

@@ -66,6 +66,11 @@ class BoundedMap(Generic[Value]):
                 self._put(key, value)
             return self._entries.get(key, value)
 
+    def items(self) -> list[tuple[str, Value]]:
+        """The keys and their values, the latest last."""
+        with self._lock:
+            return list(self._entries.items())
+
     def _put(self, key: str, value: Value) -> None:
         if key in self._entries:
             self._remove(key)

@@ -1,8 +1,11 @@
-"""How much memory there is, and how much a conversation takes of it."""
+"""How much memory there is, how much a conversation takes of it, and giving it back."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -70,3 +73,18 @@ def usable_memory() -> int:
         if gpu:
             return int(gpu)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _trimmer() -> Callable[[], object]:
+    """Gives free memory back to the system where the allocator does not by itself: glibc keeps what
+    lies between blocks in use, and macOS until memory is short."""
+    libc = ctypes.CDLL(None)
+    if trim := getattr(libc, "malloc_trim", None):
+        return functools.partial(trim, 0)
+    if relieve := getattr(libc, "malloc_zone_pressure_relief", None):
+        relieve.argtypes = ctypes.c_void_p, ctypes.c_size_t
+        return functools.partial(relieve, None, 0)  # all zones, as much as possible
+    return lambda: None
+
+
+release_free_memory = _trimmer()

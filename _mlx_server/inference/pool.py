@@ -16,7 +16,12 @@ from _mlx_server.inference.cache.prefix_cache import PrefixCache
 from _mlx_server.inference.catalog.models import Loaded, LocalModel, load_error
 from _mlx_server.inference.catalog.mtp_files import Identity, weights_size
 from _mlx_server.inference.group import Group
-from _mlx_server.inference.memory import StateSize, gigabytes, usable_memory
+from _mlx_server.inference.memory import (
+    StateSize,
+    gigabytes,
+    release_free_memory,
+    usable_memory,
+)
 from _mlx_server.inference.protocol import (
     EngineBusy,
     EngineError,
@@ -54,7 +59,9 @@ class ModelPool:
     KEPT = 300.0
     MOST_LOW = 32  # a step for hundreds would take several times as long as one for the others
     PUT_OFF = 60.0  # about as long as proxies wait for an answer
-    WRITE_DELAY = 1.0  # seconds without work after which the prefix cache is written to disk
+    # Seconds without work after which the prefix cache is written to disk, and free memory given
+    # back
+    WRITE_DELAY = 1.0
 
     def __init__(
         self,
@@ -72,6 +79,7 @@ class ModelPool:
         self.speculates = speculates and group.size == 1
         self.prefixes = PrefixCache(self._cache_room, group)
         self.runners: dict[str, ModelRunner] = {}  # by the model's name
+        self._given_back = 0.0  # behind a request that has ended then, in monotonic seconds
         self._paused: list[Sequence] = []  # of which the engine does not know yet
         # By name of each model that was loaded once: bytes of the weights and of a state
         self._sizes: dict[str, tuple[int, StateSize]] = {}
@@ -302,10 +310,12 @@ class ModelPool:
         return sum(runner.unmeasured for runner in self.runners.values())
 
     def next_due(self) -> float | None:
-        """When something has to be written or unloaded next if nothing else happens, in monotonic
-        seconds."""
+        """When something has to be written, unloaded or given back next if nothing else happens, in
+        monotonic seconds."""
         runners = self.runners.values()
         dues = [runner.used + self.WRITE_DELAY for runner in runners if runner.has_unwritten()]
+        if self._given_back < self._last_used:
+            dues.append(self._last_used + self.WRITE_DELAY)
         dues += [expires for runner in runners if (expires := runner.expires) is not None]
         return min(dues, default=None)
 
@@ -326,9 +336,9 @@ class ModelPool:
 
     def use_pause(self, idle: bool, synchronize: Callable[[], None]) -> None:
         """Measures a pass or writes a segment to the disk cache if the engine is `idle`: only one,
-        since a request may have come by then. As long as there are requests, each that ends lets
-        its model measure a pass, since they may never cease to come; what is computed for the
-        others is waited for before, by `synchronize`."""
+        since a request may have come by then; and gives free memory back. As long as there are
+        requests, each that ends lets its model measure a pass, since they may never cease to come;
+        what is computed for the others is waited for before, by `synchronize`."""
         runners = self.runners.values()
         measuring = (one for one in runners if one.unmeasured and (idle or one.ended))
         if runner := next(measuring, None):
@@ -336,6 +346,7 @@ class ModelPool:
             runner.measure()
         elif idle:
             self._write_segment()
+            self._give_back()
 
     def _write_segment(self) -> None:
         """Writes one segment to the disk cache, if a model has been idle long enough."""
@@ -343,6 +354,21 @@ class ModelPool:
             idle = time.monotonic() - runner.used
             if idle >= self.WRITE_DELAY and runner.has_unwritten():
                 return runner.write()
+
+    def _give_back(self) -> None:
+        """Gives the system what is free, once for each time that nothing was in work for a while:
+        to ask for it again takes longer."""
+        import mlx.core as mx
+
+        if self._given_back < self._last_used <= time.monotonic() - self.WRITE_DELAY:
+            self._given_back = self._last_used
+            mx.clear_cache()
+            release_free_memory()
+
+    @property
+    def _last_used(self) -> float:
+        """When a request has ended last, in monotonic seconds."""
+        return max((runner.used for runner in self.runners.values()), default=0.0)
 
     def _unload_idle(self, priority: Priority, spared: ModelRunner | None = None) -> bool:
         """Unloads the least recently used idle model that need not be kept from a request of this
@@ -387,6 +413,7 @@ class ModelPool:
         """Frees what nothing refers to any more but itself. It takes a while."""
         gc.collect()
         self._settle()
+        release_free_memory()
 
     def _settle(self) -> None:
         """Gives buffers back that are not in use, and keeps the weights that there are."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from _mlx_server.inference.bounded import BoundedMap, text_bytes, value_bytes
@@ -27,6 +30,7 @@ class Template:
         self._tokenizer = tokenizer
         self._source = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
         self._control_tokens = ControlTokens(tokenizer)
+        self._json = WrittenJSON()
         self._compiled: Any = None
         self._compiled = self._compile()
         self.traits = find_traits(
@@ -67,6 +71,10 @@ class Template:
         log.warning("chat template failed: %s", reason)
         raise InvalidRequest(f"the model's chat template cannot render this conversation: {reason}")
 
+    def on_trial(self) -> contextlib.AbstractContextManager[None]:
+        """Of what is rendered within, nothing is kept if an exception leaves it."""
+        return self._json.on_trial()
+
     def escape_messages(self, messages: list[Message]) -> list[Message]:
         """A conversation that can be rendered."""
         return list(map(self.escape_message, messages))
@@ -103,7 +111,7 @@ class Template:
 
             compiled = _compile_jinja_template(self._source)  # once: their method has it from there
             theirs = self._apply(probe, None, True, {})
-            speed_up(compiled.environment)
+            self._json = speed_up(compiled.environment)
             ours = self._fill(compiled, probe, None, True, {})
             # A clock may stand in them
             return compiled if re.sub(r"\d", "", ours) == re.sub(r"\d", "", theirs) else None
@@ -150,15 +158,17 @@ class Template:
         return text
 
 
-def speed_up(environment: Any) -> None:
+def speed_up(environment: Any) -> WrittenJSON:
     """Gives a template's sandbox a short way to what most of the time of a long conversation goes
     to: the keys of messages, methods of texts, the state of loops. What the sandbox hides stays
     hidden: only what it would return unchanged is taken this way. The JSON of objects and lists is
-    kept: tools and calls come again as the same ones, which neither we nor templates change."""
+    kept in what is returned: tools and calls come again as the same ones, which neither we nor
+    templates change."""
     from jinja2.runtime import LoopContext
 
     if "getattr" in vars(environment):  # by an earlier call: each template has one sandbox
-        return
+        earlier: WrittenJSON = environment.written_json
+        return earlier
     sandboxed, undefined = environment.getattr, environment.undefined
     plain = {
         kind: {name for name in dir(kind) if not name.startswith(("_", "format"))}
@@ -174,20 +184,50 @@ def speed_up(environment: Any) -> None:
             return getattr(value, name)
         return sandboxed(value, name)
 
-    to_json = environment.filters["tojson"]
-    # With the values, which so keep their ids
-    written: BoundedMap[tuple[Any, str]] = BoundedMap(JSON_KEPT, _json_bytes)
+    to_json, written = environment.filters["tojson"], WrittenJSON()
 
     def known_json(value: Any, *args: Any, **options: Any) -> Any:
         if not isinstance(value, (dict, list)):
             return to_json(value, *args, **options)
         key = f"{id(value)} {args} {options}"
-        return written.get_or_make(key, lambda: (value, to_json(value, *args, **options)))[1]
+        return written.get_or_make(key, value, lambda: to_json(value, *args, **options))
 
     environment.getattr, environment.filters["tojson"] = attribute, known_json
+    environment.written_json = written
+    return written
 
 
 JSON_KEPT = 8 * 2**20  # bytes of JSON and of the values that it is of
+
+
+class WrittenJSON:
+    """The JSON of values, with the values, which so keep their ids. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._kept: BoundedMap[tuple[Any, str]] = BoundedMap(JSON_KEPT, _json_bytes)
+        self._trials = threading.local()
+
+    def get_or_make(self, key: str, value: Any, make: Callable[[], str]) -> str:
+        """The JSON of a value, by a key that its id is a part of."""
+        trial = getattr(self._trials, "written", None)
+        if trial is None:
+            return self._kept.get_or_make(key, lambda: (value, make()))[1]
+        known = self._kept.get(key) or trial.get_or_make(key, lambda: (value, make()))
+        text: str = known[1]
+        return text
+
+    @contextlib.contextmanager
+    def on_trial(self) -> Iterator[None]:
+        """What this thread writes within is kept if no exception leaves it. A refused prompt's
+        calls do not come again, and thousands of small objects keep the memory between them."""
+        trial: BoundedMap[tuple[Any, str]] = BoundedMap(JSON_KEPT, _json_bytes)
+        self._trials.written = trial
+        try:
+            yield
+        finally:
+            del self._trials.written
+        for key, entry in trial.items():
+            self._kept.put(key, entry)
 
 
 def _json_bytes(key: str, entry: tuple[Any, str]) -> int:
