@@ -156,6 +156,15 @@ def test_a_model_may_be_made_of_links_to_another(models: Path):
     assert TextTokenizer.load(describe("linked", models / "linked")).encode("a")
 
 
+@pytest.mark.parametrize("target", ["cache/models--o--m/blobs/0a1b", "ssd/tokenizer.json"])
+def test_a_tokenizer_may_be_a_link_to_a_cache_or_to_another_tokenizer(bad: Path, target: str):
+    real = bad.parent / "elsewhere" / target
+    real.parent.mkdir(parents=True)
+    shutil.move(bad / "tokenizer.json", real)
+    (bad / "tokenizer.json").symlink_to(real)
+    assert TextTokenizer.load(describe("bad", bad)).encode("a")
+
+
 @pytest.mark.parametrize(
     "where", [{"vocab": "PATH"}, {"mecab_kwargs": {"mecab_dic": "PATH"}}], ids=str
 )
@@ -244,6 +253,25 @@ def test_a_tokenizer_of_millions_of_tokens_is_not_loaded(bad: Path):
     change(bad / "tokenizer.json", model={**model, "vocab": {str(n): n for n in range(700_000)}})
     with pytest.raises(ModelLoadError, match="too many tokens"):
         TextTokenizer.load(describe("bad", bad))
+
+
+@pytest.mark.slow
+def test_a_model_may_have_a_token_for_each_of_65536_sounds(bad: Path):
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    tokens = [
+        {"id": 200_000 + n, "content": f"<|speech_{n}|>", **flags, "special": n < 100}
+        for n in range(65_536)
+    ]
+    model = json.loads((bad / "tokenizer.json").read_text())["model"]
+    words = {f"w{n}": 1000 + n for n in range(199_000)}
+    change(bad / "tokenizer.json", model={**model, "vocab": model["vocab"] | words})
+    change(bad / "tokenizer.json", added_tokens=tokens)
+    decoder = {str(one.pop("id")): one for one in tokens}
+    config = bad / "tokenizer_config.json"
+    change(config, added_tokens_decoder=decoder)
+    config.write_text(json.dumps(json.loads(config.read_text()), indent=2))
+    assert config.stat().st_size > 8 << 20
+    assert len(TextTokenizer.load(describe("bad", bad)).encode("<|speech_65535|>")) == 1
 
 
 def test_a_user_without_a_home_has_models_as_well(models: Path, monkeypatch: pytest.MonkeyPatch):

@@ -53,6 +53,7 @@ Files = Mapping[str, os.stat_result]
 MAX_FILE = 8 * 2**20  # bytes of a file that describes a model; its JSON takes a second
 MAX_INDEX = 32 * 2**20  # bytes of what names all of its tensors
 MAX_TOKENIZER = 64 * 2**20  # bytes of tokenizer.json; Gemma's has 33 MB
+MAX_ADDED = 32 * 2**20  # bytes of tokenizer_config.json; with 65,536 tokens of speech it has 12 MB
 MAX_TOKENS = 600_000  # keys in it; Gemma's has 262,144 tokens, and as many merges again
 MAX_WORD = 64  # characters of what stands in every list of models
 MAX_PARTS = 4096  # layers or experts; each takes memory before a tensor is looked at
@@ -67,6 +68,7 @@ _TOKENIZERS = {
 }
 _COUNTS = re.compile(r"(?:.*_)?(?:layers?|depth|blocks|experts)")  # of what mlx-lm makes one by one
 _PROMPT_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+_TOKEN_FLAGS = (b"single_word", b"lstrip", b"rstrip", b"normalized", b"special")
 # Where whoever saved a tokenizer had its files; nobody opens these
 _TRACES = ("name_or_path", "_name_or_path", "special_tokens_map_file", "tokenizer_file")
 _THINKS = re.compile(r"enable_thinking|<think>|:think>|\[THINK\]|reasoning_|<\|channel")
@@ -196,7 +198,8 @@ def _list_files(path: Path) -> Files:
         raise ModelLoadError(f"{path} cannot be read as a model folder: {error.strerror}") from None
     for name, found in files.items():
         if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
-            raise ModelLoadError(f"{path} is broken: {name} is no file") from OSError(errno.EINVAL)
+            said = f"{path} is broken: {name} is no file; remove it"
+            raise ModelLoadError(said) from OSError(errno.EINVAL)
     return {name: found for name, found in files.items() if stat.S_ISREG(found.st_mode)}
 
 
@@ -209,12 +212,14 @@ def check_files(local: LocalModel) -> None:
             _check_inside(local.path, name)
     if "tokenizer.json" in files:
         _check_tokenizer(local.path / "tokenizer.json")
-    settings = _read_optional(local.path, files, "tokenizer_config.json")
+    settings = _read_optional(local.path, files, "tokenizer_config.json", MAX_ADDED)
     parts = (value for key, value in settings.items() if key != "added_tokens_decoder")
     for part in (settings, *(one for one in parts if isinstance(one, dict))):
         for key, value in part.items():
             if key not in _TRACES and isinstance(value, str) and _leads_out(local.path, value):
-                raise ValueError(f"the {key} of its tokenizer_config.json is a file elsewhere")
+                raise ValueError(
+                    f"the {key} of its tokenizer_config.json is a file elsewhere; remove it there"
+                )
     for name in ("additional_chat_templates", "1_Pooling"):
         if (local.path / name).is_dir():
             _list_files(local.path / name)
@@ -421,7 +426,7 @@ def read_chat_template(path: Path, files: Container[str]) -> str:
     if "chat_template.jinja" in files:
         return read_file(path / "chat_template.jinja").decode("utf-8")
     for file in ("chat_template.json", "tokenizer_config.json"):
-        if template := _read_optional(path, files, file).get("chat_template"):
+        if template := _read_optional(path, files, file, MAX_ADDED).get("chat_template"):
             return template if isinstance(template, str) else json.dumps(template)
     return ""
 
@@ -430,7 +435,9 @@ def _check_tokenizer(file: Path) -> None:
     """Raises ValueError for a tokenizer that would take seconds to load, in which nothing else
     runs: tokenizers keeps the interpreter's lock."""
     text = read_file(file, MAX_TOKENIZER)
-    if text.count(b'":') > MAX_TOKENS or text.count(b'",') > 2 * MAX_TOKENS:
+    # A token that was added has these keys, too, and takes hardly longer than one without
+    flags = len(_TOKEN_FLAGS) * min(text.count(b'"%s":' % flag) for flag in _TOKEN_FLAGS)
+    if text.count(b'":') - flags > MAX_TOKENS or text.count(b'",') > 2 * MAX_TOKENS:
         raise ValueError("its tokenizer has too many tokens")
 
 
@@ -444,18 +451,23 @@ def _leads_out(path: Path, value: str) -> bool:
 
 def _check_inside(path: Path, name: str) -> None:
     """Raises ValueError if a file of the folder `path` is a link to somewhere outside of it, other
-    than to the folder of another model or, in a Hugging Face cache, to the blobs of its repo or
-    those that repos share."""
+    than to a file of the same name, to the folder of another model or to the blobs of a Hugging
+    Face cache: those of a repo, or those that repos share."""
     real = Path(os.path.realpath(path / name))
     folder = Path(os.path.realpath(path))
     roots = [folder]
     if folder.parent.name == "snapshots":
         repo = folder.parents[1]
         roots += [repo / "blobs", repo.parent / "blobs"]
+    # Downloads into other folders once were links to the cache, also from there:
+    # https://github.com/huggingface/huggingface_hub/pull/1360
+    if real.parent.name == "blobs" and real.parents[1].name.startswith("models--"):
+        return
+    if real.name == name or any(real.is_relative_to(root) for root in roots):
+        return
     if os.path.exists(real.parent / "config.json") and any(real.parent.glob("model*.safetensors")):
         return
-    if not any(real.is_relative_to(root) for root in roots):
-        raise ValueError(f"{name} leads outside of the model's folder")
+    raise ValueError(f"{name} leads outside of the model's folder; put a copy there")
 
 
 # The tokens before what precedes a gap, before what follows it, and before what fills it
@@ -479,7 +491,8 @@ def _capabilities(name: str, path: Path, files: Files, config: dict[str, Any]) -
     architectures = config.get("architectures") or ()
     headless = any(str(architecture).endswith("Model") for architecture in architectures)
     template = read_chat_template(path, files)
-    added = _read_optional(path, files, "tokenizer_config.json").get("added_tokens_decoder") or {}
+    settings = _read_optional(path, files, "tokenizer_config.json", MAX_ADDED)
+    added = settings.get("added_tokens_decoder") or {}
     gap = gap_marks(token["content"] for token in added.values())
     if headless or "modules.json" in files or "embed" in name.lower():
         return ["embedding"]
