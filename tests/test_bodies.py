@@ -182,6 +182,11 @@ def test_what_is_written_within_past_arguments_is_no_value():
         assert past.read(text, f"messages.{number}") == json.loads(text)
 
 
+def test_past_arguments_that_are_no_json_have_no_values():
+    table = "name,size\n" * MAX_VALUES
+    assert PastArguments().read(table * 2, "a") == {"input": table * 2}
+
+
 @pytest.mark.parametrize(
     "path, one",
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,6 +61,14 @@ def pull(tmp_path: Path, name: str = "org/m") -> str:
     ):
         list(steps)
     return str(failure.value)
+
+
+def pulled(tmp_path: Path) -> set[str]:
+    """The names of the files that a pull brings."""
+    with contextlib.closing(Hub(tmp_path / "hub").pull("org/m")) as steps:
+        list(steps)
+    [snapshot] = (tmp_path / "hub" / "models--org--m" / "snapshots").iterdir()
+    return {path.name for path in snapshot.iterdir()}
 
 
 @pytest.mark.parametrize("planted", [False, True])
@@ -128,14 +137,70 @@ def test_a_list_without_end_ends_and_no_other_host_gets_the_token(
     assert asked[0][1] == "Bearer secret"
 
 
-@pytest.mark.parametrize("coding", ["", "gzip"])
+@pytest.mark.parametrize("coding", ["", "gzip", "br"])
 def test_an_answer_is_bounded(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, coding: str
 ):
     headers = {"Content-Encoding": coding} if coding else {}
-    hub.lie = lambda liar: liar.is_about() and liar.say(200, headers, b" " * (3 << 20))
+    blanks = b" " * (3 << 20)
+    body = gzip.compress(blanks) if coding == "gzip" else blanks
+    hub.lie = lambda liar: liar.is_about() and liar.say(200, headers, body)
     monkeypatch.setattr(hub_client, "ANSWER_BYTES", 2 << 20)
-    assert ("is compressed" if coding else "has more than 2 MB") in pull(tmp_path)
+    assert ("is compressed" if coding == "br" else "has more than 2 MB") in pull(tmp_path)
+
+
+def test_an_answer_may_come_packed(hub: FakeHub, tmp_path: Path):
+    asked = []
+
+    def lie(liar: Liar) -> bool:
+        if not liar.is_about():
+            return False
+        asked.append(liar.headers["Accept-Encoding"])
+        about = json.dumps({**liar.described("org/m"), "description": "long " * 100_000})
+        return liar.say(200, {"Content-Encoding": "gzip"}, gzip.compress(about.encode()))
+
+    hub.lie = lie
+    assert pulled(tmp_path) == set(demo_files()) - {"README.md"}
+    assert set(asked) == {"gzip"}
+
+
+@pytest.mark.parametrize(
+    "etag", ['"{SHA1{0a1b}}"', 'W/"5f-18c"', "CKi+0a1b==", '"0a1b-12"', '"0a1b:b,c"']
+)
+def test_other_hubs_have_other_etags(hub: FakeHub, tmp_path: Path, etag: str):
+    files = demo_files()
+
+    def lie(liar: Liar) -> bool:
+        if not liar.path.startswith("/org/"):
+            return False
+        name = liar.path.rpartition("/")[2]
+        said = f"{etag[:-1]}{name}{etag[-1:]}" if etag[-1] == '"' else name + etag
+        return liar.say(200, {"X-Repo-Commit": COMMIT, "ETag": said}, files[name])
+
+    hub.lie = lie
+    assert pulled(tmp_path) == set(files) - {"README.md"}
+
+
+@pytest.mark.parametrize(
+    "name, value, kept",
+    [
+        ("retry-after", "30", True),
+        ("retry-after", "3000", False),
+        ("ratelimit", '"resolvers";r=0;t=299', True),
+        ("ratelimit", '"resolvers";r=0;t=2990', False),
+        ("ratelimit", '"a";r=0;t=1, "b";r=0;t=2990', False),
+    ],
+)
+def test_a_hub_says_how_long_to_wait_if_that_is_not_long(
+    hub: FakeHub, name: str, value: str, kept: bool
+):
+    from huggingface_hub import get_session
+
+    hub_client.guard()
+    hub.lie = lambda liar: liar.say(429, {name: value})
+    assert (name in get_session().get(hub.url).headers) == kept
+    with hub_client.bounded():
+        assert (name in get_session().get(hub.url).headers) == (kept and "299" not in value)
 
 
 @pytest.mark.parametrize(

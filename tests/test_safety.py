@@ -213,6 +213,8 @@ FORMS = [
     (200, "x-api-key: bo=ss\r\nAuthorization: Basic other"),
     (200, "x-api-key: guest\r\nAuthorization: Bearer bo=ss"),
     (200, "Authorization: Bearer gr\xc3\xbcn"),
+    (200, "Authorization: Bearer citt\xc3\xa0 "),
+    (200, "x-api-key: citt\xc3\xa0"),
     (403, "x-api-key: guest"),
     (403, "x-api-key: guest\r\nx-api-key: bo=ss"),
     (403, "x-api-key: guest\r\nAuthorization: Bearer other"),
@@ -234,7 +236,7 @@ FORMS = [
 
 
 def test_a_key_has_these_forms_and_no_other(demo: Engine, serve: Callable):
-    keys = dict(map(api_key, ["bo=ss=high", "guest=low", "grün"]))
+    keys = dict(map(api_key, ["bo=ss=high", "guest=low", "grün", "città"]))
     server = serve(demo, api_keys=keys)
     for status, fields in FORMS:
         request = f"GET /metrics?x-api-key=bo%3Dss HTTP/1.1\r\nHost: localhost\r\n{fields}\r\n"

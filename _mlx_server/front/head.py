@@ -91,8 +91,9 @@ def check_key(headers: Message, keys: Mapping[str, Priority]) -> str:
     """The request's API key: the x-api-key header or a bearer token; of two that are valid the one
     for the higher priority. Raises WireError if it is none of `keys`."""
     scheme, _, token = headers.get("Authorization", "").partition(" ")
-    bearer = token.strip() if scheme.lower() == "bearer" else ""
-    given = [text.encode("latin-1") for text in (headers.get("x-api-key", "").strip(), bearer)]
+    bearer = token if scheme.lower() == "bearer" else ""
+    # Blanks in bytes: as Latin-1, the last byte of a letter may be one
+    given = [text.encode("latin-1").strip() for text in (headers.get("x-api-key", ""), bearer)]
     # Every key is compared, so that the time tells nothing
     found = [key for key in keys for one in given if hmac.compare_digest(one, key.encode())]
     if not found:

@@ -58,7 +58,7 @@ class ModelPool:
 
     KEPT = 300.0
     MOST_LOW = 32  # a step for hundreds would take several times as long as one for the others
-    PUT_OFF = 60.0  # about as long as proxies wait for an answer
+    PUT_OFF = 540.0  # vendors' clients wait for 600, and few of them come again more than twice
     # Seconds without work after which the prefix cache is written to disk, and free memory given
     # back
     WRITE_DELAY = 1.0

@@ -69,6 +69,8 @@ class ValueCounter:
 
     def load(self, text: str) -> Any:
         """The value that a text spells. Raises TooManyValues, ValueError and RecursionError."""
+        if not text.lstrip().startswith(("{", "[")):  # one value, or a text that is no JSON
+            return json.loads(text)
         raw = text.encode("utf-8", "replace")
         marks = count_marks(raw)
         if marks > self.CERTAIN:

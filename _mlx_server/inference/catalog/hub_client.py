@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import re
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -17,13 +18,22 @@ from urllib.parse import urlsplit
 ANSWER_SECONDS = 100.0  # for all pages of an answer
 ANSWER_BYTES = 64 << 20  # of all pages; a list of 500 models has about 10 MB
 _SILENCE = 30.0  # seconds between two pieces of an answer
-# The cache's paths are made of these: of an etag the name of a file, of a commit that of a folder
+# The cache's paths are made of these: of an etag the name of a file, of a commit that of a folder.
+# Other hubs have etags like "{SHA1{0a1b}}" or base64
+_ETAG = re.compile(r'(?:W/)?"?(?!\.*"?\Z)[!#-.0-\[\]-~]{1,200}"?')
 _NAMES = {
-    "etag": re.compile(r'(?:W/)?"?[\w-]+"?', re.ASCII),
-    "x-linked-etag": re.compile(r'(?:W/)?"?[\w-]+"?', re.ASCII),
+    "etag": _ETAG,
+    "x-linked-etag": _ETAG,
     "x-repo-commit": re.compile(r"[\da-f]{40}"),
 }
-_WAITS = ("retry-after", "ratelimit")  # for which the library sleeps, however long they say
+# For which the library sleeps, however long they say
+_WAITS = {
+    "retry-after": re.compile(r"\s*(\d{1,9})\s*"),
+    "ratelimit": re.compile(r'"\w+"\s*;\s*r\s*=\s*\d{1,9}\s*;\s*t\s*=\s*(\d{1,9})'),
+}
+# Seconds; huggingface.co counts requests in five minutes: https://huggingface.co/docs/hub/rate-limits
+LONGEST_WAIT = 300.0
+_PIECE = 65536  # bytes that are unpacked at once
 _OWN = "huggingface.co"  # gets the token from its mirrors as well, as in the library
 
 
@@ -104,20 +114,29 @@ def _before(request: Any) -> None:
                 for kind in ("connect", "read", "write", "pool")
             },
         }
-        request.headers["accept-encoding"] = "identity"  # a few bytes of others make gigabytes
+        if request.headers.get("accept-encoding") != "identity":  # as it is for parts of files
+            request.headers["accept-encoding"] = "gzip"  # which is unpacked here, piece by piece
 
 
 def _after(stream: type) -> Callable[[Any], None]:
     """Checks an answer's head, and has its body counted as it comes."""
 
     class Counted(stream):  # type: ignore[misc]
-        def __init__(self, inner: Any, budget: _Budget):
-            self._inner, self._budget = inner, budget
+        def __init__(self, inner: Any, budget: _Budget, packed: bool):
+            self._inner, self._budget, self._packed = inner, budget, packed
 
         def __iter__(self) -> Iterator[bytes]:
+            unpacker = zlib.decompressobj(16 + zlib.MAX_WBITS)
             for part in self._inner:
                 self._budget.take(len(part))
-                yield part
+                if not self._packed:
+                    yield part
+                    continue
+                piece = unpacker.decompress(part, _PIECE)
+                while piece:
+                    self._budget.take(len(piece))
+                    yield piece
+                    piece = unpacker.decompress(unpacker.unconsumed_tail, _PIECE)
 
         def close(self) -> None:
             self._inner.close()
@@ -126,11 +145,15 @@ def _after(stream: type) -> Callable[[Any], None]:
         for name, form in _NAMES.items():
             if name in answer.headers and not form.fullmatch(answer.headers[name]):
                 del answer.headers[name]
-        for name in _WAITS:
-            answer.headers.pop(name, None)
-        if budget := _BUDGET.get():
-            if answer.headers.get("content-encoding", "identity") != "identity":
+        budget = _BUDGET.get()
+        for name, form in _WAITS.items():
+            said = form.fullmatch(answer.headers.get(name, ""))
+            if not said or int(said[1]) > (budget.seconds() if budget else LONGEST_WAIT):
+                answer.headers.pop(name, None)
+        if budget:
+            coding = answer.headers.pop("content-encoding", "identity")
+            if coding not in ("identity", "gzip"):
                 raise HubTooSlow("its answer is compressed, and it was not asked for that")
-            answer.stream = Counted(answer.stream, budget)
+            answer.stream = Counted(answer.stream, budget, coding == "gzip")
 
     return check

@@ -31,11 +31,12 @@ from typing import Any
 
 MAX_PAGES = 100
 MAX_CHARACTERS = 100_000
-MAX_SECONDS = 20
+MAX_SECONDS = 20  # of a processor
 MAX_MEMORY = 1 << 30  # bytes
 MAX_DRAWN = 20  # pages
 MAX_DRAWN_BYTES = 16 << 20  # of all pages' files
-NICE = 10  # beside models on the same processors it gets about a tenth, and still ends in time
+NICE = 10  # beside models on the same processors it gets about a tenth of one
+PATIENCE = 3  # times as long as a file may take, it is waited for
 
 _DRAWN_SCALE = 150 / 72  # dots by point: a line of a letter has about as many as on a screen
 _DRAWN_PIXELS = 2_200_000  # of a page at most: A4 at this scale
@@ -47,6 +48,7 @@ _INHERITED = re.compile(
     r"PATH|HOME|USER|TMPDIR|LANG|LC_\w+|PYTHON\w+|VIRTUAL_ENV|CONDA_PREFIX|__PYVENV_LAUNCHER__"
     r"|LD_LIBRARY_PATH|DYLD_\w+"
 )
+_MODULES = {"text": ["pypdf"], "pages": ["pypdfium2", "PIL.Image", "PIL.JpegImagePlugin"]}
 
 
 IS_CLIENT_GONE: contextvars.ContextVar[Callable[[], bool]] = contextvars.ContextVar(
@@ -85,8 +87,8 @@ def can_draw_pdf() -> bool:
 
 def read_pdf(data: bytes, seconds: float = MAX_SECONDS, memory: int = MAX_MEMORY) -> str:
     """The text of a PDF with the number of each page before it, at most MAX_PAGES and
-    MAX_CHARACTERS of it. Raises PDFError, also if the file takes longer than `seconds` or needs
-    more than `memory` bytes."""
+    MAX_CHARACTERS of it. Raises PDFError, also if the file takes a processor longer than `seconds`
+    or needs more than `memory` bytes."""
     found = _run("text", data, seconds, memory)
     return _with_page_numbers(found["pages"], found["count"], found["cut"])
 
@@ -112,12 +114,12 @@ def _run(task: str, data: bytes, seconds: float, memory: int) -> dict[str, Any]:
             input=data,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            timeout=seconds,
-            env={name: value for name, value in os.environ.items() if _INHERITED.fullmatch(name)},
+            timeout=PATIENCE * seconds,
+            env=_environment(),
             cwd="/",
         )
     except subprocess.TimeoutExpired:
-        raise PDFError(f"takes more than {seconds:g} seconds to read") from None
+        raise PDFError(f"takes more than {PATIENCE * seconds:g} seconds to read") from None
     try:
         found: dict[str, Any] = json.loads(out.stdout)
     except ValueError:  # the process was ended by one of its limits
@@ -125,6 +127,14 @@ def _run(task: str, data: bytes, seconds: float, memory: int) -> dict[str, Any]:
     if "error" in found:
         raise (NoTextError if found.get("scan") else PDFError)(found["error"])
     return found
+
+
+def _environment() -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if _INHERITED.fullmatch(name)}
+    if paths := inherited.get("PYTHONPATH"):  # from the folder that the server was started in
+        absolute = map(os.path.abspath, paths.split(os.pathsep))
+        inherited["PYTHONPATH"] = os.pathsep.join(absolute)
+    return inherited
 
 
 def _with_page_numbers(pages: list[str], count: int, cut: bool) -> str:
@@ -142,6 +152,11 @@ def _with_page_numbers(pages: list[str], count: int, cut: bool) -> str:
 def main() -> None:
     """What the process runs."""
     task, seconds, memory = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+    with contextlib.suppress(AttributeError, OSError):  # not every system knows it
+        os.nice(NICE)
+    # While files may be written: to compile the modules each time takes longer than many a PDF
+    for module in _MODULES[task]:
+        importlib.import_module(module)
     _limit(seconds, memory)
     try:
         found = {"text": _extract, "pages": _draw}[task](sys.stdin.buffer.read())
@@ -155,8 +170,6 @@ def main() -> None:
 def _limit(seconds: float, memory: int) -> None:
     """Bounds what this process may take. Systems that refuse a limit, as macOS does for memory,
     have the thread that watches it."""
-    with contextlib.suppress(AttributeError, OSError):  # not every system knows it
-        os.nice(NICE)
     cpu = int(seconds) + 1
     limits = (
         (resource.RLIMIT_AS, memory),
