@@ -103,6 +103,11 @@ def test_tokens_of_texts_are_integers_of_which_there_may_be_more():
     assert len(body["prompt"]) > MAX_VALUES
 
 
+def test_the_tokens_of_a_long_context_are_read_at_once():
+    context = json.dumps({"context": [100_000] * (4 * FEW)}).encode()
+    assert python_calls(lambda: parsed(context)) < 6 * FEW  # to count them are 4 * FEW
+
+
 def test_strings_of_any_length_are_cut_off():
     raw = json.dumps({"a": "[," * 100_000, 'b"': ["\\", '"', "é" * 70_000], "c": [1, 2]}).encode()
     marks = b"".join(without_strings(raw)).replace(b" ", b"")

@@ -12,6 +12,7 @@ from _mlx_server.front.budget import FREE, BodyClaim
 from _mlx_server.front.sockets import MAX_HEAD, ClientDisconnected
 from _mlx_server.wire.fields import Object, WireError, encodable
 from _mlx_server.wire.json_text import (
+    INTEGERS,
     MAX_VALUES,
     count_marks,
     count_values,
@@ -136,7 +137,7 @@ def parse_json(raw: bytes, strict: bool, claim: BodyClaim) -> Object:
     except (ValueError, RecursionError) as error:
         known = {
             RecursionError: "it is nested too deeply",
-            ValueError: "a number in it has too many digits",
+            ValueError: "a number in it has too many digits; send it as a string",
         }
         reason = known.get(type(error), error)
         raise WireError(400, f"the body cannot be read as JSON: {reason}") from None
@@ -146,19 +147,20 @@ def parse_json(raw: bytes, strict: bool, claim: BodyClaim) -> Object:
 
 
 def _claim_values(raw: bytes, claim: BodyClaim) -> int:
-    """Claims what the values in some JSON will take, about, and returns how many there are at most.
-    Raises WireError and EngineBusy."""
+    """Claims what the values in some JSON will take, about, and returns as how many they are to
+    parse, at most. Raises WireError and EngineBusy."""
     most = _value_bytes(raw)
     if most <= FREE:  # nearly always, even if marks within strings count
         claim.add(most)
         return count_marks(raw)
-    marks = values = 0
+    values = integers = 0
     for text in without_strings(raw):
         claim.add(_value_bytes(text))
-        marks, values = marks + count_marks(text), values + count_values(text)
+        found = count_values(text)
+        values, integers = values + found, integers + count_marks(text) - found
         if values > MAX_VALUES:
             raise WireError(413, f"the body has more than {MAX_VALUES} values")
-    return marks
+    return values + integers // INTEGERS
 
 
 def _value_bytes(text: bytes) -> int:

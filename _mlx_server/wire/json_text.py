@@ -15,12 +15,13 @@ from typing import Any
 # more steps that let nobody else run, and takes much more memory than its text
 MAX_VALUES = 250_000
 FEW = 32_768  # marks of values that are parsed at once, in some 50 ms at most
+INTEGERS = 16  # of a list, such as tokens, take no longer than another value
 PIECE = 65536  # bytes that are looked at at once
 _MARKS = (b"{", b"[", b",")  # each begins or precedes a value
 # Possessive, so that a search is linear
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _WHOLE = re.compile(rb'(?:[^"]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+', re.DOTALL)
-_INTEGER = re.compile(rb"[\[,]\s*+-?\d++(?=\s*+[,\]])")
+_INTEGER = re.compile(rb"[\[,]\s*+-?\d{1,10}(?=\s*+[,\]])")
 
 
 class _SteadyDecoder(json.JSONDecoder):
