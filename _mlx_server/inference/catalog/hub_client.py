@@ -31,7 +31,7 @@ _WAITS = {
     "retry-after": re.compile(r"\s*(\d{1,9})\s*"),
     "ratelimit": re.compile(r'"\w+"\s*;\s*r\s*=\s*\d{1,9}\s*;\s*t\s*=\s*(\d{1,9})'),
 }
-# Seconds; huggingface.co counts requests in five minutes: https://huggingface.co/docs/hub/rate-limits
+# Seconds; the hub counts requests in five minutes: https://huggingface.co/docs/hub/rate-limits
 LONGEST_WAIT = 300.0
 _PIECE = 65536  # bytes that are unpacked at once
 _OWN = "huggingface.co"  # gets the token from its mirrors as well, as in the library
