@@ -46,6 +46,7 @@ from _mlx_server.front.request_log import RequestLog
 from _mlx_server.front.rules import apply_thinking, chosen_priority, first_match
 from _mlx_server.front.sockets import ClientDisconnected
 from _mlx_server.front.startup import is_taken, mlx_trouble, port_trouble, prepare_process
+from _mlx_server.front.turns import Turn
 from _mlx_server.front.upstream import Upstream, is_relayed
 from _mlx_server.front.watchdog import Watchdog
 from _mlx_server.front.welcome import welcome
@@ -204,21 +205,26 @@ class Handler(ModelRoutes):
     # -- generations
 
     def post_generation(self) -> None:
-        """Every route whose endpoint has a `reply`."""
-        assert self.endpoint.reply is not None
-        body = self.read_object()
-        with self.preparing():
-            reply = self.endpoint.reply(body, self.exchange.id)
-            del body  # takes many times its text, and the answer may take long
+        """Every route whose endpoint has a `reply`. In one turn, from the body up to the tokens:
+        what is made on the way takes many times the body's size, and of as many requests as wait it
+        would be there at the same time."""
+        self.read_body()
+        with self.preparing() as turn:
+            reply = self._reply()
             model = self.resolve(reply.request.model)
             reply.check(model)
-        if isinstance(reply, Embeddings):
-            self.embed(reply, model)
-        else:
-            self.converse(reply, model)
+            if isinstance(reply, Embeddings):
+                self.embed(reply, model, turn)
+            else:
+                self.converse(reply, model, turn)
 
-    def converse(self, reply: Reply, model: LocalModel) -> None:
-        """Answers with what the engine generates, streamed or whole."""
+    def _reply(self) -> Reply:
+        assert self.endpoint.reply is not None
+        return self.endpoint.reply(self.with_model(self.parse_body()), self.exchange.id)
+
+    def converse(self, reply: Reply, model: LocalModel, turn: Turn) -> None:
+        """Answers with what the engine generates, streamed or whole. Ends the `turn` in which the
+        requests are submitted."""
         engine = self.engine
         reply.request.priority = self.priority(reply, model.name)
         reply.request.owner = self.exchange.owner
@@ -228,6 +234,7 @@ class Handler(ModelRoutes):
         self.hide_preset(reply)
         if reply.unload:
             self.require_manager()
+            turn.end()
             engine.unload(model.name)
             return self.send_json(reply.whole())
         record = self.record(reply, model)
@@ -235,8 +242,8 @@ class Handler(ModelRoutes):
         try:
             with self.server.answering(), self.server.activity.working(record):
                 for request in reply.requests:
-                    with self.preparing():
-                        generations.append(engine.submit(request, model))
+                    generations.append(engine.submit(request, model))
+                turn.end()
                 send = send_stream if reply.stream else send_whole
                 send(self, reply, generations, record)
         except (WireError, EngineError) as error:
@@ -249,9 +256,10 @@ class Handler(ModelRoutes):
                 generation.cancel()
                 record.generation(generation)
 
-    def embed(self, reply: Embeddings, model: LocalModel) -> None:
-        """Answers with the embeddings of texts. They are read one after the other, so that other
-        requests get their turn between two."""
+    def embed(self, reply: Embeddings, model: LocalModel, turn: Turn) -> None:
+        """Answers with the embeddings of texts. They are read one after the other, each in a turn
+        of its own behind the one that is ended here."""
+        turn.end()
         engine = self.engine
         self.ignore_keep_alive(reply)
         record = self.record(reply, model)
@@ -371,9 +379,9 @@ class Handler(ModelRoutes):
         self.send(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def post_count_tokens(self) -> None:
-        body = self.read_object()
+        self.read_body()
         with self.preparing():
-            request = count_request(body)
+            request = count_request(self.with_model(self.parse_body()))
             request.owner = self.exchange.owner
             count = self.engine.count_tokens(request)
         self.send_json({"input_tokens": count})

@@ -386,7 +386,7 @@ def test_threads_share_a_pool_of_memory_that_is_given_back(shared: bool):
     command = [sys.executable, "-c", TELL_POOLS, "shared" if shared else "as it is"]
     told = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
     assert (told.count("<heap nr=") == 1) == shared
-    assert (int(told.splitlines()[0]) < 16 << 20) == shared
+    assert not shared or int(told.splitlines()[0]) < 16 << 20
 
 
 @pytest.mark.slow

@@ -203,21 +203,23 @@ class HTTPHandler(BaseHTTPRequestHandler):
     def read_json(self) -> Object:
         """Reads the request's body and returns the JSON object in it. Raises WireError if it is
         none."""
-        self._read_body()
-        return self.parse_body()
+        self.read_body()
+        with self.preparing():
+            return self.parse_body()
 
     def parse_body(self) -> Object:
-        """The JSON object in the body that was read. Raises WireError if it is none."""
+        """The JSON object in the body that was read, in the request's turn. Raises WireError if it
+        is none."""
         raw = self.exchange.body
         coding = self.headers.get("Content-Encoding", "identity")
-        with self.preparing():
-            data = body.decompress(raw, coding, self._claim)
-            value = body.parse_json(data, self.dialect.strict_json, self._claim)
+        data = body.decompress(raw, coding, self._claim)
+        value = body.parse_json(data, self.dialect.strict_json, self._claim)
         if data is not raw:
             self._claim.reduce(len(data))
         return value
 
-    def _read_body(self) -> None:
+    def read_body(self) -> None:
+        """Waits for the request's body. Raises WireError, EngineBusy and ClientDisconnected."""
         length = body.check_length(self.headers)
         self._send_continue()
         self._place.waits()

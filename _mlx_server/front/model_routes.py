@@ -56,7 +56,10 @@ class ModelRoutes(HTTPHandler):
 
     def read_object(self) -> Object:
         """The body as JSON; the model that it names is noted. Raises WireError."""
-        body = self.read_json()
+        return self.with_model(self.read_json())
+
+    def with_model(self, body: Object) -> Object:
+        """A body, of which the model that it names is noted."""
         name = body.get("model") or body.get("name")
         self.exchange.model = short_name(name) if isinstance(name, str) else None
         return body

@@ -46,7 +46,8 @@ def relay(client: HTTPHandler, upstream: Upstream) -> None:
 
 
 def _remove_keep_alive(client: HTTPHandler) -> None:
-    body = client.parse_body()
+    with client.preparing():
+        body = client.parse_body()
     # Ollama's decoder takes names in any case: https://pkg.go.dev/encoding/json#Unmarshal
     kept = {name: value for name, value in body.items() if name.casefold() != "keep_alive"}
     if len(kept) < len(body):
