@@ -64,7 +64,7 @@ from _mlx_server.inference.protocol import (
     Usage,
     fill_sampling,
 )
-from _mlx_server.inference.scheduler import Scheduler, StepInput
+from _mlx_server.inference.scheduler import Scheduler, StepInput, has_place
 from _mlx_server.inference.sequence import Sequence, State
 
 if TYPE_CHECKING:
@@ -277,7 +277,7 @@ class Engine:
         PromptTooLong, EngineBusy, EngineClosed."""
         local = local or self.resolve(request.model, request.owner)
         request = self._with_preset(request)
-        self._check_open(request.priority)
+        self._check_open(request)
         renderer = self.renderer(local)
         request.sampling = fill_sampling(request.sampling, renderer.defaults)
         request.speculate = request.speculate and self.pool.speculates
@@ -289,7 +289,7 @@ class Engine:
         prompt.load_images(sequence.cached_tokens)
         generation = Generation(sequence, events)
         with self._lock:
-            self._check_open(request.priority)
+            self._check_open(request)
             self._last_used = {**self._last_used, request.owner: local}
             self._queue.append(sequence)
             self._lock.notify_all()
@@ -329,21 +329,18 @@ class Engine:
         preset = self.preset(request.model)
         return preset.fill(request) if preset else request
 
-    def _check_open(self, priority: Priority) -> None:
+    def _check_open(self, request: Request) -> None:
         if self._draining or self._closing or self._broken:
             raise EngineClosed(self._broken or "the server is shutting down")
         waiting = self._waiting()
-        # So that less important requests cannot take all places
-        half = self._max_queue / 2
-        places = {Priority.LOW: half, Priority.NORMAL: 2 * half, Priority.HIGH: 3 * half}
-        if waiting >= places[priority]:
-            raise EngineBusy(f"{waiting} requests are waiting already")
+        if not has_place(request, waiting, self._max_queue):
+            raise EngineBusy(f"{len(waiting)} requests are waiting already")
 
-    def _waiting(self) -> int:
-        """How many requests wait, cancelled ones apart."""
+    def _waiting(self) -> list[Sequence]:
+        """The requests that wait, cancelled ones apart."""
         with self._lock:
             sequences = [*self._queue, *self.pool.sequences()]
-        return sum(one.state is State.WAITING and not one.cancelled for one in sequences)
+        return [one for one in sequences if one.state is State.WAITING and not one.cancelled]
 
     def _prompt(self, local: LocalModel, renderer: PromptRenderer, request: Request) -> Prompt:
         """The rendered request; without tokens if there is nothing to read."""
@@ -410,7 +407,7 @@ class Engine:
 
         pool = self.pool
         return Stats(
-            waiting=self._waiting(),
+            waiting=len(self._waiting()),
             max_waiting=self._max_queue,
             running=sum(one.state is not State.WAITING for one in pool.sequences()),
             loaded=len(pool.runners),

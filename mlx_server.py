@@ -227,7 +227,7 @@ class Handler(ModelRoutes):
         requests are submitted."""
         engine = self.engine
         reply.request.priority = self.priority(reply, model.name)
-        reply.request.owner = self.exchange.owner
+        reply.request.owner, reply.request.client = self.exchange.owner, self.client
         if thinking := first_match(self.server.thinking, reply, model.name):
             apply_thinking(reply.request, thinking)  # all choices are made of this one
         self.ignore_keep_alive(reply)
@@ -267,7 +267,7 @@ class Handler(ModelRoutes):
             with self.server.answering(), self.server.activity.working(record):
                 for request in reply.requests:
                     request.priority = self.priority(reply, model.name)
-                    request.owner = self.exchange.owner
+                    request.owner, request.client = self.exchange.owner, self.client
                     with self.preparing():
                         generation = engine.submit(request, model)
                     record.generations = [generation]

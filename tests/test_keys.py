@@ -456,8 +456,8 @@ def test_those_of_one_key_are_not_let_in_before_the_first_of_another(
         engine.chat("say hi", max_tokens=1, priority=Priority.HIGH)
         with hold:
             asked = [
-                engine.chat(f"say {n}", max_tokens=1, priority=Priority.LOW, owner=owner)
-                for n, owner in enumerate(["many", "many", "many", "few"])
+                engine.chat(f"say {n}", max_tokens=1, priority=Priority.LOW, client=client)
+                for n, client in enumerate(["many", "many", "many", "few"])
             ]
         for one in asked:
             list(one)

@@ -13,6 +13,7 @@ import socket
 import socketserver
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -42,7 +43,7 @@ class Connection:
         self.address = address
         self.served = True  # otherwise its requests are refused
         self.closed = False
-        self.less_important = False  # whether the latest request had a key for low priority
+        self.low_owner: str | None = None  # of the latest request, if its key is for low priority
         self._socket = client
         self._closing = threading.Lock()  # the socket is not closed, and its number reused, within
         self._ended = threading.Event()
@@ -195,12 +196,17 @@ class ConnectionServer(ThreadingHTTPServer):
         connections = list(self._connections.values())
         return sum(one.waiting_since is not None for one in connections)
 
-    @property
-    def has_room_for_low(self) -> bool:
-        """Whether one more request with a key for low priority may be worked on."""
+    def has_room_for_low(self, owner: str) -> bool:
+        """Whether a request of an owner with a key for low priority may be worked on, which counts
+        already. Half of what such requests may have is for those of any key, the other half is
+        shared among the keys, so that those of one leave room for others."""
         connections = list(self._connections.values())
-        working = sum(one.less_important and one.waiting_since is None for one in connections)
-        return working <= self.max_connections * LOW_SHARE
+        working = Counter(one.low_owner for one in connections if one.waiting_since is None)
+        del working[None]
+        keys = sum(priority is Priority.LOW for priority in self.api_keys.values())
+        most = self.max_connections * LOW_SHARE
+        shared = most if keys == 1 else most / 2
+        return working.total() <= shared or working[owner] <= (most - shared) / keys
 
     def connection(self, client: Any) -> Connection:
         """What is known of a client's socket."""

@@ -167,8 +167,9 @@ class HTTPHandler(BaseHTTPRequestHandler):
                 self.exchange.owner = self.server.owners.get(key, "")
         finally:
             self._keep_pace(key)
-        low = self._place.less_important = self.exchange.low_priority
-        if low and not self.server.has_room_for_low:
+        low, owner = self.exchange.low_priority, self.exchange.owner
+        self._place.low_owner = owner if low else None
+        if low and not self.server.has_room_for_low(owner):
             raise EngineBusy("requests with such keys have too many connections")
         self._claim = BodyClaim(self.server.bodies, BUDGET // 2 if low else BUDGET)
 
@@ -238,7 +239,7 @@ class HTTPHandler(BaseHTTPRequestHandler):
         if length is not None:
             return body.read_raw(self.rfile, length, self._claim)
         turns, priority = self.server.chunk_turns, self._turn_priority
-        with turns.take(priority, self.is_client_gone, math.inf, self._client) as turn:
+        with turns.take(priority, self.is_client_gone, math.inf, self.client) as turn:
             self._requests.waiting = turn.paused
             try:
                 return body.read_raw(self.rfile, None, self._claim)
@@ -268,9 +269,12 @@ class HTTPHandler(BaseHTTPRequestHandler):
     @contextlib.contextmanager
     def preparing(self, most: float | None = None) -> Iterator[Turn]:
         """Within it what costs time is done for the request, once it is its turn among those of
-        other keys. Entering raises EngineBusy, if `most` others wait, and ClientDisconnected."""
+        other clients. Entering raises EngineBusy, if `most` others wait, and
+        ClientDisconnected."""
         turns, priority = self.server.turns, self._turn_priority
-        with turns.take(priority, self.is_client_gone, most, self._client) as turn:
+        if not self.server.owners:
+            most = math.inf
+        with turns.take(priority, self.is_client_gone, most, self.client) as turn:
             FILE_TURN.set(functools.partial(self._file_turn, turn))
             yield turn
 
@@ -281,19 +285,21 @@ class HTTPHandler(BaseHTTPRequestHandler):
         turns, priority = self.server.file_turns, self._turn_priority
         with (
             preparing.paused(),
-            turns.take(priority, self.is_client_gone, math.inf, self._client),
+            turns.take(priority, self.is_client_gone, math.inf, self.client),
         ):
             yield
 
     @property
-    def _client(self) -> str:
+    def client(self) -> str:
         """What stands for the client among those whose turn comes."""
         return self.exchange.owner or self._place.address
 
     @property
     def _turn_priority(self) -> Priority:
-        """Nobody waits where there are no others with a key."""
-        return self.exchange.highest_priority if self.server.owners else Priority.HIGH
+        """Where there are no others with a key, only other machines wait."""
+        if self.server.owners:
+            return self.exchange.highest_priority
+        return Priority.NORMAL if self._place.address else Priority.HIGH
 
     # -- writing
 

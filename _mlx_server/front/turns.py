@@ -17,7 +17,7 @@ from _mlx_server.inference.protocol import EngineBusy, Priority
 
 # Requests that are prepared at a time, by the priority that their keys allow; those for the highest
 # are all prepared at once
-PREPARED = {Priority.LOW: 1, Priority.NORMAL: 8, Priority.HIGH: math.inf}
+PREPARED = {Priority.LOW: 1, Priority.NORMAL: 4, Priority.HIGH: math.inf}
 # Files that are read at a time, each by a process of its own
 FILES = {Priority.LOW: 1, Priority.NORMAL: 2, Priority.HIGH: 3}
 MAX_WAITING = 64  # for a turn, of each priority; a client that has few of them may add to them

@@ -8,6 +8,7 @@ import importlib
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -234,10 +235,8 @@ class ModelPool:
         """Whether a request can begin now, if the prefix cache makes room for it. Raises
         PromptTooLong if it never can, and EngineBusy if idle models are kept from it."""
         need, priority = runner.reserve(sequence), sequence.request.priority
-        if priority is Priority.LOW:
-            low = sum(one.request.priority is Priority.LOW for one in self.sequences())
-            if low >= self.MOST_LOW:
-                return False
+        if priority is Priority.LOW and not self._make_place_for_low(sequence.request.client):
+            return False
         while self.committed + need > self.memory:
             if self._unload_idle(priority, runner) or self._pause_lower(sequence, need):
                 continue
@@ -248,6 +247,20 @@ class ModelPool:
                 raise PromptTooLong(sequence.prompt_tokens, most)
             break  # less is left for the answer than is usual
         return True
+
+    def _make_place_for_low(self, client: str) -> bool:
+        """Whether one more request of a client may be in work with low priority. If another client
+        has so many of these places that one less is still no less than this one has, its latest
+        request waits."""
+        low = [pair for pair in self._running() if pair[0].request.priority is Priority.LOW]
+        if len(low) < self.MOST_LOW:
+            return True
+        counts = Counter(one.request.client for one, _ in low)
+        other, most = counts.most_common(1)[0]
+        if most <= counts[client] + 1:
+            return False
+        why = "others have fewer requests in work"
+        return self._pause_latest([pair for pair in low if pair[0].request.client == other], why)
 
     def _pause_lower(self, sequence: Sequence, need: int) -> bool:
         """Pauses a request of a lower priority, if it helps to pause all of them; returns whether
@@ -268,7 +281,11 @@ class ModelPool:
         """All requests that were admitted and have not ended, with their models."""
         return [(one, runner) for runner in self.runners.values() for one in runner.sequences]
 
-    def _pause_latest(self, running: list[tuple[Sequence, ModelRunner]]) -> bool:
+    def _pause_latest(
+        self,
+        running: list[tuple[Sequence, ModelRunner]],
+        why: str = "out of memory for all answers at once",
+    ) -> bool:
         """Pauses the latest of the lowest priority among these requests; returns whether that was
         possible."""
         if not running:
@@ -279,7 +296,7 @@ class ModelPool:
         if not runner.pause(latest):
             return False
         written = latest.usage.completion_tokens
-        log.info("out of memory for all answers at once: one waits after %d tokens", written)
+        log.info("%s: one waits after %d tokens", why, written)
         self._paused.append(latest)
         return True
 

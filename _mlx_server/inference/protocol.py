@@ -85,7 +85,7 @@ class Request:
     dropped.
 
     `owner` says whose request it is: what was read and generated for one owner is never reused for
-    another one.
+    another one. `client` says who shares places with others where many requests wait.
 
     `format` is what the visible answer must be: "json" (any JSON object) or a JSON schema, here the
     schema's dict; with `tools` the model may call one instead. Thinking stays free. A forced call
@@ -116,6 +116,7 @@ class Request:
     keep_alive: float | None = None
     priority: Priority = Priority.NORMAL
     owner: str = ""
+    client: str = ""
     embed: bool = False
     truncate: bool = False
     speculate: bool = True

@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass
 
+from _mlx_server.inference.protocol import Priority, Request
 from _mlx_server.inference.sequence import Sequence
 
 
@@ -33,23 +34,23 @@ class Scheduler:
     def __init__(self) -> None:
         self._owed = 0.0  # seconds of decoding that are due before the next chunk
         self._numbers = itertools.count(1)
-        self._let_in: Counter[str] = Counter()  # by owner, the number of the latest of its requests
+        self._let_in: Counter[str] = Counter()  # by client, the number of the latest of its requests
 
     def admission_order(self, waiting: list[Sequence], running: list[Sequence]) -> list[Sequence]:
-        """In which order requests are let in: the highest priority first, of these one whose owner
-        has the fewest in work or in front of it, then the owner who has had none let in for
+        """In which order requests are let in: the highest priority first, of these one whose client
+        has the fewest in work or in front of it, then the client that has had none let in for
         longest, and then as they came."""
-        owned = Counter(one.request.owner for one in running)
+        owned = Counter(one.request.client for one in running)
         places: dict[Sequence, tuple[int, int, int]] = {}
         for one in waiting:
-            owner = one.request.owner
-            places[one] = one.request.priority, owned[owner], self._let_in[owner]
-            owned[owner] += 1
+            client = one.request.client
+            places[one] = one.request.priority, owned[client], self._let_in[client]
+            owned[client] += 1
         return sorted(waiting, key=places.__getitem__)
 
     def admitted(self, sequence: Sequence) -> None:
         """Takes note of a request that was let in."""
-        self._let_in[sequence.request.owner] = next(self._numbers)
+        self._let_in[sequence.request.client] = next(self._numbers)
 
     def choose(self, candidates: list[Sequence], decoding: list[Sequence]) -> Sequence | None:
         """The request whose chunk is next; None if the decoding ones are to go on."""
@@ -81,3 +82,16 @@ class Scheduler:
     def decoded(self, seconds: float) -> None:
         """Takes note of how long a step of decoding has taken."""
         self._owed -= seconds
+
+
+def has_place(request: Request, waiting: list[Sequence], most: int) -> bool:
+    """Whether a request may join those that wait, where there are `most` places for requests of
+    normal priority: fewer for less important ones, so that they cannot take all of them, and a
+    share of them for each client, however many requests others have."""
+    half = most / 2
+    places = {Priority.LOW: half, Priority.NORMAL: 2 * half, Priority.HIGH: 3 * half}
+    share = places[request.priority] / len(
+        {request.client, *(one.request.client for one in waiting)}
+    )
+    own = sum(one.request.client == request.client for one in waiting)
+    return len(waiting) < places[request.priority] or own < share
