@@ -66,9 +66,7 @@ def test_who_has_many_answers_in_work_lets_one_of_another_in(
     assert first < ended < second and first < phases.when(many[3], State.PREFILL)
 
 
-def test_connections_of_one_low_key_leave_room_for_those_of_others(
-    engine: Engine, serve: Callable
-):
+def test_connections_of_one_low_key_leave_room_for_those_of_others(engine: Engine, serve: Callable):
     server = serve(engine, api_keys={**KEYS, "other": Priority.LOW})
     server.max_connections = 16
     with ThreadPoolExecutor() as pool:

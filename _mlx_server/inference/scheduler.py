@@ -34,7 +34,9 @@ class Scheduler:
     def __init__(self) -> None:
         self._owed = 0.0  # seconds of decoding that are due before the next chunk
         self._numbers = itertools.count(1)
-        self._let_in: Counter[str] = Counter()  # by client, the number of the latest of its requests
+        self._let_in: Counter[str] = (
+            Counter()
+        )  # by client, the number of the latest of its requests
 
     def admission_order(self, waiting: list[Sequence], running: list[Sequence]) -> list[Sequence]:
         """In which order requests are let in: the highest priority first, of these one whose client
@@ -90,8 +92,6 @@ def has_place(request: Request, waiting: list[Sequence], most: int) -> bool:
     share of them for each client, however many requests others have."""
     half = most / 2
     places = {Priority.LOW: half, Priority.NORMAL: 2 * half, Priority.HIGH: 3 * half}
-    share = places[request.priority] / len(
-        {request.client, *(one.request.client for one in waiting)}
-    )
+    clients = {request.client, *(one.request.client for one in waiting)}
     own = sum(one.request.client == request.client for one in waiting)
-    return len(waiting) < places[request.priority] or own < share
+    return len(waiting) < places[request.priority] or own < places[request.priority] / len(clients)
