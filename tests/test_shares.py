@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import contextvars
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from conftest import until
 from phases import Phases
+from test_keys import Noted
 from test_limits import HI, KEYS, call
+from test_vision import FILES, OTHER
+from vision_models import build_vision_model
 
 from _mlx_server.front.turns import PREPARED
+from _mlx_server.inference.images.images import read_pixels
+from _mlx_server.inference.images.pdf import IS_CLIENT_GONE
 from _mlx_server.inference.pool import ModelPool
 from _mlx_server.inference.sequence import State
 from engine import Engine, EngineBusy, Generation, Priority
@@ -98,3 +106,29 @@ def test_requests_of_other_machines_with_the_same_rights_wait_for_their_turn(
         assert not far.done()
         turns.close()
         assert far.result()[0].status == 200
+
+
+def test_between_two_images_of_a_request_others_have_their_turn(serve: Callable, tmp_path: Path):
+    with Engine(str(build_vision_model("qwen3_vl", tmp_path / "vision"))) as engine:
+        server = serve(engine, api_keys={**KEYS, "other": Priority.LOW})
+        server.image_turns = noted = Noted()
+        text = {**CHAT, "model": "default"}
+        images = [base64.b64encode(file).decode() for file in (FILES[0], OTHER)]
+        seen = {**text, "messages": [{**HI[0], "images": images}]}
+        with ThreadPoolExecutor() as pool:
+            with noted.take(Priority.LOW, lambda: False):
+                asked = pool.submit(call, server, "guest", "/api/chat", seen)
+                until(lambda: len(noted.wanted) == 2)
+                assert call(server, "other", "/api/chat", text)[0].status == 200
+                assert not asked.done()
+            assert asked.result()[0].status == 200
+        assert len(noted.wanted) == 3
+
+
+def test_an_image_that_nobody_waits_for_is_not_read():
+    def read() -> None:
+        IS_CLIENT_GONE.set(lambda: True)
+        read_pixels(FILES[0], lambda width, height: (width, height), 3)
+
+    with pytest.raises(ConnectionAbortedError):
+        contextvars.copy_context().run(read)

@@ -115,7 +115,8 @@ class ConnectionServer(ThreadingHTTPServer):
         self.api_keys, self.metrics, self.bodies = api_keys or {}, Metrics(), BodyBudget()
         self.turns, self.activity = Turns(), Activity()
         self.chunk_turns = Turns()  # of those whose bodies come in chunks
-        self.file_turns = Turns(FILES)  # of those whose files are read
+        # Of those whose PDFs are read and whose images are decoded
+        self.file_turns, self.image_turns = Turns(FILES), Turns(FILES)
         self.low_pace, self.keyless_pace = Pace(), Pace()
         self.owners = {key: _owner(key) for key in self.api_keys if self.shared}
         self._hosts = {host.lower() for host in (address[0], *allowed_hosts)}

@@ -279,10 +279,11 @@ class HTTPHandler(BaseHTTPRequestHandler):
             yield turn
 
     @contextlib.contextmanager
-    def _file_turn(self, preparing: Turn) -> Iterator[None]:
-        """Within it a file of the request that is being prepared is read by another process, once
-        it is its turn to have one. Others are prepared meanwhile."""
-        turns, priority = self.server.file_turns, self._turn_priority
+    def _file_turn(self, preparing: Turn, image: bool = False) -> Iterator[None]:
+        """Within it a PDF of the request that is being prepared is read by another process, or an
+        image of it decoded, once it is its turn. Others are prepared meanwhile."""
+        turns = self.server.image_turns if image else self.server.file_turns
+        priority = self._turn_priority
         with (
             preparing.paused(),
             turns.take(priority, self.is_client_gone, math.inf, self.client),

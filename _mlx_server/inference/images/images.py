@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from _mlx_server.inference.images.pdf import FILE_TURN, IS_CLIENT_GONE
 from _mlx_server.inference.protocol import InvalidRequest, Request
 
 if TYPE_CHECKING:
@@ -113,11 +114,13 @@ def read_pixels(
     """An image's pixels, (height, width, 3) bytes, as it is to be seen: upright, what is
     transparent white, and resized, with one of Pillow's filters, to the width and height that `fit`
     makes of its own. Raises InvalidRequest for what is no image, or too large or too narrow a
-    one."""
+    one, and ConnectionAbortedError if nobody waits for it any more."""
     import numpy
     from PIL import Image
 
-    with _DECODING:
+    if IS_CLIENT_GONE.get()():
+        raise ConnectionAbortedError("the client has gone")
+    with FILE_TURN.get()(True), _DECODING:
         image: Image.Image = _open(content)
         try:
             turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
