@@ -5,18 +5,20 @@ from __future__ import annotations
 import base64
 import contextlib
 import contextvars
+import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import until
+from conftest import PATIENCE, until
 from phases import Phases
 from test_keys import Noted
 from test_limits import HI, KEYS, call
 from test_vision import FILES, OTHER
 from vision_models import build_vision_model
 
+from _mlx_server.front.sockets import is_readable
 from _mlx_server.front.turns import PREPARED
 from _mlx_server.inference.images.images import read_pixels
 from _mlx_server.inference.images.pdf import IS_CLIENT_GONE
@@ -132,3 +134,22 @@ def test_an_image_that_nobody_waits_for_is_not_read():
 
     with pytest.raises(ConnectionAbortedError):
         contextvars.copy_context().run(read)
+
+
+@pytest.mark.parametrize(
+    "line", ["GET / HTTP/1.1\r\nOrigin: http://evil.example", "GET / HTTP/9.9"]
+)
+def test_refused_requests_keep_their_distance_where_there_are_no_keys(serve: Callable, line: str):
+    server = serve()
+    server.keyless_pace.gap = 3600.0
+    with contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", server.port)
+        first, second = (
+            stack.enter_context(socket.create_connection(address, PATIENCE)) for _ in range(2)
+        )
+        first.sendall(f"{line}\r\nHost: localhost\r\n\r\n".encode())
+        assert first.recv(4096).startswith((b"HTTP/1.1 403", b"HTTP/1.1 505"))
+        second.sendall(f"{line}\r\nHost: localhost\r\n\r\n".encode())
+        for _ in range(9):
+            assert call(server, "", "/api/version", None, "GET")[0].status == 200
+        assert not is_readable(second, 0)

@@ -157,7 +157,7 @@ class HTTPHandler(BaseHTTPRequestHandler):
         if not self._place.served:
             self.close_connection = True
             raise EngineBusy("there are too many connections")
-        key = None
+        key, refused = None, True
         try:
             self._check_framing()
             self.exchange.origin = checked_origin(self.headers, self.server.is_own_name)
@@ -165,8 +165,9 @@ class HTTPHandler(BaseHTTPRequestHandler):
                 key = check_key(self.headers, self.server.api_keys)
                 self.exchange.highest_priority = self.server.api_keys[key]
                 self.exchange.owner = self.server.owners.get(key, "")
+            refused = False
         finally:
-            self._keep_pace(key)
+            self._keep_pace(key, refused)
         low, owner = self.exchange.low_priority, self.exchange.owner
         self._place.low_owner = owner if low else None
         if low and not self.server.has_room_for_low(owner):
@@ -186,9 +187,10 @@ class HTTPHandler(BaseHTTPRequestHandler):
         is_open = self.command == "OPTIONS" or self.exchange.route in OPEN_ROUTES
         return bool(self.server.api_keys) and not is_open
 
-    def _keep_pace(self, key: str | None) -> None:
-        """Waits if many others come with keys for low priority, or without a key."""
-        if key is None and self.server.api_keys:
+    def _keep_pace(self, key: str | None, refused: bool) -> None:
+        """Waits if many others come with keys for low priority, without a key, or are refused, as
+        those of foreign web pages are."""
+        if refused or key is None and self.server.api_keys:
             self._place.pause(self.server.keyless_pace.delay())
         elif self.exchange.low_priority:
             self._place.pause(self.server.low_pace.delay())
@@ -427,7 +429,7 @@ class HTTPHandler(BaseHTTPRequestHandler):
         self.exchange, self.headers = Exchange(body_read=False), http.client.HTTPMessage()
         self.command, self.request_version = self.command or "GET", self.protocol_version
         self.close_connection = True
-        self._keep_pace(None)
+        self._keep_pace(None, refused=True)
         self.send_failure(WireError(int(code), message or "bad request"))
 
     def _discard_input(self) -> None:
