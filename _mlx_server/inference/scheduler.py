@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass
 
+from _mlx_server.inference.bounded import BoundedMap
 from _mlx_server.inference.protocol import Priority, Request
 from _mlx_server.inference.sequence import Sequence
 
@@ -30,13 +31,13 @@ class Scheduler:
     time, a quarter if it is of lower priority, and all it needs if it is of higher."""
 
     PATIENCE = 3
+    CLIENTS = 1024  # of which it is known when they were let in last
 
     def __init__(self) -> None:
         self._owed = 0.0  # seconds of decoding that are due before the next chunk
         self._numbers = itertools.count(1)
-        self._let_in: Counter[str] = (
-            Counter()
-        )  # by client, the number of the latest of its requests
+        # By client, the number of the latest of its requests
+        self._let_in: BoundedMap[int] = BoundedMap(self.CLIENTS)
 
     def admission_order(self, waiting: list[Sequence], running: list[Sequence]) -> list[Sequence]:
         """In which order requests are let in: the highest priority first, of these one whose client
@@ -46,13 +47,13 @@ class Scheduler:
         places: dict[Sequence, tuple[int, int, int]] = {}
         for one in waiting:
             client = one.request.client
-            places[one] = one.request.priority, owned[client], self._let_in[client]
+            places[one] = one.request.priority, owned[client], self._let_in.get(client) or 0
             owned[client] += 1
         return sorted(waiting, key=places.__getitem__)
 
     def admitted(self, sequence: Sequence) -> None:
         """Takes note of a request that was let in."""
-        self._let_in[sequence.request.client] = next(self._numbers)
+        self._let_in.put(sequence.request.client, next(self._numbers))
 
     def choose(self, candidates: list[Sequence], decoding: list[Sequence]) -> Sequence | None:
         """The request whose chunk is next; None if the decoding ones are to go on."""
