@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from _mlx_server.front.sockets import ClientDisconnected
 from _mlx_server.inference.bounded import BoundedMap
 from _mlx_server.inference.protocol import EngineBusy, Priority
+from _mlx_server.inference.scheduler import has_share
 
 # Requests that are prepared at a time, by the priority that their keys allow; those for the highest
 # are all prepared at once
 PREPARED = {Priority.LOW: 1, Priority.NORMAL: 4, Priority.HIGH: math.inf}
-# Files that are read at a time, each by a process of its own
+# PDFs that are read at a time, each by a process of its own, and images that are decoded
 FILES = {Priority.LOW: 1, Priority.NORMAL: 2, Priority.HIGH: 3}
 MAX_WAITING = 64  # for a turn, of each priority; a client that has few of them may add to them
 CLIENTS = 1024  # of which it is known when they had their last turn
@@ -65,9 +66,7 @@ class Turns:
         """Waits for a place. Raises EngineBusy and ClientDisconnected."""
         with self.lock:
             waiting = self._waiting[turn.priority]
-            own = sum(one.client == turn.client for one in waiting)
-            clients = {turn.client, *(one.client for one in waiting)}
-            if len(waiting) >= most and own >= most / len(clients):
+            if not has_share(turn.client, [one.client for one in waiting], most):
                 raise EngineBusy("too many requests with such keys are being prepared")
             waiting.append(turn)
             self._let_in(turn.priority)

@@ -93,6 +93,11 @@ def has_place(request: Request, waiting: list[Sequence], most: int) -> bool:
     share of them for each client, however many requests others have."""
     half = most / 2
     places = {Priority.LOW: half, Priority.NORMAL: 2 * half, Priority.HIGH: 3 * half}
-    clients = {request.client, *(one.request.client for one in waiting)}
-    own = sum(one.request.client == request.client for one in waiting)
-    return len(waiting) < places[request.priority] or own < places[request.priority] / len(clients)
+    clients = [one.request.client for one in waiting]
+    return has_share(request.client, clients, places[request.priority])
+
+
+def has_share(client: str, waiting: list[str], places: float) -> bool:
+    """Whether one more request of a client may wait where there are so many places: if one is free,
+    or the client has less than its share of them. `waiting` are the clients of those that wait."""
+    return len(waiting) < places or waiting.count(client) < places / len({client, *waiting})
