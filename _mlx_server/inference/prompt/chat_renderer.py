@@ -118,7 +118,11 @@ class ChatRenderer:
     def prompt(self, request: Request, window: int | None, most: float) -> Prompt:
         """Renders and tokenises a conversation. `window` is how many tokens prompt and answer may
         have. Raises InvalidRequest when the template refuses it, and PromptTooLong if it has more
-        than `most` tokens."""
+        than `most` tokens; nothing is kept of what was rendered then."""
+        with self._template.on_trial():
+            return self._read(request, window, most)
+
+    def _read(self, request: Request, window: int | None, most: float) -> Prompt:
         options = self._options(request)
         root = self._root(request.messages, _shown_tools(request), options, most)
         history = request.messages

@@ -97,11 +97,9 @@ class PromptRenderer:
         return prompt
 
     def _prompt(self, request: Request, window: int | None, most: float) -> Prompt:
-        chat = self._memory(request.owner).chat if request.prompt is None else None
-        if self.template is not None and chat is not None:
+        if request.prompt is None and (chat := self._memory(request.owner).chat) is not None:
             try:
-                with self.template.on_trial():
-                    return chat.prompt(request, window, most)
+                return chat.prompt(request, window, most)
             except RecursionError:
                 message = "the messages or the tools are nested too deeply"
                 raise InvalidRequest(message) from None
