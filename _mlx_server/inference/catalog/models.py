@@ -203,10 +203,19 @@ def _list_files(path: Path) -> Files:
     return {name: found for name, found in files.items() if stat.S_ISREG(found.st_mode)}
 
 
+def check_folder(local: LocalModel) -> Files:
+    """The files of a model's folder. Raises ModelLoadError if one of what lies in it now cannot be
+    opened without waiting for ever: mlx-lm opens files by their names, and asks no questions."""
+    for name in ("additional_chat_templates", "1_Pooling"):
+        if (local.path / name).is_dir():
+            _list_files(local.path / name)
+    return _list_files(local.path)
+
+
 def check_files(local: LocalModel) -> None:
-    """Raises ModelLoadError if what lies in a model's folder now cannot be opened without harm.
-    mlx-lm and transformers open files by their names, and ask no questions."""
-    files = _list_files(local.path)
+    """Raises ModelLoadError, OSError and ValueError if the files that a model's tokenizer and
+    template are made of cannot be read without harm: transformers takes what it finds, too."""
+    files = check_folder(local)
     for name in (*_PROMPT_FILES, *_TOKENIZERS):
         if name in files:
             _check_inside(local.path, name)
@@ -220,9 +229,6 @@ def check_files(local: LocalModel) -> None:
                 raise ValueError(
                     f"the {key} of its tokenizer_config.json is a file elsewhere; remove it there"
                 )
-    for name in ("additional_chat_templates", "1_Pooling"):
-        if (local.path / name).is_dir():
-            _list_files(local.path / name)
 
 
 def _weight_files(path: Path, files: Files) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from _mlx_server.inference.cache.layers import is_opaque
-from _mlx_server.inference.catalog.models import LocalModel, check_files, load_error
+from _mlx_server.inference.catalog.models import LocalModel, check_folder, load_error
 from _mlx_server.inference.catalog.mtp_files import HeadFiles
 from _mlx_server.inference.decoding.embedding import pooling_mode
 from _mlx_server.inference.group import Group
@@ -38,7 +38,7 @@ class Weights:
         embeds = "embedding" in local.capabilities
         classes = _headless_classes if embeds else _known_classes
         try:
-            check_files(local)
+            check_folder(local)
             self.model = group.load(local.path, get_model_classes=classes)
             self.has_head = head is not None and self._attach(local, head)
             self.body = model_body(self.model)
