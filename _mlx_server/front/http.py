@@ -33,7 +33,8 @@ from _mlx_server.front.sockets import (
     is_readable,
 )
 from _mlx_server.front.stream import BodyWriter, Stream, content_type, encode_json, json_pieces
-from _mlx_server.front.turns import Turn
+from _mlx_server.front.turns import Turn, Turns
+from _mlx_server.inference.images.images import IMAGE_TURN
 from _mlx_server.inference.images.pdf import FILE_TURN, IS_CLIENT_GONE
 from _mlx_server.inference.protocol import EngineBusy, EngineError, Priority
 from _mlx_server.wire.fields import Object, WireError
@@ -277,14 +278,14 @@ class HTTPHandler(BaseHTTPRequestHandler):
         if not self.server.owners:
             most = math.inf
         with turns.take(priority, self.is_client_gone, most, self.client) as turn:
-            FILE_TURN.set(functools.partial(self._file_turn, turn))
+            FILE_TURN.set(functools.partial(self._file_turn, turn, self.server.file_turns))
+            IMAGE_TURN.set(functools.partial(self._file_turn, turn, self.server.image_turns))
             yield turn
 
     @contextlib.contextmanager
-    def _file_turn(self, preparing: Turn, image: bool = False) -> Iterator[None]:
+    def _file_turn(self, preparing: Turn, turns: Turns) -> Iterator[None]:
         """Within it a PDF of the request that is being prepared is read by another process, or an
         image of it decoded, once it is its turn. Others are prepared meanwhile."""
-        turns = self.server.image_turns if image else self.server.file_turns
         priority = self._turn_priority
         with (
             preparing.paused(),

@@ -5,6 +5,8 @@ the file states was found to be reasonable. Files come from outside and may be a
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import hashlib
 import importlib.util
@@ -17,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from _mlx_server.inference.images.pdf import FILE_TURN, IS_CLIENT_GONE
+from _mlx_server.inference.images.pdf import IS_CLIENT_GONE
 from _mlx_server.inference.protocol import InvalidRequest, Request
 
 if TYPE_CHECKING:
@@ -46,8 +48,14 @@ MARK = re.compile(rf"{_RANDOM}(\d{{39}})")
 PLACED = re.compile(rf"{_RANDOM}i(\d{{19}})x(\d{{5}})x(\d{{5}})")
 """Stands for an image whose token, negated, and whose rows and columns of tokens are known."""
 
-# So many images at a time, as a large one takes 128 MB. Keys for low priority have one decoded at
-# most, since their requests are prepared one after the other, and so leave a place
+IMAGE_TURN: contextvars.ContextVar[Callable[[], contextlib.AbstractContextManager[None]]] = (
+    contextvars.ContextVar("IMAGE_TURN", default=contextlib.nullcontext)
+)
+"""In a thread that answers a client, what makes a context within which an image is decoded: it
+waits for the request's turn to do so, and lets others go on between two images."""
+
+# So many images at a time, as a large one takes 128 MB. Requests with keys for low priority have
+# their turn one after the other, and so leave a place
 _DECODING = threading.Semaphore(2)
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")  # of what has a length, or the end
 _SCAN, _END = 0xDA, 0xD9
@@ -120,7 +128,7 @@ def read_pixels(
 
     if IS_CLIENT_GONE.get()():
         raise ConnectionAbortedError("the client has gone")
-    with FILE_TURN.get()(True), _DECODING:
+    with IMAGE_TURN.get()(), _DECODING:
         image: Image.Image = _open(content)
         try:
             turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))

@@ -58,12 +58,11 @@ IS_CLIENT_GONE: contextvars.ContextVar[Callable[[], bool]] = contextvars.Context
 files, each of which takes MAX_SECONDS."""
 
 
-FILE_TURN: contextvars.ContextVar[Callable[..., contextlib.AbstractContextManager[None]]] = (
+FILE_TURN: contextvars.ContextVar[Callable[[], contextlib.AbstractContextManager[None]]] = (
     contextvars.ContextVar("FILE_TURN", default=contextlib.nullcontext)
 )
 """In a thread that answers a client, what makes a context within which a file is read or drawn: it
-waits for the request's turn to do so. It bounds how many processes there are, and lets others go
-on between two files. True says that the file is an image, which waits for no PDF."""
+waits for the request's turn to do so. It bounds how many processes there are."""
 
 
 class PDFError(Exception):
